@@ -1,0 +1,186 @@
+"""The lingua franca: a denoiser maps a noisy image to the clean image it expects, E[x0 | x_t].
+
+A network of any prediction kind, a Gaussian mixture, a guided or a ControlNet teacher are all the same
+thing to the methods built on this package: ``denoiser(x_t, t, cond) -> x0``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from score.schedule import Karras, Kind, Schedule, check_kind, check_time, per_sample
+
+Cond = Mapping[str, Tensor]
+"""Conditioning by the network's own keyword names, each tensor with the batch in front."""
+
+
+class Denoiser(Protocol):
+    """Anything with a schedule that maps (x_t, t, cond) to E[x0 | x_t]."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The forward process whose x_t and t this denoiser understands."""
+
+    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+        """The expected clean image, shape of x_t; t holds one time per sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkDenoiser:
+    """A network of a given prediction kind as a :class:`Denoiser`.
+
+    Args:
+        network: called as ``network(x_t, time_scale * t, **cond)``; returns a tensor or anything whose
+            first item is that tensor (a tuple, a diffusers output).
+        schedule: the forward process the network was trained on.
+        kind: what the network predicts: x0, eps, v or flow.
+        time_scale: 1000 for flow networks that were trained on t in [0, 1000], such as SD3.
+
+    """
+
+    network: Callable[..., Any]
+    schedule: Schedule
+    kind: Kind = "eps"
+    time_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+        """The expected clean image, float32 or better. Raises ``ValueError`` if t is not (b,)."""
+        return self.with_extras(x_t, t, cond)[0]
+
+    def with_extras(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """x0 and whatever else the same forward pass returned, such as a critic's logits."""
+        check_time(t, x_t)
+        dtype = torch.promote_types(x_t.dtype, torch.float32)  # bf16 cannot tell timestep 998 from 1000
+        output = self.network(x_t, self.time_scale * t.to(dtype), **cond)
+        prediction = output if isinstance(output, Tensor) else output[0]
+        extras = output[1:] if isinstance(output, tuple) else ()
+        if prediction.shape != x_t.shape:
+            raise ValueError(
+                f"the network must return the shape of x_t {tuple(x_t.shape)}; got {tuple(prediction.shape)}. "
+                "Split off a variance head before wrapping the network."
+            )
+        return self.schedule.to_x0(prediction, x_t, t, self.kind), tuple(extras)
+
+
+class KarrasPreconditioning(nn.Module):
+    """EDM preconditioning round a raw network: forward(x_t, sigma) -> x0 (arXiv 2206.00364, Eq. 7, Table 1).
+
+    The result predicts x0: wrap it as ``NetworkDenoiser(KarrasPreconditioning(net), Karras(), "x0")``.
+
+    Args:
+        network: called as ``network(c_in x_t, c_noise, **cond)`` with c_noise = log(sigma) / 4.
+        sigma_data: standard deviation of the data.
+
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, x_t: Float[Tensor, "b *shape"], sigma: Float[Tensor, " b"], **cond: Tensor) -> Any:
+        """x0, or a tuple that starts with x0 if the network returns a tuple."""
+        total = sigma**2 + self.sigma_data**2
+        c_skip, c_out, c_in = (
+            self.sigma_data**2 / total,
+            sigma * self.sigma_data * total.rsqrt(),
+            total.rsqrt(),
+        )
+        output = self.network(per_sample(c_in, x_t) * x_t, sigma.log() / 4, **cond)
+        prediction, extras = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
+        x0 = per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * prediction.to(x_t.dtype)
+        return x0 if extras is None else (x0, *extras)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescheduled:
+    """A denoiser asked about the noisy images of another schedule; see :func:`rescheduled`."""
+
+    denoiser: Denoiser
+    schedule: Schedule
+
+    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+        """The expected clean image. Raises ``ValueError`` outside the inner schedule's noise levels."""
+        check_time(t, x_t)
+        inner = self.denoiser.schedule
+        ratio = self.schedule.ratio(t)
+        if not _covers(inner, self.schedule):
+            _check_ratio(inner, ratio)
+        u = inner.time(ratio).clamp(inner.t_min, inner.t_max)
+        # Both quotients are the same number; each is 0 / 0 at one end of time.
+        by_alpha, by_sigma = inner.alpha(u) / self.schedule.alpha(t), inner.sigma(u) / self.schedule.sigma(t)
+        scale = torch.where(ratio < 1, by_alpha, by_sigma)
+        return self.denoiser(per_sample(scale, x_t) * x_t, u, cond)
+
+
+def rescheduled(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
+    """``denoiser`` on ``schedule``: exact, since E[x0 | x_t] depends only on (x_t / alpha, sigma / alpha).
+
+    An EDM teacher can so train a flow student. A call raises ``ValueError`` outside the noise levels that
+    the denoiser knows: Stable Diffusion reaches sigma / alpha = 14.6, EDM 80.
+    """
+    return Rescheduled(denoiser, schedule)
+
+
+def _ratio_range(schedule: Schedule) -> Tensor:
+    return schedule.ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+
+
+def _covers(inner: Schedule, outer: Schedule) -> bool:
+    (low, high), (outer_low, outer_high) = _ratio_range(inner), _ratio_range(outer)
+    return bool(outer_low >= low * (1 - 1e-6) and outer_high <= high * (1 + 1e-6))
+
+
+def _check_ratio(inner: Schedule, ratio: Tensor) -> None:
+    low, high = _ratio_range(inner).tolist()
+    if not bool(((ratio >= low * (1 - 1e-6)) & (ratio <= high * (1 + 1e-6))).all()):
+        raise ValueError(
+            f"noise level sigma / alpha must lie in [{low:g}, {high:g}], all that this denoiser knows; got "
+            f"[{ratio.min():g}, {ratio.max():g}]. Draw times in a narrower range."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A denoiser with its conditioning fixed, whatever it is called with (an unconditional baseline)."""
+
+    denoiser: Denoiser
+    cond: Cond
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+        """The inner denoiser under the fixed conditioning, expanded to the batch."""
+        del cond
+        return self.denoiser(x_t, t, expand_cond(self.cond, len(x_t)))
+
+
+def expand_cond(cond: Cond, batch: int) -> Cond:
+    """Repeat entries of batch 1 to ``batch``; raises ``ValueError`` for any other batch."""
+    for name, value in cond.items():
+        if len(value) not in (1, batch):
+            raise ValueError(f"cond[{name!r}] must have batch 1 or {batch}; got {tuple(value.shape)}.")
+    return {name: value.expand(batch, *value.shape[1:]) for name, value in cond.items()}
+
+
+def freeze(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put a teacher in eval mode without gradients, optionally in another dtype; returns the module."""
+    module.eval().requires_grad_(False)
+    return module if dtype is None else module.to(dtype)
+
+
+def karras_denoiser(network: nn.Module, schedule: Karras, sigma_data: float = 0.5) -> NetworkDenoiser:
+    """A raw network under EDM preconditioning, as a :class:`Denoiser`."""
+    return NetworkDenoiser(KarrasPreconditioning(network, sigma_data), schedule, "x0")

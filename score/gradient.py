@@ -1,0 +1,193 @@
+"""One gradient for score distillation: ``weight * (baseline - target)`` in x0 space.
+
+The target is the (guided) frozen teacher. SDS takes x0 itself as the baseline, VSD and DMD a fake score that
+follows the student, CSD the unconditional teacher. What remains is the weight.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from score.denoiser import Cond, Denoiser
+from score.schedule import Kind, Schedule, check_kind, per_sample
+from score.times import TimeSampler
+
+Weight = Callable[[Tensor, Tensor, Tensor, Schedule], Tensor]
+"""(x0, target, t, schedule) -> a tensor that broadcasts against x0; detached inputs."""
+
+TimeWeight = Callable[[Tensor, Schedule], Tensor]
+"""(t, schedule) -> (b,) float64."""
+
+NoiseSampler = Callable[[Tensor, Cond, Tensor, Generator], Tensor]
+"""(x0, cond, t, generator) -> noise of the shape of x0."""
+
+
+def standard_normal(x0: Tensor, cond: Cond, t: Tensor, generator: Generator) -> Tensor:
+    """Gaussian noise, drawn where the generator lives so that a CPU seed means the same on a GPU."""
+    del cond, t
+    noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
+    return noise.to(x0.device)
+
+
+def ratio_weight(power: float) -> Weight:
+    """(alpha / sigma)^power. With power 2 the DMD gradient is the gradient of KL(p_fake || p_real) at t."""
+
+    def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+        del target
+        return per_sample(schedule.ratio(t) ** -power, x0)
+
+    return weight
+
+
+def noise_weight(w: TimeWeight) -> Weight:
+    """w(t) alpha / sigma: the published w(t) (eps_hat - eps) of SDS, VSD and CSD, stated in x0.
+
+    eps_hat - eps = (alpha / sigma) (x0 - x0_hat), with the alpha of dx_t/dx0 taken into w(t) as DreamFusion does
+    (arXiv 2209.14988, Eq. 3).
+    """
+
+    def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+        del target
+        return per_sample(w(t, schedule) / schedule.ratio(t), x0)
+
+    return weight
+
+
+@dataclass(frozen=True)
+class ScoreGradient:
+    """A gradient with respect to x0, and what to log about it.
+
+    Attributes:
+        value: the shape of x0; descend along it.
+        metrics: scalar tensors, never read on the way (no host sync).
+
+    """
+
+    value: Float[Tensor, "b *shape"]
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreDistillation:
+    """weight * (baseline - target), the common form of SDS, VSD, CSD, SDI and DMD.
+
+    Args:
+        teacher: the frozen, usually guided, denoiser.
+        baseline: a denoiser on the same schedule, or None for x0 itself (SDS).
+        times: how t is drawn.
+        weight: of the difference; see :func:`ratio_weight`, :func:`noise_weight`, ``distill.dmd.dmd_weight``.
+        noise: how the noise is drawn; SDI replaces this one by inversion.
+
+    """
+
+    teacher: Denoiser
+    baseline: Denoiser | None
+    times: TimeSampler
+    weight: Weight
+    noise: NoiseSampler = standard_normal
+
+    def __post_init__(self) -> None:
+        if self.baseline is not None and not _same_schedule(self.teacher.schedule, self.baseline.schedule):
+            raise ValueError(
+                f"teacher and baseline must share a schedule; got {self.teacher.schedule} and "
+                f"{self.baseline.schedule}. Wrap one in score.denoiser.rescheduled."
+            )
+
+    @torch.no_grad()
+    def gradient(self, x0: Float[Tensor, "b *shape"], cond: Cond, *, generator: Generator) -> ScoreGradient:
+        """The gradient at one draw of t and noise per sample; no gradient reaches any network.
+
+        Raises ``ValueError`` where teacher or baseline change the shape of x0.
+        """
+        schedule = self.teacher.schedule
+        t = self.times(len(x0), schedule, generator).to(x0.device)
+        x_t = schedule.diffuse(x0, self.noise(x0, cond, t, generator), t)
+        target = self.teacher(x_t, t, cond)
+        baseline = x0 if self.baseline is None else self.baseline(x_t, t, cond)
+        for name, image in (("teacher", target), ("baseline", baseline)):
+            if image.shape != x0.shape:
+                raise ValueError(
+                    f"{name} must return the shape of x0 {tuple(x0.shape)}; got {tuple(image.shape)}."
+                )
+        gap = baseline - target
+        value = self.weight(x0, target, t, schedule) * gap
+        return ScoreGradient(value, {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()})
+
+
+def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """A scalar whose gradient with respect to x0 is exactly ``gradient``.
+
+    An inner product: the usual ``0.5 * (x0 - (x0 - gradient).detach())**2`` rounds the gradient away in low
+    precision (80 % error in bf16 where it is a thousandth of x0). The value itself means nothing; log the
+    gradient's norm. Divide by the batch (SDS) or by numel (DMD) as the published learning rates assume.
+    """
+    return (x0 * gradient.detach().to(x0.dtype)).sum()
+
+
+def prediction_weight(kind: Kind) -> TimeWeight:
+    """The weight that turns the error of x0 into the squared error of eps, v or flow; 1 for x0."""
+    check_kind(kind)
+
+    def weight(t: Tensor, schedule: Schedule) -> Tensor:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        slope = {"x0": torch.ones_like(sigma), "eps": alpha, "v": alpha**2 + sigma**2, "flow": alpha + sigma}[kind]
+        return slope**2 if kind == "x0" else (slope / sigma) ** 2
+
+    return weight
+
+
+def karras_weight(sigma_data: float = 0.5) -> TimeWeight:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (arXiv 2206.00364, Table 1), in terms of sigma / alpha."""
+
+    def weight(t: Tensor, schedule: Schedule) -> Tensor:
+        ratio = schedule.ratio(t)
+        return 1 / ratio**2 + 1 / sigma_data**2
+
+    return weight
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x0: Float[Tensor, "b *shape"],
+    cond: Cond,
+    *,
+    times: TimeSampler,
+    weight: TimeWeight,
+    generator: Generator,
+) -> Float[Tensor, " b"]:
+    """weight(t) times the mean squared error of the denoised image, per sample.
+
+    What every network with a score learns by: teachers, fake scores, VSD adapters, ControlNets. With
+    ``prediction_weight("eps")`` it is DDPM's L_simple, with :func:`karras_weight` EDM's loss.
+    """
+    schedule = denoiser.schedule
+    t = times(len(x0), schedule, generator).to(x0.device)
+    x_t = schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)
+    return weighted_error(denoiser(x_t, t, cond), x0, t, schedule, weight)
+
+
+def weighted_error(
+    prediction: Float[Tensor, "b *shape"],
+    x0: Float[Tensor, "b *shape"],
+    t: Tensor,
+    schedule: Schedule,
+    weight: TimeWeight,
+) -> Float[Tensor, " b"]:
+    """weight(t) times the mean squared error of ``prediction`` against x0, per sample."""
+    error = (prediction - x0).square().flatten(1).mean(1)
+    return weight(t, schedule).to(error) * error
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.float().square().mean().sqrt()
+
+
+def _same_schedule(a: Schedule, b: Schedule) -> bool:
+    if a is b:
+        return True
+    t = torch.linspace(a.t_min, a.t_max, 16, dtype=torch.float64)
+    ends_agree = type(a) is type(b) and (a.t_min, a.t_max) == (b.t_min, b.t_max)
+    return ends_agree and torch.equal(a.alpha(t), b.alpha(t)) and torch.equal(a.sigma(t), b.sigma(t))

@@ -1,0 +1,298 @@
+"""Sampling, inversion and editing with any Denoiser; every loop is differentiable.
+
+A step takes ``x_t`` from time t to a less noisy time s, where s = None means the clean image. The loops are
+generic over the step; none of them disables gradients, so wrap them in ``torch.no_grad()`` for plain sampling.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from score.denoiser import Cond, Denoiser
+from score.schedule import Schedule, per_sample
+
+Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generator | None], Tensor]
+"""(denoiser, x_t, t, s, cond, generator) -> x_s; t and s are (b,), s = None is the clean image."""
+
+
+def grid(schedule: Schedule, num_steps: int, low: float = 0.0, high: float = 1.0) -> Float[Tensor, " n"]:
+    """``num_steps`` decreasing times between two fractions of the schedule's customary spacing, float64.
+
+    Raises ``ValueError`` if there are fewer distinct times than steps (integer timesteps).
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+    times = schedule.at(torch.linspace(high, low, num_steps, dtype=torch.float64))
+    if num_steps > 1 and not bool((times.diff() < 0).all()):
+        raise ValueError(f"{schedule} has fewer than {num_steps} distinct times to step through; ask for fewer.")
+    return times
+
+
+def initial_noise(schedule: Schedule, noise: Float[Tensor, "b *shape"], t: Tensor | float) -> Tensor:
+    """Standard normal ``noise`` scaled to what a sampler starts from at time t (``init_noise_sigma``)."""
+    t = torch.as_tensor(t, dtype=torch.float64, device=noise.device).expand(len(noise))
+    return per_sample(schedule.initial_std(t), noise) * noise
+
+
+def sample(
+    denoiser: Denoiser,
+    x_t: Float[Tensor, "b *shape"],
+    cond: Cond,
+    *,
+    times: Float[Tensor, " n"],
+    step: Step | None = None,
+    generator: Generator | None = None,
+    checkpoint: bool = False,
+) -> Float[Tensor, "b *shape"]:
+    """Denoise ``x_t`` from times[0] through times[-1] to the clean image.
+
+    Args:
+        denoiser: the (guided) teacher or student.
+        x_t: noisy images at times[0]; pure noise from :func:`initial_noise`, or a diffused image.
+        cond: conditioning, batch b.
+        times: (n,) strictly decreasing; :func:`grid`. The deterministic steps cost n network calls, Heun 2n - 1.
+        step: :func:`ddim` () by default.
+        generator: for steps that add noise.
+        checkpoint: recompute each step in the backward pass, so that memory does not grow with n.
+
+    """
+    step = ddim() if step is None else step
+    _check_decreasing(times)
+    batch = [t.to(x_t.device).expand(len(x_t)) for t in times]
+    for t, s in zip(batch, [*batch[1:], None], strict=True):
+        if checkpoint:
+            x_t = recompute(step, denoiser, x_t, t, s, cond, generator, use_reentrant=False)
+        else:
+            x_t = step(denoiser, x_t, t, s, cond, generator)
+    return x_t
+
+
+def ddim(eta: float = 0.0) -> Step:
+    """DDIM (Song et al. 2020, arXiv 2010.02502, Eq. 12): variance eta^2 times the DDPM posterior's (Eq. 16).
+
+    eta = 0 is deterministic and, in x / alpha against sigma / alpha, the Euler method; eta = 1 is :func:`ddpm`.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1]; got {eta}. 0 is deterministic, 1 is DDPM.")
+
+    def step(
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+    ) -> Tensor:
+        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
+        if s is None:
+            return x0
+        schedule = denoiser.schedule
+        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+        variance = eta**2 * posterior_variance(schedule, t, s)
+        towards = (sigma_s**2 - variance).clamp(min=0).sqrt() / schedule.sigma(t)
+        x_s = _mix(x_t, towards, x0, alpha_s - schedule.alpha(t) * towards)
+        return x_s if eta == 0 else x_s + per_sample(variance.sqrt(), x_t) * _noise(x_t, generator)
+
+    return step
+
+
+def ddpm(large_variance: bool = False) -> Step:
+    """Ancestral sampling from q(x_s | x_t, x0) (Ho et al. 2020, arXiv 2006.11239, Eq. 6 and 7).
+
+    Args:
+        large_variance: the variance of q(x_t | x_s) (``fixed_large``) instead of the posterior's.
+
+    """
+
+    def step(
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+    ) -> Tensor:
+        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
+        if s is None:
+            return x0
+        schedule = denoiser.schedule
+        forward = transition_variance(schedule, t, s)
+        sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+        keep = schedule.alpha(t) / schedule.alpha(s) * sigma_s**2 / sigma_t**2
+        mean = _mix(x_t, keep, x0, schedule.alpha(s) * forward / sigma_t**2)
+        variance = forward if large_variance else posterior_variance(schedule, t, s)
+        return mean + per_sample(variance.sqrt(), x_t) * _noise(x_t, generator)
+
+    return step
+
+
+def heun() -> Step:
+    """Second-order Heun in x / alpha against sigma / alpha (arXiv 2206.00364, Algorithm 1); two calls a step.
+
+    Plain Euler where a slope does not exist: on the last step to the clean image, and from alpha(t) = 0.
+    """
+    euler = ddim()
+
+    def step(
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+    ) -> Tensor:
+        schedule = denoiser.schedule
+        if s is None or bool((schedule.alpha(t) == 0).any()):
+            return euler(denoiser, x_t, t, s, cond, generator)
+        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
+        alpha_t, alpha_s, sigma_t, sigma_s = (
+            schedule.alpha(t),
+            schedule.alpha(s),
+            schedule.sigma(t),
+            schedule.sigma(s),
+        )
+        x_s = _mix(x_t, sigma_s / sigma_t, x0, alpha_s - alpha_t * sigma_s / sigma_t)
+        if bool((sigma_s == 0).any()):
+            return x_s
+        slope_t = _mix(x_t, 1 / sigma_t, x0, -alpha_t / sigma_t)
+        slope_s = _mix(x_s, 1 / sigma_s, denoiser(x_s, s, cond).to(x_t.dtype), -alpha_s / sigma_s)
+        length = alpha_s * (schedule.ratio(s) - schedule.ratio(t)) / 2
+        return _mix(x_t, alpha_s / alpha_t, slope_t + slope_s, length)
+
+    return step
+
+
+def transition_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    """Variance of q(x_t | x_s) for s < t: sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, float64."""
+    return schedule.sigma(t) ** 2 - (schedule.alpha(t) / schedule.alpha(s) * schedule.sigma(s)) ** 2
+
+
+def posterior_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    """Variance of q(x_s | x_t, x0): beta tilde of DDPM on any schedule, float64 (arXiv 2006.11239, Eq. 7)."""
+    return transition_variance(schedule, t, s) * (schedule.sigma(s) / schedule.sigma(t)) ** 2
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The noise that an image came from.
+
+    Attributes:
+        x_t: (b, *shape) at times[0].
+        trajectory: len(times) tensors in the order of ``times``, x_t first.
+        residual: (b,) the largest relative movement of the last iteration kept on any step; near 0 means that
+            sampling returns to the image, large that refinement diverged (few steps, strong guidance).
+
+    """
+
+    x_t: Float[Tensor, "b *shape"]
+    trajectory: list[Tensor]
+    residual: Float[Tensor, " b"]
+
+
+def invert(
+    denoiser: Denoiser,
+    x0: Float[Tensor, "b *shape"],
+    cond: Cond,
+    *,
+    times: Float[Tensor, " n"],
+    iterations: int = 0,
+) -> Inversion:
+    """DDIM inversion: the x_t from which ``sample(..., times=times, step=ddim())`` returns to ``x0``.
+
+    Each step solves x_t = a x_s + b eps(x_t, t), which DDIM inversion approximates by eps(x_s, t) (the target
+    label, as ``DDIMInverseScheduler`` does). Refinement iterates the equation; where the residual grows, the
+    best iterate so far is kept for that sample, since fixed points diverge at few steps or strong guidance.
+
+    Args:
+        denoiser: guide it only if sampling will be guided alike.
+        x0: clean images.
+        cond: conditioning, batch b.
+        times: the sampling grid, (n,) strictly decreasing, alpha(times[0]) > 0.
+        iterations: fixed-point refinements a step; each costs one more network call a step.
+
+    """
+    if iterations < 0:
+        raise ValueError(f"iterations must be at least 0; got {iterations}.")
+    _check_decreasing(times)
+    schedule, x_s, trajectory = denoiser.schedule, x0, []
+    alpha_s, sigma_s = torch.ones(len(x0), dtype=torch.float64), torch.zeros(len(x0), dtype=torch.float64)
+    worst = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
+    for time in times.flip(0):
+        t = time.to(x0.device).expand(len(x0))
+        alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+        keep, push = alpha_t / alpha_s.to(t.device), sigma_t - alpha_t * (sigma_s / alpha_s).to(t.device)
+
+        def implicit(x: Tensor, t=t, keep=keep, push=push, x_s=x_s) -> Tensor:  # type: ignore[no-untyped-def]
+            noise = schedule.from_x0(denoiser(x, t, cond).to(x.dtype), x, t, "eps")
+            return _mix(x_s, keep, noise, push)
+
+        x_s, residual = _fixed_point(implicit, x_s, iterations)
+        worst = torch.maximum(worst, residual)
+        trajectory.append(x_s)
+        alpha_s, sigma_s = alpha_t, sigma_t
+    return Inversion(x_s, trajectory[::-1], worst)
+
+
+def _fixed_point(function: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    # An iteration that moves further than the one before is diverging: its sample keeps the best iterate.
+    x = function(start)
+    best, best_residual = x, _relative(x, start)
+    for _ in range(iterations):
+        following = function(x)
+        residual = _relative(following, x)
+        better = residual < best_residual
+        best_residual = torch.where(better, residual, best_residual)
+        best = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), following, best)
+        x = following
+    return best, best_residual
+
+
+def sdedit(
+    denoiser: Denoiser,
+    image: Float[Tensor, "b *shape"],
+    cond: Cond,
+    *,
+    times: Float[Tensor, " n"],
+    generator: Generator,
+    step: Step | None = None,
+    mask: Bool[Tensor, "b *shape"] | None = None,
+    checkpoint: bool = False,
+) -> Float[Tensor, "b *shape"]:
+    """Noise an image to times[0] and denoise it again (Meng et al. 2021, arXiv 2108.01073).
+
+    Exactly len(times) denoising steps are made; no times at all return the image. More noise moves the result
+    further from the image and closer to the data.
+
+    Args:
+        denoiser: the teacher.
+        image: clean images.
+        cond: conditioning, batch b.
+        times: (n,) strictly decreasing: ``grid(schedule, n, high=strength)``.
+        generator: for the noise.
+        step: :func:`ddim` () by default.
+        mask: True where the image may change; outside, the result equals ``image`` exactly.
+        checkpoint: recompute each step in the backward pass.
+
+    """
+    if len(times) == 0:
+        return image
+    step, schedule = ddim() if step is None else step, denoiser.schedule
+
+    def masked(
+        inner: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+    ) -> Tensor:
+        x_s = step(inner, x_t, t, s, cond, generator)
+        if mask is None:
+            return x_s
+        known = image if s is None else schedule.diffuse(image, _noise(image, generator), s)
+        return torch.where(mask, x_s, known)
+
+    x_t = schedule.diffuse(image, _noise(image, generator), times[0].to(image.device).expand(len(image)))
+    return sample(denoiser, x_t, cond, times=times, step=masked, generator=generator, checkpoint=checkpoint)
+
+
+def _mix(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
+    return per_sample(weight_a, a) * a + per_sample(weight_b, b) * b
+
+
+def _noise(x: Tensor, generator: Generator | None) -> Tensor:
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def _relative(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
+
+
+def _check_decreasing(times: Tensor) -> None:
+    if times.ndim != 1 or len(times) == 0 or not bool((times.diff() < 0).all()):
+        raise ValueError(f"times must be a strictly decreasing vector, noisiest first; got {times}.")

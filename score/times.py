@@ -1,0 +1,89 @@
+"""How training times are drawn. Each function returns a sampler ``(n, schedule, generator) -> t``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from score.schedule import Schedule
+
+TimeSampler = Callable[[int, Schedule, Generator], Tensor]
+"""(n, schedule, generator) -> t: (n,) float32 times on the generator's device."""
+
+
+def uniform(low: float = 0.02, high: float = 0.98) -> TimeSampler:
+    """Uniform in the schedule's customary spacing, ``schedule.at``; 0.02 to 0.98 is DMD's and SDS's range.
+
+    For variance-preserving schedules that is a uniform integer timestep, for flows a uniform t, for EDM a
+    uniform index into the rho = 7 grid. Raises ``ValueError`` unless 0 <= low <= high <= 1.
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"uniform times need fractions 0 <= low <= high <= 1; got low={low}, high={high}.")
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        return schedule.at(low + (high - low) * _rand(n, generator)).float()
+
+    return draw
+
+
+def constant(t: float) -> TimeSampler:
+    """The same time always, in the schedule's own units."""
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        del schedule
+        return torch.full((n,), t, device=generator.device)
+
+    return draw
+
+
+def log_normal(mean: float = -1.2, std: float = 1.2) -> TimeSampler:
+    """log(sigma / alpha) ~ N(mean, std^2), clamped to the schedule (EDM's training, arXiv 2206.00364, Table 1)."""
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        return _time(schedule, (mean + std * _randn(n, generator)).exp())
+
+    return draw
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
+    """Logit of the flow time ~ N(mean, std^2) (SD3, arXiv 2403.03206, Eq. 19).
+
+    A flow's logit t is log(sigma / alpha), so on any schedule this is :func:`log_normal` with SD3's defaults.
+    """
+    return log_normal(mean, std)
+
+
+def shifted(times: TimeSampler, shift: float) -> TimeSampler:
+    """Multiply the noise level sigma / alpha of another sampler's times by ``shift``.
+
+    On a flow that is SD3's t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206, Eq. 23).
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be above 0; got {shift}. 1 means none, SD3 uses 3.")
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        return _time(schedule, shift * schedule.ratio(times(n, schedule, generator).double()))
+
+    return draw
+
+
+def annealed(progress: float, low: float = 0.02, high: tuple[float, float] = (0.98, 0.5)) -> TimeSampler:
+    """Uniform times whose upper end falls linearly from high[0] to high[1] as progress goes 0 to 1.
+
+    ProlificDreamer's two stages and DreamFusion follow-ups anneal so (arXiv 2305.16213, section 3.4).
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress must lie in [0, 1]; got {progress}. Pass step / num_steps.")
+    return uniform(low, high[0] + progress * (high[1] - high[0]))
+
+
+def _rand(n: int, generator: Generator) -> Tensor:
+    return torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def _randn(n: int, generator: Generator) -> Tensor:
+    return torch.randn(n, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def _time(schedule: Schedule, ratio: Tensor) -> Tensor:
+    return schedule.snap(schedule.time(ratio).clamp(schedule.t_min, schedule.t_max)).float()
