@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from score.schedule import Karras, Kind, Schedule, check_kind, check_time, per_sample
+from score.schedule import Images, Karras, Kind, PerSample, Schedule, check_kind, check_time, per_sample
 
 Cond = Mapping[str, Tensor]
 """Conditioning by the network's own keyword names, each tensor with the batch in front."""
@@ -25,7 +24,7 @@ class Denoiser(Protocol):
     def schedule(self) -> Schedule:
         """The forward process whose x_t and t this denoiser understands."""
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The expected clean image, shape of x_t; t holds one time per sample."""
 
 
@@ -50,13 +49,11 @@ class NetworkDenoiser:
     def __post_init__(self) -> None:
         check_kind(self.kind)
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The expected clean image, float32 or better. Raises ``ValueError`` if t is not (b,)."""
         return self.with_extras(x_t, t, cond)[0]
 
-    def with_extras(
-        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond
-    ) -> tuple[Tensor, tuple[Any, ...]]:
+    def with_extras(self, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, tuple[Any, ...]]:
         """x0 and whatever else the same forward pass returned, such as a critic's logits."""
         check_time(t, x_t)
         dtype = torch.promote_types(x_t.dtype, torch.float32)  # bf16 cannot tell timestep 998 from 1000
@@ -87,14 +84,10 @@ class KarrasPreconditioning(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
 
-    def forward(self, x_t: Float[Tensor, "b *shape"], sigma: Float[Tensor, " b"], **cond: Tensor) -> Any:
+    def forward(self, x_t: Images, sigma: PerSample, **cond: Tensor) -> Any:
         """x0, or a tuple that starts with x0 if the network returns a tuple."""
         total = sigma**2 + self.sigma_data**2
-        c_skip, c_out, c_in = (
-            self.sigma_data**2 / total,
-            sigma * self.sigma_data * total.rsqrt(),
-            total.rsqrt(),
-        )
+        c_skip, c_out, c_in = (self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt(), total.rsqrt())
         output = self.network(per_sample(c_in, x_t) * x_t, sigma.log() / 4, **cond)
         prediction, extras = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
         x0 = per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * prediction.to(x_t.dtype)
@@ -108,7 +101,7 @@ class Rescheduled:
     denoiser: Denoiser
     schedule: Schedule
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The expected clean image. Raises ``ValueError`` outside the inner schedule's noise levels."""
         check_time(t, x_t)
         inner = self.denoiser.schedule
@@ -161,7 +154,7 @@ class Conditioned:
         """The inner denoiser's."""
         return self.denoiser.schedule
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The inner denoiser under the fixed conditioning, expanded to the batch."""
         del cond
         return self.denoiser(x_t, t, expand_cond(self.cond, len(x_t)))

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from score.denoiser import Cond
-from score.schedule import Schedule, check_time, per_sample
+from score.schedule import Images, PerSample, Schedule, check_time, per_sample
 
 LABELS = "class_labels"
 """The key of class labels in ``cond``, as diffusers names it. The number of classes itself is the null label."""
@@ -63,13 +63,11 @@ class GaussianMixture:
             log_weights = log_weights.to(allowed.device).masked_fill(~allowed, -torch.inf)
         return log_weights.log_softmax(1)
 
-    def log_density(
-        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond | None = None
-    ) -> Float[Tensor, " b"]:
+    def log_density(self, x_t: Images, t: PerSample, cond: Cond | None = None) -> PerSample:
         """Log p_t(x_t | cond), natural units; its gradient is the score."""
         return self._log_joint(x_t, t, cond or {}).logsumexp(1)
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """E[x0 | x_t, cond]: each component's posterior mean, weighted by its responsibility."""
         x, means, stds = x_t.flatten(1), self.means.to(x_t).flatten(1), self.stds.to(x_t)
         alpha, sigma = self.schedule.alpha(t).to(x)[:, None], self.schedule.sigma(t).to(x)[:, None]
@@ -78,7 +76,7 @@ class GaussianMixture:
         posterior = means + gain[..., None] * (x[:, None] - alpha[..., None] * means)
         return (share[..., None] * posterior).sum(1).view_as(x_t)
 
-    def score(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def score(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """Gradient of :meth:`log_density`: (alpha E[x0 | x_t] - x_t) / sigma^2, Tweedie's formula."""
         alpha, sigma = per_sample(self.schedule.alpha(t), x_t), per_sample(self.schedule.sigma(t), x_t)
         return (alpha * self(x_t, t, cond) - x_t) / sigma**2
@@ -89,7 +87,7 @@ class GaussianMixture:
         noise = torch.randn(n, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
         return self.means[component] + per_sample(self.stds[component], noise) * noise
 
-    def component(self, x: Float[Tensor, "b *shape"]) -> Int[Tensor, " b"]:
+    def component(self, x: Images) -> Int[Tensor, " b"]:
         """The most probable component of each clean sample: the mode it belongs to."""
         return self._log_joint(x, torch.full((len(x),), self.schedule.t_min), {}).argmax(1)
 
@@ -125,7 +123,7 @@ class EmpiricalDistribution:
         """Number of classes; also the null label."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """E[x0 | x_t, cond]: the images averaged with softmax(-|x_t - alpha x|^2 / 2 sigma^2)."""
         check_time(t, x_t)
         # float64: at small sigma the exponent cancels thousands against thousands.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from score.denoiser import Cond, Denoiser
-from score.schedule import Kind, Schedule, check_kind, per_sample
+from score.schedule import Images, Kind, PerSample, Schedule, check_kind, per_sample
 from score.times import TimeSampler
 
 Weight = Callable[[Tensor, Tensor, Tensor, Schedule], Tensor]
@@ -66,7 +66,7 @@ class ScoreGradient:
 
     """
 
-    value: Float[Tensor, "b *shape"]
+    value: Images
     metrics: Mapping[str, Tensor]
 
 
@@ -97,7 +97,7 @@ class ScoreDistillation:
             )
 
     @torch.no_grad()
-    def gradient(self, x0: Float[Tensor, "b *shape"], cond: Cond, *, generator: Generator) -> ScoreGradient:
+    def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
         """The gradient at one draw of t and noise per sample; no gradient reaches any network.
 
         Raises ``ValueError`` where teacher or baseline change the shape of x0.
@@ -150,14 +150,8 @@ def karras_weight(sigma_data: float = 0.5) -> TimeWeight:
 
 
 def denoising_loss(
-    denoiser: Denoiser,
-    x0: Float[Tensor, "b *shape"],
-    cond: Cond,
-    *,
-    times: TimeSampler,
-    weight: TimeWeight,
-    generator: Generator,
-) -> Float[Tensor, " b"]:
+    denoiser: Denoiser, x0: Images, cond: Cond, *, times: TimeSampler, weight: TimeWeight, generator: Generator
+) -> PerSample:
     """weight(t) times the mean squared error of the denoised image, per sample.
 
     What every network with a score learns by: teachers, fake scores, VSD adapters, ControlNets. With
@@ -169,13 +163,7 @@ def denoising_loss(
     return weighted_error(denoiser(x_t, t, cond), x0, t, schedule, weight)
 
 
-def weighted_error(
-    prediction: Float[Tensor, "b *shape"],
-    x0: Float[Tensor, "b *shape"],
-    t: Tensor,
-    schedule: Schedule,
-    weight: TimeWeight,
-) -> Float[Tensor, " b"]:
+def weighted_error(prediction: Images, x0: Images, t: Tensor, schedule: Schedule, weight: TimeWeight) -> PerSample:
     """weight(t) times the mean squared error of ``prediction`` against x0, per sample."""
     error = (prediction - x0).square().flatten(1).mean(1)
     return weight(t, schedule).to(error) * error

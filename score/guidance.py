@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from score.denoiser import Cond, Denoiser, expand_cond
-from score.schedule import Schedule
+from score.schedule import Images, PerSample, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +22,7 @@ class Guided:
         """The inner denoiser's."""
         return self.denoiser.schedule
 
-    def __call__(self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Cond) -> Tensor:
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The guided clean image, from one call on a batch of 2b: negatives first."""
         if cond.keys() != self.negative.keys():
             raise ValueError(

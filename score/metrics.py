@@ -31,10 +31,7 @@ def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     unbiased. Raises ``ValueError`` for fewer than two samples or different widths.
     """
     a, b = _check_features(a, b)
-    covariance_a, covariance_b = (
-        torch.cov(a.T).reshape(a.shape[1], -1),
-        torch.cov(b.T).reshape(b.shape[1], -1),
-    )
+    covariance_a, covariance_b = (torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1))
     # The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2): real and at least 0.
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from score.denoiser import Cond, Denoiser
-from score.schedule import Schedule, per_sample
+from score.schedule import Images, PerSample, Schedule, per_sample
 
 Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generator | None], Tensor]
 """(denoiser, x_t, t, s, cond, generator) -> x_s; t and s are (b,), s = None is the clean image."""
@@ -32,7 +32,7 @@ def grid(schedule: Schedule, num_steps: int, low: float = 0.0, high: float = 1.0
     return times
 
 
-def initial_noise(schedule: Schedule, noise: Float[Tensor, "b *shape"], t: Tensor | float) -> Tensor:
+def initial_noise(schedule: Schedule, noise: Images, t: Tensor | float) -> Tensor:
     """Standard normal ``noise`` scaled to what a sampler starts from at time t (``init_noise_sigma``)."""
     t = torch.as_tensor(t, dtype=torch.float64, device=noise.device).expand(len(noise))
     return per_sample(schedule.initial_std(t), noise) * noise
@@ -40,14 +40,14 @@ def initial_noise(schedule: Schedule, noise: Float[Tensor, "b *shape"], t: Tenso
 
 def sample(
     denoiser: Denoiser,
-    x_t: Float[Tensor, "b *shape"],
+    x_t: Images,
     cond: Cond,
     *,
     times: Float[Tensor, " n"],
     step: Step | None = None,
     generator: Generator | None = None,
     checkpoint: bool = False,
-) -> Float[Tensor, "b *shape"]:
+) -> Images:
     """Denoise ``x_t`` from times[0] through times[-1] to the clean image.
 
     Args:
@@ -173,24 +173,19 @@ class Inversion:
 
     """
 
-    x_t: Float[Tensor, "b *shape"]
+    x_t: Images
     trajectory: list[Tensor]
-    residual: Float[Tensor, " b"]
+    residual: PerSample
 
 
 def invert(
-    denoiser: Denoiser,
-    x0: Float[Tensor, "b *shape"],
-    cond: Cond,
-    *,
-    times: Float[Tensor, " n"],
-    iterations: int = 0,
+    denoiser: Denoiser, x0: Images, cond: Cond, *, times: Float[Tensor, " n"], iterations: int = 0
 ) -> Inversion:
     """DDIM inversion: the x_t from which ``sample(..., times=times, step=ddim())`` returns to ``x0``.
 
     Each step solves x_t = a x_s + b eps(x_t, t), which DDIM inversion approximates by eps(x_s, t) (the target
-    label, as ``DDIMInverseScheduler`` does). Refinement iterates the equation; where the residual grows, the
-    best iterate so far is kept for that sample, since fixed points diverge at few steps or strong guidance.
+    label, as ``DDIMInverseScheduler`` does). Refinement iterates the equation, damped where it diverges, which
+    fixed points do at few steps or strong guidance; the best iterate of each sample is kept.
 
     Args:
         denoiser: guide it only if sampling will be guided alike.
@@ -223,22 +218,25 @@ def invert(
 
 
 def _fixed_point(function: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    # An iteration that moves further than the one before is diverging: its sample keeps the best iterate.
+    # An iteration that moves further than the best so far is diverging: that sample halves its step from now
+    # on and keeps its best iterate.
     x = function(start)
-    best, best_residual = x, _relative(x, start)
+    best, residual = x, _relative(x, start)
+    damping = torch.ones_like(residual)
     for _ in range(iterations):
         following = function(x)
-        residual = _relative(following, x)
-        better = residual < best_residual
-        best_residual = torch.where(better, residual, best_residual)
+        movement = _relative(following, x)
+        better = movement < residual
         best = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), following, best)
-        x = following
-    return best, best_residual
+        residual = torch.where(better, movement, residual)
+        damping = torch.where(better, damping, damping / 2)
+        x = x + per_sample(damping, x) * (following - x)
+    return best, residual
 
 
 def sdedit(
     denoiser: Denoiser,
-    image: Float[Tensor, "b *shape"],
+    image: Images,
     cond: Cond,
     *,
     times: Float[Tensor, " n"],
@@ -246,7 +244,7 @@ def sdedit(
     step: Step | None = None,
     mask: Bool[Tensor, "b *shape"] | None = None,
     checkpoint: bool = False,
-) -> Float[Tensor, "b *shape"]:
+) -> Images:
     """Noise an image to times[0] and denoise it again (Meng et al. 2021, arXiv 2108.01073).
 
     Exactly len(times) denoising steps are made; no times at all return the image. More noise moves the result

@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Images = Float[Tensor, "b *shape"]
+PerSample = Float[Tensor, " b"]
+
 Kind = Literal["x0", "eps", "v", "flow"]
 """What a network predicts: x0, eps, ``v = alpha eps - sigma x0`` or ``flow = eps - x0``."""
 
@@ -37,7 +40,7 @@ def check_time(t: Tensor, x: Tensor) -> None:
         )
 
 
-def per_sample(values: Float[Tensor, " b"], x: Float[Tensor, "b *shape"]) -> Tensor:
+def per_sample(values: PerSample, x: Images) -> Tensor:
     """Cast ``values`` to the dtype of ``x`` and reshape it so that it multiplies each sample."""
     return values.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -84,20 +87,12 @@ class Schedule(ABC):
         """``sigma / alpha``, the noise level that Karras et al. call sigma; infinite where alpha is 0."""
         return self.sigma(t) / self.alpha(t)
 
-    def diffuse(
-        self, x0: Float[Tensor, "b *shape"], noise: Float[Tensor, "b *shape"], t: Float[Tensor, " b"]
-    ) -> Float[Tensor, "b *shape"]:
+    def diffuse(self, x0: Images, noise: Images, t: PerSample) -> Images:
         """The noisy image alpha(t) x0 + sigma(t) noise. Raises ``ValueError`` if t is not (b,)."""
         check_time(t, x0)
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * noise
 
-    def to_x0(
-        self,
-        output: Float[Tensor, "b *shape"],
-        x_t: Float[Tensor, "b *shape"],
-        t: Float[Tensor, " b"],
-        kind: Kind,
-    ) -> Float[Tensor, "b *shape"]:
+    def to_x0(self, output: Images, x_t: Images, t: PerSample, kind: Kind) -> Images:
         """Clean image from a network output of the given kind, computed in float32 or better.
 
         Raises ``ValueError`` for an unknown kind, a t that is not (b,), and eps where alpha(t) = 0: pure
@@ -118,13 +113,7 @@ class Schedule(ABC):
             return (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
         return (x_t - sigma * output) / (alpha + sigma)
 
-    def from_x0(
-        self,
-        x0: Float[Tensor, "b *shape"],
-        x_t: Float[Tensor, "b *shape"],
-        t: Float[Tensor, " b"],
-        kind: Kind,
-    ) -> Float[Tensor, "b *shape"]:
+    def from_x0(self, x0: Images, x_t: Images, t: PerSample, kind: Kind) -> Images:
         """The network output of the given kind that means ``x0``: the inverse of :meth:`to_x0`.
 
         Raises ``ValueError`` where sigma(t) = 0 unless kind is x0: no noise can be read off a clean image.
