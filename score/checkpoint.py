@@ -1,0 +1,133 @@
+"""Checkpoints of a training run: atomic, verified, never unpickled.
+
+A checkpoint is a folder ``step-000001000`` with each phase's weights (and EMA) as safetensors, optimiser and
+counters as ``torch.save`` of tensors and numbers, the run's config, and a manifest of sha256 sums. It is written
+under a temporary name and renamed, and the last two are kept: a kill at any moment leaves a whole one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from score.training import Phase, unwrap
+
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write a checkpoint of ``step`` finished iterations; call it on the main process only.
+
+    Args:
+        folder: holds this run's checkpoints.
+        step: ``Report.step``.
+        phases: as passed to ``train``.
+        config: JSON-able; :func:`load` refuses another one.
+        keep: checkpoints to keep.
+
+    Raises:
+        FloatingPointError: a weight is not finite; nothing is written.
+
+    """
+    for phase in phases:
+        if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
+            raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
+    final, temporary = folder / f"step-{step:09d}", folder / f".writing-{step:09d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state: dict[str, Any] = {"step": step, "phases": {}}
+    for phase in phases:
+        for name, network in _networks(phase).items():
+            save_model(network, str(temporary / f"{name}.safetensors"))
+        state["phases"][phase.name] = {
+            "optimizer": phase.optimizer.state_dict(),
+            "lr_schedule": phase.lr_schedule.state_dict() if phase.lr_schedule else None,
+            "ema_updates": phase.ema.num_updates if phase.ema else None,
+        }
+    torch.save(state, temporary / "state.pt")
+    (temporary / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(sums, indent=2))
+    _flush_to_disk(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> int:
+    """Restore the newest whole checkpoint into ``phases`` and return its step; 0 if there is none.
+
+    A damaged checkpoint is named in a warning and the one before it used.
+
+    Raises:
+        ValueError: the checkpoint belongs to another config; names the fields that differ.
+
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        damage = _damage(path)
+        if damage:
+            warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=2)
+            continue
+        _check_config(path, config)
+        state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+        for phase in phases:
+            for name, network in _networks(phase).items():
+                load_model(network, str(path / f"{name}.safetensors"))
+            own = state["phases"][phase.name]
+            phase.optimizer.load_state_dict(own["optimizer"])
+            if phase.lr_schedule is not None:
+                phase.lr_schedule.load_state_dict(own["lr_schedule"])
+            if phase.ema is not None:
+                phase.ema.num_updates = own["ema_updates"]
+        return int(state["step"])
+    return 0
+
+
+def _networks(phase: Phase) -> dict[str, nn.Module]:
+    networks = {phase.name: unwrap(phase.network)}
+    return networks if phase.ema is None else {**networks, f"{phase.name}.ema": phase.ema.network}
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest unreadable: {error}"
+    for name, expected in sums.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != expected:
+            return f"{name} has another sha256 than the manifest says"
+    return None
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    saved, wanted = json.loads((path / "config.json").read_text()), json.loads(json.dumps(config, default=str))
+    fields = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if fields:
+        listing = "; ".join(f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in fields)
+        raise ValueError(
+            f"checkpoint {path} belongs to another config ({listing}). Use that config, or another output folder."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_to_disk(folder: Path) -> None:
+    # A rename may reach the disk before the data do; a power cut would then leave a whole name round no data.
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,306 @@
+"""One training loop for every method: phases of one network, one optimiser, one loss each.
+
+The loop is a generator, so that the caller logs, samples, evaluates, saves and stops in a plain ``for`` body.
+Randomness is derived from (seed, step, micro-batch, rank, purpose), never stored: a resumed run draws the same
+numbers, and a checkpoint is weights, optimisers and a step. This file is the only one that imports Accelerate.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from score.randomness import Rng
+
+Batch = Any
+"""Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""
+
+
+class EMA:
+    """An exponential moving average of a network's weights; tick it on that network's own updates only.
+
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run is not an average of its
+    initialisation.
+
+    Args:
+        network: the network to follow; ``ema.network`` is its frozen average.
+        decay: of the average, in [0, 1).
+
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay must lie in [0, 1); got {decay}. 0.999 averages about 1,000 updates.")
+        self.source = unwrap(network)
+        self.network = copy.deepcopy(self.source).eval().requires_grad_(False)
+        self.decay = decay
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the network."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages: list[Tensor] = list(self.network.parameters())
+        values: list[Tensor] = list(self.source.parameters())
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for average, value in zip(self.network.buffers(), self.source.buffers(), strict=True):
+            average.copy_(value)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Phase:
+    """One network that learns: what it minimises and when.
+
+    Attributes:
+        name: prefix of its metrics and of its files in a checkpoint.
+        network: trained by ``optimizer``; every other phase's network is frozen meanwhile.
+        optimizer: over the network's parameters, not prepared by Accelerate.
+        loss: (batch, rng) -> {"loss": scalar, further metrics: scalars}.
+        every: it steps in iterations 0, every, 2 every, ... (two-time-scale updates).
+        ema: ticked after each of its steps.
+        lr_schedule: stepped after each of its steps; not prepared by Accelerate.
+
+    """
+
+    name: str
+    network: nn.Module
+    optimizer: Optimizer
+    loss: Callable[[Batch, Rng], Mapping[str, Tensor]]
+    every: int = 1
+    ema: EMA | None = None
+    lr_schedule: LRScheduler | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one iteration did.
+
+    Attributes:
+        step: iterations done, from 1: the number to log under and to resume from.
+        phases: names of the phases that stepped.
+        metrics: "phase/name" -> scalar tensor of this rank, averaged over micro-batches, on the device.
+
+    """
+
+    step: int
+    phases: tuple[str, ...]
+    metrics: Mapping[str, Tensor]
+
+    def read(self) -> dict[str, float]:
+        """The metrics as numbers; waits for the device once, so not every step on a GPU."""
+        values = torch.stack([value.float() for value in self.metrics.values()]).tolist()
+        return dict(zip(self.metrics, values, strict=True))
+
+
+def train(
+    phases: Sequence[Phase],
+    batches: Callable[[Rng], Batch],
+    accelerator: Accelerator,
+    *,
+    steps: int,
+    start: int = 0,
+    rollout: Callable[[Batch, tuple[str, ...], Rng], Batch] | None = None,
+    accumulate: int = 1,
+    clip_norm: float = math.inf,
+    seed: int = 0,
+    verify_every: int = 500,
+) -> Iterator[Report]:
+    """Run iterations ``start`` to ``steps`` and report each.
+
+    In an iteration every due phase sees the same micro-batches in the order of ``phases`` and all optimisers
+    step at its end, so a sample made by the old student weights serves every phase (DMD2).
+
+    Args:
+        phases: trained together.
+        batches: rng -> batch; see :func:`score.randomness.shuffled`.
+        accelerator: gives device, ranks and autocast. Networks may be wrapped in DDP by ``prepare``; gradients
+            of the others are averaged in one flat all-reduce after the last micro-batch.
+        steps: iterations in all, counted from 0 also when resuming.
+        start: first iteration, from :func:`score.checkpoint.load`.
+        rollout: (batch, names of due phases, rng) -> batch, once a micro-batch: what the phases share.
+        accumulate: micro-batches an iteration.
+        clip_norm: largest gradient norm of each phase.
+        seed: of every random draw.
+        verify_every: iterations between checks that all ranks hold the same weights.
+
+    Raises:
+        ValueError: unusable phases or counts, or a launcher that started separate runs.
+        FloatingPointError: a loss or gradient is not finite, naming step and phase; on a CPU before any weight
+            changes, on a GPU within 50 steps (no host sync each step).
+        RuntimeError: weights differ between ranks.
+
+    """
+    _check(phases, accelerator, steps, accumulate)
+    watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)
+    _broadcast_weights(phases, accelerator)
+    for step in range(start, steps):
+        due = [phase for phase in phases if step % phase.every == 0]
+        names = tuple(phase.name for phase in due)
+        metrics: dict[str, Tensor] = {}
+        for micro in range(accumulate):
+            index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
+            rng = Rng(seed, step, micro, accelerator.process_index, index)
+            with _sync_only_if(micro == accumulate - 1, due, accelerator):
+                batch = batches(rng)
+                if rollout is not None:
+                    with accelerator.autocast():
+                        batch = rollout(batch, names, rng)
+                for phase in due:
+                    losses = _backward(phase, phases, batch, rng, accelerator, 1 / accumulate)
+                    for name, value in losses.items():
+                        key = f"{phase.name}/{name}"
+                        metrics[key] = metrics.get(key, 0) + value.detach() / accumulate
+        for phase in due:
+            _average_gradients(phase, accelerator)
+            norm = torch.nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
+            metrics[f"{phase.name}/grad_norm"] = norm.detach()
+            watch(step, phase.name, metrics)
+            _update(phase)
+        watch.check_if_due(step, last=step == steps - 1)
+        if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
+            _verify_weights(phases, accelerator)
+        yield Report(step + 1, names, metrics)
+
+
+def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumulate: int) -> None:
+    names = [phase.name for phase in phases]
+    if not phases or len(set(names)) != len(names):
+        raise ValueError(f"phases need distinct names; got {names}.")
+    for phase in phases:
+        if phase.every < 1:
+            raise ValueError(f"phase {phase.name!r} needs every >= 1; got {phase.every}. 1 means each iteration.")
+    if steps < 1 or accumulate < 1:
+        raise ValueError(f"steps and accumulate must be at least 1; got {steps} and {accumulate}.")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) counts blocks, "
+            "not phases; "
+            "leave it at 1 and pass accumulate= to train."
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {world} but Accelerate sees {accelerator.num_processes} process(es): each rank would "
+            "train alone. Without a GPU launch with torchrun and set ACCELERATE_USE_CPU=1."
+        )
+
+
+def _backward(
+    phase: Phase, phases: Sequence[Phase], batch: Batch, rng: Rng, accelerator: Accelerator, scale: float
+) -> Mapping[str, Tensor]:
+    with _frozen([other.network for other in phases if other is not phase]):
+        with accelerator.autocast():
+            losses = phase.loss(batch, rng)
+        accelerator.backward(losses["loss"] * scale)
+    return losses
+
+
+@contextmanager
+def _frozen(networks: Sequence[nn.Module]) -> Iterator[None]:
+    # Gradients pass through these networks to their input but not into their weights.
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _sync_only_if(last: bool, due: Sequence[Phase], accelerator: Accelerator) -> Iterator[None]:
+    with ExitStack() as stack:
+        if not last:
+            for phase in due:
+                stack.enter_context(accelerator.no_sync(phase.network))
+        yield
+
+
+def _average_gradients(phase: Phase, accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1 or isinstance(phase.network, DistributedDataParallel):
+        return
+    gradients = [p.grad for p in phase.network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = accelerator.reduce(flat, reduction="mean")
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _update(phase: Phase) -> None:
+    phase.optimizer.step()
+    phase.optimizer.zero_grad(set_to_none=True)
+    if phase.lr_schedule is not None:
+        phase.lr_schedule.step()
+    if phase.ema is not None:
+        phase.ema.update()
+
+
+class _FiniteWatch:
+    # Collects losses and norms as tensors and reads them together: no host sync on the steps between.
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.pending: list[tuple[int, str, dict[str, Tensor]]] = []
+
+    def __call__(self, step: int, phase: str, metrics: Mapping[str, Tensor]) -> None:
+        own = {name: value for name, value in metrics.items() if name.startswith(f"{phase}/")}
+        self.pending.append((step, phase, own))
+        if self.every == 1:
+            self.check()
+
+    def check_if_due(self, step: int, last: bool) -> None:
+        if last or (step + 1) % self.every == 0:
+            self.check()
+
+    def check(self) -> None:
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        judged = [torch.stack([own[f"{phase}/loss"], own[f"{phase}/grad_norm"]]) for _, phase, own in pending]
+        finite = torch.stack(judged).isfinite().all(1).tolist()
+        for (step, phase, own), good in zip(pending, finite, strict=True):
+            if not good:
+                values = ", ".join(f"{name} = {float(value):g}" for name, value in own.items())
+                raise FloatingPointError(
+                    f"loss or gradient of phase {phase!r} is not finite at step {step}: {values}. Resume from the "
+                    "last checkpoint with a lower learning rate, a lower clip_norm or a narrower range of times."
+                )
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside a DDP wrapper, or the network itself."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def _broadcast_weights(phases: Sequence[Phase], accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1:
+        return
+    for phase in phases:
+        networks = [phase.network] + ([phase.ema.network] if phase.ema else [])
+        for network in networks:
+            for tensor in [*network.parameters(), *network.buffers()]:
+                tensor.data.copy_(broadcast(tensor.data))
+
+
+def _verify_weights(phases: Sequence[Phase], accelerator: Accelerator) -> None:
+    for phase in phases:
+        sums = torch.stack([p.detach().double().sum() for p in phase.network.parameters()])
+        every_rank = accelerator.gather(sums).view(accelerator.num_processes, -1)
+        if not bool((every_rank == every_rank[0]).all()):
+            raise RuntimeError(
+                f"weights of phase {phase.name!r} differ between ranks: a gradient was not averaged. Resume from "
+                "the last checkpoint, and report what the loss does."
+            )
