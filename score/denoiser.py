@@ -4,12 +4,13 @@ A network of any prediction kind, a Gaussian mixture, a guided or a ControlNet t
 thing to the methods built on this package: ``denoiser(x_t, t, cond) -> x0``.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from score.schedule import Images, Karras, Kind, PerSample, Schedule, check_kind, check_time, per_sample
 
@@ -41,7 +42,7 @@ class NetworkDenoiser:
 
     """
 
-    network: Callable[..., Any]
+    network: nn.Module
     schedule: Schedule
     kind: Kind = "eps"
     time_scale: float = 1.0
@@ -66,6 +67,11 @@ class NetworkDenoiser:
                 "Split off a variance head before wrapping the network."
             )
         return self.schedule.to_x0(prediction, x_t, t, self.kind), tuple(extras)
+
+    def unwrapped(self) -> "NetworkDenoiser":
+        """The same without a DDP wrapper: for calls that are not part of this network's own training step."""
+        inner = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return replace(self, network=inner)
 
 
 class KarrasPreconditioning(nn.Module):
@@ -92,6 +98,14 @@ class KarrasPreconditioning(nn.Module):
         prediction, extras = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
         x0 = per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * prediction.to(x_t.dtype)
         return x0 if extras is None else (x0, *extras)
+
+    def get_extra_state(self) -> Tensor:
+        """sigma_data, so that weights cannot be loaded beside another one unnoticed."""
+        return torch.tensor(self.sigma_data, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore sigma_data."""
+        self.sigma_data = float(state)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""A network learns: one-step and few-step generators by distribution matching."""

@@ -1,0 +1,82 @@
+"""DMD2's adversarial term: a discriminator on the bottleneck of the fake score (arXiv 2405.14867, section 4.3).
+
+The critic listens to the network while it denoises, so logits and denoised image come from one forward pass.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+
+class Critic(nn.Module):
+    """A network that also returns logits: forward(...) -> (prediction, logits).
+
+    Args:
+        network: predicts as before; a network that returns a tuple keeps its first item.
+        bottleneck: name of the submodule whose output the head reads, such as "mid_block" in a diffusers UNet.
+        head: bottleneck features -> (b,) logits; :func:`discriminator_head`.
+
+    """
+
+    def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
+        super().__init__()
+        names = [name for name, _ in network.named_modules() if name]
+        if bottleneck not in names:
+            raise ValueError(f"the network has no submodule {bottleneck!r}; it has {', '.join(names[:12])}, ...")
+        self.network, self.bottleneck, self.head = network, bottleneck, head
+
+    def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:
+        """The network's prediction and (b,) logits, positive for real."""
+        kept: list[Tensor] = []
+        # Hooked per call: a hook that stays would not survive copy.deepcopy or a wrapped network.
+        hook = self.network.get_submodule(self.bottleneck).register_forward_hook(
+            lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
+        )
+        try:
+            output = self.network(*args, **cond)
+        finally:
+            hook.remove()
+        return output if isinstance(output, Tensor) else output[0], self.head(kept[0])
+
+
+def discriminator_head(channels: int, size: int = 1) -> nn.Module:
+    """Logits from bottleneck features: DMD2's stack of strided 4 x 4 convolutions, or an MLP for vectors.
+
+    Args:
+        channels: of the features, (b, channels) or (b, channels, size, size).
+        size: height and width; 1 means features without space.
+
+    """
+    if size == 1:
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 128),
+            nn.SiLU(),
+            nn.Linear(128, 1),
+            nn.Flatten(0),
+        )
+    layers: list[nn.Module] = []
+    while size >= 4:
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(1, channels), nn.SiLU()]
+        size //= 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(0))
+
+
+def critic_loss(real: Float[Tensor, " b"], fake: Float[Tensor, " b"]) -> Tensor:
+    """Non-saturating discriminator loss: softplus(-D(real)) + softplus(D(fake)), averaged."""
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def generator_loss(fake: Float[Tensor, " b"]) -> Tensor:
+    """Non-saturating generator loss: softplus(-D(fake)), averaged."""
+    return softplus(-fake).mean()
+
+
+@torch.no_grad()
+def critic_accuracy(real: Float[Tensor, " b"], fake: Float[Tensor, " b"]) -> Tensor:
+    """Share of logits on the right side; 0.5 means that the critic cannot tell."""
+    return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2

@@ -1,0 +1,221 @@
+"""Distribution matching distillation: DMD (Yin et al. 2023, arXiv 2311.18828) and DMD2 (arXiv 2405.14867).
+
+A student G maps noise to an image. Its images, noised to any t, are pushed along the difference of two scores:
+the frozen teacher's of real images, and a fake score that is trained on the student's own images all along. That
+is the gradient of KL(p_fake || p_real).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from distill.adversarial import critic_accuracy, critic_loss, generator_loss
+from distill.regression import Regression
+from distill.student import Student
+from score.denoiser import Cond, Denoiser, NetworkDenoiser
+from score.gradient import (
+    ScoreDistillation,
+    TimeWeight,
+    Weight,
+    inject,
+    prediction_weight,
+    standard_normal,
+    weighted_error,
+)
+from score.randomness import Rng
+from score.schedule import Images, Schedule, per_sample
+from score.times import TimeSampler, uniform
+from score.training import EMA, Phase
+
+
+def dmd_weight(alpha_in_gradient: bool = False, eps: float = 1e-6) -> Weight:
+    """1 / mean |x0 - target| of each sample (arXiv 2311.18828, Eq. 8, after the weight cancels sigma^2 / alpha).
+
+    Args:
+        alpha_in_gradient: keep the factor alpha(t) of the paper's Eq. 7, which the official code drops. They
+            agree for EDM, where alpha is 1.
+        eps: smallest divisor, in image units.
+
+    """
+
+    def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+        distance = (x0 - target).abs().flatten(1).mean(1).clamp(min=eps)
+        scale = schedule.alpha(t) if alpha_in_gradient else torch.ones_like(t)
+        return per_sample(scale.to(distance) / distance, x0)
+
+    return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAN:
+    """DMD2's adversarial term; the batch then needs real images under "real", with the batch's conditions.
+
+    Attributes:
+        generator_weight: of the student's term (3e-3 on ImageNet-64, 1e-3 on SD 1.5, 5e-3 on SDXL). Tied to
+            resolution and channels, since the DMD term is a mean over pixels.
+        critic_weight: of the critic's loss beside the fake score's (1e-2).
+        times: of the noise the student's images are shown with.
+
+    """
+
+    generator_weight: float = 3e-3
+    critic_weight: float = 1e-2
+    times: TimeSampler = uniform(0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DMD:
+    """DMD2 with every part a switch; the batch is {"cond": Cond} and, for the GAN, "real": images.
+
+    Cost of one cycle of ``student_every`` = 5 iterations in network forwards F (a backward is 2F): student 4 + 3,
+    fake score 5 x 3, one teacher and one fake call for the gradient (two F for a guided teacher): 24 F.
+
+    Args:
+        teacher: frozen, guided as wished; only the target is guided, never the fake score.
+        student: initialised from the teacher.
+        fake: initialised from the teacher; with ``gan`` its network is a :class:`distill.adversarial.Critic`.
+        shape: of one image.
+        times: of the student's gradient; DMD draws 0.02 to 0.98 of the timesteps.
+        fake_times: of the fake score's training; the full range.
+        fake_weight: of the fake score's loss, by default that of its prediction kind.
+        student_every: fake-score updates per student update: the fake score learns in every iteration, the
+            student in every fifth from the same sample (two-time-scale update, arXiv 2405.14867, section 4.2).
+        weight: of the gradient; :func:`dmd_weight`.
+        gradient_weight: of the distribution matching term.
+        gan: the adversarial term, or None.
+        regression: teacher pairs (DMD's own term), or None.
+
+    """
+
+    teacher: Denoiser
+    student: Student
+    fake: NetworkDenoiser
+    shape: tuple[int, ...]
+    times: TimeSampler = uniform(0.02, 0.98)
+    fake_times: TimeSampler = uniform(0.0, 1.0)
+    fake_weight: TimeWeight | None = None
+    student_every: int = 5
+    weight: Weight = dmd_weight()
+    gradient_weight: float = 1.0
+    gan: GAN | None = None
+    regression: Regression | None = None
+
+    def __post_init__(self) -> None:
+        if self.student_every < 1:
+            raise ValueError(
+                f"student_every must be at least 1; got {self.student_every}. 5 means five fake-score updates for "
+                "each student update."
+            )
+
+    @property
+    def distillation(self) -> ScoreDistillation:
+        """The gradient: weight * (fake - teacher)."""
+        return ScoreDistillation(
+            teacher=self.teacher, baseline=self.fake.unwrapped(), times=self.times, weight=self.weight
+        )
+
+    @torch.no_grad()
+    def check(self, cond: Cond) -> None:
+        """Try every network on the conditions of one batch, before any work starts.
+
+        Raises:
+            ValueError: teacher, student and fake score do not agree on shapes, schedules or conditions.
+
+        """
+        batch = {"cond": cond}
+        x0 = self.rollout(batch, (), Rng(0, 0))["x0"]
+        if tuple(x0.shape[1:]) != self.shape:
+            raise ValueError(f"the student must return images of shape {self.shape}; got {tuple(x0.shape[1:])}.")
+        self.distillation.gradient(x0, cond, generator=Rng(0, 0)("check"))
+        if self.gan is not None:
+            t = self.gan.times(len(x0), self.fake.schedule, Rng(0, 0)("check")).to(x0.device)
+            if not self.fake.unwrapped().with_extras(x0, t, cond)[1]:
+                raise ValueError(
+                    "the GAN term needs a fake score whose network is a Critic; it returns no logits."
+                )
+
+    def rollout(self, batch: Mapping[str, Any], due: tuple[str, ...], rng: Rng) -> dict[str, Any]:
+        """Add the student's images "x0", with gradient if the student is due.
+
+        A few-step student stops at a step drawn in common by all ranks, so that none waits for another.
+        """
+        learns = "student" in due
+        student = self.student if learns else self.student.unwrapped()
+        size = _batch_size(batch)
+        device = next(student.denoiser.network.parameters()).device
+        noise = torch.randn(size, *self.shape, generator=rng("noise")).to(device)
+        steps = int(torch.randint(1, student.num_steps + 1, (1,), generator=rng.shared("steps")))
+        with torch.set_grad_enabled(learns):
+            x0 = student.simulate(noise, batch["cond"], steps=steps, generator=rng("simulation"))
+        return {**batch, "x0": x0}
+
+    def student_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
+        """Distribution matching, and the adversarial and regression terms that are switched on."""
+        x0, cond = batch["x0"], batch["cond"]
+        gradient = self.distillation.gradient(x0, cond, generator=rng("gradient"))
+        loss = self.gradient_weight * inject(x0, gradient.value) / x0.numel()
+        metrics = {**gradient.metrics, "x0_mean": x0.mean(), "x0_std": x0.std()}
+        if self.gan is not None:
+            logits = self._logits(x0, cond, self.gan.times, rng)
+            metrics["adversarial"] = generator_loss(logits)
+            loss = loss + self.gan.generator_weight * metrics["adversarial"]
+        if self.regression is not None:
+            metrics["regression"] = self.regression.loss(self.student, rng)
+            loss = loss + self.regression.weight * metrics["regression"]
+        return {"loss": loss, **metrics}
+
+    def fake_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
+        """Denoising of the student's images, and the critic's loss from the same forward pass."""
+        x0, cond = batch["x0"].detach(), batch["cond"]
+        images = x0 if self.gan is None else torch.cat([x0, batch["real"]])
+        if self.gan is not None:
+            cond = {name: torch.cat([value, value]) for name, value in cond.items()}
+        schedule, generator = self.fake.schedule, rng("fake")
+        t = self.fake_times(len(images), schedule, generator).to(images.device)
+        x_t = schedule.diffuse(images, standard_normal(images, cond, t, generator), t)
+        prediction, extras = self.fake.with_extras(x_t, t, cond)
+        n = len(x0)
+        weight = self.fake_weight or prediction_weight(self.fake.kind)
+        denoising = weighted_error(prediction[:n], x0, t[:n], schedule, weight).mean()
+        if self.gan is None:
+            return {"loss": denoising, "denoising": denoising}
+        fake_logits, real_logits = extras[0][:n], extras[0][n:]
+        critic = critic_loss(real_logits, fake_logits)
+        accuracy = critic_accuracy(real_logits, fake_logits)
+        loss = denoising + self.gan.critic_weight * critic
+        return {"loss": loss, "denoising": denoising, "critic": critic, "critic_accuracy": accuracy}
+
+    def phases(
+        self, student_optimizer: Optimizer, fake_optimizer: Optimizer, *, student_ema: EMA | None = None,
+        student_lr: LRScheduler | None = None, fake_lr: LRScheduler | None = None,
+    ) -> list[Phase]:  # fmt: skip
+        """The two phases in DMD2's order for :func:`score.training.train`, beside ``rollout=dmd.rollout``.
+
+        The student first, then the fake score on the same images of the old student.
+        """
+        student = Phase(
+            name="student", network=self.student.denoiser.network, optimizer=student_optimizer,
+            loss=self.student_loss, every=self.student_every, ema=student_ema, lr_schedule=student_lr,
+        )  # fmt: skip
+        fake = Phase(
+            name="fake", network=self.fake.network, optimizer=fake_optimizer,
+            loss=self.fake_loss, lr_schedule=fake_lr,
+        )  # fmt: skip
+        return [student, fake]
+
+    def _logits(self, x0: Images, cond: Cond, times: TimeSampler, rng: Rng) -> Tensor:
+        schedule, generator = self.fake.schedule, rng("adversarial")
+        t = times(len(x0), schedule, generator).to(x0.device)
+        x_t = schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)
+        logits: Tensor = self.fake.unwrapped().with_extras(x_t, t, cond)[1][0]
+        return logits
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    # Unconditional batches have no condition to count; they say their size.
+    return int(batch["size"]) if "size" in batch else len(next(iter(batch["cond"].values())))

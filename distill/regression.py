@@ -1,0 +1,178 @@
+"""Regression on teacher pairs: DMD's second term and a good start for any student (arXiv 2311.18828, section 3.3).
+
+A pair is a noise and the image that the deterministic teacher makes of it. Item i of a set depends on the seed and
+i alone, so ranks and restarts can split the work in any way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.student import Student
+from score.denoiser import Cond, Denoiser
+from score.randomness import Rng, derived_generator, shuffled
+from score.sampling import Step, initial_noise, sample
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(images, targets) -> (b,) distance of each pair."""
+
+
+def squared_error(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each sample."""
+    return (images - targets).square().flatten(1).mean(1)
+
+
+def pseudo_huber(c: float = 0.03) -> Distance:
+    """sqrt(mean squared error + c^2) - c of each sample: L2 near zero, robust to pairs that cannot be matched.
+
+    The form of arXiv 2310.14189 (section 3.3) per pixel, with c in image units.
+    """
+
+    def distance(images: Tensor, targets: Tensor) -> Tensor:
+        return (squared_error(images, targets) + c**2).sqrt() - c
+
+    return distance
+
+
+def lpips(weights: Path, size: int = 224) -> Distance:
+    """LPIPS with VGG-16 (Zhang et al. 2018), DMD's distance; images are resized to ``size`` and RGB.
+
+    Args:
+        weights: torchvision's ``vgg16`` state dict as safetensors; nothing is downloaded.
+        size: DMD upsamples to 224.
+
+    Raises:
+        ValueError: no such file, or weights of another network.
+
+    """
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        raise ValueError(f"LPIPS needs torchvision's vgg16 weights as a .safetensors file; got {weights}.")
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    network = _LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval().requires_grad_(False)
+    state, own = load_file(str(weights)), network.net.state_dict()
+    # torchmetrics cuts vgg16.features into slices that keep the numbers: slice2.5.weight is features.5.weight.
+    wanted = {name: "features." + name.split(".", 1)[1] for name in own}
+    wrong = [
+        theirs for name, theirs in wanted.items() if theirs not in state or state[theirs].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{weights} is not torchvision's vgg16: {', '.join(wrong[:4])} missing or of another shape."
+        )
+    network.net.load_state_dict({name: state[theirs] for name, theirs in wanted.items()})
+
+    def distance(images: Tensor, targets: Tensor) -> Tensor:
+        network.to(images.device)
+        rgb = [x.float().expand(-1, 3, -1, -1) for x in (images, targets)]
+        large = [torch.nn.functional.interpolate(x, (size, size), mode="bilinear") for x in rgb]
+        result: Tensor = network(*large).flatten()
+        return result
+
+    return distance
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noise, what the teacher makes of it, and under which conditions.
+
+    Attributes:
+        noise: (n, *shape) standard normal, not yet scaled to a schedule.
+        x0: (n, *shape) the teacher's images.
+        cond: conditions, batch n.
+
+    """
+
+    noise: Float[Tensor, "n *shape"]
+    x0: Float[Tensor, "n *shape"]
+    cond: Cond
+
+    def save(self, path: Path) -> None:
+        """Write one shard as safetensors, under a temporary name first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".writing-{path.name}")
+        tensors = {"noise": self.noise, "x0": self.x0, **{f"cond.{k}": v for k, v in self.cond.items()}}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
+        temporary.rename(path)
+
+    @classmethod
+    def load(cls, paths: Sequence[Path]) -> "Pairs":
+        """Join shards. Raises ``ValueError`` if there are none, or if their keys differ."""
+        shards = [load_file(str(path)) for path in paths]
+        if not shards or any(shard.keys() != shards[0].keys() for shard in shards):
+            raise ValueError(f"need shards of one set of teacher pairs; got {[str(path) for path in paths]}.")
+        joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+        cond = {name.removeprefix("cond."): value for name, value in joined.items() if name.startswith("cond.")}
+        return cls(joined["noise"], joined["x0"], cond)
+
+
+@torch.no_grad()
+def make_pairs(
+    teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, step: Step | None = None, seed: int = 0,
+    rank: int = 0, num_ranks: int = 1, batch: int = 256, device: torch.device | str = "cpu",
+) -> Pairs:  # fmt: skip
+    """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
+
+    Args:
+        teacher: guided as its student should be.
+        cond: conditions of the *whole* set, batch n.
+        shape: of one image.
+        times: sampling grid; DMD uses 18 (CIFAR-10) to 256 (ImageNet) Heun steps, 50 PNDM steps for SD 1.5.
+        step: a deterministic step, :func:`score.sampling.ddim` () by default.
+        seed: of the set; item i depends on (seed, i) alone.
+        rank: this shard.
+        num_ranks: number of shards.
+        batch: images at a time.
+        device: where to compute; the pairs come back to the CPU.
+
+    """
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must lie in [0, {num_ranks - 1}]; got {rank}.")
+    items = torch.arange(rank, len(next(iter(cond.values()))), num_ranks)
+    noises, images = [], []
+    for part in tqdm(items.split(batch), desc="teacher pairs", leave=False):
+        noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])
+        own = {name: value[part].to(device) for name, value in cond.items()}
+        x_t = initial_noise(teacher.schedule, noise.to(device), float(times[0]))
+        images.append(sample(teacher, x_t, own, times=times, step=step).cpu())
+        noises.append(noise)
+    return Pairs(torch.cat(noises), torch.cat(images), {name: value[items] for name, value in cond.items()})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Regression:
+    """The distance of a one-step student's images from its teacher's, for the same noise and condition.
+
+    Attributes:
+        pairs: of the teacher.
+        weight: beside the distribution matching term (DMD: 0.25 with LPIPS).
+        distance: :func:`squared_error`, :func:`pseudo_huber` or :func:`lpips`.
+        batch: pairs a step.
+
+    """
+
+    pairs: Pairs
+    weight: float = 0.25
+    distance: Distance = squared_error
+    batch: int = 256
+
+    def loss(self, student: Student, rng: Rng) -> Tensor:
+        """Mean distance over a batch of pairs, with gradient to the student.
+
+        Raises ``ValueError`` for a few-step student, whose images are not functions of the first noise alone.
+        """
+        if student.num_steps != 1:
+            raise ValueError(
+                f"regression on pairs needs a one-step student; this one takes {student.num_steps} steps."
+            )
+        device = next(student.denoiser.network.parameters()).device
+        chosen = shuffled(len(self.pairs.noise), self.batch, rng)
+        noise, x0 = self.pairs.noise[chosen].to(device), self.pairs.x0[chosen].to(device)
+        cond = {name: value[chosen].to(device) for name, value in self.pairs.cond.items()}
+        return self.distance(student.simulate(noise, cond, steps=1), x0).mean()
