@@ -18,7 +18,6 @@ class Critic(nn.Module):
         network: predicts as before; a network that returns a tuple keeps its first item.
         bottleneck: name of the submodule whose output the head reads, such as "mid_block" in a diffusers UNet.
         head: bottleneck features -> (b,) logits; :func:`discriminator_head`.
-
     """
 
     def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
@@ -48,7 +47,6 @@ def discriminator_head(channels: int, size: int = 1) -> nn.Module:
     Args:
         channels: of the features, (b, channels) or (b, channels, size, size).
         size: height and width; 1 means features without space.
-
     """
     if size == 1:
         return nn.Sequential(

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill.adversarial import critic_accuracy, critic_loss, generator_loss
 from distill.regression import Regression
 from distill.student import Student
-from score.denoiser import Cond, Denoiser, NetworkDenoiser
+from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
 from score.gradient import (
     ScoreDistillation,
+    ScoreGradient,
     TimeWeight,
     Weight,
     inject,
@@ -40,7 +41,6 @@ def dmd_weight(alpha_in_gradient: bool = False, eps: float = 1e-6) -> Weight:
         alpha_in_gradient: keep the factor alpha(t) of the paper's Eq. 7, which the official code drops. They
             agree for EDM, where alpha is 1.
         eps: smallest divisor, in image units.
-
     """
 
     def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
@@ -60,7 +60,6 @@ class GAN:
             resolution and channels, since the DMD term is a mean over pixels.
         critic_weight: of the critic's loss beside the fake score's (1e-2).
         times: of the noise the student's images are shown with.
-
     """
 
     generator_weight: float = 3e-3
@@ -70,7 +69,9 @@ class GAN:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DMD:
-    """DMD2 with every part a switch; the batch is {"cond": Cond} and, for the GAN, "real": images.
+    """DMD2 with every part a switch.
+
+    A batch is {"cond": Cond}, with "size" if there are no conditions, and with "real" images for the GAN.
 
     Cost of one cycle of ``student_every`` = 5 iterations in network forwards F (a backward is 2F): student 4 + 3,
     fake score 5 x 3, one teacher and one fake call for the gradient (two F for a guided teacher): 24 F.
@@ -83,13 +84,15 @@ class DMD:
         times: of the student's gradient; DMD draws 0.02 to 0.98 of the timesteps.
         fake_times: of the fake score's training; the full range.
         fake_weight: of the fake score's loss, by default that of its prediction kind.
+        step_key: keyword by which the fake network is told which step of a few-step student made an image, counted
+            from 0. Without it, as in DMD2, only the average over the steps is matched to the teacher: the steps
+            drift apart and the last one, which people look at, loses modes (measured in LOG.md).
         student_every: fake-score updates per student update: the fake score learns in every iteration, the
             student in every fifth from the same sample (two-time-scale update, arXiv 2405.14867, section 4.2).
         weight: of the gradient; :func:`dmd_weight`.
         gradient_weight: of the distribution matching term.
         gan: the adversarial term, or None.
         regression: teacher pairs (DMD's own term), or None.
-
     """
 
     teacher: Denoiser
@@ -99,6 +102,7 @@ class DMD:
     times: TimeSampler = uniform(0.02, 0.98)
     fake_times: TimeSampler = uniform(0.0, 1.0)
     fake_weight: TimeWeight | None = None
+    step_key: str | None = None
     student_every: int = 5
     weight: Weight = dmd_weight()
     gradient_weight: float = 1.0
@@ -112,35 +116,33 @@ class DMD:
                 "each student update."
             )
 
-    @property
-    def distillation(self) -> ScoreDistillation:
-        """The gradient: weight * (fake - teacher)."""
-        return ScoreDistillation(
-            teacher=self.teacher, baseline=self.fake.unwrapped(), times=self.times, weight=self.weight
-        )
+    def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
+        """Weight * (fake - teacher) at one draw of t and noise; ``fake_cond`` adds to or overrides ``cond``."""
+        baseline = Conditioned(self.fake.unwrapped(), fake_cond)
+        method = ScoreDistillation(teacher=self.teacher, baseline=baseline, times=self.times, weight=self.weight)
+        return method.gradient(x0, cond, generator=generator)
 
     @torch.no_grad()
-    def check(self, cond: Cond) -> None:
-        """Try every network on the conditions of one batch, before any work starts.
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Try every network on one batch, before any work starts.
 
         Raises:
             ValueError: teacher, student and fake score do not agree on shapes, schedules or conditions.
-
         """
-        batch = {"cond": cond}
-        x0 = self.rollout(batch, (), Rng(0, 0))["x0"]
+        batch = self.rollout(batch, (), Rng(0, 0))
+        x0 = batch["x0"]
         if tuple(x0.shape[1:]) != self.shape:
             raise ValueError(f"the student must return images of shape {self.shape}; got {tuple(x0.shape[1:])}.")
-        self.distillation.gradient(x0, cond, generator=Rng(0, 0)("check"))
+        self.gradient(x0, batch["cond"], batch["fake_cond"], generator=Rng(0, 0)("check"))
         if self.gan is not None:
             t = self.gan.times(len(x0), self.fake.schedule, Rng(0, 0)("check")).to(x0.device)
-            if not self.fake.unwrapped().with_extras(x0, t, cond)[1]:
+            if not self.fake.unwrapped().with_extras(x0, t, {**batch["cond"], **batch["fake_cond"]})[1]:
                 raise ValueError(
                     "the GAN term needs a fake score whose network is a Critic; it returns no logits."
                 )
 
     def rollout(self, batch: Mapping[str, Any], due: tuple[str, ...], rng: Rng) -> dict[str, Any]:
-        """Add the student's images "x0", with gradient if the student is due.
+        """Add the student's images "x0", with gradient if the student is due, and "fake_cond".
 
         A few-step student stops at a step drawn in common by all ranks, so that none waits for another.
         """
@@ -152,16 +154,17 @@ class DMD:
         steps = int(torch.randint(1, student.num_steps + 1, (1,), generator=rng.shared("steps")))
         with torch.set_grad_enabled(learns):
             x0 = student.simulate(noise, batch["cond"], steps=steps, generator=rng("simulation"))
-        return {**batch, "x0": x0}
+        step = torch.full((size,), steps - 1, device=device)
+        return {**batch, "x0": x0, "fake_cond": {self.step_key: step} if self.step_key else {}}
 
     def student_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
         """Distribution matching, and the adversarial and regression terms that are switched on."""
         x0, cond = batch["x0"], batch["cond"]
-        gradient = self.distillation.gradient(x0, cond, generator=rng("gradient"))
+        gradient = self.gradient(x0, cond, batch["fake_cond"], generator=rng("gradient"))
         loss = self.gradient_weight * inject(x0, gradient.value) / x0.numel()
         metrics = {**gradient.metrics, "x0_mean": x0.mean(), "x0_std": x0.std()}
         if self.gan is not None:
-            logits = self._logits(x0, cond, self.gan.times, rng)
+            logits = self._logits(x0, {**cond, **batch["fake_cond"]}, self.gan.times, rng)
             metrics["adversarial"] = generator_loss(logits)
             loss = loss + self.gan.generator_weight * metrics["adversarial"]
         if self.regression is not None:
@@ -171,7 +174,7 @@ class DMD:
 
     def fake_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
         """Denoising of the student's images, and the critic's loss from the same forward pass."""
-        x0, cond = batch["x0"].detach(), batch["cond"]
+        x0, cond = batch["x0"].detach(), {**batch["cond"], **batch["fake_cond"]}
         images = x0 if self.gan is None else torch.cat([x0, batch["real"]])
         if self.gan is not None:
             cond = {name: torch.cat([value, value]) for name, value in cond.items()}

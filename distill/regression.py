@@ -49,7 +49,6 @@ def lpips(weights: Path, size: int = 224) -> Distance:
 
     Raises:
         ValueError: no such file, or weights of another network.
-
     """
     if weights.suffix != ".safetensors" or not weights.is_file():
         raise ValueError(f"LPIPS needs torchvision's vgg16 weights as a .safetensors file; got {weights}.")
@@ -86,7 +85,6 @@ class Pairs:
         noise: (n, *shape) standard normal, not yet scaled to a schedule.
         x0: (n, *shape) the teacher's images.
         cond: conditions, batch n.
-
     """
 
     noise: Float[Tensor, "n *shape"]
@@ -130,7 +128,6 @@ def make_pairs(
         num_ranks: number of shards.
         batch: images at a time.
         device: where to compute; the pairs come back to the CPU.
-
     """
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must lie in [0, {num_ranks - 1}]; got {rank}.")
@@ -154,7 +151,6 @@ class Regression:
         weight: beside the distribution matching term (DMD: 0.25 with LPIPS).
         distance: :func:`squared_error`, :func:`pseudo_huber` or :func:`lpips`.
         batch: pairs a step.
-
     """
 
     pairs: Pairs

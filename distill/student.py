@@ -4,24 +4,21 @@ A distilled network sampled at another timestep or by another sampler gives poor
 :class:`Student` is a network *and* its schedule, prediction kind and conditioning times, also on disk.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Generator, nn
 
 from score.denoiser import Cond, NetworkDenoiser
 from score.sampling import initial_noise
-from score.schedule import Images, Karras, Kind, RectifiedFlow, Schedule, VariancePreserving
+from score.schedule import Images, Schedule
+from score.storage import load_denoiser, read_facts, save_denoiser
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
+TIMES = "conditioning_times"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +31,6 @@ class Student:
     Args:
         denoiser: the network on its schedule.
         times: conditioning times, noisiest first; one per step. One-step students are usually asked at t_max.
-
     """
 
     denoiser: NetworkDenoiser
@@ -88,32 +84,15 @@ def even_times(schedule: Schedule, num_steps: int) -> tuple[float, ...]:
     return tuple(schedule.at(fractions).tolist())
 
 
-def save_student(student: Student, folder: Path, extra: Mapping[str, Any] | None = None) -> Path:
+def save_student(student: Student, folder: Path, facts: Mapping[str, Any] | None = None) -> Path:
     """Write weights, schedule, prediction kind and conditioning times; load with :func:`load_student`.
 
     Args:
         student: its network may be wrapped in DDP.
-        folder: replaced as a whole, atomically.
-        extra: JSON-able facts to keep beside, such as the network's constructor arguments.
-
+        folder: replaced as a whole.
+        facts: JSON-able facts to keep beside, such as the network's constructor arguments.
     """
-    inner = student.unwrapped().denoiser
-    description = {
-        "format": "scorefield-student-1",
-        "schedule": describe_schedule(inner.schedule),
-        "kind": inner.kind,
-        "time_scale": inner.time_scale,
-        "times": list(student.times),
-        "extra": dict(extra or {}),
-    }
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(inner.network, str(temporary / WEIGHTS))
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    return folder
+    return save_denoiser(student.unwrapped().denoiser, folder, {**(facts or {}), TIMES: list(student.times)})
 
 
 def load_student(folder: Path, network: nn.Module) -> Student:
@@ -121,57 +100,12 @@ def load_student(folder: Path, network: nn.Module) -> Student:
 
     Args:
         folder: written by :func:`save_student`.
-        network: built like the saved one; ``student.json`` holds its arguments under "extra" if they were given.
+        network: built like the saved one; :func:`score.storage.read_facts` tells how, if it was told.
 
     Raises:
         ValueError: not a student folder, or weights that do not fit the network.
-
     """
-    description = read_description(folder)
-    try:
-        load_model(network, str(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
-    denoiser = NetworkDenoiser(
-        network.eval(), restore_schedule(description["schedule"]), description["kind"], description["time_scale"]
-    )
-    return Student(denoiser, tuple(description["times"]))
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The checked contents of ``student.json``. Raises ``ValueError`` if there is none or it is not one."""
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a student folder: no readable {DESCRIPTION} ({error}).") from error
-    missing = {"format", "schedule", "kind", "time_scale", "times"} - description.keys()
-    if missing or description["kind"] not in get_args(Kind):
-        raise ValueError(f"{folder / DESCRIPTION} lacks {sorted(missing)} or names an unknown kind.")
-    return cast(dict[str, Any], description)
-
-
-def describe_schedule(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as JSON; :func:`restore_schedule` is the inverse."""
-    if isinstance(schedule, VariancePreserving):
-        numbers = schedule.alphas_cumprod.tolist()
-        return {"family": "VariancePreserving", "alphas_cumprod": numbers, "integer": schedule.integer}
-    if isinstance(schedule, Karras | RectifiedFlow):
-        return {"family": type(schedule).__name__, **asdict(schedule)}
-    raise ValueError(
-        f"cannot store a {type(schedule).__name__}; expected Karras, RectifiedFlow, VariancePreserving."
-    )
-
-
-def restore_schedule(description: Mapping[str, Any]) -> Schedule:
-    """The schedule that :func:`describe_schedule` wrote."""
-    arguments = {name: value for name, value in description.items() if name != "family"}
-    match description["family"]:
-        case "Karras":
-            return Karras(**arguments)
-        case "RectifiedFlow":
-            return RectifiedFlow(**arguments)
-        case "VariancePreserving":
-            table = torch.tensor(arguments["alphas_cumprod"], dtype=torch.float64)
-            return VariancePreserving(table, integer=arguments["integer"])
-        case family:
-            raise ValueError(f"unknown schedule {family!r}; expected Karras, RectifiedFlow or VariancePreserving.")
+    times = read_facts(folder).get(TIMES)
+    if times is None:
+        raise ValueError(f"{folder} holds a denoiser but no {TIMES!r}: a teacher, not a student.")
+    return Student(load_denoiser(folder, network), tuple(times))

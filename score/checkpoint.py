@@ -35,7 +35,6 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
-
     """
     for phase in phases:
         if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
@@ -71,7 +70,6 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> in
 
     Raises:
         ValueError: the checkpoint belongs to another config; names the fields that differ.
-
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         damage = _damage(path)

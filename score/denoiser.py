@@ -39,7 +39,6 @@ class NetworkDenoiser:
         schedule: the forward process the network was trained on.
         kind: what the network predicts: x0, eps, v or flow.
         time_scale: 1000 for flow networks that were trained on t in [0, 1000], such as SD3.
-
     """
 
     network: nn.Module
@@ -82,7 +81,6 @@ class KarrasPreconditioning(nn.Module):
     Args:
         network: called as ``network(c_in x_t, c_noise, **cond)`` with c_noise = log(sigma) / 4.
         sigma_data: standard deviation of the data.
-
     """
 
     def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
@@ -158,7 +156,10 @@ def _check_ratio(inner: Schedule, ratio: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Conditioned:
-    """A denoiser with its conditioning fixed, whatever it is called with (an unconditional baseline)."""
+    """A denoiser with some of its conditions fixed, whatever it is called with.
+
+    The null label makes an unconditional baseline of a conditional teacher.
+    """
 
     denoiser: Denoiser
     cond: Cond
@@ -169,9 +170,8 @@ class Conditioned:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The inner denoiser under the fixed conditioning, expanded to the batch."""
-        del cond
-        return self.denoiser(x_t, t, expand_cond(self.cond, len(x_t)))
+        """The inner denoiser under ``cond``, overridden by the fixed conditions expanded to the batch."""
+        return self.denoiser(x_t, t, {**cond, **expand_cond(self.cond, len(x_t))})
 
 
 def expand_cond(cond: Cond, batch: int) -> Cond:

@@ -25,7 +25,6 @@ class GaussianMixture:
         schedule: the forward process.
         labels: (k,) the class of each component, or None. ``cond["class_labels"]`` then selects
             components; the number of classes, or no cond at all, selects all.
-
     """
 
     means: Float[Tensor, "k *shape"]
@@ -101,7 +100,6 @@ class EmpiricalDistribution:
         schedule: the forward process.
         labels: (n,) classes, or None; ``cond["class_labels"]`` selects as in :class:`GaussianMixture`.
         chunk: images visited at a time; memory is batch x chunk numbers, so 60,000 images fit anywhere.
-
     """
 
     images: Float[Tensor, "n *shape"]

@@ -63,7 +63,6 @@ class ScoreGradient:
     Attributes:
         value: the shape of x0; descend along it.
         metrics: scalar tensors, never read on the way (no host sync).
-
     """
 
     value: Images
@@ -80,7 +79,6 @@ class ScoreDistillation:
         times: how t is drawn.
         weight: of the difference; see :func:`ratio_weight`, :func:`noise_weight`, ``distill.dmd.dmd_weight``.
         noise: how the noise is drawn; SDI replaces this one by inversion.
-
     """
 
     teacher: Denoiser

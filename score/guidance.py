@@ -47,6 +47,5 @@ def guided(denoiser: Denoiser, scale: float, negative: Cond) -> Denoiser:
 
     Returns:
         ``denoiser`` itself at scale 1.
-
     """
     return denoiser if scale == 1 else Guided(denoiser, scale, negative)

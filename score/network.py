@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from score.schedule import Images, PerSample
 
+Labels = Int[Tensor, " b"]
+
 
 class ResidualMLP(nn.Module):
     """Predicts a tensor of the shape of its input from that input, a time and an optional class.
@@ -18,18 +20,18 @@ class ResidualMLP(nn.Module):
     Args:
         shape: of one sample, for example (2,) or (1, 8, 8).
         num_classes: number of classes; label ``num_classes`` is the null class. 0 means unconditional.
+        num_steps: number of student steps it can be told apart by ``step``; its embedding starts at zero.
         width: of the hidden layer.
         depth: number of blocks; ``bottleneck`` is the middle one, where a critic may listen.
         embedding: width of the embedding of time and class, even.
         dropout: in each block, while training.
-
     """
 
     frequencies: Tensor
 
     def __init__(
         self, shape: Sequence[int], num_classes: int = 0, width: int = 512, depth: int = 6, embedding: int = 128,
-        dropout: float = 0.0,
+        num_steps: int = 0, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if depth < 1 or width < 1 or embedding % 2:
@@ -40,6 +42,9 @@ class ResidualMLP(nn.Module):
         self.register_buffer("frequencies", torch.logspace(0, 5, 16, base=2))
         self.time = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.step = nn.Embedding(num_steps, embedding) if num_steps else None
+        if self.step is not None:
+            nn.init.zeros_(self.step.weight)
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_Block(width, embedding, dropout) for _ in range(depth))
         last = nn.Linear(width, size)
@@ -53,7 +58,7 @@ class ResidualMLP(nn.Module):
         return f"blocks.{(len(self.blocks) - 1) // 2}"
 
     def forward(
-        self, x_t: Images, t: PerSample, class_labels: Int[Tensor, " b"] | None = None
+        self, x_t: Images, t: PerSample, class_labels: Labels | None = None, step: Labels | None = None
     ) -> Float[Tensor, "b *shape"]:
         """The prediction, shape of x_t. Raises ``ValueError`` for another shape or labels out of range."""
         if tuple(x_t.shape[1:]) != self.shape:
@@ -66,6 +71,8 @@ class ResidualMLP(nn.Module):
                     f"class_labels are missing; pass cond={{'class_labels': ...}} ({self.num_classes} is null)."
                 )
             code = code + self.label(class_labels)
+        if self.step is not None and step is not None:
+            code = code + self.step(step)
         code = nn.functional.silu(code)
         hidden = self.enter(x_t.flatten(1).to(code.dtype))
         for block in self.blocks:

@@ -17,7 +17,6 @@ class Rng:
         micro: micro-batch within the iteration.
         rank: of the process.
         index: number of this micro-batch among those of all ranks since step 0: where data loading stands.
-
     """
 
     seed: int

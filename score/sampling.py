@@ -58,7 +58,6 @@ def sample(
         step: :func:`ddim` () by default.
         generator: for steps that add noise.
         checkpoint: recompute each step in the backward pass, so that memory does not grow with n.
-
     """
     step = ddim() if step is None else step
     _check_decreasing(times)
@@ -100,7 +99,6 @@ def ddpm(large_variance: bool = False) -> Step:
 
     Args:
         large_variance: the variance of q(x_t | x_s) (``fixed_large``) instead of the posterior's.
-
     """
 
     def step(
@@ -170,7 +168,6 @@ class Inversion:
         trajectory: len(times) tensors in the order of ``times``, x_t first.
         residual: (b,) the largest relative movement of the last iteration kept on any step; near 0 means that
             sampling returns to the image, large that refinement diverged (few steps, strong guidance).
-
     """
 
     x_t: Images
@@ -193,7 +190,6 @@ def invert(
         cond: conditioning, batch b.
         times: the sampling grid, (n,) strictly decreasing, alpha(times[0]) > 0.
         iterations: fixed-point refinements a step; each costs one more network call a step.
-
     """
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0; got {iterations}.")
@@ -259,7 +255,6 @@ def sdedit(
         step: :func:`ddim` () by default.
         mask: True where the image may change; outside, the result equals ``image`` exactly.
         checkpoint: recompute each step in the backward pass.
-
     """
     if len(times) == 0:
         return image

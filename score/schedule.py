@@ -228,7 +228,6 @@ class VariancePreserving(Schedule):
         alphas_cumprod: (T,) the products of 1 - beta, strictly decreasing within (0, 1); the last may be 0
             (zero terminal signal-to-noise), which only t = T - 1 itself reaches.
         integer: the teacher was trained on integer timesteps, so ``at`` rounds to them.
-
     """
 
     alphas_cumprod: Float[Tensor, " T"]

@@ -36,7 +36,6 @@ class EMA:
     Args:
         network: the network to follow; ``ema.network`` is its frozen average.
         decay: of the average, in [0, 1).
-
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
@@ -45,6 +44,11 @@ class EMA:
         self.source = unwrap(network)
         self.network = copy.deepcopy(self.source).eval().requires_grad_(False)
         self.decay = decay
+        self.num_updates = 0
+
+    def reset(self) -> None:
+        """Start again from the network as it is now."""
+        self.network.load_state_dict(self.source.state_dict())
         self.num_updates = 0
 
     @torch.no_grad()
@@ -71,7 +75,6 @@ class Phase:
         every: it steps in iterations 0, every, 2 every, ... (two-time-scale updates).
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
-
     """
 
     name: str
@@ -91,7 +94,6 @@ class Report:
         step: iterations done, from 1: the number to log under and to resume from.
         phases: names of the phases that stepped.
         metrics: "phase/name" -> scalar tensor of this rank, averaged over micro-batches, on the device.
-
     """
 
     step: int
@@ -119,8 +121,8 @@ def train(
 ) -> Iterator[Report]:
     """Run iterations ``start`` to ``steps`` and report each.
 
-    In an iteration every due phase sees the same micro-batches in the order of ``phases`` and all optimisers
-    step at its end, so a sample made by the old student weights serves every phase (DMD2).
+    In an iteration every due phase sees the same micro-batches in the order of ``phases``; all optimisers step
+    at its end, so a sample made by the old student weights serves every phase (DMD2).
 
     Args:
         phases: trained together.
@@ -132,7 +134,7 @@ def train(
         rollout: (batch, names of due phases, rng) -> batch, once a micro-batch: what the phases share.
         accumulate: micro-batches an iteration.
         clip_norm: largest gradient norm of each phase.
-        seed: of every random draw.
+        seed: of every random draw; also of torch's global generator, which dropout uses, at each micro-batch.
         verify_every: iterations between checks that all ranks hold the same weights.
 
     Raises:
@@ -140,7 +142,6 @@ def train(
         FloatingPointError: a loss or gradient is not finite, naming step and phase; on a CPU before any weight
             changes, on a GPU within 50 steps (no host sync each step).
         RuntimeError: weights differ between ranks.
-
     """
     _check(phases, accelerator, steps, accumulate)
     watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)
@@ -152,6 +153,7 @@ def train(
         for micro in range(accumulate):
             index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
             rng = Rng(seed, step, micro, accelerator.process_index, index)
+            torch.manual_seed(rng("global").initial_seed())  # dropout draws from torch's global generator
             with _sync_only_if(micro == accumulate - 1, due, accelerator):
                 batch = batches(rng)
                 if rollout is not None:

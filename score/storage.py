@@ -1,0 +1,103 @@
+"""Denoisers on disk: weights as safetensors beside what they mean, so that neither is used without the other."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from score.denoiser import NetworkDenoiser
+from score.schedule import Karras, Kind, RectifiedFlow, Schedule, VariancePreserving
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "denoiser.json"
+
+
+def save_denoiser(denoiser: NetworkDenoiser, folder: Path, facts: Mapping[str, Any] | None = None) -> Path:
+    """Write weights, schedule and prediction kind; load with :func:`load_denoiser`.
+
+    Args:
+        denoiser: its network may be wrapped in DDP.
+        folder: replaced as a whole, from a temporary name.
+        facts: JSON-able facts to keep beside, such as the network's constructor arguments.
+    """
+    inner = denoiser.unwrapped()
+    description = {
+        "format": "scorefield-denoiser-1",
+        "schedule": describe_schedule(inner.schedule),
+        "kind": inner.kind,
+        "time_scale": inner.time_scale,
+        "facts": dict(facts or {}),
+    }
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(inner.network, str(temporary / WEIGHTS))
+    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
+    """The denoiser in ``folder``, its weights loaded into ``network``, in eval mode.
+
+    Raises:
+        ValueError: not a denoiser's folder, or weights that do not fit the network.
+    """
+    description = _read(folder)
+    try:
+        load_model(network, str(folder / WEIGHTS))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
+    schedule = restore_schedule(description["schedule"])
+    return NetworkDenoiser(network.eval(), schedule, description["kind"], description["time_scale"])
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts saved beside a denoiser. Raises ``ValueError`` if the folder holds none."""
+    return dict(_read(folder)["facts"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is not a denoiser's folder: no readable {DESCRIPTION} ({error}). Pass a folder that "
+            "train_teacher.py or train_dmd.py wrote."
+        ) from error
+    missing = sorted({"schedule", "kind", "time_scale", "facts"} - description.keys())
+    if missing or description["kind"] not in get_args(Kind):
+        raise ValueError(f"{folder / DESCRIPTION} lacks {missing} or names an unknown prediction kind.")
+    return description
+
+
+def describe_schedule(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as JSON; :func:`restore_schedule` is the inverse."""
+    if isinstance(schedule, VariancePreserving):
+        numbers = schedule.alphas_cumprod.tolist()
+        return {"family": "VariancePreserving", "alphas_cumprod": numbers, "integer": schedule.integer}
+    if isinstance(schedule, Karras | RectifiedFlow):
+        return {"family": type(schedule).__name__, **asdict(schedule)}
+    raise ValueError(f"cannot store a {type(schedule).__name__}; expected one of score.schedule's families.")
+
+
+def restore_schedule(description: Mapping[str, Any]) -> Schedule:
+    """The schedule that :func:`describe_schedule` wrote. Raises ``ValueError`` for an unknown family."""
+    arguments = {name: value for name, value in description.items() if name != "family"}
+    match description["family"]:
+        case "Karras":
+            return Karras(**arguments)
+        case "RectifiedFlow":
+            return RectifiedFlow(**arguments)
+        case "VariancePreserving":
+            table = torch.tensor(arguments["alphas_cumprod"], dtype=torch.float64)
+            return VariancePreserving(table, integer=arguments["integer"])
+        case family:
+            raise ValueError(f"unknown schedule {family!r}; expected Karras, RectifiedFlow or VariancePreserving.")

@@ -1,0 +1,165 @@
+"""What the scripts share: a command line from a frozen dataclass, an output folder, a loop that logs."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import tyro
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from score import checkpoint
+from score.randomness import Rng
+from score.training import Phase, Report, train
+
+C = TypeVar("C")
+
+
+def run(main: Callable[[C], Path], config_type: type[C], description: str) -> None:
+    """Parse the command line into a config and call ``main``; a ``ValueError`` is printed and exits with 2."""
+    config = tyro.cli(config_type, description=description)
+    try:
+        main(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A config as JSON-able fields."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields that change what is computed: a checkpoint resumes only under the same."""
+    ignored = {"out", "dry_run", "log_every", "save_every"}
+    return {name: value for name, value in resolved(config).items() if name not in ignored}
+
+
+def show_plan(config: Any, roles: Mapping[str, nn.Module]) -> None:
+    """Print the resolved config and the bytes each role will hold: what ``--dry-run`` shows."""
+    print(json.dumps(resolved(config), indent=2))
+    for role, network in roles.items():
+        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        # AdamW keeps two float32 moments beside each gradient.
+        print(f"{role}: {weights:,} bytes of weights, {trained * 12:,} bytes of gradients and optimiser state")
+
+
+def check_out(out: Path) -> None:
+    """Raise ``ValueError`` unless ``out`` is, or can become, a folder to write in. Writes nothing."""
+    nearest = next(path for path in [out, *out.absolute().parents] if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"cannot write to --out {out}: {nearest} is no writable folder. Choose another --out.")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ``ValueError`` for a field that is not above zero, naming its flag."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {getattr(config, name)}.")
+
+
+def make_accelerator(out: Path, precision: str) -> Accelerator:
+    """An Accelerator that will log to TensorBoard under ``out``; writes nothing yet."""
+    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=str(out))
+
+
+def start_logging(accelerator: Accelerator, config: Any, out: Path) -> None:
+    """Write the resolved config and open the TensorBoard log: the first files of a run."""
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
+    accelerator.init_trackers("logs")
+
+
+class RunConfig(Protocol):
+    """The fields that every training config of these scripts has."""
+
+    @property
+    def out(self) -> Path: ...  # noqa: D102
+    @property
+    def steps(self) -> int: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+    @property
+    def log_every(self) -> int: ...  # noqa: D102
+    @property
+    def save_every(self) -> int: ...  # noqa: D102
+
+
+def resume(config: RunConfig, phases: Sequence[Phase], accelerator: Accelerator) -> int:
+    """Load the newest checkpoint of the same config, say so, and open the log; the step to start from."""
+    start = checkpoint.load(config.out / "checkpoints", phases, identity(config))
+    if start and accelerator.is_main_process:
+        print(f"resumed from step {start}")
+    start_logging(accelerator, config, config.out)
+    return start
+
+
+def fit(
+    config: RunConfig, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
+    start: int, preview: Callable[[], Tensor], columns: int, rollout: Callable[..., Any] | None = None,
+) -> None:  # fmt: skip
+    """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps."""
+    reports = train(
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=start, clip_norm=10.0,
+        seed=config.seed,
+    )  # fmt: skip
+    for report in follow(reports, accelerator, start=start, steps=config.steps, log_every=config.log_every):
+        if report.step % config.save_every == 0 or report.step == config.steps:
+            log_grid(accelerator, "samples", preview(), report.step, columns)
+            if accelerator.is_main_process:
+                checkpoint.save(config.out / "checkpoints", report.step, phases, identity(config))
+    accelerator.end_training()
+
+
+def follow(
+    reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
+) -> Iterator[Report]:
+    """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
+    quiet = 0.5 if sys.stderr.isatty() else 30.0  # seconds between refreshes: a log file wants few lines
+    bar = tqdm(
+        reports, desc="steps", initial=start, total=steps, mininterval=quiet, disable=not accelerator.is_main_process
+    )
+    latest: dict[str, Tensor] = {}
+    for report in bar:
+        latest |= report.metrics
+        if report.step % log_every == 0 or report.step == steps:
+            values = Report(report.step, (), latest).read()
+            accelerator.log(values, step=report.step)
+            bar.set_postfix({key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")})
+        yield report
+
+
+def log_grid(accelerator: Accelerator, name: str, images: Tensor, step: int, columns: int = 10) -> None:
+    """Write images in [-1, 1] to TensorBoard as one grid."""
+    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)
+    tracker = accelerator.get_tracker("tensorboard")
+    if accelerator.is_main_process:
+        tracker.log_images({name: grid[None].cpu().numpy()}, step=step, dataformats="NCHW")
+
+
+def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:
+    """Linear warm-up, then a half cosine down to ``floor`` times the learning rate."""
+
+    def factor(update: int) -> float:
+        fall = 0.5 * (1 + math.cos(math.pi * min(update / updates, 1)))
+        return min(1, (update + 1) / warmup) * (floor + (1 - floor) * fall)
+
+    return LambdaLR(optimizer, factor)
+
+
+def adamw(network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
+    """AdamW in its fused form, weight decay 0.01."""
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01, fused=True)

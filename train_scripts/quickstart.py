@@ -1,0 +1,148 @@
+"""The main job on real digits: train a teacher, distil it to one step, score both, show the pictures.
+
+    python train_scripts/quickstart.py            # minutes on a CPU
+    python train_scripts/quickstart.py --long     # longer training, closer to the teacher
+
+Writes report.json and samples.png under --out, beside the checkpoints and TensorBoard logs of both trainings.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_dmd
+import train_teacher
+from command import check_out, run
+from digits import NUM_CLASSES, SHAPE, Judge
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill.student import Student, load_student
+from score import KarrasPreconditioning, NetworkDenoiser
+from score.sampling import grid, initial_noise, sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Distil a teacher of handwritten digits to one step, on the CPU, and measure it."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the report, the pictures and both trainings."""
+    seed: int = 0
+    """Of both trainings and of the judge."""
+    long: bool = False
+    """Train the student four times as long."""
+    teacher_steps: int = 3000
+    """Optimiser steps of the teacher."""
+    student_iterations: int = 2000
+    """Iterations of the distillation, before --long."""
+    sampling_steps: int = 50
+    """DDIM steps of the teacher's samples."""
+    num_images: int = 5000
+    """Generated images per figure, with the label frequencies of the 597 held-out ones."""
+
+
+def main(config: Config) -> Path:
+    """Run the whole job and return the path of the report."""
+    check_out(config.out)
+    start = time.perf_counter()
+    teacher_out = train_teacher.main(
+        train_teacher.Config(out=config.out / "teacher", steps=config.teacher_steps, seed=config.seed)
+    )
+    student_out = train_dmd.main(student_config(config, teacher_out))
+    teacher, facts = train_teacher.load_teacher(teacher_out)
+    student = load_student(student_out, KarrasPreconditioning(train_teacher.build_network(facts)))
+    judge = Judge(config.seed, config.num_images)
+    noise = torch.randn(len(judge.labels), *SHAPE, generator=torch.Generator().manual_seed(config.seed))
+    report, images = evaluate(config, judge, teacher, student, noise)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    report["seed"] = config.seed
+    path = config.out / "report.json"
+    path.write_text(json.dumps(report, indent=2))
+    draw(images, judge.labels, config.out / "samples.png")
+    show(report, config.out)
+    return path
+
+
+def student_config(config: Config, teacher: Path) -> train_dmd.Config:
+    """The recipe of the distillation; longer only in its number of iterations."""
+    steps = config.student_iterations * (4 if config.long else 1)
+    return train_dmd.Config(teacher=teacher, out=config.out / "student", steps=steps, seed=config.seed)
+
+
+@torch.no_grad()
+def evaluate(
+    config: Config, judge: Judge, teacher: NetworkDenoiser, student: Student, noise: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The figures, and the images they were measured on: same noise and labels for all."""
+    cond, times = {"class_labels": judge.labels}, grid(teacher.schedule, config.sampling_steps)
+    x_t = initial_noise(teacher.schedule, noise, float(times[0]))
+    begin = time.perf_counter()
+    slow = sample(teacher, x_t, cond, times=times)
+    middle = time.perf_counter()
+    fast = student.sample(noise, cond)
+    end = time.perf_counter()
+    images = {
+        f"teacher, {config.sampling_steps} steps": slow,
+        f"student, {student.num_steps} step": fast,
+        "teacher, 1 step": sample(teacher, x_t, cond, times=times[:1]),
+    }
+    names = ("teacher", "student", "one_step_teacher")
+    scores = {name: judge.score(x, judge.labels) for name, x in zip(names, images.values(), strict=True)}
+    scores["test"] = judge.floor()
+    report: dict[str, Any] = {"teacher_steps": config.sampling_steps, "student_steps": student.num_steps}
+    for figure in ("fd", "kid", "accuracy"):
+        report |= {f"{name}_{figure}": asdict(score)[figure] for name, score in scores.items()}
+    report |= {
+        "classifier_accuracy": judge.accuracy,
+        "teacher_nearest": judge.nearest(slow),
+        "student_nearest": judge.nearest(fast),
+        "test_nearest": judge.nearest(judge.held_out.images),
+        "num_images": len(noise),
+        "speedup": (middle - begin) / (end - middle),
+        "student_saw_real_images": student_config(config, Path()).gan_weight > 0,
+    }
+    return report, images
+
+
+def draw(images: dict[str, Tensor], labels: Tensor, path: Path, columns: int = 20, scale: int = 5) -> None:
+    """One row per sampler, two samples of each digit, under the row's name; scaled without smoothing."""
+    per_class = columns // NUM_CLASSES
+    chosen = torch.cat([(labels == digit).nonzero()[:per_class, 0] for digit in range(NUM_CLASSES)])
+    cell, caption, margin = 8 * scale + 4, 16, 8
+    width = columns * cell + 2 * margin
+    sheet = Image.new("L", (width, len(images) * (cell + caption) + 2 * margin), 255)
+    pen = ImageDraw.Draw(sheet)
+    for row, (name, batch) in enumerate(images.items()):
+        top = margin + row * (cell + caption)
+        pen.text((margin, top), name, fill=0)
+        for column, image in enumerate(batch[chosen, 0]):
+            pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            tile = Image.fromarray(255 - pixels.numpy()).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * cell, top + caption))
+    sheet.save(path)
+
+
+def show(report: dict[str, Any], out: Path) -> None:
+    """The figures as a table, and where the pictures are."""
+    print(f"\n{'':24}{'Fréchet':>9}{'KID':>9}{'accuracy':>10}   (64-d features of a digit classifier)")
+    rows = {
+        "real against real": "test",
+        f"teacher, {report['teacher_steps']} steps": "teacher",
+        f"student, {report['student_steps']} step": "student",
+        "teacher, 1 step": "one_step_teacher",
+    }
+    for name, key in rows.items():
+        fd, kid, accuracy = (report[f"{key}_{figure}"] for figure in ("fd", "kid", "accuracy"))
+        print(f"{name:24}{fd:9.3f}{kid:9.4f}{accuracy:10.3f}")
+    ratio = report["student_fd"] / report["teacher_fd"]
+    print(f"\nstudent / teacher distance {ratio:.2f}, {report['speedup']:.0f} times as fast per image")
+    print(f"Pictures: {out / 'samples.png'}   figures: {out / 'report.json'}")
+    print(f"Curves:   tensorboard --logdir {out}")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
