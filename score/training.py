@@ -169,8 +169,9 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
-            _update(phase)
         watch.check_if_due(step, last=step == steps - 1)
+        for phase in due:
+            _update(phase)
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
             _verify_weights(phases, accelerator)
         yield Report(step + 1, names, metrics)
@@ -188,8 +189,7 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) counts blocks, "
-            "not phases; "
-            "leave it at 1 and pass accumulate= to train."
+            "not phases; leave it at 1 and pass accumulate= to train."
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
@@ -260,8 +260,6 @@ class _FiniteWatch:
     def __call__(self, step: int, phase: str, metrics: Mapping[str, Tensor]) -> None:
         own = {name: value for name, value in metrics.items() if name.startswith(f"{phase}/")}
         self.pending.append((step, phase, own))
-        if self.every == 1:
-            self.check()
 
     def check_if_due(self, step: int, last: bool) -> None:
         if last or (step + 1) % self.every == 0:

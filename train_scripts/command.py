@@ -130,7 +130,12 @@ def follow(
     """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
     quiet = 0.5 if sys.stderr.isatty() else 30.0  # seconds between refreshes: a log file wants few lines
     bar = tqdm(
-        reports, desc="steps", initial=start, total=steps, mininterval=quiet, disable=not accelerator.is_main_process
+        reports,
+        desc="steps",
+        initial=start,
+        total=steps,
+        mininterval=quiet,
+        disable=not accelerator.is_main_process,
     )
     latest: dict[str, Tensor] = {}
     for report in bar:

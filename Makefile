@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up themselves; any Python from 3.11 will do.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SEEDS ?= 0 1 2
+
+.PHONY: demo demo-long test test-slow lint clean
+
+demo: $(VENV)/demo
+	$(RUN) train_scripts/quickstart.py --out runs/demo
+
+demo-long: $(VENV)/demo
+	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
+
+test: $(VENV)/dev
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/python-ready:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet uv
+	touch $@
+
+# uv takes seconds where pip takes minutes. It reads setup.cfg through setuptools.
+$(VENV)/demo: $(VENV)/python-ready setup.cfg
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[demo]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/python-ready setup.cfg
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[demo,nerf,dev]"
+	touch $@

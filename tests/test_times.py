@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+
+from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from score.times import annealed, constant, log_normal, logit_normal, shifted, uniform
+
+close = torch.testing.assert_close
+N = 20_000
+TOLERANCE = 1.95 / math.sqrt(N)  # Kolmogorov-Smirnov: a right distribution exceeds it once in a thousand seeds
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def distance_to(cdf_values):
+    """Kolmogorov-Smirnov distance of values that are uniform if the draws follow their distribution."""
+    ordered = cdf_values.double().sort().values
+    steps = torch.arange(N + 1, dtype=torch.float64) / N
+    return torch.maximum((ordered - steps[:-1]).abs().max(), (ordered - steps[1:]).abs().max())
+
+
+def normal_cdf(x):
+    return torch.special.ndtr(x.double())
+
+
+ALL = {
+    "uniform": uniform(),
+    "log_normal": log_normal(),
+    "logit_normal": logit_normal(),
+    "shifted": shifted(uniform(), 3.0),
+    "annealed": annealed(0.5),
+    "constant": constant(0.5),
+}
+
+
+@pytest.mark.parametrize("times", list(ALL.values()), ids=list(ALL))
+def test_draws_are_times_of_the_schedule_and_of_the_generator(schedule, times):
+    t = times(1000, schedule, seeded())
+    assert (t.shape, t.dtype) == ((1000,), torch.float32)
+    assert schedule.t_min * (1 - 1e-6) <= t.min() <= t.max() <= schedule.t_max
+    torch.manual_seed(1)
+    assert torch.equal(times(1000, schedule, seeded()), t)
+
+
+@pytest.mark.parametrize(
+    "times", [v for k, v in ALL.items() if k != "constant"], ids=[k for k in ALL if k != "constant"]
+)
+def test_integer_teachers_are_asked_for_integers_and_others_are_not(schedule, times):
+    t = times(1000, schedule, seeded())
+    assert torch.equal(t, t.round()) is isinstance(schedule, VariancePreserving)
+    continuous = VariancePreserving(VariancePreserving.linear().alphas_cumprod, integer=False)
+    assert not torch.equal(times(1000, continuous, seeded()), times(1000, continuous, seeded()).round())
+
+
+def test_uniform_is_uniform_in_flow_time():
+    t = uniform(0.1, 0.7)(N, RectifiedFlow(), seeded())
+    assert distance_to((t - 0.1) / 0.6) < TOLERANCE
+
+
+def test_uniform_is_uniform_in_the_index_of_karras_grid():
+    t, karras = uniform(0.1, 0.7)(N, Karras(), seeded()), Karras()
+    low, high = karras.t_min ** (1 / 7), karras.t_max ** (1 / 7)
+    assert distance_to(((t ** (1 / 7) - low) / (high - low) - 0.1) / 0.6) < TOLERANCE
+
+
+def test_uniform_is_uniform_over_integer_timesteps():
+    vp = VariancePreserving(torch.linspace(0.9, 0.1, 11, dtype=torch.float64))
+    counts = torch.bincount(uniform(0.15, 0.85)(N, vp, seeded()).long(), minlength=11)
+    assert (counts[:2] == 0).all()
+    assert (counts[9:] == 0).all()
+    close(counts[2:9] / N, torch.full((7,), 1 / 7), rtol=0, atol=0.012)
+
+
+def test_uniform_draws_the_first_and_last_timestep_as_often_as_the_others():
+    vp = VariancePreserving(torch.linspace(0.9, 0.1, 5, dtype=torch.float64))
+    counts = torch.bincount(uniform(0.0, 1.0)(N, vp, seeded()).long(), minlength=5)
+    close(counts / N, torch.full((5,), 0.2), rtol=0, atol=0.012)
+
+
+def test_uniform_defaults_to_the_range_of_dmd_and_sds():
+    t = uniform()(N, VariancePreserving.scaled_linear(), seeded())
+    assert (t.min(), t.max()) == (20, 979)
+
+
+def test_log_normal_is_normal_in_the_log_of_the_noise_level():
+    t = log_normal(-1.2, 1.2)(N, Karras(), seeded())
+    assert distance_to(normal_cdf((t.double().log() + 1.2) / 1.2)) < TOLERANCE
+    flow = log_normal(-0.5, 0.8)(N, RectifiedFlow(), seeded())
+    assert distance_to(normal_cdf((torch.logit(flow.double()) + 0.5) / 0.8)) < TOLERANCE
+
+
+def test_log_normal_means_the_same_noise_on_every_schedule(schedule):
+    ratio = schedule.ratio(log_normal(-0.3, 0.5)(N, schedule, seeded()))
+    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    expected = (-0.3 + 0.5 * torch.special.ndtri(quantiles)).exp()
+    close(ratio.quantile(quantiles), expected, rtol=0.03, atol=0)
+
+
+def test_log_normal_is_clamped_to_the_schedule():
+    t = log_normal(0.0, 50.0)(1000, Karras(), seeded()).double()
+    close(t.min(), torch.tensor(0.002).double(), rtol=1e-6, atol=0)
+    assert t.max() == 80
+
+
+def test_logit_normal_is_normal_in_the_logit_of_flow_time():
+    t = logit_normal()(N, RectifiedFlow(), seeded())
+    assert distance_to(normal_cdf(torch.logit(t.double()))) < TOLERANCE
+    t = logit_normal(0.4, 0.6)(N, RectifiedFlow(), seeded())
+    assert distance_to(normal_cdf((torch.logit(t.double()) - 0.4) / 0.6)) < TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shift_is_that_of_sd3_on_a_flow(shift):
+    """t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206, Eq. 23)."""
+    t = uniform(0, 1)(1000, RectifiedFlow(), seeded()).double()
+    expected = shift * t / (1 + (shift - 1) * t)
+    close(shifted(uniform(0, 1), shift)(1000, RectifiedFlow(), seeded()).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_shift_multiplies_the_noise_level(schedule):
+    base = uniform(0.2, 0.6)(1000, schedule, seeded())
+    moved = shifted(uniform(0.2, 0.6), 1.5)(1000, schedule, seeded())
+    rounding = 0.01 if isinstance(schedule, VariancePreserving) else 1e-5
+    close(schedule.ratio(moved), 1.5 * schedule.ratio(base), rtol=rounding, atol=0)
+
+
+def test_shift_of_the_ends_of_a_flow_stays_there():
+    for end in (0.0, 1.0):
+        assert (shifted(constant(end), 3.0)(5, RectifiedFlow(), seeded()) == end).all()
+
+
+@pytest.mark.parametrize(("progress", "high"), [(0.0, 0.98), (0.5, 0.74), (1.0, 0.5)])
+def test_annealing_lowers_the_upper_end(schedule, progress, high):
+    expected = uniform(0.02, high)(1000, schedule, seeded())
+    close(annealed(progress)(1000, schedule, seeded()), expected)
+    custom = annealed(progress, low=0.1, high=(0.9, 0.3))(1000, schedule, seeded())
+    close(custom, uniform(0.1, 0.9 - 0.6 * progress)(1000, schedule, seeded()))
+
+
+def test_constant_is_constant(schedule):
+    assert torch.equal(constant(0.25)(3, schedule, seeded()), torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: uniform(0.5, 0.4), "0 <= low <= high <= 1; got low=0.5, high=0.4"),
+        (lambda: uniform(-0.1, 0.4), "got low=-0.1"),
+        (lambda: uniform(0.1, 20), "high=20"),
+        (lambda: shifted(uniform(), 0.0), "shift must be above 0; got 0.0"),
+        (lambda: shifted(uniform(), -3.0), "shift must be above 0; got -3.0"),
+        (lambda: annealed(1.01), r"progress must lie in \[0, 1\]; got 1.01"),
+        (lambda: annealed(-1.0), r"progress must lie in \[0, 1\]; got -1.0"),
+    ],
+)
+def test_impossible_samplers_raise(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
