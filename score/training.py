@@ -72,7 +72,7 @@ class Phase:
         network: trained by ``optimizer``; every other phase's network is frozen meanwhile.
         optimizer: over the network's parameters, not prepared by Accelerate.
         loss: (batch, rng) -> {"loss": scalar, further metrics: scalars}.
-        every: it steps in iterations 0, every, 2 every, ... (two-time-scale updates).
+        every: it steps in each every-th iteration, those whose ``Report.step`` it divides (two-time-scale updates).
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
     """
@@ -147,7 +147,7 @@ def train(
     watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)
     _broadcast_weights(phases, accelerator)
     for step in range(start, steps):
-        due = [phase for phase in phases if step % phase.every == 0]
+        due = [phase for phase in phases if (step + 1) % phase.every == 0]
         names = tuple(phase.name for phase in due)
         metrics: dict[str, Tensor] = {}
         for micro in range(accumulate):

@@ -94,3 +94,22 @@ class RandomMLP(nn.Module):
 @pytest.fixture
 def random_network():
     return RandomMLP
+
+
+@pytest.fixture
+def make_accelerator():
+    """Accelerate's state is global: each call starts a new one on the CPU."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    def make(**settings):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(cpu=True, **settings)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def accelerator(make_accelerator):
+    return make_accelerator()

@@ -117,7 +117,7 @@ def test_karras_preconditioning_of_a_silent_network_is_the_wiener_filter(generat
 
 
 def test_karras_preconditioning_gives_the_network_unit_inputs_and_targets(generator):
-    """EDM's design (arXiv 2206.00364, Eq. 12 to 16): both variances are 1 at every sigma, measured on Gaussian data."""
+    """EDM's design (arXiv 2206.00364, appendix B.6): both variances are 1 at every sigma, here on Gaussian data."""
     std, n = 0.5, 100_000
     for sigma in (0.02, 0.5, 10.0):
         x0 = std * torch.randn(n, 1, generator=generator, dtype=torch.float64)

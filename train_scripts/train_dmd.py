@@ -200,7 +200,7 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
     """AdamW without first-moment memory (beta1 = 0), as the gradient's direction changes under the student."""
     student = adamw(method.student.denoiser.network, config.student_lr, betas=(0.0, 0.99))
     fake = adamw(method.fake.network, config.fake_lr, betas=(0.0, 0.99))
-    updates = -(-config.steps // config.student_every)
+    updates = max(1, config.steps // config.student_every)
     return method.phases(
         student, fake, student_ema=EMA(method.student.denoiser.network, config.ema_decay),
         student_lr=cosine(student, updates), fake_lr=cosine(fake, config.steps, floor=0.1),

@@ -1,0 +1,252 @@
+import hashlib
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from score import checkpoint
+from score.training import EMA, Phase, train
+
+CONFIG = {"lr": 0.01, "name": "toy", "folder": None}
+
+
+def make_phases(seed=0):
+    phases = []
+    for i, name in enumerate(("student", "fake")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + i)
+            network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        optimizer = torch.optim.AdamW(network.parameters(), 0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 0.9**update)
+        has_average = name == "student"
+        phases.append(
+            Phase(
+                name=name, network=network, optimizer=optimizer, loss=lambda x, rng, net=network: {
+                    "loss": (net(x) - x).square().mean()
+                }, ema=EMA(network, 0.5) if has_average else None, lr_schedule=schedule if has_average else None,
+            )
+        )  # fmt: skip
+    return phases
+
+
+def batches(rng):
+    return torch.randn(6, 3, generator=rng("data"))
+
+
+def state_of(phases):
+    tensors = {}
+    for phase in phases:
+        networks = {"net": phase.network, **({"ema": phase.ema.network} if phase.ema else {})}
+        for kind, network in networks.items():
+            tensors |= {f"{phase.name}.{kind}.{name}": value for name, value in network.state_dict().items()}
+        for i, slots in enumerate(phase.optimizer.state.values()):
+            tensors |= {f"{phase.name}.optimizer.{i}.{name}": value for name, value in slots.items()}
+        tensors[f"{phase.name}.lr"] = torch.tensor(phase.optimizer.param_groups[0]["lr"])
+        if phase.lr_schedule:
+            tensors[f"{phase.name}.lr_updates"] = torch.tensor(phase.lr_schedule.last_epoch)
+        if phase.ema:
+            tensors[f"{phase.name}.ema_updates"] = torch.tensor(phase.ema.num_updates)
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture
+def history(accelerator, tmp_path):
+    """Checkpoints of steps 1 and 2 in ``tmp_path / "run"``, the phases at step 3, and the states by step."""
+    phases, states = make_phases(), {}
+    for report in train(phases, batches, accelerator, steps=3):
+        states[report.step] = state_of(phases)
+        if report.step < 3:
+            checkpoint.save(tmp_path / "run", report.step, phases, CONFIG)
+    return tmp_path / "run", phases, states
+
+
+def load_quietly(folder, phases, config=CONFIG):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return checkpoint.load(folder, phases, config)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_all_state_comes_back(history):
+    folder, _, states = history
+    phases = make_phases(seed=5)
+    assert load_quietly(folder, phases) == 2
+    assert_same(state_of(phases), states[2])
+
+
+def test_files_are_named_after_phases_and_summed_in_the_manifest(history):
+    folder, _, _ = history
+    path = folder / "step-000000002"
+    names = ["config.json", "fake.safetensors", "state.pt", "student.ema.safetensors", "student.safetensors"]
+    assert names_in(path) == sorted([*names, "manifest.json"])
+    sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+    assert json.loads((path / "manifest.json").read_text()) == sums
+    assert json.loads((path / "config.json").read_text()) == CONFIG
+
+
+def test_the_optimiser_file_holds_tensors_and_numbers_only(history):
+    folder, _, _ = history
+    state = torch.load(folder / "step-000000002" / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    assert set(state["phases"]) == {"student", "fake"}
+
+
+class Malice:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+def test_pickled_code_is_never_run(history, tmp_path):
+    folder, phases, _ = history
+    path = folder / "step-000000002"
+    torch.save({"step": 2, "phases": Malice(tmp_path / "owned")}, path / "state.pt")
+    sums = json.loads((path / "manifest.json").read_text())
+    sums["state.pt"] = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(sums))
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        checkpoint.load(folder, phases, CONFIG)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("victim", ["save_model", "torch.save", "_sha256", "_flush_to_disk", "os.replace"])
+def test_a_kill_while_writing_leaves_the_older_checkpoint_and_no_half_one(history, monkeypatch, victim):
+    folder, phases, states = history
+    module = checkpoint
+    *path, name = victim.split(".")
+    for part in path:
+        module = getattr(module, part)
+    original, calls = getattr(module, name), []
+
+    def killed(*arguments, **settings):
+        calls.append(name)
+        if victim == "os.replace" or len(calls) == 2 or name in ("save", "_flush_to_disk"):
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(folder, 3, phases, CONFIG)
+    assert [name for name in names_in(folder) if name.startswith("step-")] == ["step-000000001", "step-000000002"]
+    fresh = make_phases(seed=5)
+    assert load_quietly(folder, fresh) == 2
+    assert_same(state_of(fresh), states[2])
+    checkpoint.save(folder, 3, phases, CONFIG)
+    assert load_quietly(folder, fresh) == 3
+    assert_same(state_of(fresh), states[3])
+    assert names_in(folder) == ["step-000000002", "step-000000003"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept(tmp_path, keep):
+    phases = make_phases()
+    for step in (5, 900, 10_000, 1_000_000):
+        path = checkpoint.save(tmp_path, step, phases, CONFIG, keep=keep)
+        assert path == tmp_path / f"step-{step:09d}"
+    assert names_in(tmp_path) == [f"step-{step:09d}" for step in (5, 900, 10_000, 1_000_000)[-keep:]]
+    assert load_quietly(tmp_path, phases) == 1_000_000
+
+
+def test_two_are_kept_unless_told_otherwise(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, make_phases(), CONFIG)
+    assert names_in(tmp_path) == ["step-000000002", "step-000000003"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+FILES = ["student.safetensors", "student.ema.safetensors", "fake.safetensors", "state.pt", "config.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(history, name, damage):
+    folder, _, states = history
+    damage(folder / "step-000000002" / name)
+    phases = make_phases(seed=5)
+    with pytest.warns(UserWarning, match="step-000000002 is damaged") as caught:
+        assert checkpoint.load(folder, phases, CONFIG) == 1
+    assert_same(state_of(phases), states[1])
+    if name != "manifest.json":
+        assert name in str(caught[0].message)
+
+
+def test_nothing_is_loaded_if_all_are_damaged(history):
+    folder, phases, states = history
+    for path in folder.iterdir():
+        cut(path / "state.pt")
+    with pytest.warns(UserWarning, match="is damaged") as caught:
+        assert checkpoint.load(folder, phases, CONFIG) == 0
+    assert len(caught) == 2
+    assert_same(state_of(phases), states[3])
+
+
+def test_a_new_checkpoint_is_never_the_one_thrown_away(history):
+    """After damage a run starts again from a smaller step: its checkpoints must outlive the damaged ones."""
+    folder, phases, _ = history
+    checkpoint.save(folder, 10, phases, CONFIG)
+    checkpoint.save(folder, 20, phases, CONFIG)
+    for path in folder.iterdir():
+        cut(path / "state.pt")
+    assert checkpoint.save(folder, 5, phases, CONFIG).is_dir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert checkpoint.load(folder, phases, CONFIG) == 5
+
+
+def test_another_config_is_refused_naming_what_differs_with_both_values(history):
+    folder, phases, states = history
+    with pytest.raises(ValueError, match=r"step-000000002 belongs to another config \(lr: 0.01 there, 0.5 now\)"):
+        checkpoint.load(folder, phases, {**CONFIG, "lr": 0.5})
+    with pytest.raises(ValueError, match=r"extra: None there, 1 now; name: 'toy' there, 'big' now"):
+        checkpoint.load(folder, phases, {**CONFIG, "name": "big", "extra": 1})
+    assert_same(state_of(phases), states[3])
+
+
+def test_a_config_of_paths_and_tuples_equals_itself(tmp_path):
+    config = {"out": tmp_path, "betas": (0.0, 0.99), "clip": float("inf")}
+    checkpoint.save(tmp_path / "run", 1, make_phases(), config)
+    assert load_quietly(tmp_path / "run", make_phases(), config) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    phases = make_phases()
+    phases[1].network[2].weight.data[0, 0] = value
+    with pytest.raises(FloatingPointError, match="phase 'fake' has weights that are not finite at step 7"):
+        checkpoint.save(tmp_path / "run", 7, phases, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_checkpoints_means_a_start_from_zero(tmp_path):
+    phases = make_phases()
+    before = state_of(phases)
+    (tmp_path / "notes.txt").write_text("x")
+    assert load_quietly(tmp_path, phases) == 0
+    assert load_quietly(tmp_path / "missing", phases) == 0
+    assert_same(state_of(phases), before)

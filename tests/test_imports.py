@@ -1,0 +1,184 @@
+"""The dependency rules of the architecture, read from the source, and what importing the core may cost."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ("score", "toyworld", "distill", "sds", "controlnet")
+CODE = (*LIBRARY, "train_scripts")
+
+# Which package may import which; itself always. Nothing between the three pillars.
+PACKAGES = {
+    "score": set(),
+    "toyworld": {"score"},
+    "distill": {"score"},
+    "sds": {"score"},
+    "controlnet": {"score"},
+    "train_scripts": set(LIBRARY),
+}
+
+# Which module of score may import which others. A new module needs a row here.
+MODULES = {
+    "schedule": set(),
+    "randomness": set(),
+    "cache": set(),
+    "times": {"schedule"},
+    "network": {"schedule"},
+    "denoiser": {"schedule"},
+    "guidance": {"schedule", "denoiser"},
+    "exact": {"schedule", "denoiser"},
+    "hub": {"schedule", "denoiser"},
+    "storage": {"schedule", "denoiser"},
+    "gradient": {"schedule", "denoiser", "times"},
+    "sampling": {"schedule", "denoiser", "exact"},
+    "metrics": {"schedule", "denoiser", "exact"},
+    "training": {"randomness"},
+    "checkpoint": {"randomness", "training"},
+}
+
+# The only places where a heavy library may be imported.
+LIBRARIES = {
+    "accelerate": ("score/training.py", "train_scripts/"),
+    "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/"),
+    "nerfstudio": ("sds/",),
+    "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
+}
+
+# The core without these costs torch alone; the last three import accelerate or diffusers.
+FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia")
+HEAVY = {"training", "checkpoint", "hub"}
+
+
+def sources(*packages):
+    """Every Python file of the packages that exist, with its path relative to the root."""
+    paths = sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+
+
+def imports(source, path):
+    """Dotted names that a file imports anywhere in it, with ``from a import b`` as a.b, and importlib calls."""
+    here = path.removesuffix(".py").split("/")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = here[: len(here) - node.level] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module", "__import__",
+        ):  # fmt: skip
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def package_violations(files):
+    for path, source in files.items():
+        package = path.split("/")[0]
+        for name in imports(source, path):
+            target = name.split(".")[0]
+            if target in PACKAGES and target != package and target not in PACKAGES[package]:
+                allowed = ", ".join(sorted(PACKAGES[package])) or "no other package"
+                yield f"{path} imports {name}; {package} may import {allowed}."
+
+
+def module_violations(files):
+    for path, source in files.items():
+        module = path.removeprefix("score/").removesuffix(".py").split("/")[0]
+        if module == "__init__":
+            continue
+        if module not in MODULES:
+            yield f"{path} has no row in MODULES of tests/test_imports.py; say there what it may import."
+            continue
+        for name in imports(source, path):
+            package, _, inner = name.partition(".")
+            target = inner.split(".")[0]
+            if package == "score" and target != module and target not in MODULES[module]:
+                allowed = ", ".join(sorted(MODULES[module])) or "nothing of score"
+                yield f"{path} imports {name}; it may import {allowed}."
+
+
+def library_violations(files):
+    for path, source in files.items():
+        for library in {name.split(".")[0] for name in imports(source, path)} & LIBRARIES.keys():
+            if not path.startswith(LIBRARIES[library]):
+                yield f"{path} imports {library}, which belongs in {', '.join(LIBRARIES[library])} only."
+
+
+def test_packages_import_only_those_below_them():
+    assert not list(package_violations(sources(*CODE)))
+
+
+def test_modules_of_score_import_only_those_below_them():
+    assert sources("score")
+    assert not list(module_violations(sources("score")))
+
+
+def test_allowed_edges_have_no_cycle():
+    graphlib.TopologicalSorter(MODULES).prepare()
+    graphlib.TopologicalSorter(PACKAGES).prepare()
+
+
+def test_heavy_libraries_are_imported_only_where_they_belong():
+    assert not list(library_violations(sources(*CODE)))
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source"),
+    [
+        (package_violations, "score/new.py", "from distill.dmd import DMD"),
+        (package_violations, "sds/views.py", "def f():\n    import controlnet.hints as hints"),
+        (package_violations, "distill/dmd.py", "import importlib\nimportlib.import_module('sds.losses')"),
+        (package_violations, "toyworld/world.py", "from train_scripts import digits"),
+        (module_violations, "score/schedule.py", "from score.denoiser import Denoiser"),
+        (module_violations, "score/schedule.py", "from .denoiser import Denoiser"),
+        (module_violations, "score/times.py", "from . import denoiser"),
+        (module_violations, "score/guidance.py", "from score import ScoreDistillation"),
+        (module_violations, "score/gradient.py", "import score.sampling"),
+        (module_violations, "score/unlisted.py", ""),
+        (library_violations, "score/denoiser.py", "if True:\n    from accelerate import Accelerator"),
+        (library_violations, "score/sampling.py", "import diffusers.schedulers"),
+        (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
+        (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
+    ],
+)
+def test_the_checks_see_every_way_to_import(check, path, source):
+    assert len(list(check({path: source}))) == 1
+
+
+def test_importing_the_core_imports_no_heavy_library():
+    modules = [path[:-3].replace("/", ".") for path in sources("score") if Path(path).stem not in HEAVY]
+    program = (
+        "import importlib, sys\n"
+        "import score\n"
+        f"def heavy(): return [m for m in {FORBIDDEN} if m in sys.modules]\n"
+        "assert not heavy(), f'import score imports {heavy()}'\n"
+        f"for name in {[m.removesuffix('.__init__') for m in modules]}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not heavy(), f'{name} imports {heavy()}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_function_is_longer_than_sixty_lines():
+    long = [
+        f"{path}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for path, source in sources(*CODE).items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert not long
+
+
+def test_no_library_file_is_longer_than_three_hundred_lines():
+    lengths = {path: len(source.splitlines()) for path, source in sources(*LIBRARY).items()}
+    assert not {path: length for path, length in lengths.items() if length > 300}
+
+
+def test_no_file_is_called_utils():
+    assert not [path for path in sources(*CODE) if Path(path).stem in ("utils", "util", "helpers", "misc")]

@@ -1,0 +1,254 @@
+"""The scripts as a user runs them, on a few steps: what they write, how they resume, what they refuse."""
+
+import json
+import sys
+
+import command
+import numpy as np
+import pytest
+import quickstart
+import torch
+import train_dmd
+import train_teacher
+from digits import SHAPE, Judge, load_digits, load_images, proportional_labels
+from PIL import Image
+from safetensors.torch import load_file
+
+from distill.student import load_student
+from score import KarrasPreconditioning, checkpoint
+
+TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
+
+
+def teacher_config(out, **changes):
+    return train_teacher.Config(out=out, **{**TINY, "width": 32, "depth": 2, **changes})
+
+
+def student_config(out, teacher, **changes):
+    return train_dmd.Config(out=out, teacher=teacher, **{**TINY, "warmup_steps": 2, "num_pairs": 20, **changes})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return train_teacher.main(teacher_config(tmp_path_factory.mktemp("teacher")))
+
+
+def load(folder, facts_of):
+    return load_student(folder, KarrasPreconditioning(train_teacher.build_network(facts_of[1])))
+
+
+def all_files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gan_weight": 0.0, "warmup_steps": 0}, {"regression_weight": 0.25},
+                                     {"num_steps": 4, "warmup_steps": 0}, {"guidance": 2.0}])  # fmt: skip
+def test_a_student_is_distilled_saved_and_sampled_at_its_own_times(tmp_path, teacher, changes):
+    folder = train_dmd.main(student_config(tmp_path, teacher, **changes))
+    student = load(folder, train_teacher.load_teacher(teacher))
+    assert student.num_steps == changes.get("num_steps", 1)
+    assert student.times[0] == pytest.approx(20.0)
+    images = student.sample(
+        torch.randn(10, *SHAPE), {"class_labels": torch.arange(10)}, generator=torch.Generator()
+    )
+    assert images.shape == (10, *SHAPE)
+    assert images.isfinite().all()
+    assert json.loads((tmp_path / "config.json").read_text())["student_every"] == 2
+    assert list((tmp_path / "logs").glob("events*"))
+
+
+def test_guidance_and_the_gan_change_the_student(tmp_path, teacher):
+    weights = [
+        load_file(train_dmd.main(student_config(tmp_path / str(n), teacher, **changes)) / "model.safetensors")
+        for n, changes in enumerate([{}, {"guidance": 3.0}, {"gan_weight": 1.0}])
+    ]
+    names = [name for name in weights[0] if name.endswith("weight")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in names)
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in names)
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [1, 4])
+def test_a_killed_distillation_resumes_to_the_same_weights(tmp_path, teacher, monkeypatch, capsys, kill_at):
+    whole = load_file(train_dmd.main(student_config(tmp_path / "whole", teacher)) / "model.safetensors")
+
+    def killed(reports, *args, **kwargs):
+        for report in reports:
+            yield report
+            if report.step == kill_at:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "follow", killed)
+        with pytest.raises(Killed):
+            train_dmd.main(student_config(tmp_path / "cut", teacher))
+    capsys.readouterr()
+    resumed = load_file(train_dmd.main(student_config(tmp_path / "cut", teacher)) / "model.safetensors")
+    assert ("resumed from step 3" in capsys.readouterr().out) == (kill_at == 4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_another_config_is_not_resumed_and_nothing_is_written(tmp_path):
+    train_teacher.main(teacher_config(tmp_path))
+    before = all_files(tmp_path)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.5 now"):
+        train_teacher.main(teacher_config(tmp_path, learning_rate=0.5))
+    assert all_files(tmp_path) == before
+
+
+def test_a_finished_run_is_found_finished(tmp_path, capsys):
+    first = load_file(train_teacher.main(teacher_config(tmp_path)) / "model.safetensors")
+    again = load_file(train_teacher.main(teacher_config(tmp_path)) / "model.safetensors")
+    assert "resumed from step 6" in capsys.readouterr().out
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("script", [train_teacher, train_dmd])
+def test_dry_run_prints_config_and_bytes_and_writes_nothing(tmp_path, teacher, capsys, script):
+    out = tmp_path / "run"
+    config = (
+        teacher_config(out, dry_run=True)
+        if script is train_teacher
+        else student_config(out, teacher, dry_run=True)
+    )
+    script.main(config)
+    printed = capsys.readouterr().out
+    assert '"batch_size": 16' in printed
+    assert "bytes of weights" in printed
+    assert not out.exists()
+
+
+def npz(path, images, labels):
+    np.savez(path, images=images, labels=labels)
+    return path
+
+
+GOOD = np.zeros((20, 1, 8, 8), np.float32)
+NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), [
+    ("train_teacher", ["--steps", "0"], ["--steps", "above 0", "got 0"]),
+    ("train_teacher", ["--stepz", "5"], ["stepz"]),
+    ("train_teacher", ["--steps", "many"], ["many"]),
+    ("train_teacher", ["--data", "{nan}"], ["image 7", "nan or inf", "Remove or repair"]),
+    ("train_teacher", ["--data", "{negative}"], ["labels", "got -1"]),
+    ("train_teacher", ["--data", "{loud}"], ["reach 3", "expected [-1, 1]"]),
+    ("train_teacher", ["--data", "{missing}"], ["npz file", "images"]),
+    ("train_teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
+    ("train_dmd", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
+    ("train_dmd", ["--teacher", "{missing}"], ["not a denoiser's folder", "train_teacher.py"]),
+    ("train_dmd", ["--data", "{large}"], ["[1, 8, 8]", "[1, 16, 16]", "teacher's own data"]),
+    ("train_dmd", ["--data", "{labels}"], ["10 classes", "labels to 10"]),
+    ("train_dmd", ["--num-steps", "4"], ["--warmup-steps 0"]),
+    ("train_dmd", ["--out", "{file}/run"], ["cannot write"]),
+    ("quickstart", ["--out", "{file}/run"], ["cannot write"]),
+    ("quickstart", ["--seeed", "1"], ["seeed"]),
+])  # fmt: skip
+def test_bad_input_exits_with_2_says_why_and_writes_nothing(
+    tmp_path, teacher, monkeypatch, capsys, script, arguments, words
+):
+    places = {
+        "nan": npz(tmp_path / "nan.npz", NAN, np.zeros(20, int)),
+        "negative": npz(tmp_path / "negative.npz", GOOD, np.full(20, -1)),
+        "loud": npz(tmp_path / "loud.npz", GOOD + 3, np.zeros(20, int)),
+        "large": npz(tmp_path / "large.npz", np.zeros((20, 1, 16, 16), np.float32), np.zeros(20, int)),
+        "labels": npz(tmp_path / "labels.npz", GOOD, np.full(20, 10)),
+        "missing": tmp_path / "missing",
+        "file": tmp_path / "nan.npz",
+    }
+    arguments = [argument.format(**places) for argument in arguments]
+    if "--out" not in arguments:
+        arguments += ["--out", str(tmp_path / "run")]
+    if script == "train_dmd" and "--teacher" not in arguments:
+        arguments += ["--teacher", str(teacher)]
+    module = sys.modules[script]
+    before = all_files(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command.run(module.main, module.Config, module.__doc__)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert all(word in printed.err + printed.out for word in words)
+    assert all_files(tmp_path) == before
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_dmd.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(train_dmd.main, train_dmd.Config, train_dmd.__doc__)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("accelerate launch", "--student-every", "DMD2: 5", "1 means none", "--dry-run"):
+        assert words in text
+
+
+def test_uint8_npz_is_scaled_to_plus_minus_one(tmp_path):
+    pixels = np.array([0, 255], np.uint8).repeat(64).reshape(2, 1, 8, 8)
+    images = load_images(npz(tmp_path / "x.npz", pixels, np.array([0, 1]))).images
+    assert images.amin((1, 2, 3)).tolist() == [-1, -1 + 2]
+    assert images.dtype == torch.float32
+
+
+def test_digits_split_is_fixed_disjoint_and_complete():
+    parts = load_digits()
+    assert [len(part.images) for part in parts] == [900, 300, 597]
+    assert torch.equal(parts[0].labels, load_digits()[0].labels)
+    rows = torch.cat([torch.cat([part.images.flatten(1), part.labels[:, None]], 1) for part in parts])
+    assert len(rows.unique(dim=0)) >= 1790  # the data set itself repeats almost no image
+    assert rows[:, :64].min() == -1
+    assert rows[:, :64].max() == 1
+
+
+def test_proportional_labels_keep_frequencies_and_number():
+    labels = load_digits()[2].labels
+    chosen = proportional_labels(labels, 5000)
+    assert len(chosen) == 5000
+    share = torch.bincount(labels, minlength=10) / len(labels)
+    assert (torch.bincount(chosen, minlength=10) / 5000 - share).abs().max() < 1 / 5000
+
+
+def test_the_judge_knows_real_digits_and_punishes_wrong_labels_and_noise():
+    judge = Judge(seed=0, num_images=100)
+    assert judge.accuracy > 0.94
+    floor = judge.floor()
+    noise = judge.score(
+        torch.randn(600, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.zeros(600).long()
+    )
+    assert noise.fd > 10 * floor.fd
+    assert noise.kid > floor.kid
+    wrong = judge.score(judge.held_out.images, (judge.held_out.labels + 1) % 10)
+    assert wrong.fd == pytest.approx(0, abs=1e-6)
+    assert wrong.accuracy < 0.05
+    assert judge.nearest(judge.train.images) == pytest.approx(0, abs=1e-2)
+    assert judge.nearest(judge.held_out.images) > 1
+
+
+def test_quickstart_writes_report_and_pictures(tmp_path, monkeypatch):
+    short = {**TINY, "steps": 4, "warmup_steps": 2, "num_pairs": 20}
+    monkeypatch.setattr(quickstart, "student_config", lambda config, teacher: train_dmd.Config(
+        teacher=teacher, out=config.out / "student", seed=config.seed, **short))  # fmt: skip
+    path = quickstart.main(quickstart.Config(out=tmp_path, teacher_steps=4, num_images=60, sampling_steps=50))
+    report = json.loads(path.read_text())
+    assert report["teacher_steps"] == 50
+    assert report["student_steps"] == 1
+    for name in ("teacher", "student", "one_step_teacher", "test"):
+        assert report[f"{name}_fd"] > 0
+        assert isinstance(report[f"{name}_kid"], float)
+    assert 0 <= report["student_accuracy"] <= 1
+    assert report["speedup"] > 1
+    assert report["student_saw_real_images"] is True
+    assert {"seconds", "seed", "teacher_accuracy", "num_images"} <= report.keys()
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size[0] > 500
+        assert len(set(picture.get_flattened_data())) > 2
+
+
+def test_checkpoints_are_kept_where_resume_looks(tmp_path, teacher):
+    train_dmd.main(student_config(tmp_path, teacher))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000000003", "step-000000006"]
+    assert checkpoint.MANIFEST in {path.name for path in (tmp_path / "checkpoints" / names[0]).iterdir()}

@@ -1,0 +1,203 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from score import storage
+from score.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
+from score.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving
+from score.storage import describe_schedule, load_denoiser, read_facts, restore_schedule, save_denoiser
+
+ALL_SCHEDULES = [
+    Karras(),
+    Karras(t_min=0.1 + 0.2, t_max=14.6, rho=3.0),
+    RectifiedFlow(),
+    RectifiedFlow(t_min=1e-3, t_max=1 - 1e-5),
+    VariancePreserving.linear(),
+    VariancePreserving.scaled_linear(),
+    VariancePreserving.cosine(50),
+    VariancePreserving(torch.linspace(0.9, 0.0, 7, dtype=torch.float64), integer=False),
+]
+
+
+class Raw(nn.Module):
+    """An untrained network with a class condition, of a seed's own."""
+
+    def __init__(self, seed=0, width=8):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
+            self.label = nn.Embedding(3, 1)
+
+    def forward(self, x_t, t, class_labels):
+        return self.net(torch.cat([x_t, t.to(x_t.dtype)[:, None] / 10, self.label(class_labels)], 1))
+
+
+@pytest.fixture
+def inputs(generator):
+    x_t = torch.randn(6, 2, generator=generator)
+    return x_t, torch.linspace(0.1, 0.9, 6), {"class_labels": torch.arange(6) % 3}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    denoiser = NetworkDenoiser(Raw(), RectifiedFlow(), "flow", 1000.0)
+    return save_denoiser(denoiser, tmp_path / "teacher", {"width": 8, "shape": [2]}), denoiser
+
+
+@pytest.mark.parametrize("original", ALL_SCHEDULES, ids=repr)
+def test_every_schedule_survives_json_exactly(original):
+    restored = restore_schedule(json.loads(json.dumps(describe_schedule(original))))
+    assert type(restored) is type(original)
+    t = original.at(torch.linspace(0, 1, 33, dtype=torch.float64))
+    for name in ("alpha", "sigma", "initial_std", "snap"):
+        assert torch.equal(getattr(restored, name)(t), getattr(original, name)(t))
+    fractions = torch.rand(33, dtype=torch.float64)
+    assert torch.equal(restored.at(fractions), original.at(fractions))
+    assert (restored.t_min, restored.t_max) == (original.t_min, original.t_max)
+    if isinstance(original, VariancePreserving):
+        assert torch.equal(restored.alphas_cumprod, original.alphas_cumprod)
+        assert restored.integer == original.integer
+    else:
+        assert restored == original
+
+
+def test_a_schedule_of_ones_own_is_refused_by_name():
+    class Mine(Schedule):
+        alpha = sigma = time = at = initial_std = snap = None
+
+    with pytest.raises(ValueError, match="cannot store a Mine"):
+        describe_schedule(Mine())
+
+
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("original", ALL_SCHEDULES[:1] + ALL_SCHEDULES[3:5], ids=repr)
+def test_a_denoiser_comes_back_with_bitwise_equal_outputs(tmp_path, inputs, kind, original):
+    denoiser = NetworkDenoiser(Raw().eval(), original, kind, 3.0)
+    save_denoiser(denoiser, tmp_path / "teacher")
+    restored = load_denoiser(tmp_path / "teacher", Raw(seed=1))
+    assert (restored.kind, restored.time_scale) == (kind, 3.0)
+    assert torch.equal(restored(*inputs), denoiser(*inputs))
+
+
+def test_the_loaded_network_is_the_one_passed_in_eval_mode(saved, inputs):
+    folder, denoiser = saved
+    assert denoiser.network.training
+    network = Raw(seed=1)
+    restored = load_denoiser(folder, network)
+    assert restored.network is network
+    assert not network.training
+
+
+def test_sigma_data_is_restored_into_a_network_built_with_another(tmp_path, inputs):
+    denoiser = karras_denoiser(Raw().eval(), Karras(), sigma_data=0.3)
+    save_denoiser(denoiser, tmp_path / "teacher")
+    other = KarrasPreconditioning(Raw(seed=1), sigma_data=0.7)
+    restored = load_denoiser(tmp_path / "teacher", other)
+    assert restored.network.sigma_data == 0.3
+    assert torch.equal(restored(*inputs), denoiser(*inputs))
+
+
+def test_weights_under_preconditioning_do_not_fit_a_raw_network(tmp_path):
+    save_denoiser(karras_denoiser(Raw(), Karras()), tmp_path / "teacher")
+    with pytest.raises(ValueError, match="do not fit Raw"):
+        load_denoiser(tmp_path / "teacher", Raw())
+
+
+def test_facts_come_back(saved):
+    folder, _ = saved
+    assert read_facts(folder) == {"width": 8, "shape": [2]}
+
+
+def test_a_network_of_another_size_is_refused(saved):
+    folder, _ = saved
+    with pytest.raises(ValueError, match=f"weights in {folder} do not fit Raw"):
+        load_denoiser(folder, Raw(width=9))
+
+
+@pytest.mark.parametrize("read", [read_facts, lambda folder: load_denoiser(folder, Raw())])
+def test_a_folder_that_holds_no_denoiser_is_refused_with_a_way_out(tmp_path, read):
+    with pytest.raises(ValueError, match="is not a denoiser's folder.*train_teacher.py"):
+        read(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: text.replace('"kind": "flow"', '"kind": "noise"'),
+        lambda text: text.replace('"kind"', '"sort"'),
+        lambda text: text.replace('"time_scale"', '"scale"'),
+        lambda text: text.replace('"RectifiedFlow"', '"Straight"'),
+        lambda text: text.replace('"family"', '"clan"'),
+        lambda text: text.replace('"t_max"', '"end"'),
+        lambda text: text.replace('"t_max": 1.0', '"t_max": -1.0'),
+        lambda text: text.replace("scorefield-denoiser-1", "scorefield-denoiser-2"),
+    ],
+    ids=["cut", "empty", "list", "kind", "no kind", "no scale", "family", "no family", "field", "range", "format"],
+)
+def test_a_description_that_was_tampered_with_is_refused(saved, change):
+    folder, _ = saved
+    path = folder / "denoiser.json"
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    with pytest.raises(ValueError, match=r"\w"):
+        load_denoiser(folder, Raw())
+
+
+@pytest.mark.parametrize("size", [0, 4, -1])
+def test_weights_that_were_cut_are_refused(saved, size):
+    folder, _ = saved
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=str(folder)):
+        load_denoiser(folder, Raw())
+
+
+def test_missing_weights_are_refused(saved):
+    folder, _ = saved
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=str(folder)):
+        load_denoiser(folder, Raw())
+
+
+def test_saving_again_replaces_the_folder_as_a_whole(saved, inputs):
+    folder, _ = saved
+    (folder / "stale.txt").write_text("x")
+    other = NetworkDenoiser(Raw(seed=2).eval(), Karras(), "eps")
+    assert save_denoiser(other, folder) == folder
+    assert torch.equal(load_denoiser(folder, Raw())(*inputs), other(*inputs))
+    assert sorted(path.name for path in folder.iterdir()) == ["denoiser.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize("victim", ["save_model", "json", "os"])
+def test_a_failure_while_saving_leaves_the_older_denoiser(saved, inputs, monkeypatch, victim):
+    folder, denoiser = saved
+    denoiser.network.eval()
+
+    def fail(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    target = {
+        "save_model": (storage, "save_model"),
+        "json": (storage.json, "dumps"),
+        "os": (storage.os, "replace"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*target[victim], fail)
+        with pytest.raises(KeyboardInterrupt):
+            save_denoiser(NetworkDenoiser(Raw(seed=2), Karras(), "eps"), folder)
+    assert torch.equal(load_denoiser(folder, Raw())(*inputs), denoiser(*inputs))
+
+
+def test_facts_that_are_not_json_leave_the_older_denoiser(saved):
+    folder, denoiser = saved
+    with pytest.raises(TypeError):
+        save_denoiser(denoiser, folder, {"shape": {1, 2}})
+    assert read_facts(folder)["width"] == 8
