@@ -133,7 +133,7 @@ def make_pairs(
         raise ValueError(f"rank must lie in [0, {num_ranks - 1}]; got {rank}.")
     items = torch.arange(rank, len(next(iter(cond.values()))), num_ranks)
     noises, images = [], []
-    for part in tqdm(items.split(batch), desc="teacher pairs", leave=False):
+    for part in tqdm(items.split(batch), desc="teacher pairs", disable=None, leave=False):
         noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])
         own = {name: value[part].to(device) for name, value in cond.items()}
         x_t = initial_noise(teacher.schedule, noise.to(device), float(times[0]))

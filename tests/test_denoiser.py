@@ -117,7 +117,7 @@ def test_karras_preconditioning_of_a_silent_network_is_the_wiener_filter(generat
 
 
 def test_karras_preconditioning_gives_the_network_unit_inputs_and_targets(generator):
-    """EDM's design (arXiv 2206.00364, appendix B.6): both variances are 1 at every sigma, here on Gaussian data."""
+    """EDM's design (arXiv 2206.00364, appendix B.6): both variances are 1 at every sigma, as measured here."""
     std, n = 0.5, 100_000
     for sigma in (0.02, 0.5, 10.0):
         x0 = std * torch.randn(n, 1, generator=generator, dtype=torch.float64)
@@ -192,6 +192,15 @@ def test_fixed_conditioning_replaces_the_callers(mixture, schedule, ratios, gene
     asked_for_zero = {"class_labels": torch.zeros(len(t), dtype=torch.long)}
     close(unconditional(x_t, t, asked_for_zero), mixture(x_t, t, {}))
     assert not torch.allclose(unconditional(x_t, t, asked_for_zero), mixture(x_t, t, asked_for_zero))
+
+
+def test_fixed_conditions_leave_the_others_to_the_caller():
+    network, text = Recorder(), torch.randn(3, 4)
+    fixed = Conditioned(NetworkDenoiser(network, Karras()), {"class_labels": torch.tensor([7])})
+    fixed(torch.zeros(3, 2), torch.ones(3), {"text": text, "class_labels": torch.zeros(3, dtype=torch.long)})
+    cond = network.calls[0][2]
+    assert cond["text"] is text
+    assert cond["class_labels"].tolist() == [7, 7, 7]
 
 
 def test_conditions_of_batch_one_expand_and_others_raise():

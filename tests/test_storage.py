@@ -124,29 +124,33 @@ def test_a_folder_that_holds_no_denoiser_is_refused_with_a_way_out(tmp_path, rea
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("old", "new", "message"),
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: "[1, 2]",
-        lambda text: text.replace('"kind": "flow"', '"kind": "noise"'),
-        lambda text: text.replace('"kind"', '"sort"'),
-        lambda text: text.replace('"time_scale"', '"scale"'),
-        lambda text: text.replace('"RectifiedFlow"', '"Straight"'),
-        lambda text: text.replace('"family"', '"clan"'),
-        lambda text: text.replace('"t_max"', '"end"'),
-        lambda text: text.replace('"t_max": 1.0', '"t_max": -1.0'),
-        lambda text: text.replace("scorefield-denoiser-1", "scorefield-denoiser-2"),
+        ("}", "", "not a denoiser's folder"),
+        ('"kind": "flow"', '"kind": "noise"', "kind"),
+        ('"kind"', '"sort"', r"lacks \['kind'\]"),
+        ('"time_scale"', '"scale"', r"lacks \['time_scale'\]"),
+        ('"schedule"', '"process"', r"lacks \['schedule'\]"),
+        ('"RectifiedFlow"', '"Straight"', "unknown schedule 'Straight'; expected Karras"),
+        ('"family"', '"clan"', "schedule"),
+        ('"t_max"', '"end"', "schedule"),
+        ('"t_max": 1.0', '"t_max": -1.0', "t_max=-1.0"),
+        ("scorefield-denoiser-1", "scorefield-denoiser-2", "scorefield-denoiser-2"),
     ],
-    ids=["cut", "empty", "list", "kind", "no kind", "no scale", "family", "no family", "field", "range", "format"],
 )
-def test_a_description_that_was_tampered_with_is_refused(saved, change):
+def test_a_description_that_was_tampered_with_is_refused(saved, old, new, message):
     folder, _ = saved
     path = folder / "denoiser.json"
-    text = path.read_text()
-    assert change(text) != text
-    path.write_text(change(text))
-    with pytest.raises(ValueError, match=r"\w"):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_denoiser(folder, Raw())
+
+
+def test_a_description_that_is_no_mapping_is_refused(saved):
+    folder, _ = saved
+    (folder / "denoiser.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=str(folder)):
         load_denoiser(folder, Raw())
 
 

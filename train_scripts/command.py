@@ -23,6 +23,7 @@ from score.randomness import Rng
 from score.training import Phase, Report, train
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 def run(main: Callable[[C], Path], config_type: type[C], description: str) -> None:
@@ -124,26 +125,29 @@ def fit(
     accelerator.end_training()
 
 
+def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
+    """A progress bar on the main process; in a log file it refreshes only every 30 seconds."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    hidden = not accelerator.is_main_process
+    return tqdm(
+        items, desc=name, initial=start, total=total, mininterval=interval, maxinterval=interval, disable=hidden
+    )
+
+
 def follow(
     reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
 ) -> Iterator[Report]:
     """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
-    quiet = 0.5 if sys.stderr.isatty() else 30.0  # seconds between refreshes: a log file wants few lines
-    bar = tqdm(
-        reports,
-        desc="steps",
-        initial=start,
-        total=steps,
-        mininterval=quiet,
-        disable=not accelerator.is_main_process,
-    )
+    bar = progress(reports, "steps", steps, accelerator, start)
     latest: dict[str, Tensor] = {}
     for report in bar:
         latest |= report.metrics
         if report.step % log_every == 0 or report.step == steps:
             values = Report(report.step, (), latest).read()
             accelerator.log(values, step=report.step)
-            bar.set_postfix({key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")})
+            bar.set_postfix(
+                {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
+            )
         yield report
 
 

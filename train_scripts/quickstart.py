@@ -34,9 +34,9 @@ class Config:
     seed: int = 0
     """Of both trainings and of the judge."""
     long: bool = False
-    """Train the student four times as long."""
+    """Train teacher and student twice as long."""
     teacher_steps: int = 3000
-    """Optimiser steps of the teacher."""
+    """Optimiser steps of the teacher, before --long."""
     student_iterations: int = 2000
     """Iterations of the distillation, before --long."""
     sampling_steps: int = 50
@@ -48,9 +48,9 @@ class Config:
 def main(config: Config) -> Path:
     """Run the whole job and return the path of the report."""
     check_out(config.out)
-    start = time.perf_counter()
+    start, stretch = time.perf_counter(), 2 if config.long else 1
     teacher_out = train_teacher.main(
-        train_teacher.Config(out=config.out / "teacher", steps=config.teacher_steps, seed=config.seed)
+        train_teacher.Config(out=config.out / "teacher", steps=stretch * config.teacher_steps, seed=config.seed)
     )
     student_out = train_dmd.main(student_config(config, teacher_out))
     teacher, facts = train_teacher.load_teacher(teacher_out)
@@ -69,7 +69,7 @@ def main(config: Config) -> Path:
 
 def student_config(config: Config, teacher: Path) -> train_dmd.Config:
     """The recipe of the distillation; longer only in its number of iterations."""
-    steps = config.student_iterations * (4 if config.long else 1)
+    steps = config.student_iterations * (2 if config.long else 1)
     return train_dmd.Config(teacher=teacher, out=config.out / "student", steps=steps, seed=config.seed)
 
 

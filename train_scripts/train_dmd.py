@@ -14,10 +14,20 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from command import adamw, check_out, check_positive, cosine, fit, make_accelerator, resume, run, show_plan
+from command import (
+    adamw,
+    check_out,
+    check_positive,
+    cosine,
+    fit,
+    make_accelerator,
+    progress,
+    resume,
+    run,
+    show_plan,
+)
 from digits import load_images
 from torch import nn
-from tqdm import tqdm
 from train_teacher import build_network, load_teacher
 
 from distill.adversarial import Critic, discriminator_head
@@ -190,7 +200,7 @@ def warm_up(config: Config, method: DMD, accelerator: Accelerator, facts: dict[s
         lr_schedule=cosine(optimizer, config.warmup_steps, warmup=20),
     )  # fmt: skip
     reports = train([phase], lambda rng: None, accelerator, steps=config.warmup_steps, seed=config.seed)
-    for _ in tqdm(reports, desc="warm-up", total=config.warmup_steps, disable=not accelerator.is_main_process):
+    for _ in progress(reports, "warm-up", config.warmup_steps, accelerator):
         pass
     assert phase.ema is not None
     phase.ema.source.load_state_dict(phase.ema.network.state_dict())

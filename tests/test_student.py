@@ -1,0 +1,197 @@
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from distill.student import Student, even_times, load_student, save_student
+from score.denoiser import KarrasPreconditioning, NetworkDenoiser
+from score.network import ResidualMLP
+from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from score.storage import read_facts, save_denoiser
+
+close = torch.testing.assert_close
+LABELS = {"class_labels": torch.arange(6) % 2}
+
+
+def make_network(schedule, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ResidualMLP((2,), num_classes=2, width=16, depth=2, embedding=8)
+        for parameter in network.parameters():
+            parameter.data.normal_(0, 0.3)
+    return KarrasPreconditioning(network) if isinstance(schedule, Karras) else network
+
+
+def make_denoiser(schedule, kind=None, seed=0):
+    scale = 1e-3 if isinstance(schedule, VariancePreserving) else 1.0
+    usual = {Karras: "x0", RectifiedFlow: "flow", VariancePreserving: "eps"}[type(schedule)]
+    return NetworkDenoiser(make_network(schedule, seed), schedule, kind or usual, scale)
+
+
+def make_student(schedule, num_steps=1, kind=None):
+    return Student(make_denoiser(schedule, kind), even_times(schedule, num_steps))
+
+
+@pytest.fixture
+def noise(generator):
+    return torch.randn(6, 2, generator=generator)
+
+
+@pytest.mark.parametrize(("name", "std"), [("karras", 80.0), ("vp", 1.0), ("flow", 1.0)])
+def test_one_step_is_the_denoiser_at_t_max_on_scaled_noise(schedules, noise, name, std):
+    schedule = schedules[name]
+    student = make_student(schedule)
+    t = torch.full((6,), schedule.t_max)
+    assert student.num_steps == 1
+    expected = student.denoiser(std * noise, t, LABELS)
+    assert torch.equal(student.sample(noise, LABELS), expected)
+    assert torch.equal(student.simulate(noise, LABELS, steps=1), expected)
+
+
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_few_step_sampling_is_predict_and_noise_again(schedule, noise, num_steps):
+    student = make_student(schedule, num_steps)
+    generator = torch.Generator().manual_seed(3)
+    x_t = noise * (80.0 if isinstance(schedule, Karras) else 1.0)
+    t = torch.full((6,), student.times[0])
+    with torch.no_grad():
+        for s in student.times[1:]:
+            x0 = student.denoiser(x_t, t, LABELS)
+            t = torch.full((6,), s)
+            alpha, sigma = schedule.alpha(t)[:, None].float(), schedule.sigma(t)[:, None].float()
+            x_t = alpha * x0 + sigma * torch.randn(6, 2, generator=generator)
+        expected = student.denoiser(x_t, t, LABELS)
+    got = student.sample(noise, LABELS, generator=torch.Generator().manual_seed(3))
+    close(got, expected)
+    other = student.sample(noise, LABELS, generator=torch.Generator().manual_seed(4))
+    assert not torch.allclose(other, expected)
+
+
+@pytest.mark.parametrize(("kind", "prediction_type"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_sampling_equals_diffusers_lcm_scheduler_without_boundary_scaling(noise, kind, prediction_type):
+    from diffusers import LCMScheduler
+
+    schedule = VariancePreserving.scaled_linear()
+    student = Student(make_denoiser(schedule, kind), (999.0, 759.0, 499.0, 259.0))
+    scheduler = LCMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type,
+        clip_sample=False, timestep_scaling=1e6,
+    )  # fmt: skip
+    scheduler.set_timesteps(timesteps=[int(t) for t in student.times])
+    assert [float(t) for t in scheduler.timesteps] == list(student.times)
+    generator, x_t = torch.Generator().manual_seed(3), noise * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = student.denoiser.network(x_t, 1e-3 * t.float().expand(6), **LABELS)
+            x_t = scheduler.step(output, t, x_t, generator=generator).prev_sample
+    close(student.sample(noise, LABELS, generator=torch.Generator().manual_seed(3)), x_t, rtol=1e-4, atol=1e-4)
+
+
+def test_sample_has_no_gradient_and_simulate_one_through_its_last_step(schedule, noise):
+    student = make_student(schedule, 3)
+    assert not student.sample(noise, LABELS).requires_grad
+    seen = []
+    student.denoiser.network.register_forward_pre_hook(
+        lambda module, arguments: seen.append((arguments[0].detach().clone(), torch.is_grad_enabled()))
+    )
+    for steps in (1, 2, 3):
+        seen.clear()
+        generator = torch.Generator().manual_seed(steps)
+        x0 = student.simulate(noise, LABELS, steps=steps, generator=generator)
+        assert [grad for _, grad in seen] == [False] * (steps - 1) + [True]
+        network = student.denoiser.network
+        got = torch.autograd.grad(x0.square().sum(), list(network.parameters()))
+        t = torch.full((6,), student.times[steps - 1])
+        last = student.denoiser(seen[steps - 1][0], t, LABELS)
+        assert torch.equal(last, x0)
+        expected = torch.autograd.grad(last.square().sum(), list(network.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_stopping_early_gives_a_prefix_of_the_full_trajectory(schedule, noise):
+    student = make_student(schedule, 3)
+    prefix = Student(student.denoiser, student.times[:2])
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    stopped = student.simulate(noise, LABELS, steps=2, generator=generators[0])
+    assert torch.equal(stopped, prefix.sample(noise, LABELS, generator=generators[1]))
+
+
+def test_even_times_give_the_figures_of_the_docstring():
+    ddpm = VariancePreserving.linear()
+    assert even_times(ddpm, 1) == (999.0,)
+    assert even_times(ddpm, 4) == (999.0, 749.0, 500.0, 250.0)
+    assert even_times(RectifiedFlow(), 4) == (1.0, 0.75, 0.5, 0.25)
+    assert even_times(Karras(), 1) == pytest.approx((80.0,))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 50])
+def test_even_times_make_a_student_of_any_schedule(schedule, num_steps):
+    times = even_times(schedule, num_steps)
+    assert len(times) == num_steps
+    assert times[0] == pytest.approx(schedule.t_max)
+    assert all(a > b > schedule.t_min for a, b in pairwise(times))
+    assert Student(make_denoiser(schedule), times).num_steps == num_steps
+
+
+@pytest.mark.parametrize("times", [(), (0.5, 0.5), (0.25, 0.5), (1.0, 0.5, 0.7)])
+def test_times_that_do_not_fall_are_refused(times):
+    with pytest.raises(ValueError, match="times must fall strictly, one per step"):
+        Student(make_denoiser(RectifiedFlow()), times)
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [("karras", (81.0,)), ("karras", (80.0, 0.001)), ("flow", (999.0,)), ("vp", (1000.0,)),
+                        ("vp", (999.0, -1.0)), ("flow", (float("nan"),))]
+)  # fmt: skip
+def test_times_outside_the_schedule_are_refused(schedules, name, times):
+    with pytest.raises(ValueError, match=r"times must lie in \["):
+        Student(make_denoiser(schedules[name]), times)
+
+
+@pytest.mark.parametrize("steps", [0, 3, -1])
+def test_numbers_of_steps_it_does_not_take_are_refused(noise, steps):
+    student = make_student(RectifiedFlow(), 2)
+    with pytest.raises(ValueError, match=rf"steps must lie in \[1, 2\]; got {steps}"):
+        student.simulate(noise, LABELS, steps=steps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_student_comes_back_with_its_times_schedule_and_kind(tmp_path, schedule, noise, num_steps):
+    student = make_student(schedule, num_steps)
+    assert save_student(student, tmp_path / "student", {"width": 16}) == tmp_path / "student"
+    restored = load_student(tmp_path / "student", make_network(schedule, seed=1))
+    assert restored.times == student.times
+    assert restored.denoiser.kind == student.denoiser.kind
+    assert type(restored.denoiser.schedule) is type(schedule)
+    samples = [
+        each.sample(noise, LABELS, generator=torch.Generator().manual_seed(2)) for each in (student, restored)
+    ]
+    assert torch.equal(*samples)
+    assert read_facts(tmp_path / "student")["width"] == 16
+
+
+def test_a_teachers_folder_is_not_a_students(tmp_path):
+    teacher = make_denoiser(RectifiedFlow())
+    save_denoiser(teacher, tmp_path / "teacher")
+    with pytest.raises(ValueError, match="holds a denoiser but no 'conditioning_times': a teacher, not a student"):
+        load_student(tmp_path / "teacher", make_network(RectifiedFlow()))
+
+
+def test_saved_times_outside_the_schedule_are_refused(tmp_path):
+    save_student(make_student(RectifiedFlow()), tmp_path / "student")
+    path = tmp_path / "student" / "denoiser.json"
+    path.write_text(path.read_text().replace("[\n      1.0\n    ]", "[999.0]"))
+    with pytest.raises(ValueError, match="times must lie in"):
+        load_student(tmp_path / "student", make_network(RectifiedFlow()))
+
+
+def test_a_copy_learns_alone(noise):
+    student = make_student(RectifiedFlow())
+    before = student.sample(noise, LABELS)
+    other = copy.deepcopy(student)
+    for parameter in other.denoiser.network.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(student.sample(noise, LABELS), before)
+    assert not torch.equal(other.sample(noise, LABELS), before)
