@@ -124,22 +124,27 @@ class DMD:
 
     @torch.no_grad()
     def check(self, batch: Mapping[str, Any]) -> None:
-        """Try every network on one batch, before any work starts.
+        """Try every network and every loss on one batch, before any work starts; nothing is learned.
 
         Raises:
-            ValueError: teacher, student and fake score do not agree on shapes, schedules or conditions.
+            ValueError: teacher, student and fake score do not agree on shapes, schedules or conditions; the GAN
+                term lacks real images or a critic; regression with a few-step student.
         """
-        batch = self.rollout(batch, (), Rng(0, 0))
-        x0 = batch["x0"]
-        if tuple(x0.shape[1:]) != self.shape:
-            raise ValueError(f"the student must return images of shape {self.shape}; got {tuple(x0.shape[1:])}.")
-        self.gradient(x0, batch["cond"], batch["fake_cond"], generator=Rng(0, 0)("check"))
+        rng = Rng(0, 0)
+        batch = self.rollout(batch, (), rng)
+        if tuple(batch["x0"].shape[1:]) != self.shape:
+            raise ValueError(
+                f"the student must return images of shape {self.shape}; got {tuple(batch['x0'].shape[1:])}."
+            )
         if self.gan is not None:
-            t = self.gan.times(len(x0), self.fake.schedule, Rng(0, 0)("check")).to(x0.device)
-            if not self.fake.unwrapped().with_extras(x0, t, {**batch["cond"], **batch["fake_cond"]})[1]:
+            real = batch.get("real")
+            if real is None or real.shape != batch["x0"].shape:
+                got = "none" if real is None else tuple(real.shape)
                 raise ValueError(
-                    "the GAN term needs a fake score whose network is a Critic; it returns no logits."
+                    f'the GAN term needs "real" images {tuple(batch["x0"].shape)} in the batch; got {got}.'
                 )
+        self.student_loss(batch, rng)
+        self.fake_loss(batch, rng)
 
     def rollout(self, batch: Mapping[str, Any], due: tuple[str, ...], rng: Rng) -> dict[str, Any]:
         """Add the student's images "x0", with gradient if the student is due, and "fake_cond".
@@ -215,7 +220,10 @@ class DMD:
         schedule, generator = self.fake.schedule, rng("adversarial")
         t = times(len(x0), schedule, generator).to(x0.device)
         x_t = schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)
-        logits: Tensor = self.fake.unwrapped().with_extras(x_t, t, cond)[1][0]
+        extras = self.fake.unwrapped().with_extras(x_t, t, cond)[1]
+        if not extras:
+            raise ValueError("the GAN term needs a fake score whose network is a Critic; it returns no logits.")
+        logits: Tensor = extras[0]
         return logits
 
 

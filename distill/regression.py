@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -55,7 +56,7 @@ def lpips(weights: Path, size: int = 224) -> Distance:
     from torchmetrics.functional.image.lpips import _LPIPS
 
     network = _LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval().requires_grad_(False)
-    state, own = load_file(str(weights)), network.net.state_dict()
+    state, own = _load(weights), network.net.state_dict()
     # torchmetrics cuts vgg16.features into slices that keep the numbers: slice2.5.weight is features.5.weight.
     wanted = {name: "features." + name.split(".", 1)[1] for name in own}
     wrong = [
@@ -69,6 +70,8 @@ def lpips(weights: Path, size: int = 224) -> Distance:
 
     def distance(images: Tensor, targets: Tensor) -> Tensor:
         network.to(images.device)
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"LPIPS needs images (b, 1, h, w) or (b, 3, h, w); got {tuple(images.shape)}.")
         rgb = [x.float().expand(-1, 3, -1, -1) for x in (images, targets)]
         large = [torch.nn.functional.interpolate(x, (size, size), mode="bilinear") for x in rgb]
         result: Tensor = network(*large).flatten()
@@ -101,8 +104,8 @@ class Pairs:
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> "Pairs":
-        """Join shards. Raises ``ValueError`` if there are none, or if their keys differ."""
-        shards = [load_file(str(path)) for path in paths]
+        """Join shards. Raises ``ValueError`` if there are none, if one is damaged, or if their keys differ."""
+        shards = [_load(path) for path in paths]
         if not shards or any(shard.keys() != shards[0].keys() for shard in shards):
             raise ValueError(f"need shards of one set of teacher pairs; got {[str(path) for path in paths]}.")
         joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
@@ -110,16 +113,25 @@ class Pairs:
         return cls(joined["noise"], joined["x0"], cond)
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
 @torch.no_grad()
 def make_pairs(
-    teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, step: Step | None = None, seed: int = 0,
-    rank: int = 0, num_ranks: int = 1, batch: int = 256, device: torch.device | str = "cpu",
+    teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, num: int | None = None,
+    step: Step | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
+    device: torch.device | str = "cpu",
 ) -> Pairs:  # fmt: skip
     """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
 
     Args:
         teacher: guided as its student should be.
-        cond: conditions of the *whole* set, batch n.
+        cond: conditions of the *whole* set, batch n; empty for an unconditional teacher, which needs ``num``.
+        num: pairs of the whole set, if ``cond`` does not tell.
         shape: of one image.
         times: sampling grid; DMD uses 18 (CIFAR-10) to 256 (ImageNet) Heun steps, 50 PNDM steps for SD 1.5.
         step: a deterministic step, :func:`score.sampling.ddim` () by default.
@@ -129,9 +141,15 @@ def make_pairs(
         batch: images at a time.
         device: where to compute; the pairs come back to the CPU.
     """
-    if not 0 <= rank < num_ranks:
-        raise ValueError(f"rank must lie in [0, {num_ranks - 1}]; got {rank}.")
-    items = torch.arange(rank, len(next(iter(cond.values()))), num_ranks)
+    sizes = {len(value) for value in cond.values()} | ({num} if num is not None else set())
+    if len(sizes) != 1:
+        raise ValueError(f"conditions and num must agree on the number of pairs; got {sorted(sizes)}.")
+    size = sizes.pop()
+    if not 0 <= rank < num_ranks <= size:
+        raise ValueError(
+            f"rank must lie in [0, num_ranks - 1], with a pair for each; got {rank} of {num_ranks}, {size} pairs."
+        )
+    items = torch.arange(rank, size, num_ranks)
     noises, images = [], []
     for part in tqdm(items.split(batch), desc="teacher pairs", disable=None, leave=False):
         noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])

@@ -7,7 +7,6 @@ under a temporary name and renamed, and the last two are kept: a kill at any mom
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import nn
 
-from score.training import Phase, unwrap
+from score.atomic import whole_folder
+from score.training import Phase
 
 MANIFEST = "manifest.json"
 
@@ -31,36 +30,44 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
         step: ``Report.step``.
         phases: as passed to ``train``.
         config: JSON-able; :func:`load` refuses another one.
-        keep: checkpoints to keep.
+        keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
+            from an earlier step, are removed.
 
     Raises:
+        ValueError: keep is below 1.
         FloatingPointError: a weight is not finite; nothing is written.
     """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1; got {keep}: this checkpoint would be thrown away.")
     for phase in phases:
         if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
             raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
-    final, temporary = folder / f"step-{step:09d}", folder / f".writing-{step:09d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final = folder / f"step-{step:09d}"
+    with whole_folder(final) as temporary:
+        _write(temporary, step, phases, config)
+    others = [path for path in sorted(folder.glob("step-*")) if path != final]
+    earlier = [path for path in others if path < final]
+    kept = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
+    for path in others:
+        if path not in kept:
+            shutil.rmtree(path)
+    return final
+
+
+def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any]) -> None:
     state: dict[str, Any] = {"step": step, "phases": {}}
     for phase in phases:
-        for name, network in _networks(phase).items():
-            save_model(network, str(temporary / f"{name}.safetensors"))
+        for name, network in phase.networks().items():
+            save_model(network, str(folder / f"{name}.safetensors"))
         state["phases"][phase.name] = {
             "optimizer": phase.optimizer.state_dict(),
             "lr_schedule": phase.lr_schedule.state_dict() if phase.lr_schedule else None,
             "ema_updates": phase.ema.num_updates if phase.ema else None,
         }
-    torch.save(state, temporary / "state.pt")
-    (temporary / "config.json").write_text(json.dumps(config, indent=2, default=str))
-    sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(sums, indent=2))
-    _flush_to_disk(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+    torch.save(state, folder / "state.pt")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
 
 
 def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> int:
@@ -69,7 +76,7 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> in
     A damaged checkpoint is named in a warning and the one before it used.
 
     Raises:
-        ValueError: the checkpoint belongs to another config; names the fields that differ.
+        ValueError: the checkpoint belongs to another config, naming the fields that differ, or to other phases.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):
         damage = _damage(path)
@@ -77,9 +84,10 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> in
             warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=2)
             continue
         _check_config(path, config)
+        _check_networks(path, phases)
         state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
         for phase in phases:
-            for name, network in _networks(phase).items():
+            for name, network in phase.networks().items():
                 load_model(network, str(path / f"{name}.safetensors"))
             own = state["phases"][phase.name]
             phase.optimizer.load_state_dict(own["optimizer"])
@@ -89,11 +97,6 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> in
                 phase.ema.num_updates = own["ema_updates"]
         return int(state["step"])
     return 0
-
-
-def _networks(phase: Phase) -> dict[str, nn.Module]:
-    networks = {phase.name: unwrap(phase.network)}
-    return networks if phase.ema is None else {**networks, f"{phase.name}.ema": phase.ema.network}
 
 
 def _damage(path: Path) -> str | None:
@@ -109,6 +112,16 @@ def _damage(path: Path) -> str | None:
     return None
 
 
+def _check_networks(path: Path, phases: Sequence[Phase]) -> None:
+    saved = {file.stem for file in path.glob("*.safetensors")}
+    wanted = {name for phase in phases for name in phase.networks()}
+    if saved != wanted:
+        raise ValueError(
+            f"checkpoint {path} holds the networks {sorted(saved)}; this run trains {sorted(wanted)}. Pass the "
+            "phases (and averages) it was written with, or another output folder."
+        )
+
+
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     saved, wanted = json.loads((path / "config.json").read_text()), json.loads(json.dumps(config, default=str))
     fields = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -122,10 +135,3 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(folder: Path) -> None:
-    # A rename may reach the disk before the data do; a power cut would then leave a whole name round no data.
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

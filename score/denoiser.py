@@ -130,7 +130,8 @@ class Rescheduled:
 def rescheduled(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
     """``denoiser`` on ``schedule``: exact, since E[x0 | x_t] depends only on (x_t / alpha, sigma / alpha).
 
-    An EDM teacher can so train a flow student. A call raises ``ValueError`` outside the noise levels that
+    An EDM teacher can so train a flow student. A teacher trained on integer timesteps is asked between them, where
+    its embedding of t interpolates. A call raises ``ValueError`` outside the noise levels that
     the denoiser knows: Stable Diffusion reaches sigma / alpha = 14.6, EDM 80.
     """
     return Rescheduled(denoiser, schedule)

@@ -57,7 +57,7 @@ class GaussianMixture:
     def _log_weights(self, cond: Cond, batch: int) -> Tensor:
         log_weights = self.weights.double().log().expand(batch, -1)
         if self.labels is not None and LABELS in cond:
-            wanted = _check_labels(cond[LABELS], self.num_classes).to(self.labels.device)[:, None]
+            wanted = _check_labels(cond[LABELS], self.labels).to(self.labels.device)[:, None]
             allowed = (self.labels == wanted) | (wanted == self.num_classes)
             log_weights = log_weights.to(allowed.device).masked_fill(~allowed, -torch.inf)
         return log_weights.log_softmax(1)
@@ -68,6 +68,7 @@ class GaussianMixture:
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """E[x0 | x_t, cond]: each component's posterior mean, weighted by its responsibility."""
+        check_time(t, x_t)
         x, means, stds = x_t.flatten(1), self.means.to(x_t).flatten(1), self.stds.to(x_t)
         alpha, sigma = self.schedule.alpha(t).to(x)[:, None], self.schedule.sigma(t).to(x)[:, None]
         gain = alpha * stds**2 / ((alpha * stds) ** 2 + sigma**2)
@@ -76,14 +77,17 @@ class GaussianMixture:
         return (share[..., None] * posterior).sum(1).view_as(x_t)
 
     def score(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """Gradient of :meth:`log_density`: (alpha E[x0 | x_t] - x_t) / sigma^2, Tweedie's formula."""
+        """Gradient of :meth:`log_density` for sigma > 0: (alpha E[x0 | x_t] - x_t) / sigma^2 (Tweedie)."""
         alpha, sigma = per_sample(self.schedule.alpha(t), x_t), per_sample(self.schedule.sigma(t), x_t)
         return (alpha * self(x_t, t, cond) - x_t) / sigma**2
 
     def sample(self, n: int, generator: Generator, cond: Cond | None = None) -> Float[Tensor, "n *shape"]:
         """N independent clean samples, of the classes in ``cond`` if given."""
-        component = torch.multinomial(self._log_weights(cond or {}, n).exp(), 1, generator=generator)[:, 0]
-        noise = torch.randn(n, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
+        device = generator.device
+        shares = self._log_weights(cond or {}, n).exp().to(device)
+        component = torch.multinomial(shares, 1, generator=generator)[:, 0].to(self.means.device)
+        noise = torch.randn(n, *self.means.shape[1:], generator=generator, device=device, dtype=self.means.dtype)
+        noise = noise.to(self.means.device)
         return self.means[component] + per_sample(self.stds[component], noise) * noise
 
     def component(self, x: Images) -> Int[Tensor, " b"]:
@@ -126,7 +130,8 @@ class EmpiricalDistribution:
         check_time(t, x_t)
         # float64: at small sigma the exponent cancels thousands against thousands.
         x = x_t.flatten(1).double()
-        alpha, sigma = self.schedule.alpha(t).to(x)[:, None], self.schedule.sigma(t).to(x)[:, None]
+        alpha = self.schedule.alpha(t).to(x)[:, None]
+        sigma = self.schedule.sigma(t).to(x)[:, None].clamp(min=1e-10)  # at sigma = 0 the image itself, not 0 / 0
         peak = x.new_full((len(x), 1), -torch.inf)
         total, mean = torch.zeros_like(peak), torch.zeros_like(x)
         for images, allowed in self._chunks(x, cond):
@@ -143,7 +148,7 @@ class EmpiricalDistribution:
     def _chunks(self, x: Tensor, cond: Cond) -> Iterator[tuple[Tensor, Tensor | None]]:
         wanted = None
         if self.labels is not None and LABELS in cond:
-            wanted = _check_labels(cond[LABELS], self.num_classes).to(x.device)[:, None]
+            wanted = _check_labels(cond[LABELS], self.labels).to(x.device)[:, None]
         for start in range(0, len(self.images), self.chunk):
             images = self.images[start : start + self.chunk].flatten(1).to(x)
             if wanted is None or self.labels is None:
@@ -153,10 +158,12 @@ class EmpiricalDistribution:
                 yield images, (labels == wanted) | (wanted == self.num_classes)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> Tensor:
-    if bool(((labels < 0) | (labels > num_classes)).any()):
+def _check_labels(labels: Tensor, known: Tensor) -> Tensor:
+    num_classes = int(known.max()) + 1
+    present = torch.cat([known.unique(), known.new_tensor([num_classes])])
+    if not bool(torch.isin(labels.to(known.device), present).all()):
         raise ValueError(
             f"class labels must lie in [0, {num_classes - 1}], or be {num_classes} for the null class; got "
-            f"[{labels.min()}, {labels.max()}]."
+            f"[{labels.min()}, {labels.max()}]. Members exist of {present[:-1].tolist()}."
         )
     return labels

@@ -126,13 +126,16 @@ def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Fl
 
 
 def prediction_weight(kind: Kind) -> TimeWeight:
-    """The weight that turns the error of x0 into the squared error of eps, v or flow; 1 for x0."""
+    """The weight that turns the error of x0 into the squared error of eps, v or flow; 1 for x0.
+
+    At sigma = 0, where only x0 can be read off the image, it is finite and the error of the others is 0.
+    """
     check_kind(kind)
 
     def weight(t: Tensor, schedule: Schedule) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         slope = {"x0": torch.ones_like(sigma), "eps": alpha, "v": alpha**2 + sigma**2, "flow": alpha + sigma}[kind]
-        return slope**2 if kind == "x0" else (slope / sigma) ** 2
+        return slope**2 if kind == "x0" else (slope / sigma.clamp(min=1e-5)) ** 2
 
     return weight
 

@@ -62,7 +62,8 @@ def sliced_wasserstein(
         raise ValueError(
             f"sliced Wasserstein needs two sets of one shape; got {tuple(a.shape)}, {tuple(b.shape)}."
         )
-    directions = torch.randn(a.shape[1], num_projections, generator=generator, dtype=torch.float64)
+    size, device = (a.shape[1], num_projections), generator.device
+    directions = torch.randn(size, generator=generator, device=device, dtype=torch.float64).to(a.device)
     directions = directions / directions.norm(dim=0)
     sorted_a, sorted_b = ((x.double() @ directions).sort(0).values for x in (a, b))
     return float((sorted_a - sorted_b).abs().mean())

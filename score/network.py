@@ -70,15 +70,25 @@ class ResidualMLP(nn.Module):
                 raise ValueError(
                     f"class_labels are missing; pass cond={{'class_labels': ...}} ({self.num_classes} is null)."
                 )
-            code = code + self.label(class_labels)
+            code = code + _embed("class_labels", self.label, class_labels)
         if self.step is not None and step is not None:
-            code = code + self.step(step)
+            code = code + _embed("step", self.step, step)
         code = nn.functional.silu(code)
         hidden = self.enter(x_t.flatten(1).to(code.dtype))
         for block in self.blocks:
             hidden = block(hidden, code)
         prediction: Tensor = self.leave(hidden)
         return prediction.view_as(x_t)
+
+
+def _embed(name: str, table: nn.Embedding, numbers: Tensor) -> Tensor:
+    # On a GPU the comparison would wait for the device in every call; there the embedding itself complains.
+    if numbers.device.type == "cpu" and not bool(((numbers >= 0) & (numbers < table.num_embeddings)).all()):
+        raise ValueError(
+            f"{name} must lie in [0, {table.num_embeddings - 1}]; got [{numbers.min()}, {numbers.max()}]."
+        )
+    code: Tensor = table(numbers)
+    return code
 
 
 class _Block(nn.Module):

@@ -54,7 +54,7 @@ def sample(
         denoiser: the (guided) teacher or student.
         x_t: noisy images at times[0]; pure noise from :func:`initial_noise`, or a diffused image.
         cond: conditioning, batch b.
-        times: (n,) strictly decreasing; :func:`grid`. The deterministic steps cost n network calls, Heun 2n - 1.
+        times: (n,) strictly decreasing; :func:`grid`. DDIM and DDPM cost n network calls, Heun at most 2n - 1.
         step: :func:`ddim` () by default.
         generator: for steps that add noise.
         checkpoint: recompute each step in the backward pass, so that memory does not grow with n.

@@ -9,7 +9,7 @@ Coefficients are computed in float64 and cast to the dtype of the image once.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,7 @@ class Schedule(ABC):
 
     t_min: float
     t_max: float
+    cell: float = 0.0  # width in ``fraction`` of one timestep, for teachers that know only integers
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -70,18 +71,17 @@ class Schedule(ABC):
     def at(self, fraction: Tensor) -> Tensor:
         """Time at a fraction in [0, 1] of the schedule's customary spacing, float64.
 
-        Uniform time draws and sampling grids both use it: timesteps for variance-preserving schedules
-        (rounded to the integers such teachers were trained on), t itself for flows, Karras et al.'s
-        rho-spaced levels for EDM.
+        Uniform time draws and sampling grids both use it: (integer) timesteps for variance-preserving
+        schedules, t itself for flows, Karras et al.'s rho-spaced levels for EDM.
         """
 
     @abstractmethod
     def initial_std(self, t: Tensor) -> Tensor:
         """Standard deviation of the pure noise a sampler starts from at time t (``init_noise_sigma``)."""
 
-    @abstractmethod
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time a teacher of this schedule was trained on: an integer, or t itself."""
+        return t.round() if self.cell else t
 
     def ratio(self, t: Tensor) -> Tensor:
         """``sigma / alpha``, the noise level that Karras et al. call sigma; infinite where alpha is 0."""
@@ -168,10 +168,6 @@ class Karras(Schedule):
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         return (low + fraction.double() * (high - low)) ** self.rho
 
-    def snap(self, t: Tensor) -> Tensor:
-        """The time itself."""
-        return t
-
     def initial_std(self, t: Tensor) -> Tensor:
         """Sigma: the data are negligible beside the noise at t_max."""
         return t.double()
@@ -209,10 +205,6 @@ class RectifiedFlow(Schedule):
         """Linear in t; ``times.shifted`` warps it."""
         return self.t_min + fraction.double() * (self.t_max - self.t_min)
 
-    def snap(self, t: Tensor) -> Tensor:
-        """The time itself."""
-        return t
-
     def initial_std(self, t: Tensor) -> Tensor:
         """One."""
         return torch.ones_like(t, dtype=torch.float64)
@@ -232,7 +224,10 @@ class VariancePreserving(Schedule):
 
     alphas_cumprod: Float[Tensor, " T"]
     integer: bool = True
-    log_ratios: Tensor = field(init=False, repr=False)
+    log_ratios: Tensor = field(init=False)
+    t_min: float = field(init=False)
+    t_max: float = field(init=False)
+    cell: float = field(init=False)
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod).double().cpu()
@@ -242,49 +237,43 @@ class VariancePreserving(Schedule):
             )
         if not (table[0] < 1 and table[-1] >= 0):
             raise ValueError(f"alphas_cumprod must lie in [0, 1); got {table[0]:g} down to {table[-1]:g}.")
-        object.__setattr__(self, "alphas_cumprod", table)
-        object.__setattr__(self, "log_ratios", (torch.log1p(-table) - torch.log(table)) / 2)
+        log_ratios = (torch.log1p(-table) - torch.log(table)) / 2
+        derived = {"alphas_cumprod": table, "log_ratios": log_ratios, "t_min": 0.0, "t_max": len(table) - 1.0}
+        derived["cell"] = 1 / (len(table) - 1) if self.integer else 0.0
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def linear(
-        cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-    ) -> "VariancePreserving":
+    def linear(cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
         """Linear betas (Ho et al. 2020, section 4)."""
         return cls(torch.cumprod(1 - torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64), 0))
 
     @classmethod
-    def scaled_linear(
-        cls, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-    ) -> "VariancePreserving":
+    def scaled_linear(cls, num_steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> Self:
         """Betas whose roots are linear: Stable Diffusion's schedule."""
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
         return cls(torch.cumprod(1 - roots**2, 0))
 
     @classmethod
-    def cosine(cls, num_steps: int = 1000, offset: float = 0.008) -> "VariancePreserving":
+    def cosine(cls, num_steps: int = 1000, offset: float = 0.008) -> Self:
         """Cosine alphas, betas clipped at 0.999 (Nichol and Dhariwal 2021, arXiv 2102.09672, Eq. 17)."""
         steps = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         bar = torch.cos((steps + offset) / (1 + offset) * torch.pi / 2) ** 2
         return cls(torch.cumprod(1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999), 0))
 
-    @property
-    def t_min(self) -> float:  # type: ignore[override]
-        """Zero: the first, least noisy timestep. Its sigma is above zero."""
-        return 0.0
-
-    @property
-    def t_max(self) -> float:  # type: ignore[override]
-        """T - 1, the last timestep."""
-        return float(len(self.alphas_cumprod) - 1)
+    def __repr__(self) -> str:
+        low, high = self.log_ratios[[0, -1]].exp().tolist()
+        steps = f"{len(self.log_ratios)} {'integer' if self.integer else 'continuous'} steps"
+        return f"VariancePreserving({steps}, sigma / alpha {low:.6g} to {high:.6g})"
 
     def _log_ratio(self, t: Tensor) -> Tensor:
         table = self.log_ratios.to(t.device)
         t = t.double().clamp(0, len(table) - 1)
         low = t.floor().long().clamp(max=len(table) - 2)
         weight = t - low
-        # An infinite last entry counts only at weight 1: 0 * inf would be nan at weight 0.
-        between = table[low] + weight * (table[low + 1] - table[low])
-        return torch.where(weight == 0, table[low], torch.where(weight == 1, table[low + 1], between))
+        high = torch.where(table[low + 1].isinf(), table[low], table[low + 1])
+        # An infinite last entry is reached at its own timestep alone, not interpolated towards.
+        return torch.where(weight == 1, table[low + 1], table[low] + weight * (high - table[low]))
 
     def alpha(self, t: Tensor) -> Tensor:
         """sqrt(alpha_bar): the root of a sigmoid of twice the log ratio."""
@@ -305,10 +294,6 @@ class VariancePreserving(Schedule):
     def at(self, fraction: Tensor) -> Tensor:
         """Linear in the timestep."""
         return self.snap(fraction.double() * self.t_max)
-
-    def snap(self, t: Tensor) -> Tensor:
-        """The nearest integer timestep, or t itself for a teacher trained on continuous time."""
-        return t.round() if self.integer else t
 
     def initial_std(self, t: Tensor) -> Tensor:
         """One."""

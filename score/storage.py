@@ -1,20 +1,21 @@
 """Denoisers on disk: weights as safetensors beside what they mean, so that neither is used without the other."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from score.atomic import whole_folder
 from score.denoiser import NetworkDenoiser
-from score.schedule import Karras, Kind, RectifiedFlow, Schedule, VariancePreserving
+from score.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving, check_kind
 
+FORMAT = "scorefield-denoiser-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "denoiser.json"
 
 
@@ -28,19 +29,15 @@ def save_denoiser(denoiser: NetworkDenoiser, folder: Path, facts: Mapping[str, A
     """
     inner = denoiser.unwrapped()
     description = {
-        "format": "scorefield-denoiser-1",
+        "format": FORMAT,
         "schedule": describe_schedule(inner.schedule),
         "kind": inner.kind,
         "time_scale": inner.time_scale,
         "facts": dict(facts or {}),
     }
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(inner.network, str(temporary / WEIGHTS))
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with whole_folder(folder) as temporary:
+        save_model(inner.network, str(temporary / WEIGHTS))
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2))
     return folder
 
 
@@ -53,9 +50,12 @@ def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
     description = _read(folder)
     try:
         load_model(network, str(folder / WEIGHTS))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
-    schedule = restore_schedule(description["schedule"])
+    try:
+        schedule = restore_schedule(description["schedule"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / DESCRIPTION} names no schedule that this version knows: {error!r}") from error
     return NetworkDenoiser(network.eval(), schedule, description["kind"], description["time_scale"])
 
 
@@ -66,15 +66,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a denoiser's folder: no readable {DESCRIPTION} ({error}). Pass a folder that "
             "train_teacher.py or train_dmd.py wrote."
         ) from error
-    missing = sorted({"schedule", "kind", "time_scale", "facts"} - description.keys())
-    if missing or description["kind"] not in get_args(Kind):
-        raise ValueError(f"{folder / DESCRIPTION} lacks {missing} or names an unknown prediction kind.")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise ValueError(f"{folder / DESCRIPTION} must have format {FORMAT!r}; got {found!r}.")
+    if missing := sorted({"schedule", "kind", "time_scale", "facts"} - description.keys()):
+        raise ValueError(f"{folder / DESCRIPTION} lacks {', '.join(missing)}: it was edited. Save it again.")
+    check_kind(description["kind"])
     return description
 
 

@@ -21,7 +21,11 @@ def uniform(low: float = 0.02, high: float = 0.98) -> TimeSampler:
         raise ValueError(f"uniform times need fractions 0 <= low <= high <= 1; got low={low}, high={high}.")
 
     def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
-        return schedule.at(low + (high - low) * _rand(n, generator)).float()
+        start, width, cell = low, high - low, schedule.cell
+        if cell:  # rounding would give the first and last integer half the share of the others
+            start = (round(low / cell) - 0.5) * cell
+            width = (round(high / cell) + 0.5) * cell - start
+        return schedule.at((start + width * _rand(n, generator)).clamp(0, 1)).float()
 
     return draw
 

@@ -2,26 +2,25 @@
 
 The loop is a generator, so that the caller logs, samples, evaluates, saves and stops in a plain ``for`` body.
 Randomness is derived from (seed, step, micro-batch, rank, purpose), never stored: a resumed run draws the same
-numbers, and a checkpoint is weights, optimisers and a step. This file is the only one that imports Accelerate.
+numbers, and a checkpoint is weights, optimisers and a step. Only this file and ``ranks`` import Accelerate.
 """
 
 import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from score.randomness import Rng
+from score.ranks import average_gradients, broadcast_weights, sync_only_if, unwrap, verify_weights
 
 Batch = Any
 """Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""
@@ -72,7 +71,7 @@ class Phase:
         network: trained by ``optimizer``; every other phase's network is frozen meanwhile.
         optimizer: over the network's parameters, not prepared by Accelerate.
         loss: (batch, rng) -> {"loss": scalar, further metrics: scalars}.
-        every: it steps in each every-th iteration, those whose ``Report.step`` it divides (two-time-scale updates).
+        every: it steps in each every-th iteration, at each ``Report.step`` that it divides.
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
     """
@@ -84,6 +83,15 @@ class Phase:
     every: int = 1
     ema: EMA | None = None
     lr_schedule: LRScheduler | None = None
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds of it, by file name: the network without its wrapper, and its average."""
+        networks = {self.name: unwrap(self.network)}
+        return networks if self.ema is None else {**networks, f"{self.name}.ema": self.ema.network}
+
+
+Rollout = Callable[[Batch, tuple[str, ...], Rng], Batch]
+"""(batch, names of due phases, rng) -> batch."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def train(
     *,
     steps: int,
     start: int = 0,
-    rollout: Callable[[Batch, tuple[str, ...], Rng], Batch] | None = None,
+    rollout: Rollout | None = None,
     accumulate: int = 1,
     clip_norm: float = math.inf,
     seed: int = 0,
@@ -121,60 +129,51 @@ def train(
 ) -> Iterator[Report]:
     """Run iterations ``start`` to ``steps`` and report each.
 
-    In an iteration every due phase sees the same micro-batches in the order of ``phases``; all optimisers step
-    at its end, so a sample made by the old student weights serves every phase (DMD2).
+    Every due phase sees the same micro-batches in the order of ``phases``; all optimisers step at the end, so a
+    sample made by the old student weights serves every phase (DMD2).
 
     Args:
         phases: trained together.
         batches: rng -> batch; see :func:`score.randomness.shuffled`.
-        accelerator: gives device, ranks and autocast. Networks may be wrapped in DDP by ``prepare``; gradients
-            of the others are averaged in one flat all-reduce after the last micro-batch.
+        accelerator: device, ranks, autocast. Networks it did not wrap in DDP get one flat all-reduce a step.
         steps: iterations in all, counted from 0 also when resuming.
         start: first iteration, from :func:`score.checkpoint.load`.
-        rollout: (batch, names of due phases, rng) -> batch, once a micro-batch: what the phases share.
+        rollout: once a micro-batch: what the phases share.
         accumulate: micro-batches an iteration.
         clip_norm: largest gradient norm of each phase.
-        seed: of every random draw; also of torch's global generator, which dropout uses, at each micro-batch.
+        seed: of every random draw; torch's global generator, which dropout uses, is seeded at each micro-batch.
         verify_every: iterations between checks that all ranks hold the same weights.
 
     Raises:
         ValueError: unusable phases or counts, or a launcher that started separate runs.
-        FloatingPointError: a loss or gradient is not finite, naming step and phase; on a CPU before any weight
-            changes, on a GPU within 50 steps (no host sync each step).
+        FloatingPointError: loss or gradient not finite; on a CPU before any update, on a GPU within 50 steps.
         RuntimeError: weights differ between ranks.
     """
     _check(phases, accelerator, steps, accumulate)
-    watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)
-    _broadcast_weights(phases, accelerator)
+    watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)  # a GPU would wait each time
+    for phase in phases:
+        phase.optimizer.zero_grad(set_to_none=True)  # an earlier run may have stopped between backward and step
+        broadcast_weights(phase.networks().values(), accelerator)
     for step in range(start, steps):
         due = [phase for phase in phases if (step + 1) % phase.every == 0]
-        names = tuple(phase.name for phase in due)
         metrics: dict[str, Tensor] = {}
         for micro in range(accumulate):
-            index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
-            rng = Rng(seed, step, micro, accelerator.process_index, index)
-            torch.manual_seed(rng("global").initial_seed())  # dropout draws from torch's global generator
-            with _sync_only_if(micro == accumulate - 1, due, accelerator):
-                batch = batches(rng)
-                if rollout is not None:
-                    with accelerator.autocast():
-                        batch = rollout(batch, names, rng)
-                for phase in due:
-                    losses = _backward(phase, phases, batch, rng, accelerator, 1 / accumulate)
-                    for name, value in losses.items():
-                        key = f"{phase.name}/{name}"
-                        metrics[key] = metrics.get(key, 0) + value.detach() / accumulate
+            rng = _seeded(seed, step, micro, accumulate, accelerator)
+            with sync_only_if(micro == accumulate - 1, [phase.network for phase in due], accelerator):
+                for name, value in _micro_batch(due, phases, batches, rollout, rng, accelerator, 1 / accumulate):
+                    metrics[name] = metrics.get(name, 0) + value / accumulate
         for phase in due:
-            _average_gradients(phase, accelerator)
-            norm = torch.nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
+            average_gradients(phase.network, accelerator)
+            norm = nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)
         for phase in due:
             _update(phase)
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
-            _verify_weights(phases, accelerator)
-        yield Report(step + 1, names, metrics)
+            for phase in phases:
+                verify_weights(phase.name, phase.network, accelerator)
+        yield Report(step + 1, tuple(phase.name for phase in due), metrics)
 
 
 def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumulate: int) -> None:
@@ -199,14 +198,27 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
         )
 
 
-def _backward(
-    phase: Phase, phases: Sequence[Phase], batch: Batch, rng: Rng, accelerator: Accelerator, scale: float
-) -> Mapping[str, Tensor]:
-    with _frozen([other.network for other in phases if other is not phase]):
+def _seeded(seed: int, step: int, micro: int, accumulate: int, accelerator: Accelerator) -> Rng:
+    index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
+    rng = Rng(seed, step, micro, accelerator.process_index, index)
+    torch.manual_seed(rng("global").initial_seed())  # dropout draws from torch's global generator
+    return rng
+
+
+def _micro_batch(
+    due: Sequence[Phase], phases: Sequence[Phase], batches: Callable[[Rng], Batch], rollout: Rollout | None,
+    rng: Rng, accelerator: Accelerator, scale: float,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    batch = batches(rng)
+    if rollout is not None:
         with accelerator.autocast():
-            losses = phase.loss(batch, rng)
-        accelerator.backward(losses["loss"] * scale)
-    return losses
+            batch = rollout(batch, tuple(phase.name for phase in due), rng)
+    for phase in due:
+        with _frozen([other.network for other in phases if other is not phase]):
+            with accelerator.autocast():
+                losses = phase.loss(batch, rng)
+            accelerator.backward(losses["loss"] * scale)
+        yield from ((f"{phase.name}/{name}", value.detach()) for name, value in losses.items())
 
 
 @contextmanager
@@ -220,26 +232,6 @@ def _frozen(networks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _sync_only_if(last: bool, due: Sequence[Phase], accelerator: Accelerator) -> Iterator[None]:
-    with ExitStack() as stack:
-        if not last:
-            for phase in due:
-                stack.enter_context(accelerator.no_sync(phase.network))
-        yield
-
-
-def _average_gradients(phase: Phase, accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1 or isinstance(phase.network, DistributedDataParallel):
-        return
-    gradients = [p.grad for p in phase.network.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = accelerator.reduce(flat, reduction="mean")
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _update(phase: Phase) -> None:
@@ -275,32 +267,6 @@ class _FiniteWatch:
             if not good:
                 values = ", ".join(f"{name} = {float(value):g}" for name, value in own.items())
                 raise FloatingPointError(
-                    f"loss or gradient of phase {phase!r} is not finite at step {step}: {values}. Resume from the "
-                    "last checkpoint with a lower learning rate, a lower clip_norm or a narrower range of times."
+                    f"loss or gradient of phase {phase!r} is not finite in step {step + 1}: {values}. Resume from "
+                    "the last checkpoint with a lower learning rate, a lower clip_norm or narrower times."
                 )
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside a DDP wrapper, or the network itself."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def _broadcast_weights(phases: Sequence[Phase], accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1:
-        return
-    for phase in phases:
-        networks = [phase.network] + ([phase.ema.network] if phase.ema else [])
-        for network in networks:
-            for tensor in [*network.parameters(), *network.buffers()]:
-                tensor.data.copy_(broadcast(tensor.data))
-
-
-def _verify_weights(phases: Sequence[Phase], accelerator: Accelerator) -> None:
-    for phase in phases:
-        sums = torch.stack([p.detach().double().sum() for p in phase.network.parameters()])
-        every_rank = accelerator.gather(sums).view(accelerator.num_processes, -1)
-        if not bool((every_rank == every_rank[0]).all()):
-            raise RuntimeError(
-                f"weights of phase {phase.name!r} differ between ranks: a gradient was not averaged. Resume from "
-                "the last checkpoint, and report what the loss does."
-            )

@@ -144,7 +144,7 @@ def test_it_listens_to_a_diffusers_unet(generator):
 
 
 def test_an_unknown_bottleneck_is_refused_naming_those_there_are(network):
-    with pytest.raises(ValueError, match="no submodule 'mid_block'; it has time, time.0"):
+    with pytest.raises(ValueError, match=r"no submodule 'mid_block'; it has time, time\.0"):
         Critic(network, "mid_block", discriminator_head(16))
 
 

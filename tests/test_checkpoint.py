@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from score import checkpoint
+from score import atomic, checkpoint
 from score.training import EMA, Phase, train
 
 CONFIG = {"lr": 0.01, "name": "toy", "folder": None}
@@ -121,18 +121,21 @@ def test_pickled_code_is_never_run(history, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("victim", ["save_model", "torch.save", "_sha256", "_flush_to_disk", "os.replace"])
+@pytest.mark.parametrize(
+    "victim", ["save_model", "torch.save", "_sha256", "atomic._flush_to_disk", "atomic.os.replace"]
+)
 def test_a_kill_while_writing_leaves_the_older_checkpoint_and_no_half_one(history, monkeypatch, victim):
     folder, phases, states = history
-    module = checkpoint
     *path, name = victim.split(".")
+    module = atomic if path[:1] == ["atomic"] else checkpoint
+    path = path[1:] if module is atomic else path
     for part in path:
         module = getattr(module, part)
     original, calls = getattr(module, name), []
 
     def killed(*arguments, **settings):
         calls.append(name)
-        if victim == "os.replace" or len(calls) == 2 or name in ("save", "_flush_to_disk"):
+        if len(calls) == 2 or name in ("save", "_flush_to_disk", "replace"):
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 

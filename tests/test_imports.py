@@ -33,17 +33,19 @@ MODULES = {
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
     "hub": {"schedule", "denoiser"},
-    "storage": {"schedule", "denoiser"},
+    "storage": {"atomic", "schedule", "denoiser"},
     "gradient": {"schedule", "denoiser", "times"},
     "sampling": {"schedule", "denoiser", "exact"},
     "metrics": {"schedule", "denoiser", "exact"},
-    "training": {"randomness"},
-    "checkpoint": {"randomness", "training"},
+    "atomic": set(),
+    "ranks": set(),
+    "training": {"randomness", "ranks"},
+    "checkpoint": {"atomic", "training"},
 }
 
 # The only places where a heavy library may be imported.
 LIBRARIES = {
-    "accelerate": ("score/training.py", "train_scripts/"),
+    "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/"),
     "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/"),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
@@ -51,7 +53,7 @@ LIBRARIES = {
 
 # The core without these costs torch alone; the last three import accelerate or diffusers.
 FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia")
-HEAVY = {"training", "checkpoint", "hub"}
+HEAVY = {"training", "ranks", "checkpoint", "hub"}
 
 
 def sources(*packages):

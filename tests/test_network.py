@@ -96,7 +96,7 @@ def test_another_shape_is_refused():
 
 
 def test_missing_labels_are_refused():
-    with pytest.raises(ValueError, match="class_labels are missing.*2 is null"):
+    with pytest.raises(ValueError, match=r"class_labels are missing.*2 is null"):
         make(num_classes=2)(torch.zeros(4, 2), torch.rand(4))
 
 

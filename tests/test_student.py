@@ -69,7 +69,9 @@ def test_few_step_sampling_is_predict_and_noise_again(schedule, noise, num_steps
     assert not torch.allclose(other, expected)
 
 
-@pytest.mark.parametrize(("kind", "prediction_type"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+@pytest.mark.parametrize(
+    ("kind", "prediction_type"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
+)
 def test_sampling_equals_diffusers_lcm_scheduler_without_boundary_scaling(noise, kind, prediction_type):
     from diffusers import LCMScheduler
 

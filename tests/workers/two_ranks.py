@@ -47,7 +47,7 @@ def from_index(accelerator, steps, accumulate, batch_size=4):
     a, b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
 
     def phase(name, network, every):
-        optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
         return Phase(name=name, network=network, optimizer=optimizer, every=every,
                      loss=lambda x, rng: {"loss": (network(x).tanh() - x.roll(1, 1)).square().mean()})  # fmt: skip
 
@@ -55,7 +55,7 @@ def from_index(accelerator, steps, accumulate, batch_size=4):
         return DATA[shuffled(len(DATA), batch_size, rng)]
 
     phases = [phase("a", a, 2), phase("b", b, 1)]
-    for _ in train(phases, batches, accelerator, steps=steps, accumulate=accumulate, clip_norm=0.3):
+    for _ in train(phases, batches, accelerator, steps=steps, accumulate=accumulate):
         pass
     return torch.cat([flat(a), flat(b)])
 
@@ -90,12 +90,12 @@ def distil(accelerator, wrapped):
     return torch.cat([flat(role) for role in roles])
 
 
-def part_company(accelerator):
+def part_company(accelerator, every):
     """Weights that differ between ranks are noticed."""
     network = nn.Linear(3, 3)
     phase = Phase(
         name="lost", network=network, optimizer=torch.optim.SGD(network.parameters(), 0.1),
-        loss=lambda batch, rng: {"loss": network(torch.ones(1, 3)).square().mean()},
+        loss=lambda batch, rng: {"loss": network(torch.ones(1, 3)).square().mean()}, every=every,
     )  # fmt: skip
     try:
         for _ in train([phase], lambda rng: None, accelerator, steps=4, verify_every=2):
@@ -117,7 +117,8 @@ def main(folder):
         "from_index_accumulated": from_index(accelerator, steps=5, accumulate=2, batch_size=2),
         "wrapped": distil(accelerator, wrapped=True),
         "unwrapped": distil(accelerator, wrapped=False),
-        "complaint": part_company(accelerator),
+        "complaint": part_company(accelerator, every=1),
+        "complaint_not_due": part_company(accelerator, every=3),
     }
     torch.save(answers, folder / f"rank{accelerator.process_index}.pt")
 

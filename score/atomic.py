@@ -1,0 +1,40 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A new folder to write in, renamed to ``final`` when the block ends; after an error ``final`` is as before.
+
+    A kill within the block leaves only a folder ``.writing-...`` beside, which the next call removes.
+    """
+    temporary, replaced = (final.with_name(f".{what}-{final.name}") for what in ("writing", "replaced"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            os.replace(final, replaced)
+        try:
+            os.replace(temporary, final)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    # A rename may reach the disk before the data do; a power cut would then leave a whole name round no data.
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,62 @@
+"""What the processes of a run have to agree on: gradients after the last micro-batch, and weights always.
+
+Networks wrapped in DDP average their gradients themselves; for all others it is done here.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Let DDP wait with its all-reduce until the last micro-batch; forward and backward both belong inside."""
+    with ExitStack() as stack:
+        if not last:
+            for network in networks:
+                stack.enter_context(accelerator.no_sync(network))
+        yield
+
+
+def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
+    """Average the gradients over ranks in one flat all-reduce, unless DDP has done it."""
+    if accelerator.num_processes == 1 or isinstance(network, DistributedDataParallel):
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = accelerator.reduce(flat, reduction="mean")
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside a DDP wrapper, or the network itself."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def broadcast_weights(networks: Iterable[nn.Module], accelerator: Accelerator) -> None:
+    """Give every rank the weights and buffers of the first."""
+    if accelerator.num_processes == 1:
+        return
+    for network in networks:
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.data.copy_(broadcast(tensor.data))
+
+
+def verify_weights(name: str, network: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ``RuntimeError`` if the ranks hold different weights, judged by the sum of each parameter."""
+    sums = torch.stack([p.detach().double().sum() for p in network.parameters()])
+    every_rank = accelerator.gather(sums).view(accelerator.num_processes, -1)
+    if not bool((every_rank == every_rank[0]).all()):
+        raise RuntimeError(
+            f"weights of phase {name!r} differ between ranks: a gradient was not averaged. Resume from the last "
+            "checkpoint, and report what the loss does."
+        )
