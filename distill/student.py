@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import nn
 
 from score.denoiser import Cond, NetworkDenoiser
+from score.randomness import Generators, normal_like
 from score.sampling import initial_noise
 from score.schedule import Images, Schedule
 from score.storage import load_denoiser, read_facts, save_denoiser
@@ -50,7 +51,7 @@ class Student:
         """Network calls per image."""
         return len(self.times)
 
-    def simulate(self, noise: Images, cond: Cond, *, steps: int, generator: Generator | None = None) -> Images:
+    def simulate(self, noise: Images, cond: Cond, *, steps: int, generator: Generators | None = None) -> Images:
         """The clean image after ``steps`` steps from standard normal ``noise``; gradient through the last alone.
 
         DMD2's backward simulation: the input of a training step is the student's own, as at inference.
@@ -63,13 +64,11 @@ class Student:
         with torch.no_grad():
             inner = self.unwrapped().denoiser
             for t, s in pairwise(times):
-                device = noise.device if generator is None else generator.device
-                fresh = torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype)
-                x_t = schedule.diffuse(inner(x_t, t, cond), fresh.to(noise.device), s).to(noise.dtype)
+                x_t = schedule.diffuse(inner(x_t, t, cond), normal_like(noise, generator), s).to(noise.dtype)
         return self.denoiser(x_t, times[-1], cond)
 
     @torch.no_grad()
-    def sample(self, noise: Images, cond: Cond, *, generator: Generator | None = None) -> Images:
+    def sample(self, noise: Images, cond: Cond, *, generator: Generators | None = None) -> Images:
         """Images from standard normal ``noise`` in all steps; ``generator`` serves the noise between steps."""
         return self.unwrapped().simulate(noise, cond, steps=self.num_steps, generator=generator)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from score.denoiser import Cond, Denoiser
+from score.randomness import normal_like
 from score.schedule import Images, Kind, PerSample, Schedule, check_kind, per_sample
 from score.times import TimeSampler
 
@@ -26,10 +27,9 @@ NoiseSampler = Callable[[Tensor, Cond, Tensor, Generator], Tensor]
 
 
 def standard_normal(x0: Tensor, cond: Cond, t: Tensor, generator: Generator) -> Tensor:
-    """Gaussian noise, drawn where the generator lives so that a CPU seed means the same on a GPU."""
+    """Gaussian noise, the same for a seed on every device."""
     del cond, t
-    noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype)
-    return noise.to(x0.device)
+    return normal_like(x0, generator)
 
 
 def ratio_weight(power: float) -> Weight:

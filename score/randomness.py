@@ -1,10 +1,14 @@
 """Randomness that is derived, not stored: a resumed run draws the same numbers, on any number of restarts."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+
+Generators = Generator | Sequence[Generator]
+"""One generator for a batch, or one for each of its samples, whose images then do not depend on the batch."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,20 @@ def derived_generator(*identity: int | str) -> Generator:
     """A CPU generator seeded by a hash of ``identity``."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def normal_like(x: Tensor, generator: Generators | None) -> Tensor:
+    """Standard normal numbers of the shape of ``x``, drawn where the generator lives: the same on every device.
+
+    Raises ``ValueError`` for a list of generators of another length than the batch.
+    """
+    if generator is None or isinstance(generator, Generator):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"a batch of {len(x)} needs one generator, or {len(x)}; got {len(generator)}.")
+    rows = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in generator]
+    return torch.stack(rows).to(x.device)
 
 
 def shuffled(num_items: int, batch_size: int, rng: Rng) -> Tensor:

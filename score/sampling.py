@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from score.denoiser import Cond, Denoiser
+from score.randomness import Generators, normal_like
 from score.schedule import Images, PerSample, Schedule, per_sample
 
-Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generator | None], Tensor]
+Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generators | None], Tensor]
 """(denoiser, x_t, t, s, cond, generator) -> x_s; t and s are (b,), s = None is the clean image."""
 
 
@@ -45,7 +46,7 @@ def sample(
     *,
     times: Float[Tensor, " n"],
     step: Step | None = None,
-    generator: Generator | None = None,
+    generator: Generators | None = None,
     checkpoint: bool = False,
 ) -> Images:
     """Denoise ``x_t`` from times[0] through times[-1] to the clean image.
@@ -79,7 +80,7 @@ def ddim(eta: float = 0.0) -> Step:
         raise ValueError(f"eta must lie in [0, 1]; got {eta}. 0 is deterministic, 1 is DDPM.")
 
     def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
     ) -> Tensor:
         x0 = denoiser(x_t, t, cond).to(x_t.dtype)
         if s is None:
@@ -89,7 +90,7 @@ def ddim(eta: float = 0.0) -> Step:
         variance = eta**2 * posterior_variance(schedule, t, s)
         towards = (sigma_s**2 - variance).clamp(min=0).sqrt() / schedule.sigma(t)
         x_s = _mix(x_t, towards, x0, alpha_s - schedule.alpha(t) * towards)
-        return x_s if eta == 0 else x_s + per_sample(variance.sqrt(), x_t) * _noise(x_t, generator)
+        return x_s if eta == 0 else x_s + per_sample(variance.sqrt(), x_t) * normal_like(x_t, generator)
 
     return step
 
@@ -102,7 +103,7 @@ def ddpm(large_variance: bool = False) -> Step:
     """
 
     def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
     ) -> Tensor:
         x0 = denoiser(x_t, t, cond).to(x_t.dtype)
         if s is None:
@@ -113,7 +114,7 @@ def ddpm(large_variance: bool = False) -> Step:
         keep = schedule.alpha(t) / schedule.alpha(s) * sigma_s**2 / sigma_t**2
         mean = _mix(x_t, keep, x0, schedule.alpha(s) * forward / sigma_t**2)
         variance = forward if large_variance else posterior_variance(schedule, t, s)
-        return mean + per_sample(variance.sqrt(), x_t) * _noise(x_t, generator)
+        return mean + per_sample(variance.sqrt(), x_t) * normal_like(x_t, generator)
 
     return step
 
@@ -126,7 +127,7 @@ def heun() -> Step:
     euler = ddim()
 
     def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
     ) -> Tensor:
         schedule = denoiser.schedule
         if s is None or bool((schedule.alpha(t) == 0).any()):
@@ -236,7 +237,7 @@ def sdedit(
     cond: Cond,
     *,
     times: Float[Tensor, " n"],
-    generator: Generator,
+    generator: Generators,
     step: Step | None = None,
     mask: Bool[Tensor, "b *shape"] | None = None,
     checkpoint: bool = False,
@@ -261,25 +262,20 @@ def sdedit(
     step, schedule = ddim() if step is None else step, denoiser.schedule
 
     def masked(
-        inner: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generator | None
+        inner: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
     ) -> Tensor:
         x_s = step(inner, x_t, t, s, cond, generator)
         if mask is None:
             return x_s
-        known = image if s is None else schedule.diffuse(image, _noise(image, generator), s)
+        known = image if s is None else schedule.diffuse(image, normal_like(image, generator), s)
         return torch.where(mask, x_s, known)
 
-    x_t = schedule.diffuse(image, _noise(image, generator), times[0].to(image.device).expand(len(image)))
+    x_t = schedule.diffuse(image, normal_like(image, generator), times[0].to(image.device).expand(len(image)))
     return sample(denoiser, x_t, cond, times=times, step=masked, generator=generator, checkpoint=checkpoint)
 
 
 def _mix(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
     return per_sample(weight_a, a) * a + per_sample(weight_b, b) * b
-
-
-def _noise(x: Tensor, generator: Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 def _relative(a: Tensor, b: Tensor) -> Tensor:

@@ -4,10 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -24,6 +28,38 @@ from score.training import Phase, Report, train
 
 C = TypeVar("C")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every training script can be told about its run."""
+
+    out: Path = Path("runs/run")
+    """Folder for checkpoints, TensorBoard logs and the result."""
+    steps: int = 1000
+    """Iterations in all."""
+    batch_size: int = 256
+    """Images per micro-batch and process."""
+    accumulate: int = 1
+    """Micro-batches per iteration."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision; weights stay float32."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
+    compile: bool = False
+    """Compile the networks with torch.compile: minutes at the start, faster steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory. UNets only."""
+    deterministic: bool = False
+    """Deterministic kernels on a GPU, so that a resumed run is equal bit by bit. A CPU run always is."""
+    seed: int = 0
+    """Of every random draw."""
+    log_every: int = 50
+    """Iterations between scalars."""
+    save_every: int = 1000
+    """Iterations between checkpoints and sample grids."""
+    dry_run: bool = False
+    """Print the resolved config, parameters, bytes per role and steps, and stop."""
 
 
 def run(main: Callable[[C], Path], config_type: type[C], description: str) -> None:
@@ -71,9 +107,37 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {getattr(config, name)}.")
 
 
-def make_accelerator(out: Path, precision: str) -> Accelerator:
-    """An Accelerator that will log to TensorBoard under ``out``; writes nothing yet."""
-    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=str(out))
+def check_run(config: RunOptions) -> None:
+    """Raise ``ValueError`` for run options that cannot work, before anything is written."""
+    check_positive(config, "steps", "batch_size", "accumulate", "log_every", "save_every")
+    check_out(config.out)
+    if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
+        raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")
+
+
+def start(config: RunOptions) -> Accelerator:
+    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out))
+
+
+def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
+    """The network on its device, checkpointed, compiled and wrapped for several ranks as the options say.
+
+    Raises ``ValueError`` where a network that cannot recompute its activations is asked to.
+    """
+    if config.gradient_checkpointing:
+        able = [module for module in network.modules() if hasattr(module, "enable_gradient_checkpointing")]
+        if not able:
+            raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
+        able[0].enable_gradient_checkpointing()
+    if config.compile:
+        network.compile()  # in place: names of weights stay as they are
+    prepared: nn.Module = accelerator.prepare(network)
+    return prepared
 
 
 def start_logging(accelerator: Accelerator, config: Any, out: Path) -> None:
@@ -81,48 +145,61 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path) -> None:
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
-    accelerator.init_trackers("logs")
+    try:
+        accelerator.init_trackers("logs")
+    except OSError as error:  # curves are worth less than the run
+        print(f"no TensorBoard log: {error}", file=sys.stderr)
 
 
-class RunConfig(Protocol):
-    """The fields that every training config of these scripts has."""
-
-    @property
-    def out(self) -> Path: ...  # noqa: D102
-    @property
-    def steps(self) -> int: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-    @property
-    def log_every(self) -> int: ...  # noqa: D102
-    @property
-    def save_every(self) -> int: ...  # noqa: D102
-
-
-def resume(config: RunConfig, phases: Sequence[Phase], accelerator: Accelerator) -> int:
+def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator) -> int:
     """Load the newest checkpoint of the same config, say so, and open the log; the step to start from."""
-    start = checkpoint.load(config.out / "checkpoints", phases, identity(config))
-    if start and accelerator.is_main_process:
-        print(f"resumed from step {start}")
+    first = checkpoint.load(config.out / "checkpoints", phases, identity(config))
+    if first and accelerator.is_main_process:
+        print(f"resumed from step {first}")
     start_logging(accelerator, config, config.out)
-    return start
+    return first
 
 
 def fit(
-    config: RunConfig, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
-    start: int, preview: Callable[[], Tensor], columns: int, rollout: Callable[..., Any] | None = None,
+    config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
+    first: int, preview: Callable[[], Tensor], columns: int, rollout: Callable[..., Any] | None = None,
 ) -> None:  # fmt: skip
-    """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps."""
+    """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
+
+    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    """
     reports = train(
-        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=start, clip_norm=10.0,
-        seed=config.seed,
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
+        accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
-    for report in follow(reports, accelerator, start=start, steps=config.steps, log_every=config.log_every):
-        if report.step % config.save_every == 0 or report.step == config.steps:
-            log_grid(accelerator, "samples", preview(), report.step, columns)
-            if accelerator.is_main_process:
-                checkpoint.save(config.out / "checkpoints", report.step, phases, identity(config))
+    with sigterm(accelerator) as asked_to_stop:
+        for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
+            stop = asked_to_stop()
+            if report.step % config.save_every == 0 or report.step == config.steps or stop:
+                if accelerator.is_main_process:
+                    checkpoint.save(config.out / "checkpoints", report.step, phases, identity(config))
+                log_grid(accelerator, "samples", preview(), report.step, columns)
+            if stop:
+                accelerator.end_training()
+                sys.exit(143)
     accelerator.end_training()
+
+
+@contextmanager
+def sigterm(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+
+    def answer() -> bool:
+        if accelerator.num_processes == 1:
+            return bool(asked)
+        return bool(accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"))
+
+    try:
+        yield answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
@@ -169,6 +246,13 @@ def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float =
     return LambdaLR(optimizer, factor)
 
 
-def adamw(network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
-    """AdamW in its fused form, weight decay 0.01."""
+def adamw(
+    network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), kind: str = "adamw"
+) -> Optimizer:
+    """AdamW in its fused form, or with 8-bit moments; weight decay 0.01."""
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        small: Optimizer = AdamW8bit(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01)
+        return small
     return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01, fused=True)

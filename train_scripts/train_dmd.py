@@ -8,33 +8,35 @@ run the same command again.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from command import (
+    RunOptions,
     adamw,
-    check_out,
     check_positive,
+    check_run,
     cosine,
     fit,
-    make_accelerator,
+    prepare,
     progress,
     resume,
     run,
     show_plan,
+    start,
 )
-from digits import load_images
+from images import DataOptions, load_images
+from networks import Teacher, build_network, load_teacher, probe_bottleneck
 from torch import nn
-from train_teacher import build_network, load_teacher
 
 from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.regression import Regression, make_pairs
 from distill.student import Student, even_times, save_student
-from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, freeze, guided
+from score import Denoiser, NetworkDenoiser, freeze, guided
 from score.gradient import karras_weight
 from score.randomness import Rng, shuffled
 from score.sampling import grid
@@ -42,23 +44,19 @@ from score.training import EMA, Phase, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunOptions, DataOptions):
     """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
 
-    teacher: Path = Path("runs/teacher/teacher")
-    """Folder that train_teacher.py wrote."""
+    teacher: str = "runs/teacher/teacher"
+    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function."""
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
-    data: Path | None = None
-    """npz file with images and labels, for the GAN term and the label frequencies. None: 900 of the digits."""
     steps: int = 2000
     """Iterations: updates of the fake score. The student takes one in --student-every."""
     student_every: int = 2
     """Fake-score updates per student update (DMD2: 5). The smallest that stays stable learns fastest."""
     num_steps: int = 1
     """Steps of the student: 1, or a few with backward simulation."""
-    batch_size: int = 256
-    """Images per step and process."""
     student_lr: float = 3e-4
     """Peak learning rate of the student: 100 updates of warm-up, then cosine to zero."""
     fake_lr: float = 3e-4
@@ -78,121 +76,118 @@ class Config:
     regression_weight: float = 0.0
     """Weight of DMD's regression on teacher pairs beside the distillation; 0 means none."""
     num_pairs: int = 5000
-    """Teacher pairs for the regressions, made in 50 steps each."""
+    """Teacher pairs for the regressions."""
+    pair_steps: int = 50
+    """DDIM steps of each pair."""
     ema_decay: float = 0.99
     """Of the student's moving average, ticked on student updates; it is what is saved."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast precision; weights stay float32."""
-    seed: int = 0
-    """Of every random draw."""
-    log_every: int = 50
-    """Steps between scalars."""
-    save_every: int = 1000
-    """Steps between checkpoints and sample grids."""
-    dry_run: bool = False
-    """Print the resolved config and the bytes per role, and stop."""
+    bottleneck: str | None = None
+    """Submodule whose output the critic reads. None: the network's own choice, or its mid_block."""
 
 
 def main(config: Config) -> Path:
     """Distil and return the folder of the finished student."""
-    check_positive(
-        config, "steps", "student_every", "num_steps", "batch_size", "student_lr", "fake_lr", "num_pairs"
-    )
-    check_positive(config, "log_every", "save_every")
-    check_out(config.out)
-    teacher, facts = load_teacher(config.teacher)
-    data = load_images(config.data)
-    if list(data.images.shape[1:]) != facts["shape"] or int(data.labels.max()) >= facts["num_classes"]:
+    check_run(config)
+    check_positive(config, "student_every", "num_steps", "student_lr", "fake_lr", "num_pairs")
+    teacher, data = load_teacher(config.teacher), load_images(config)
+    if data.shape != teacher.shape or data.num_classes > max(1, teacher.num_classes):
         raise ValueError(
-            f"the teacher makes images {facts['shape']} of {facts['num_classes']} classes; --data holds "
-            f"{list(data.images.shape[1:])} and labels to {int(data.labels.max())}. Use the teacher's own data."
+            f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds {data.shape} "
+            f"of {data.num_classes}. Use the teacher's own data, and its --resolution."
         )
-    torch.manual_seed(config.seed)
-    student_net, fake_net = build_roles(config, teacher, facts)
-    freeze(teacher.network)
     if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
         raise ValueError(
             f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
             "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
         )
+    torch.manual_seed(config.seed)
+    student_net, fake_net = build_roles(config, teacher)
+    freeze(teacher.denoiser.network)
     if config.dry_run:
-        show_plan(config, {"teacher": teacher.network, "student": student_net, "fake": fake_net})
+        show_plan(config, {"teacher": teacher.denoiser.network, "student": student_net, "fake": fake_net})
         return config.out
-    accelerator = make_accelerator(config.out, config.precision)
-    teacher.network.to(accelerator.device)
-    method = build_method(config, teacher, accelerator.prepare(student_net), accelerator.prepare(fake_net), facts)
+    accelerator = start(config)
+    teacher.denoiser.network.to(accelerator.device)
+    networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
+    method = build_method(config, teacher, *networks)
 
     def batches(rng: Rng) -> dict[str, Any]:
-        chosen = shuffled(len(data.images), config.batch_size, rng)
-        labels, real = data.labels[chosen].to(accelerator.device), data.images[chosen].to(accelerator.device)
-        return {"cond": {"class_labels": labels}, "real": real}
+        batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
+        return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
 
     method.check(batches(Rng(config.seed, 0)))
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
-    start = resume(config, phases, accelerator)
-    if start == 0 and config.warmup_steps:
-        warm_up(config, method, accelerator, facts)
+    first = resume(config, phases, accelerator)
+    if first == 0 and config.warmup_steps:
+        warm_up(config, method, accelerator, teacher)
         ema.reset()
-    average = Student(NetworkDenoiser(ema.network, teacher.schedule, teacher.kind), method.student.times)
+    average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
     fit(
-        config, phases, batches, accelerator, start=start, rollout=method.rollout, columns=facts["num_classes"],
-        preview=lambda: preview(average, facts),
+        config, phases, batches, accelerator, first=first, rollout=method.rollout, columns=max(1, data.num_classes),
+        preview=lambda: preview(average, teacher),
     )  # fmt: skip
     folder = config.out / "student"
     if accelerator.is_main_process:
-        save_student(average, folder, facts)
+        save_student(average, folder, teacher.facts)
     return folder
 
 
-def build_roles(config: Config, teacher: NetworkDenoiser, facts: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
     """Student and fake score as copies of the teacher, dropout off.
 
-    The fake score also learns to tell a few-step student's steps apart, and the GAN term adds a critic's head.
+    The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a critic's head.
     """
-    student = copy.deepcopy(teacher.network).eval()
-    network = build_network(facts, num_steps=config.num_steps if config.num_steps > 1 else 0)
-    fake: nn.Module = KarrasPreconditioning(network).eval()
-    fake.load_state_dict(teacher.network.state_dict(), strict=False)
+    student = copy.deepcopy(teacher.denoiser.network).eval()
+    fake = build_network(teacher.facts, num_steps=fake_steps(config, teacher)).eval()
+    fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
     if config.gan_weight > 0:
-        fake = Critic(fake, f"network.{network.bottleneck}", discriminator_head(facts["width"]))
+        name, channels, size = probe_bottleneck(teacher, config.bottleneck)
+        fake = Critic(fake, name, discriminator_head(channels, size))
     return student.requires_grad_(True), fake.requires_grad_(True)
 
 
-def build_method(
-    config: Config, teacher: NetworkDenoiser, student: nn.Module, fake: nn.Module, facts: dict[str, Any]
-) -> DMD:
+def fake_steps(config: Config, teacher: Teacher) -> int:
+    """Steps that the fake score can be told, 0 where its network cannot be told."""
+    return config.num_steps if config.num_steps > 1 and teacher.facts["network"] == "mlp" else 0
+
+
+def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
-    schedule, kind = teacher.schedule, teacher.kind
-    target = guided(teacher, config.guidance, {"class_labels": torch.tensor([facts["num_classes"]])})
+    target = guided(teacher.denoiser, config.guidance, teacher.cond(torch.tensor([teacher.num_classes])))
+    schedule = teacher.denoiser.schedule
     gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
+    sigma_data = teacher.facts.get("sigma_data")
     return DMD(
         teacher=target,
-        student=Student(NetworkDenoiser(student, schedule, kind), even_times(schedule, config.num_steps)),
-        fake=NetworkDenoiser(fake, schedule, kind),
-        shape=tuple(facts["shape"]),
-        fake_weight=karras_weight(teacher.network.sigma_data),  # type: ignore[arg-type]
-        step_key="step" if config.num_steps > 1 else None,
+        student=Student(replace(teacher.denoiser, network=student), even_times(schedule, config.num_steps)),
+        fake=replace(teacher.denoiser, network=fake),
+        shape=teacher.shape,
+        fake_weight=karras_weight(sigma_data) if sigma_data else None,
+        step_key="step" if fake_steps(config, teacher) else None,
         student_every=config.student_every,
         weight=dmd_weight(config.alpha_in_gradient),
         gan=gan if config.gan_weight > 0 else None,
-        regression=teacher_pairs(config, target, facts) if config.regression_weight > 0 else None,
+        regression=teacher_pairs(config, target, teacher) if config.regression_weight > 0 else None,
     )
 
 
-def teacher_pairs(config: Config, target: Denoiser, facts: dict[str, Any]) -> Regression:
+def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher) -> Regression:
     """Pairs of the (guided) teacher in 50 DDIM steps, all classes alike."""
-    labels = {"class_labels": torch.arange(config.num_pairs) % facts["num_classes"]}
-    times = grid(target.schedule, 50)
-    pairs = make_pairs(target, labels, shape=facts["shape"], times=times, seed=config.seed)
+    labels = teacher.cond(torch.arange(config.num_pairs) % max(1, teacher.num_classes))
+    times = grid(target.schedule, config.pair_steps)
+    device = next(teacher.denoiser.network.parameters()).device
+    pairs = make_pairs(
+        target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
+    )
     return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
 
 
-def warm_up(config: Config, method: DMD, accelerator: Accelerator, facts: dict[str, Any]) -> None:
+def warm_up(config: Config, method: DMD, accelerator: Accelerator, teacher: Teacher) -> None:
     """Start the student from regression on teacher pairs: it then only has to be moved, not found."""
     network = method.student.denoiser.network
-    regression = method.regression or teacher_pairs(config, method.teacher, facts)
+    regression = method.regression or teacher_pairs(config, method.teacher, teacher)
     optimizer = adamw(network, config.warmup_lr)
     phase = Phase(
         name="warm-up", network=network, optimizer=optimizer, ema=EMA(network, config.ema_decay),
@@ -208,8 +203,8 @@ def warm_up(config: Config, method: DMD, accelerator: Accelerator, facts: dict[s
 
 def build_phases(config: Config, method: DMD) -> list[Phase]:
     """AdamW without first-moment memory (beta1 = 0), as the gradient's direction changes under the student."""
-    student = adamw(method.student.denoiser.network, config.student_lr, betas=(0.0, 0.99))
-    fake = adamw(method.fake.network, config.fake_lr, betas=(0.0, 0.99))
+    student = adamw(method.student.denoiser.network, config.student_lr, betas=(0.0, 0.99), kind=config.optimizer)
+    fake = adamw(method.fake.network, config.fake_lr, betas=(0.0, 0.99), kind=config.optimizer)
     updates = max(1, config.steps // config.student_every)
     return method.phases(
         student, fake, student_ema=EMA(method.student.denoiser.network, config.ema_decay),
@@ -217,13 +212,13 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
     )  # fmt: skip
 
 
-def preview(student: Student, facts: dict[str, Any], rows: int = 4) -> torch.Tensor:
+def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
     """A few samples of every class, always from the same noise."""
     device = next(student.denoiser.network.parameters()).device
-    labels = torch.arange(facts["num_classes"]).repeat(rows).to(device)
+    labels = torch.arange(max(1, teacher.num_classes)).repeat(rows).to(device)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(labels), *facts["shape"], generator=generator).to(device)
-    return student.sample(noise, {"class_labels": labels}, generator=generator)
+    noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
+    return student.sample(noise, teacher.cond(labels), generator=generator)
 
 
 if __name__ == "__main__":

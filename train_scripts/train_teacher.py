@@ -11,41 +11,58 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from command import adamw, check_out, check_positive, cosine, fit, make_accelerator, resume, run, show_plan
-from digits import Labelled, load_images
+from command import (
+    RunOptions,
+    adamw,
+    check_positive,
+    check_run,
+    cosine,
+    fit,
+    prepare,
+    resume,
+    run,
+    show_plan,
+    start,
+)
+from digits import Labelled
+from images import DataOptions, ImageSet, as_floats, load_images
+from networks import Teacher, build_network
 
-from score import Karras, KarrasPreconditioning, NetworkDenoiser, denoising_loss, karras_denoiser
+from score import Karras, NetworkDenoiser, denoising_loss
 from score.gradient import karras_weight
-from score.network import ResidualMLP
 from score.randomness import Rng, shuffled
 from score.sampling import grid, initial_noise, sample
-from score.storage import load_denoiser, read_facts, save_denoiser
+from score.storage import save_denoiser
 from score.times import log_normal
 from score.training import EMA, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Train a class-conditional diffusion teacher of small images on the CPU or a GPU."""
+class Config(RunOptions, DataOptions):
+    """Train a diffusion teacher of small images, class-conditional where there are classes."""
 
     out: Path = Path("runs/teacher")
     """Folder for checkpoints, TensorBoard logs and the finished teacher."""
-    data: Path | None = None
-    """npz file with images (n, c, h, w), uint8 or floats in [-1, 1], and labels (n,). None: 900 of the digits."""
     steps: int = 3000
     """Optimiser steps."""
-    batch_size: int = 256
-    """Images per step and process."""
     learning_rate: float = 1e-3
     """Peak of AdamW's learning rate: 100 steps of warm-up, then cosine to zero."""
+    network: Literal["mlp", "unet"] = "mlp"
+    """A residual MLP for images of a few hundred pixels, or diffusers' UNet for larger ones."""
     width: int = 256
-    """Hidden width of the residual MLP."""
+    """Of the MLP: hidden width."""
     depth: int = 4
-    """Number of its blocks."""
+    """Of the MLP: number of blocks."""
+    channels: tuple[int, ...] = (64, 128)
+    """Of the UNet: channels at each resolution, halving from one to the next."""
+    layers: int = 1
+    """Of the UNet: residual blocks at each resolution."""
+    patch: int = 2
+    """Of the UNet: pixels that become channels first; 1 is slower and finer."""
     dropout: float = 0.1
-    """In each block; 0 lets 900 images be memorised."""
-    sigma_data: float = 0.75
-    """Standard deviation of the data, for EDM preconditioning; the digits' is 0.75."""
+    """In each block; 0 lets a few hundred images be memorised."""
+    sigma_data: float | None = None
+    """Standard deviation of the data, for EDM preconditioning. None: measured."""
     sigma_min: float = 0.02
     """Lowest noise level; the digits have 17 grey levels, so less would model their quantisation."""
     sigma_max: float = 20.0
@@ -58,81 +75,68 @@ class Config:
     """Share of labels replaced by the null class, so that the teacher can be guided."""
     ema_decay: float = 0.999
     """Of the exponential moving average of the weights, which is what is saved."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast precision; weights stay float32."""
-    seed: int = 0
-    """Of every random draw."""
-    log_every: int = 50
-    """Steps between scalars."""
-    save_every: int = 1000
-    """Steps between checkpoints and sample grids."""
-    dry_run: bool = False
-    """Print the resolved config and the bytes per role, and stop."""
-
-
-def build_network(facts: dict[str, Any], num_steps: int = 0) -> ResidualMLP:
-    """The network that ``facts`` of a saved teacher or student describe; ``num_steps`` for a fake score."""
-    names = ("shape", "num_classes", "width", "depth", "dropout")
-    if missing := [name for name in names if name not in facts]:
-        raise ValueError(f"the saved denoiser does not say its {missing}; was it written by train_teacher.py?")
-    return ResidualMLP(**{name: facts[name] for name in names}, num_steps=num_steps)
-
-
-def load_teacher(folder: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """A teacher written by this script, in eval mode, and its facts."""
-    facts = read_facts(folder)
-    return load_denoiser(folder, KarrasPreconditioning(build_network(facts))), facts
 
 
 def main(config: Config) -> Path:
     """Train and return the folder of the finished teacher."""
-    check_positive(
-        config, "steps", "batch_size", "learning_rate", "width", "depth", "sigma_data", "log_every", "save_every"
-    )
-    check_out(config.out)
-    data = load_images(config.data)
-    facts: dict[str, Any] = {
-        "shape": list(data.images.shape[1:]), "num_classes": int(data.labels.max()) + 1,
-        "width": config.width, "depth": config.depth, "dropout": config.dropout,
-    }  # fmt: skip
+    check_run(config)
+    check_positive(config, "learning_rate", "width", "depth", "layers", "patch", "sigma_min")
+    data = load_images(config)
+    facts = describe(config, data)
     torch.manual_seed(config.seed)
     schedule = Karras(config.sigma_min, config.sigma_max)
-    denoiser = karras_denoiser(build_network(facts).train(), schedule, config.sigma_data)
+    network = build_network(facts).train()
     if config.dry_run:
-        show_plan(config, {"teacher": denoiser.network})
+        show_plan(config, {"teacher": network})
         return config.out
-    accelerator = make_accelerator(config.out, config.precision)
-    network = accelerator.prepare(denoiser.network)
-    phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts["num_classes"])
+    accelerator = start(config)
+    network = prepare(network, config, accelerator)
+    phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts)
     assert phase.ema is not None
-    start = resume(config, [phase], accelerator)
+    first = resume(config, [phase], accelerator)
 
     def batches(rng: Rng) -> Labelled:
-        chosen = shuffled(len(data.images), config.batch_size, rng)
-        return Labelled(data.images[chosen].to(accelerator.device), data.labels[chosen].to(accelerator.device))
+        return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
 
-    average = NetworkDenoiser(phase.ema.network, schedule, "x0")
+    average = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
     fit(
-        config, [phase], batches, accelerator, start=start, columns=facts["num_classes"],
-        preview=lambda: preview(average, facts),
+        config, [phase], batches, accelerator, first=first, columns=data.num_classes,
+        preview=lambda: preview(average),
     )  # fmt: skip
     folder = config.out / "teacher"
     if accelerator.is_main_process:
-        save_denoiser(average, folder, facts)
+        save_denoiser(average.denoiser, folder, facts)
     return folder
 
 
-def teacher_phase(config: Config, denoiser: NetworkDenoiser, num_classes: int) -> Phase:
+def describe(config: Config, data: ImageSet) -> dict[str, Any]:
+    """How the network is built: what is saved beside the weights."""
+    mlp = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
+    unet = {
+        "channels": list(config.channels), "layers": config.layers, "patch": config.patch,
+        "dropout": config.dropout,
+    }  # fmt: skip
+    sigma_data = config.sigma_data or round(float(as_floats(data.images[:10_000]).std()), 2)
+    return {
+        "network": config.network, "options": mlp if config.network == "mlp" else unet, "shape": list(data.shape),
+        "num_classes": data.num_classes if data.num_classes > 1 else 0, "class_names": list(data.class_names),
+        "sigma_data": sigma_data,
+    }  # fmt: skip
+
+
+def teacher_phase(config: Config, denoiser: NetworkDenoiser, facts: dict[str, Any]) -> Phase:
     """Denoising under EDM's weight, with some labels dropped."""
-    times, weight = log_normal(config.noise_mean, config.noise_std), karras_weight(config.sigma_data)
+    times, weight = log_normal(config.noise_mean, config.noise_std), karras_weight(facts["sigma_data"])
+    num_classes = facts["num_classes"]
 
     def loss(batch: Labelled, rng: Rng) -> dict[str, torch.Tensor]:
         dropped = torch.rand(len(batch.labels), generator=rng("labels")) < config.label_dropout
-        cond = {"class_labels": batch.labels.masked_fill(dropped.to(batch.labels.device), num_classes)}
+        labels = batch.labels.masked_fill(dropped.to(batch.labels.device), num_classes)
+        cond = {"class_labels": labels} if num_classes else {}
         losses = denoising_loss(denoiser, batch.images, cond, times=times, weight=weight, generator=rng("noise"))
         return {"loss": losses.mean()}
 
-    optimizer = adamw(denoiser.network, config.learning_rate)
+    optimizer = adamw(denoiser.network, config.learning_rate, kind=config.optimizer)
     return Phase(
         name="teacher", network=denoiser.network, optimizer=optimizer, loss=loss,
         ema=EMA(denoiser.network, config.ema_decay), lr_schedule=cosine(optimizer, config.steps),
@@ -140,14 +144,14 @@ def teacher_phase(config: Config, denoiser: NetworkDenoiser, num_classes: int) -
 
 
 @torch.no_grad()
-def preview(denoiser: NetworkDenoiser, facts: dict[str, Any], rows: int = 4) -> torch.Tensor:
+def preview(teacher: Teacher, rows: int = 4) -> torch.Tensor:
     """A few samples of every class in 18 steps, always from the same noise."""
-    device = next(denoiser.network.parameters()).device
-    labels = torch.arange(facts["num_classes"]).repeat(rows).to(device)
-    noise = torch.randn(len(labels), *facts["shape"], generator=torch.Generator().manual_seed(0)).to(device)
-    times = grid(denoiser.schedule, 18)
-    x_t = initial_noise(denoiser.schedule, noise, float(times[0]))
-    return sample(denoiser, x_t, {"class_labels": labels}, times=times)
+    device = next(teacher.denoiser.network.parameters()).device
+    labels = torch.arange(max(1, teacher.num_classes)).repeat(rows).to(device)
+    noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    times = grid(teacher.denoiser.schedule, 18)
+    x_t = initial_noise(teacher.denoiser.schedule, noise, float(times[0]))
+    return sample(teacher.denoiser, x_t, teacher.cond(labels), times=times)
 
 
 if __name__ == "__main__":
