@@ -1,6 +1,7 @@
 """Distil a teacher of train_teacher.py into a one-step or few-step generator by distribution matching (DMD2).
 
-    accelerate launch train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
+    python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
+    accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
 
 The student and the fake score start from the teacher. In each step the fake score learns the student's images; in
 every --student-every-th the student follows the difference of teacher and fake score first. Stopped runs resume:
@@ -8,7 +9,7 @@ run the same command again.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,12 @@ import torch
 from accelerate import Accelerator
 from command import (
     adamw,
+    check_numbers,
     check_out,
-    check_positive,
     cosine,
+    fingerprint,
     fit,
+    identity,
     make_accelerator,
     progress,
     resume,
@@ -95,10 +98,7 @@ class Config:
 
 def main(config: Config) -> Path:
     """Distil and return the folder of the finished student."""
-    check_positive(
-        config, "steps", "student_every", "num_steps", "batch_size", "student_lr", "fake_lr", "num_pairs"
-    )
-    check_positive(config, "log_every", "save_every")
+    check(config)
     check_out(config.out)
     teacher, facts = load_teacher(config.teacher)
     data = load_images(config.data)
@@ -110,13 +110,10 @@ def main(config: Config) -> Path:
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher, facts)
     freeze(teacher.network)
-    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
-        raise ValueError(
-            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
-            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
-        )
     if config.dry_run:
-        show_plan(config, {"teacher": teacher.network, "student": student_net, "fake": fake_net})
+        followed = freeze(copy.deepcopy(student_net))
+        roles = {"teacher": teacher.network, "student": student_net, "its average": followed, "fake": fake_net}
+        show_plan(config, roles)
         return config.out
     accelerator = make_accelerator(config.out, config.precision)
     teacher.network.to(accelerator.device)
@@ -131,19 +128,44 @@ def main(config: Config) -> Path:
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
-    start = resume(config, phases, accelerator)
+    inputs = {
+        "data": fingerprint([data.images, data.labels]), "teacher": fingerprint(teacher.network.parameters()),
+    }  # fmt: skip
+    own = identity(config, accelerator, inputs)
+    start = resume(config, phases, accelerator, own)
     if start == 0 and config.warmup_steps:
-        warm_up(config, method, accelerator, facts)
+        warm_up(config, method, accelerator, teacher, facts)
         ema.reset()
-    average = Student(NetworkDenoiser(ema.network, teacher.schedule, teacher.kind), method.student.times)
+    average = Student(replace(teacher, network=ema.network), method.student.times)
     fit(
-        config, phases, batches, accelerator, start=start, rollout=method.rollout, columns=facts["num_classes"],
-        preview=lambda: preview(average, facts),
+        config, phases, batches, accelerator, own=own, start=start, rollout=method.rollout,
+        columns=facts["num_classes"], preview=lambda: preview(average, facts),
     )  # fmt: skip
     folder = config.out / "student"
     if accelerator.is_main_process:
         save_student(average, folder, facts)
     return folder
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that are out of range or contradict each other."""
+    check_numbers(
+        config,
+        positive=("steps", "student_every", "num_steps", "batch_size", "student_lr", "fake_lr", "warmup_lr",
+                  "num_pairs", "log_every", "save_every"),
+        not_negative=("guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight"),
+        shares=("ema_decay",),
+    )  # fmt: skip
+    if config.steps < config.student_every:
+        raise ValueError(
+            f"--steps {config.steps} end before the student's first update, which comes at --student-every "
+            f"{config.student_every}."
+        )
+    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
+        raise ValueError(
+            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
+            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
+        )
 
 
 def build_roles(config: Config, teacher: NetworkDenoiser, facts: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -154,7 +176,9 @@ def build_roles(config: Config, teacher: NetworkDenoiser, facts: dict[str, Any])
     student = copy.deepcopy(teacher.network).eval()
     network = build_network(facts, num_steps=config.num_steps if config.num_steps > 1 else 0)
     fake: nn.Module = KarrasPreconditioning(network).eval()
-    fake.load_state_dict(teacher.network.state_dict(), strict=False)
+    lacking, unknown = fake.load_state_dict(teacher.network.state_dict(), strict=False)
+    if unknown or not set(lacking) <= {"network.step.weight"}:
+        raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
     if config.gan_weight > 0:
         fake = Critic(fake, f"network.{network.bottleneck}", discriminator_head(facts["width"]))
     return student.requires_grad_(True), fake.requires_grad_(True)
@@ -164,35 +188,38 @@ def build_method(
     config: Config, teacher: NetworkDenoiser, student: nn.Module, fake: nn.Module, facts: dict[str, Any]
 ) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
-    schedule, kind = teacher.schedule, teacher.kind
+    schedule = teacher.schedule
     target = guided(teacher, config.guidance, {"class_labels": torch.tensor([facts["num_classes"]])})
     gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
     return DMD(
         teacher=target,
-        student=Student(NetworkDenoiser(student, schedule, kind), even_times(schedule, config.num_steps)),
-        fake=NetworkDenoiser(fake, schedule, kind),
+        student=Student(replace(teacher, network=student), even_times(schedule, config.num_steps)),
+        fake=replace(teacher, network=fake),
         shape=tuple(facts["shape"]),
         fake_weight=karras_weight(teacher.network.sigma_data),  # type: ignore[arg-type]
         step_key="step" if config.num_steps > 1 else None,
         student_every=config.student_every,
         weight=dmd_weight(config.alpha_in_gradient),
         gan=gan if config.gan_weight > 0 else None,
-        regression=teacher_pairs(config, target, facts) if config.regression_weight > 0 else None,
+        regression=teacher_pairs(config, target, teacher, facts) if config.regression_weight > 0 else None,
     )
 
 
-def teacher_pairs(config: Config, target: Denoiser, facts: dict[str, Any]) -> Regression:
-    """Pairs of the (guided) teacher in 50 DDIM steps, all classes alike."""
+def teacher_pairs(config: Config, target: Denoiser, teacher: NetworkDenoiser, facts: dict[str, Any]) -> Regression:
+    """Pairs of the guided teacher ``target`` in 50 DDIM steps, all classes alike; made where ``teacher`` is."""
+    device = next(teacher.network.parameters()).device
     labels = {"class_labels": torch.arange(config.num_pairs) % facts["num_classes"]}
     times = grid(target.schedule, 50)
-    pairs = make_pairs(target, labels, shape=facts["shape"], times=times, seed=config.seed)
+    pairs = make_pairs(target, labels, shape=facts["shape"], times=times, seed=config.seed, device=device)
     return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
 
 
-def warm_up(config: Config, method: DMD, accelerator: Accelerator, facts: dict[str, Any]) -> None:
+def warm_up(
+    config: Config, method: DMD, accelerator: Accelerator, teacher: NetworkDenoiser, facts: dict[str, Any]
+) -> None:
     """Start the student from regression on teacher pairs: it then only has to be moved, not found."""
     network = method.student.denoiser.network
-    regression = method.regression or teacher_pairs(config, method.teacher, facts)
+    regression = method.regression or teacher_pairs(config, method.teacher, teacher, facts)
     optimizer = adamw(network, config.warmup_lr)
     phase = Phase(
         name="warm-up", network=network, optimizer=optimizer, ema=EMA(network, config.ema_decay),

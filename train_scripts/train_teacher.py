@@ -1,20 +1,35 @@
 """Train a class-conditional diffusion teacher: EDM preconditioning, log-normal noise levels, EMA.
 
-    accelerate launch train_scripts/train_teacher.py --out runs/teacher
+    python train_scripts/train_teacher.py --out runs/teacher
+    accelerate launch train_scripts/train_teacher.py --out runs/teacher    # several GPUs
 
 Without --data it learns scikit-learn's 8 x 8 digits in about a minute on a CPU. Stopped runs resume: run the
 same command again. The folder --out/teacher is what train_dmd.py takes as --teacher.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from command import adamw, check_out, check_positive, cosine, fit, make_accelerator, resume, run, show_plan
+from command import (
+    adamw,
+    check_numbers,
+    check_out,
+    cosine,
+    fingerprint,
+    fit,
+    identity,
+    make_accelerator,
+    resume,
+    run,
+    show_plan,
+)
 from digits import Labelled, load_images
 
-from score import Karras, KarrasPreconditioning, NetworkDenoiser, denoising_loss, karras_denoiser
+from distill.student import TIMES
+from score import Karras, KarrasPreconditioning, NetworkDenoiser, denoising_loss, freeze, karras_denoiser
 from score.gradient import karras_weight
 from score.network import ResidualMLP
 from score.randomness import Rng, shuffled
@@ -73,22 +88,29 @@ class Config:
 def build_network(facts: dict[str, Any], num_steps: int = 0) -> ResidualMLP:
     """The network that ``facts`` of a saved teacher or student describe; ``num_steps`` for a fake score."""
     names = ("shape", "num_classes", "width", "depth", "dropout")
-    if missing := [name for name in names if name not in facts]:
-        raise ValueError(f"the saved denoiser does not say its {missing}; was it written by train_teacher.py?")
-    return ResidualMLP(**{name: facts[name] for name in names}, num_steps=num_steps)
+    try:
+        return ResidualMLP(**{name: facts[name] for name in names}, num_steps=num_steps)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"the saved denoiser does not say its {', '.join(names)} as train_teacher.py does: {error!r}."
+        ) from error
 
 
 def load_teacher(folder: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """A teacher written by this script, in eval mode, and its facts."""
+    """A teacher written by this script, in eval mode, and its facts. Raises ``ValueError`` for a student."""
     facts = read_facts(folder)
+    if TIMES in facts:
+        raise ValueError(f"--teacher {folder} is a student, which knows no other noise level. Pass its teacher.")
     return load_denoiser(folder, KarrasPreconditioning(build_network(facts))), facts
 
 
 def main(config: Config) -> Path:
     """Train and return the folder of the finished teacher."""
-    check_positive(
-        config, "steps", "batch_size", "learning_rate", "width", "depth", "sigma_data", "log_every", "save_every"
-    )
+    check_numbers(
+        config, positive=("steps", "batch_size", "learning_rate", "width", "depth", "sigma_data", "noise_std",
+                          "log_every", "save_every"),
+        shares=("dropout", "label_dropout", "ema_decay"),
+    )  # fmt: skip
     check_out(config.out)
     data = load_images(config.data)
     facts: dict[str, Any] = {
@@ -99,13 +121,14 @@ def main(config: Config) -> Path:
     schedule = Karras(config.sigma_min, config.sigma_max)
     denoiser = karras_denoiser(build_network(facts).train(), schedule, config.sigma_data)
     if config.dry_run:
-        show_plan(config, {"teacher": denoiser.network})
+        show_plan(config, {"teacher": denoiser.network, "its average": freeze(copy.deepcopy(denoiser.network))})
         return config.out
     accelerator = make_accelerator(config.out, config.precision)
     network = accelerator.prepare(denoiser.network)
     phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts["num_classes"])
     assert phase.ema is not None
-    start = resume(config, [phase], accelerator)
+    own = identity(config, accelerator, {"data": fingerprint([data.images, data.labels])})
+    start = resume(config, [phase], accelerator, own)
 
     def batches(rng: Rng) -> Labelled:
         chosen = shuffled(len(data.images), config.batch_size, rng)
@@ -113,7 +136,7 @@ def main(config: Config) -> Path:
 
     average = NetworkDenoiser(phase.ema.network, schedule, "x0")
     fit(
-        config, [phase], batches, accelerator, start=start, columns=facts["num_classes"],
+        config, [phase], batches, accelerator, own=own, start=start, columns=facts["num_classes"],
         preview=lambda: preview(average, facts),
     )  # fmt: skip
     folder = config.out / "teacher"
