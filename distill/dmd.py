@@ -59,7 +59,7 @@ class GAN:
         generator_weight: of the student's term (3e-3 on ImageNet-64, 1e-3 on SD 1.5, 5e-3 on SDXL). Tied to
             resolution and channels, since the DMD term is a mean over pixels.
         critic_weight: of the critic's loss beside the fake score's (1e-2).
-        times: of the noise the student's images are shown with.
+        times: of the noise the student's images are shown with, within ``DMD.fake_times``: the critic's.
     """
 
     generator_weight: float = 3e-3
@@ -229,4 +229,6 @@ class DMD:
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
     # Unconditional batches have no condition to count; they say their size.
+    if "size" not in batch and not batch["cond"]:
+        raise ValueError('a batch without conditions must say its "size"; got {"cond": {}}.')
     return int(batch["size"]) if "size" in batch else len(next(iter(batch["cond"].values())))

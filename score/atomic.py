@@ -11,9 +11,12 @@ from pathlib import Path
 def whole_folder(final: Path) -> Iterator[Path]:
     """A new folder to write in, renamed to ``final`` when the block ends; after an error ``final`` is as before.
 
-    A kill within the block leaves only a folder ``.writing-...`` beside, which the next call removes.
+    A kill within the block leaves ``.writing-...`` beside, which the next call removes. Replacing a folder takes
+    two renames: a kill just between them leaves the older one as ``.replaced-...``, which the next call puts back.
     """
     temporary, replaced = (final.with_name(f".{what}-{final.name}") for what in ("writing", "replaced"))
+    if replaced.exists() and not final.exists():
+        os.replace(replaced, final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -28,6 +31,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
             if replaced.exists():
                 os.rename(replaced, final)
             raise
+        _sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,6 +39,13 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 def _flush_to_disk(folder: Path) -> None:
     # A rename may reach the disk before the data do; a power cut would then leave a whole name round no data.
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -104,6 +104,8 @@ def _damage(path: Path) -> str | None:
         sums = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"manifest unreadable: {error}"
+    if not isinstance(sums, dict) or not {"state.pt", "config.json"} <= sums.keys():
+        return "manifest does not name its files"
     for name, expected in sums.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -98,7 +98,7 @@ class KarrasPreconditioning(nn.Module):
         return x0 if extras is None else (x0, *extras)
 
     def get_extra_state(self) -> Tensor:
-        """sigma_data, so that weights cannot be loaded beside another one unnoticed."""
+        """sigma_data: it belongs to the weights, and is restored with them."""
         return torch.tensor(self.sigma_data, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:

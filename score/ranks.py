@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -51,9 +51,15 @@ def broadcast_weights(networks: Iterable[nn.Module], accelerator: Accelerator) -
             tensor.data.copy_(broadcast(tensor.data))
 
 
+def _fingerprint(values: Tensor) -> Tensor:
+    # Irrational weights, so that neither permuted nor compensating differences cancel.
+    flat = values.flatten().double()
+    return flat @ torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).sqrt()
+
+
 def verify_weights(name: str, network: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ``RuntimeError`` if the ranks hold different weights, judged by the sum of each parameter."""
-    sums = torch.stack([p.detach().double().sum() for p in network.parameters()])
+    """Raise ``RuntimeError`` if the ranks hold different weights, judged by a weighted sum of each parameter."""
+    sums = torch.stack([_fingerprint(p.detach()) for p in network.parameters()])
     every_rank = accelerator.gather(sums).view(accelerator.num_processes, -1)
     if not bool((every_rank == every_rank[0]).all()):
         raise RuntimeError(

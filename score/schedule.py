@@ -148,8 +148,8 @@ class Karras(Schedule):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.t_min < self.t_max:
-            raise ValueError(f"Karras needs 0 < t_min < t_max; got t_min={self.t_min}, t_max={self.t_max}.")
+        if not 0 < self.t_min < self.t_max < torch.inf:
+            raise ValueError(f"Karras needs 0 < t_min < t_max < inf; got {self.t_min}, {self.t_max}.")
 
     def alpha(self, t: Tensor) -> Tensor:
         """One, at every t."""

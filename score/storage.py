@@ -45,16 +45,18 @@ def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
     """The denoiser in ``folder``, its weights loaded into ``network``, in eval mode.
 
     Raises:
-        ValueError: not a denoiser's folder, or weights that do not fit the network.
+        ValueError: not a denoiser's folder, or weights that do not fit the network or are not finite.
     """
     description = _read(folder)
     try:
         load_model(network, str(folder / WEIGHTS))
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
+    if not all(bool(p.isfinite().all()) for p in network.parameters()):
+        raise ValueError(f"the weights in {folder} hold nan or inf. Save them from an earlier checkpoint.")
     try:
         schedule = restore_schedule(description["schedule"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} names no schedule that this version knows: {error!r}") from error
     return NetworkDenoiser(network.eval(), schedule, description["kind"], description["time_scale"])
 
@@ -70,7 +72,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a denoiser's folder: no readable {DESCRIPTION} ({error}). Pass a folder that "
-            "train_teacher.py or train_dmd.py wrote."
+            "train_teacher.py (teachers) or train_dmd.py (students) wrote."
         ) from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
@@ -78,6 +80,10 @@ def _read(folder: Path) -> dict[str, Any]:
     if missing := sorted({"schedule", "kind", "time_scale", "facts"} - description.keys()):
         raise ValueError(f"{folder / DESCRIPTION} lacks {', '.join(missing)}: it was edited. Save it again.")
     check_kind(description["kind"])
+    for name, wanted in (("schedule", dict), ("time_scale", float | int), ("facts", dict)):
+        if not isinstance(description[name], wanted):
+            got = type(description[name]).__name__
+            raise ValueError(f"{folder / DESCRIPTION}: {name} must be {wanted}; got {got}. It was edited.")
     return description
 
 

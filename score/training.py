@@ -171,8 +171,8 @@ def train(
         for phase in due:
             _update(phase)
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
-            for phase in phases:
-                verify_weights(phase.name, phase.network, accelerator)
+            for name, network in (item for phase in phases for item in phase.networks().items()):
+                verify_weights(name, network, accelerator)
         yield Report(step + 1, tuple(phase.name for phase in due), metrics)
 
 

@@ -253,3 +253,11 @@ def test_a_folder_without_checkpoints_means_a_start_from_zero(tmp_path):
     assert load_quietly(tmp_path, phases) == 0
     assert load_quietly(tmp_path / "missing", phases) == 0
     assert_same(state_of(phases), before)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"state.pt": "0"}'])
+def test_a_manifest_that_names_nothing_is_damage(history, manifest):
+    folder, phases, _ = history
+    (folder / "step-000000002" / "manifest.json").write_text(manifest)
+    with pytest.warns(UserWarning, match=r"step-000000002 is damaged \(manifest does not name its files\)"):
+        assert checkpoint.load(folder, phases, CONFIG) == 1

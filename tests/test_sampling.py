@@ -197,9 +197,17 @@ def test_grid_falls_from_the_noisiest_to_the_cleanest_time(schedule):
     assert times.shape == (10,)
     assert times.dtype == torch.float64
     assert (times.diff() < 0).all()
-    close(times[[0, -1]], torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    last = 0.1 if isinstance(schedule, RectifiedFlow) else schedule.t_min
+    close(times[[0, -1]], torch.tensor([schedule.t_max, last], dtype=torch.float64))
     close(grid(schedule, 3, low=0.2, high=0.6), schedule.at(torch.tensor([0.6, 0.4, 0.2], dtype=torch.float64)))
     close(grid(schedule, 1), torch.tensor([schedule.t_max], dtype=torch.float64))
+
+
+def test_no_call_of_a_flow_is_spent_at_its_clean_end():
+    """At sigma = 0 a denoiser returns what it is given."""
+    close(grid(RectifiedFlow(), 4), torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
+    close(grid(RectifiedFlow(), 2, high=0.5), torch.tensor([0.5, 0.25], dtype=torch.float64))
+    close(grid(RectifiedFlow(), 2, low=0.1), torch.tensor([1.0, 0.1], dtype=torch.float64))
 
 
 def test_grid_of_more_steps_than_times_raises():

@@ -261,8 +261,9 @@ def test_time_of_another_shape_raises(schedule, t, kind):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Karras(t_min=0.0), "0 < t_min < t_max; got t_min=0.0"),
-        (lambda: Karras(t_min=2.0, t_max=1.0), "got t_min=2.0, t_max=1.0"),
+        (lambda: Karras(t_min=0.0), "0 < t_min < t_max < inf; got 0.0"),
+        (lambda: Karras(t_min=2.0, t_max=1.0), "got 2.0, 1.0"),
+        (lambda: Karras(t_max=float("inf")), "got 0.002, inf"),
         (lambda: RectifiedFlow(t_max=1000.0), "0 <= t_min < t_max <= 1; got .*1000"),
         (lambda: VariancePreserving(torch.tensor([0.1, 0.5])), "strictly decreasing"),
         (lambda: VariancePreserving(torch.tensor([[0.5, 0.1]])), r"got \(1, 2\)"),

@@ -1,6 +1,8 @@
 """The scripts as a user runs them, on a few steps: what they write, how they resume, what they refuse."""
 
+import dataclasses
 import json
+import shutil
 import sys
 
 import command
@@ -14,8 +16,9 @@ from digits import SHAPE, Judge, load_digits, load_images, proportional_labels
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill.student import load_student
+from distill.student import Student, load_student, save_student
 from score import KarrasPreconditioning, checkpoint
+from score.storage import save_denoiser
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 
@@ -38,7 +41,7 @@ def load(folder, facts_of):
 
 
 def all_files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.is_dir() or path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("changes", [{}, {"gan_weight": 0.0, "warmup_steps": 0}, {"regression_weight": 0.25},
@@ -135,15 +138,39 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_teacher", ["--stepz", "5"], ["stepz"]),
     ("train_teacher", ["--steps", "many"], ["many"]),
     ("train_teacher", ["--data", "{nan}"], ["image 7", "nan or inf", "Remove or repair"]),
-    ("train_teacher", ["--data", "{negative}"], ["labels", "got -1"]),
+    ("train_teacher", ["--data", "{negative}"], ["labels", "from -1"]),
     ("train_teacher", ["--data", "{loud}"], ["reach 3", "expected [-1, 1]"]),
     ("train_teacher", ["--data", "{missing}"], ["npz file", "images"]),
+    ("train_teacher", ["--data", "{halves}"], ["labels", "float64"]),
+    ("train_teacher", ["--data", "{names}"], ["labels", "<U1"]),
+    ("train_teacher", ["--data", "{words}"], ["images", "uint8"]),
+    ("train_teacher", ["--data", "{huge}"], ["fewer than there are images", "1000000000"]),
+    ("train_teacher", ["--data", "{cut}"], ["npz file"]),
+    ("train_teacher", ["--data", "{npy}"], ["npz file"]),
+    ("train_teacher", ["--learning-rate", "inf"], ["--learning-rate", "finite", "got inf"]),
+    ("train_teacher", ["--noise-mean", "nan"], ["--noise-mean", "finite"]),
+    ("train_teacher", ["--dropout", "1.5"], ["--dropout", "[0, 1)", "got 1.5"]),
+    ("train_teacher", ["--label-dropout", "-1"], ["--label-dropout", "[0, 1)"]),
+    ("train_teacher", ["--seed", "-1"], ["--seed", "[0, 2^63)"]),
+    ("train_teacher", ["--out", "/proc/x"], ["cannot write"]),
     ("train_teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
     ("train_dmd", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
     ("train_dmd", ["--teacher", "{missing}"], ["not a denoiser's folder", "train_teacher.py"]),
     ("train_dmd", ["--data", "{large}"], ["[1, 8, 8]", "[1, 16, 16]", "teacher's own data"]),
     ("train_dmd", ["--data", "{labels}"], ["10 classes", "labels to 10"]),
     ("train_dmd", ["--num-steps", "4"], ["--warmup-steps 0"]),
+    ("train_dmd", ["--teacher", "{student}"], ["is a student", "Pass its teacher"]),
+    ("train_dmd", ["--teacher", "{sick}"], ["nan or inf"]),
+    ("train_dmd", ["--guidance", "nan"], ["--guidance", "finite"]),
+    ("train_dmd", ["--gan-weight", "-1"], ["--gan-weight", "at least 0"]),
+    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "above 0"]),
+    ("train_dmd", ["--warmup-steps", "-5"], ["--warmup-steps", "at least 0"]),
+    ("train_dmd", ["--ema-decay", "1.5", "--dry-run"], ["--ema-decay", "[0, 1)"]),
+    ("train_dmd", ["--steps", "4", "--student-every", "5"], ["before the student's first update"]),
+    ("quickstart", ["--student-iterations", "0"], ["--student-iterations", "above 0"]),
+    ("quickstart", ["--student-iterations", "1"], ["--student-iterations", "at least 2"]),
+    ("quickstart", ["--sampling-steps", "0"], ["--sampling-steps", "above 0"]),
+    ("quickstart", ["--num-images", "-5"], ["--num-images", "at least 20"]),
     ("train_dmd", ["--out", "{file}/run"], ["cannot write"]),
     ("quickstart", ["--out", "{file}/run"], ["cannot write"]),
     ("quickstart", ["--seeed", "1"], ["seeed"]),
@@ -157,9 +184,23 @@ def test_bad_input_exits_with_2_says_why_and_writes_nothing(
         "loud": npz(tmp_path / "loud.npz", GOOD + 3, np.zeros(20, int)),
         "large": npz(tmp_path / "large.npz", np.zeros((20, 1, 16, 16), np.float32), np.zeros(20, int)),
         "labels": npz(tmp_path / "labels.npz", GOOD, np.full(20, 10)),
+        "halves": npz(tmp_path / "halves.npz", GOOD, np.arange(20) / 2),
+        "names": npz(tmp_path / "names.npz", GOOD, np.array(["a"] * 20)),
+        "words": npz(tmp_path / "words.npz", GOOD.astype(str), np.zeros(20, int)),
+        "huge": npz(tmp_path / "huge.npz", GOOD, np.full(20, 10**9)),
+        "cut": tmp_path / "cut.npz",
+        "npy": tmp_path / "npy.npy",
+        "student": tmp_path / "student",
+        "sick": tmp_path / "sick",
         "missing": tmp_path / "missing",
         "file": tmp_path / "nan.npz",
     }
+    places["cut"].write_bytes(places["nan"].read_bytes()[:200])
+    np.save(places["npy"], GOOD)
+    denoiser, facts = train_teacher.load_teacher(teacher)
+    save_student(Student(denoiser, (20.0,)), places["student"], facts)
+    denoiser.network.network.enter.bias.data.fill_(torch.nan)
+    save_denoiser(denoiser, places["sick"], facts)
     arguments = [argument.format(**places) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "run")]
@@ -174,6 +215,57 @@ def test_bad_input_exits_with_2_says_why_and_writes_nothing(
     printed = capsys.readouterr()
     assert all(word in printed.err + printed.out for word in words)
     assert all_files(tmp_path) == before
+
+
+def test_the_demo_shows_both_recipes_without_running_them(tmp_path, capsys):
+    quickstart.main(quickstart.Config(out=tmp_path / "demo", long=True, dry_run=True))
+    printed = capsys.readouterr().out
+    assert '"steps": 6000' in printed
+    assert '"steps": 4000' in printed
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_same_teacher_by_another_path_resumes_and_another_at_the_same_path_does_not(tmp_path, teacher, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    train_dmd.main(student_config(tmp_path / "run", teacher))
+    train_dmd.main(student_config(tmp_path / "run", moved))
+    assert "resumed from step 6" in capsys.readouterr().out
+    denoiser, facts = train_teacher.load_teacher(moved)
+    with torch.no_grad():
+        denoiser.network.network.enter.bias += 1
+    save_denoiser(denoiser, moved, facts)
+    with pytest.raises(ValueError, match=r"belongs to another config \(teacher: "):
+        train_dmd.main(student_config(tmp_path / "run", moved))
+
+
+def test_a_student_inherits_all_that_its_teacher_means(tmp_path, teacher):
+    """Kind, schedule and time scale: asking the student otherwise is the accident that its folder prevents."""
+    denoiser, facts = train_teacher.load_teacher(teacher)
+    save_denoiser(dataclasses.replace(denoiser, time_scale=2.0), tmp_path / "scaled", facts)
+    student = load(train_dmd.main(student_config(tmp_path / "run", tmp_path / "scaled")), (denoiser, facts))
+    assert student.denoiser.time_scale == 2.0
+
+
+def test_teacher_pairs_are_made_where_the_teacher_is(teacher):
+    """On a GPU the noise has to be brought to it; a device without data stands in."""
+    denoiser, facts = train_teacher.load_teacher(teacher)
+    config = student_config(teacher, teacher)
+    denoiser.network.to("meta")
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # only when the images are brought back
+        train_dmd.teacher_pairs(config, denoiser, denoiser, facts)
+
+
+@pytest.mark.parametrize("updates", [5, 20, 100, 500])
+def test_short_runs_reach_their_learning_rate_too(updates):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    decay, rates = command.cosine(optimizer, updates), []
+    for _ in range(updates):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        decay.step()
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.2
 
 
 def test_help_explains_every_flag(monkeypatch, capsys):

@@ -3,6 +3,8 @@
 The split is fixed: 900 images train the teacher, 300 the feature classifier, 597 score. Nothing is downloaded.
 """
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,10 @@ class Labelled:
 
 def load_digits() -> tuple[Labelled, Labelled, Labelled]:
     """The three parts: 900 to train on, 300 for the classifier, 597 to score with."""
-    from sklearn.datasets import load_digits as load
-
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise ValueError('the digits come with scikit-learn: pip install -e ".[demo]", or pass --data.') from error
     data = load()
     order = np.random.RandomState(0).permutation(len(data.target))
     images = torch.tensor(data.images[order] / 8 - 1, dtype=torch.float32)[:, None]
@@ -50,22 +54,27 @@ def load_images(path: Path | None) -> Labelled:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"--data {path} must be an npz file with arrays 'images' and 'labels': {error}"
         ) from error
-    if images.ndim != 4 or len(images) != len(labels) or labels.ndim != 1 or len(images) == 0:
+    if images.ndim != 4 or 0 in images.shape or labels.shape != (len(images),):
         raise ValueError(f"{path}: expected images (n, c, h, w), labels (n,); got {images.shape}, {labels.shape}.")
+    wanted = "labels must be class numbers from 0, fewer than there are images"
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {wanted}; got {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= max(len(images), NUM_CLASSES):
+        raise ValueError(f"{path}: {wanted}; got numbers from {labels.min()} to {labels.max()}.")
     if images.dtype == np.uint8:
         images = images / 127.5 - 1
+    elif images.dtype.kind != "f":
+        raise ValueError(f"{path}: images must be uint8, or floats in [-1, 1]; got {images.dtype}.")
     if not np.isfinite(images).all():
         bad = int(np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))[0])
         raise ValueError(f"{path}: image {bad} holds nan or inf; expected values in [-1, 1]. Remove or repair it.")
     if np.abs(images).max() > 1 + 1e-6:
         raise ValueError(f"{path}: images reach {np.abs(images).max():g}; expected [-1, 1], or uint8.")
-    if labels.min() < 0:
-        raise ValueError(f"{path}: labels must be class numbers from 0; got {labels.min()}.")
-    return Labelled(torch.tensor(images, dtype=torch.float32), torch.tensor(labels, dtype=torch.long))
+    return Labelled(torch.tensor(images, dtype=torch.float32), torch.tensor(labels.astype(np.int64)))
 
 
 class DigitClassifier(nn.Module):

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from command import check_positive, run
+from command import check_numbers, run
 from features import Classifier, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
@@ -42,7 +43,7 @@ class Config:
 
 def main(config: Config) -> Path | None:
     """Measure, print and write the figures."""
-    check_positive(config, "batch_size")
+    check_numbers(config, positive=("batch_size",))
     classifier = load_classifier(config.features) if config.features.is_dir() else None
     network = classifier.to(config.device).features if classifier else inception(config.features)
     generated, reference = (load(name, classifier, config) for name in (config.generated, config.reference))
@@ -57,7 +58,9 @@ def main(config: Config) -> Path | None:
 def load(name: str, classifier: Classifier | None, config: Config) -> ImageSet:
     """A set of images as the feature network wants them."""
     facts = classifier.facts if classifier else None
-    channels = ("grey" if facts.channels == 1 else "rgb") if facts else "auto"
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    if facts:
+        channels = "grey" if facts.channels == 1 else "rgb"
     options = DataOptions(data=name, resolution=facts.resolution if facts else None, channels=channels)
     images = load_images(options)
     if config.num_images is not None and len(images) < config.num_images:

@@ -50,7 +50,7 @@ class UNet(nn.Module):
             )
         self.shape, self.num_classes, self.patch = tuple(shape), num_classes, patch
         inner, plain = shape[0] * patch**2, len(channels) - 1
-        self.unet = UNet2DModel(
+        unet: Any = UNet2DModel(
             sample_size=(shape[1] // patch, shape[2] // patch), in_channels=inner, out_channels=inner,
             block_out_channels=tuple(channels), layers_per_block=layers, norm_num_groups=8, dropout=dropout,
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D" if attention else "DownBlock2D",),
@@ -58,14 +58,15 @@ class UNet(nn.Module):
             attention_head_dim=16, add_attention=attention,
             num_class_embeds=num_classes + 1 if num_classes else None,
         )  # fmt: skip
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        nn.init.zeros_(unet.conv_out.weight)
+        nn.init.zeros_(unet.conv_out.bias)
+        self.unet = unet
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The prediction, shape of x_t; t of order one, as EDM's log(sigma) / 4 and a flow's t are."""
         patches = nn.functional.pixel_unshuffle(x_t, self.patch)
         # The embedding of diffusers' UNets is made for timesteps up to 1,000.
-        prediction = self.unet(patches, 1000 * t, class_labels).sample
+        prediction: Tensor = self.unet(patches, 1000 * t, class_labels).sample
         return nn.functional.pixel_shuffle(prediction, self.patch)
 
 
@@ -143,7 +144,7 @@ def probe_bottleneck(teacher: Teacher, name: str | None) -> tuple[str, int, int]
         owners = [(prefix, module) for prefix, module in modules.items() if hasattr(module, "bottleneck")]
         known = [f"{prefix}.{module.bottleneck}".lstrip(".") for prefix, module in owners]
         name = next(iter([*known, *(key for key in modules if key.split(".")[-1] == "mid_block")]), None)
-    if name not in modules:
+    if name is None or name not in modules:
         raise ValueError(
             f"the GAN term needs a submodule to listen to; got --bottleneck {name}. The network has "
             f"{', '.join(list(modules)[1:8])}, ... Or pass --gan-weight 0."
@@ -203,7 +204,8 @@ def diffusers_schedule(settings: Mapping[str, Any]) -> VariancePreserving:
         "rescale_betas_zero_snr",
     )
     own = {name: settings[name] for name in known if settings.get(name) is not None}
-    return VariancePreserving(DDPMScheduler(**own).alphas_cumprod)
+    scheduler: Any = DDPMScheduler(**own)
+    return VariancePreserving(scheduler.alphas_cumprod)
 
 
 def from_diffusers(folder: Path) -> Teacher:

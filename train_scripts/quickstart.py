@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import train_dmd
 import train_teacher
-from command import check_out, run
+from command import check_numbers, check_out, resolved, run
 from digits import NUM_CLASSES, SHAPE, Judge
-from PIL import Image, ImageDraw
+from networks import load_teacher
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from distill.student import Student, load_student
-from score import KarrasPreconditioning, NetworkDenoiser
+from distill.student import Student
+from score import NetworkDenoiser
 from score.sampling import grid, initial_noise, sample
 
 
@@ -43,23 +44,27 @@ class Config:
     """DDIM steps of the teacher's samples."""
     num_images: int = 5000
     """Generated images per figure, with the label frequencies of the 597 held-out ones."""
+    dry_run: bool = False
+    """Print the resolved configs of both trainings, and stop."""
 
 
 def main(config: Config) -> Path:
     """Run the whole job and return the path of the report."""
-    check_out(config.out)
-    start, stretch = time.perf_counter(), 2 if config.long else 1
-    teacher_out = train_teacher.main(
-        train_teacher.Config(out=config.out / "teacher", steps=stretch * config.teacher_steps, seed=config.seed)
-    )
-    student_out = train_dmd.main(student_config(config, teacher_out))
-    teacher, facts = train_teacher.load_teacher(teacher_out)
-    student = load_student(student_out, KarrasPreconditioning(train_teacher.build_network(facts)))
+    check(config)
+    recipe, teacher_out = teacher_config(config), config.out / "teacher"
+    if config.dry_run:
+        for part in (config, recipe, student_config(config, teacher_out / "teacher")):
+            print(type(part).__module__, json.dumps(resolved(part), indent=2))
+        return config.out
+    resumed, start = any(config.out.glob("*/checkpoints/step-*")), time.perf_counter()
+    student_out = train_dmd.main(student_config(config, train_teacher.main(recipe)))
+    teacher, student = load_teacher(str(teacher_out / "teacher")), load_teacher(str(student_out))
     judge = Judge(config.seed, config.num_images)
     noise = torch.randn(len(judge.labels), *SHAPE, generator=torch.Generator().manual_seed(config.seed))
-    report, images = evaluate(config, judge, teacher, student, noise)
-    report["seconds"] = round(time.perf_counter() - start, 1)
-    report["seed"] = config.seed
+    one_step = Student(student.denoiser, student.times)
+    report, images = evaluate(config, judge, teacher.denoiser, one_step, noise)
+    # A second call finds the trainings done, or goes on with them: its seconds are not those of the job.
+    report |= {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "seed": config.seed}
     path = config.out / "report.json"
     path.write_text(json.dumps(report, indent=2))
     draw(images, judge.labels, config.out / "samples.png")
@@ -67,10 +72,29 @@ def main(config: Config) -> Path:
     return path
 
 
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for anything that would fail later, before the first training."""
+    check_numbers(config, positive=("teacher_steps", "student_iterations", "sampling_steps"))
+    if config.num_images < 2 * NUM_CLASSES:
+        raise ValueError(f"--num-images must be at least {2 * NUM_CLASSES}; got {config.num_images}.")
+    every = student_config(config, Path()).student_every
+    if config.student_iterations < every:
+        raise ValueError(
+            f"--student-iterations must be at least {every}, the student's first; got {config.student_iterations}."
+        )
+    check_out(config.out)
+
+
+def teacher_config(config: Config) -> train_teacher.Config:
+    """The recipe of the teacher."""
+    steps = config.teacher_steps * (2 if config.long else 1)
+    return train_teacher.Config(out=config.out / "teacher", steps=steps, seed=config.seed)
+
+
 def student_config(config: Config, teacher: Path) -> train_dmd.Config:
     """The recipe of the distillation; longer only in its number of iterations."""
     steps = config.student_iterations * (2 if config.long else 1)
-    return train_dmd.Config(teacher=teacher, out=config.out / "student", steps=steps, seed=config.seed)
+    return train_dmd.Config(teacher=str(teacher), out=config.out / "student", steps=steps, seed=config.seed)
 
 
 @torch.no_grad()
@@ -102,6 +126,7 @@ def evaluate(
         "student_nearest": judge.nearest(fast),
         "test_nearest": judge.nearest(judge.held_out.images),
         "num_images": len(noise),
+        "test_num_images": len(judge.train.images),
         "speedup": (middle - begin) / (end - middle),
         "student_saw_real_images": student_config(config, Path()).gan_weight > 0,
     }
@@ -112,13 +137,13 @@ def draw(images: dict[str, Tensor], labels: Tensor, path: Path, columns: int = 2
     """One row per sampler, two samples of each digit, under the row's name; scaled without smoothing."""
     per_class = columns // NUM_CLASSES
     chosen = torch.cat([(labels == digit).nonzero()[:per_class, 0] for digit in range(NUM_CLASSES)])
-    cell, caption, margin = 8 * scale + 4, 16, 8
+    cell, caption, margin = 8 * scale + 4, 24, 10
     width = columns * cell + 2 * margin
     sheet = Image.new("L", (width, len(images) * (cell + caption) + 2 * margin), 255)
     pen = ImageDraw.Draw(sheet)
     for row, (name, batch) in enumerate(images.items()):
         top = margin + row * (cell + caption)
-        pen.text((margin, top), name, fill=0)
+        pen.text((margin, top + 2), name, fill=0, font=ImageFont.load_default(16))
         for column, image in enumerate(batch[chosen, 0]):
             pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             tile = Image.fromarray(255 - pixels.numpy()).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from command import check_out, check_positive, run
+from command import check_numbers, check_out, run
 from networks import Teacher, load_teacher
 from PIL import Image
 from torch import Tensor
@@ -54,7 +54,7 @@ class Config:
 
 def main(config: Config) -> Path:
     """Sample, write, and return the folder or file."""
-    check_positive(config, "num_images", "steps", "batch_size")
+    check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance",))
     check_out(config.out.parent if config.out.suffix == ".npz" else config.out)
     model = load_teacher(config.model)
     labels = asked_labels(config, model)

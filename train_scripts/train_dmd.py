@@ -1,6 +1,7 @@
 """Distil a teacher of train_teacher.py into a one-step or few-step generator by distribution matching (DMD2).
 
-    accelerate launch train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
+    python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
+    accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
 
 The student and the fake score start from the teacher. In each step the fake score learns the student's images; in
 every --student-every-th the student follows the difference of teacher and fake score first. Stopped runs resume:
@@ -14,20 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from command import (
-    RunOptions,
-    adamw,
-    check_positive,
-    check_run,
-    cosine,
-    fit,
-    prepare,
-    progress,
-    resume,
-    run,
-    show_plan,
-    start,
-)
+from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
+from fitting import adamw, cosine, fit, prepare, progress, resume, start
 from images import DataOptions, load_images
 from networks import Teacher, build_network, load_teacher, probe_bottleneck
 from torch import nn
@@ -36,7 +25,7 @@ from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.regression import Regression, make_pairs
 from distill.student import Student, even_times, save_student
-from score import Denoiser, NetworkDenoiser, freeze, guided
+from score import Denoiser, freeze, guided
 from score.gradient import karras_weight
 from score.randomness import Rng, shuffled
 from score.sampling import grid
@@ -87,24 +76,23 @@ class Config(RunOptions, DataOptions):
 
 def main(config: Config) -> Path:
     """Distil and return the folder of the finished student."""
-    check_run(config)
-    check_positive(config, "student_every", "num_steps", "student_lr", "fake_lr", "num_pairs")
+    check(config)
     teacher, data = load_teacher(config.teacher), load_images(config)
+    if teacher.times:
+        raise ValueError(
+            f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
+        )
     if data.shape != teacher.shape or data.num_classes > max(1, teacher.num_classes):
         raise ValueError(
-            f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds {data.shape} "
-            f"of {data.num_classes}. Use the teacher's own data, and its --resolution."
-        )
-    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
-        raise ValueError(
-            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
-            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
+            f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
+            f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
         )
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
     freeze(teacher.denoiser.network)
     if config.dry_run:
-        show_plan(config, {"teacher": teacher.denoiser.network, "student": student_net, "fake": fake_net})
+        followed, frozen = freeze(copy.deepcopy(student_net)), teacher.denoiser.network
+        show_plan(config, {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net})
         return config.out
     accelerator = start(config)
     teacher.denoiser.network.to(accelerator.device)
@@ -119,14 +107,17 @@ def main(config: Config) -> Path:
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
-    first = resume(config, phases, accelerator)
+    weights = fingerprint(teacher.denoiser.network.parameters())
+    inputs = {"data": fingerprint([data.images, data.labels]), "teacher": weights}
+    own = identity(config, accelerator, inputs)
+    first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
         warm_up(config, method, accelerator, teacher)
         ema.reset()
     average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
     fit(
-        config, phases, batches, accelerator, first=first, rollout=method.rollout, columns=max(1, data.num_classes),
-        preview=lambda: preview(average, teacher),
+        config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
+        columns=data.num_classes, preview=lambda: preview(average, teacher),
     )  # fmt: skip
     folder = config.out / "student"
     if accelerator.is_main_process:
@@ -134,14 +125,37 @@ def main(config: Config) -> Path:
     return folder
 
 
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that are out of range or contradict each other."""
+    check_run(config)
+    check_numbers(
+        config,
+        positive=("student_every", "num_steps", "student_lr", "fake_lr", "warmup_lr", "num_pairs", "pair_steps"),
+        not_negative=("guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight"),
+        shares=("ema_decay",),
+    )  # fmt: skip
+    if config.steps < config.student_every:
+        raise ValueError(
+            f"--steps {config.steps} end before the student's first update, which comes at --student-every "
+            f"{config.student_every}."
+        )
+    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
+        raise ValueError(
+            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
+            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
+        )
+
+
 def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
     """Student and fake score as copies of the teacher, dropout off.
 
-    The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a critic's head.
+    The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
     fake = build_network(teacher.facts, num_steps=fake_steps(config, teacher)).eval()
-    fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
+    lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
+    if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
+        raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
     if config.gan_weight > 0:
         name, channels, size = probe_bottleneck(teacher, config.bottleneck)
         fake = Critic(fake, name, discriminator_head(channels, size))

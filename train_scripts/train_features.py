@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from command import check_out, check_positive, run
+from command import check_numbers, check_out, run
 from features import save_classifier, train_classifier
 from images import DataOptions, load_images
 
@@ -35,7 +35,7 @@ class Config(DataOptions):
 
 def main(config: Config) -> Path:
     """Train and return the folder of the classifier."""
-    check_positive(config, "steps", "batch_size", "learning_rate")
+    check_numbers(config, positive=("steps", "batch_size", "learning_rate"))
     check_out(config.out)
     data = load_images(config)
     if data.num_classes < 2 or len(data) < 20:

@@ -1,34 +1,25 @@
 """Train a class-conditional diffusion teacher: EDM preconditioning, log-normal noise levels, EMA.
 
-    accelerate launch train_scripts/train_teacher.py --out runs/teacher
+    python train_scripts/train_teacher.py --out runs/teacher
+    accelerate launch train_scripts/train_teacher.py --out runs/teacher    # several GPUs
 
 Without --data it learns scikit-learn's 8 x 8 digits in about a minute on a CPU. Stopped runs resume: run the
 same command again. The folder --out/teacher is what train_dmd.py takes as --teacher.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from command import (
-    RunOptions,
-    adamw,
-    check_positive,
-    check_run,
-    cosine,
-    fit,
-    prepare,
-    resume,
-    run,
-    show_plan,
-    start,
-)
+from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
 from digits import Labelled
+from fitting import adamw, cosine, fit, prepare, resume, start
 from images import DataOptions, ImageSet, as_floats, load_images
 from networks import Teacher, build_network
 
-from score import Karras, NetworkDenoiser, denoising_loss
+from score import Karras, NetworkDenoiser, denoising_loss, freeze
 from score.gradient import karras_weight
 from score.randomness import Rng, shuffled
 from score.sampling import grid, initial_noise, sample
@@ -53,11 +44,11 @@ class Config(RunOptions, DataOptions):
     """Of the MLP: hidden width."""
     depth: int = 4
     """Of the MLP: number of blocks."""
-    channels: tuple[int, ...] = (64, 128)
+    unet_channels: tuple[int, ...] = (64, 128)
     """Of the UNet: channels at each resolution, halving from one to the next."""
-    layers: int = 1
+    unet_layers: int = 1
     """Of the UNet: residual blocks at each resolution."""
-    patch: int = 2
+    unet_patch: int = 2
     """Of the UNet: pixels that become channels first; 1 is slower and finer."""
     dropout: float = 0.1
     """In each block; 0 lets a few hundred images be memorised."""
@@ -80,27 +71,31 @@ class Config(RunOptions, DataOptions):
 def main(config: Config) -> Path:
     """Train and return the folder of the finished teacher."""
     check_run(config)
-    check_positive(config, "learning_rate", "width", "depth", "layers", "patch", "sigma_min")
+    check_numbers(
+        config, positive=("learning_rate", "width", "depth", "unet_layers", "unet_patch", "noise_std"),
+        shares=("dropout", "label_dropout", "ema_decay"),
+    )  # fmt: skip
     data = load_images(config)
     facts = describe(config, data)
     torch.manual_seed(config.seed)
     schedule = Karras(config.sigma_min, config.sigma_max)
     network = build_network(facts).train()
     if config.dry_run:
-        show_plan(config, {"teacher": network})
+        show_plan(config, {"teacher": network, "its average": freeze(copy.deepcopy(network))})
         return config.out
     accelerator = start(config)
     network = prepare(network, config, accelerator)
     phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts)
     assert phase.ema is not None
-    first = resume(config, [phase], accelerator)
+    own = identity(config, accelerator, {"data": fingerprint([data.images, data.labels])})
+    first = resume(config, [phase], accelerator, own)
 
     def batches(rng: Rng) -> Labelled:
         return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
 
     average = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
     fit(
-        config, [phase], batches, accelerator, first=first, columns=data.num_classes,
+        config, [phase], batches, accelerator, own=own, first=first, columns=data.num_classes,
         preview=lambda: preview(average),
     )  # fmt: skip
     folder = config.out / "teacher"
@@ -113,7 +108,7 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
     """How the network is built: what is saved beside the weights."""
     mlp = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
     unet = {
-        "channels": list(config.channels), "layers": config.layers, "patch": config.patch,
+        "channels": list(config.unet_channels), "layers": config.unet_layers, "patch": config.unet_patch,
         "dropout": config.dropout,
     }  # fmt: skip
     sigma_data = config.sigma_data or round(float(as_floats(data.images[:10_000]).std()), 2)

@@ -1,0 +1,58 @@
+"""A folder that is replaced is the old one or the new one, whenever the process dies."""
+
+import os
+
+import pytest
+
+from score.atomic import whole_folder
+
+
+class Killed(BaseException):
+    pass
+
+
+def write(final, text):
+    with whole_folder(final) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_failed_rename_leaves_the_older_folder(tmp_path, monkeypatch, at):
+    write(tmp_path / "x", "old")
+    replace, calls = os.replace, []
+
+    def failing(*paths):
+        calls.append(paths)
+        if len(calls) == at:
+            raise Killed
+        return replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(Killed):
+            write(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_kill_between_the_renames_is_undone_by_the_next_call(tmp_path):
+    """Nothing runs after SIGKILL: the state on disk is made by hand."""
+    write(tmp_path / "x", "old")
+    (tmp_path / "x").rename(tmp_path / ".replaced-x")
+    with pytest.raises(Killed), whole_folder(tmp_path / "x"):
+        raise Killed
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    write(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_error_inside_leaves_nothing(tmp_path):
+    def half():
+        with whole_folder(tmp_path / "x") as folder:
+            (folder / "half.txt").write_text("half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        half()
+    assert list(tmp_path.iterdir()) == []

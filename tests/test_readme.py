@@ -1,0 +1,79 @@
+"""The README is code too: its blocks run, its commands and files exist, its tree is the tree."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_dmd
+import train_teacher
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+SHELL = [
+    line.split("#")[0].split() for language, text in BLOCKS if language == "bash" for line in text.splitlines()
+]
+
+
+def run(code, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_library_example_draws_eight_modes(tmp_path):
+    printed = run(PYTHON[0], tmp_path)
+    assert printed.splitlines()[-1].startswith("1000 {'student/loss'")
+    counts = Image.open(tmp_path / "eight_modes.png").convert("L")
+    assert counts.size == (256, 256)
+    lit = [(x, y) for x in range(256) for y in range(256) if counts.getpixel((x, y)) > 10]
+
+    def radius(x, y):
+        return (((x - 127.5) * 3 / 256) ** 2 + ((y - 127.5) * 3 / 256) ** 2) ** 0.5
+
+    assert len(lit) > 500
+    assert sum(0.6 < radius(x, y) < 1.4 for x, y in lit) > 0.98 * len(lit)
+
+
+@pytest.mark.parametrize("number", range(1, len(PYTHON)))
+def test_every_other_block_runs(tmp_path, number):
+    run(PYTHON[number], tmp_path)
+
+
+def test_the_library_example_has_about_fifteen_lines_of_code():
+    lines = [line for line in PYTHON[0].splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) <= 19
+
+
+@pytest.mark.parametrize("words", [words for words in SHELL if words], ids=" ".join)
+def test_commands_exist(words):
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for script, module in (("train_teacher.py", train_teacher), ("train_dmd.py", train_dmd)):
+        if f"train_scripts/{script}" in words:
+            known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
+            assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_named_files_exist():
+    linked = re.findall(r"\]\(([^)]+)\)", README)
+    quoted = re.findall(r"`((?:score|distill|train_scripts|tests|docs)/[\w./]+)`", README)
+    for path in {*linked, *quoted}:
+        assert path.startswith("http") or (ROOT / path).exists(), path
+
+
+def test_the_tree_is_complete():
+    tree = next(text for language, text in BLOCKS if not language and "score/" in text)
+    for package in ("score", "distill", "train_scripts"):
+        section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
+        files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        assert files == set(re.findall(r"\w+\.py", section)), package

@@ -1,0 +1,170 @@
+"""How the scripts run a training: prepare, resume, follow, log, save, stop."""
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from command import RunOptions, resolved
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from score import checkpoint
+from score.randomness import Rng
+from score.training import Phase, Report, train
+
+T = TypeVar("T")
+
+
+def start(config: RunOptions) -> Accelerator:
+    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out))
+
+
+def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
+    """The network on its device, checkpointed, compiled and wrapped for several ranks as the options say.
+
+    Raises ``ValueError`` where a network that cannot recompute its activations is asked to.
+    """
+    if config.gradient_checkpointing:
+        able: list[Any] = [part for part in network.modules() if hasattr(part, "enable_gradient_checkpointing")]
+        if not able:
+            raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
+        able[0].enable_gradient_checkpointing()
+    if config.compile:
+        network.compile()  # in place: names of weights stay as they are
+    prepared: nn.Module = accelerator.prepare(network)
+    return prepared
+
+
+def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) -> None:
+    """Write the resolved config and open the TensorBoard log: the first files of a run."""
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
+    # What an earlier run logged beyond its last checkpoint is drawn again. Curves are worth less than the run.
+    with suppress(OSError):
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first + 1}})
+
+
+def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
+    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step."""
+    first = checkpoint.load(config.out / "checkpoints", phases, own)
+    if first and accelerator.is_main_process:
+        print(f"resumed from step {first}")
+    start_logging(accelerator, config, config.out, first)
+    return first
+
+
+def fit(
+    config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
+    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor], columns: int,
+    rollout: Callable[..., Any] | None = None,
+) -> None:  # fmt: skip
+    """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
+
+    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    """
+    reports = train(
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
+        accumulate=config.accumulate, seed=config.seed,
+    )  # fmt: skip
+    with sigterm(accelerator) as asked_to_stop:
+        for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
+            stop = asked_to_stop()
+            if report.step % config.save_every == 0 or report.step == config.steps or stop:
+                if accelerator.is_main_process:
+                    checkpoint.save(config.out / "checkpoints", report.step, phases, own)
+                log_grid(accelerator, "samples", preview(), report.step, columns)
+            if stop:
+                accelerator.end_training()
+                sys.exit(143)
+    accelerator.end_training()
+
+
+@contextmanager
+def sigterm(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+
+    def answer() -> bool:
+        if accelerator.num_processes == 1:
+            return bool(asked)
+        return bool(accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"))
+
+    try:
+        yield answer
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
+    """A progress bar on the main process; in a log file it refreshes only every 30 seconds."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    hidden = not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
+    return tqdm(
+        items, desc=name, initial=start, total=total, mininterval=interval, maxinterval=interval, disable=hidden
+    )
+
+
+def follow(
+    reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
+) -> Iterator[Report]:
+    """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
+    bar = progress(reports, "steps", steps, accelerator, start)
+    latest: dict[str, Tensor] = {}
+    for report in bar:
+        latest |= report.metrics
+        if report.step % log_every == 0 or report.step == steps:
+            values = Report(report.step, (), latest).read()
+            accelerator.log(values, step=report.step)
+            bar.set_postfix(
+                {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
+            )
+        yield report
+
+
+def log_grid(accelerator: Accelerator, name: str, images: Tensor, step: int, columns: int = 10) -> None:
+    """Write images in [-1, 1] to TensorBoard as one grid."""
+    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)
+    tracker = accelerator.get_tracker("tensorboard")
+    if accelerator.is_main_process:
+        tracker.log_images({name: grid[None].cpu().numpy()}, step=step, dataformats="NCHW")
+
+
+def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:
+    """Linear warm-up, over at most a tenth, and a half cosine down to ``floor`` times the learning rate."""
+    warmup = max(1, min(warmup, updates // 10))
+
+    def factor(update: int) -> float:
+        fall = 0.5 * (1 + math.cos(math.pi * min(update / updates, 1)))
+        return min(1, (update + 1) / warmup) * (floor + (1 - floor) * fall)
+
+    return LambdaLR(optimizer, factor)
+
+
+def adamw(
+    network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), kind: str = "adamw"
+) -> Optimizer:
+    """AdamW in its fused form, or with 8-bit moments; weight decay 0.01."""
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        small: Optimizer = AdamW8bit(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01)
+        return small
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01, fused=True)
