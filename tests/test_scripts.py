@@ -6,18 +6,21 @@ import shutil
 import sys
 
 import command
+import fitting
 import numpy as np
 import pytest
 import quickstart
 import torch
 import train_dmd
 import train_teacher
-from digits import SHAPE, Judge, load_digits, load_images, proportional_labels
+from digits import SHAPE, Judge, load_digits, proportional_labels
+from images import DataOptions, load_images
+from networks import load_teacher
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill.student import Student, load_student, save_student
-from score import KarrasPreconditioning, checkpoint
+from distill.student import Student, save_student
+from score import checkpoint
 from score.storage import save_denoiser
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
@@ -28,7 +31,9 @@ def teacher_config(out, **changes):
 
 
 def student_config(out, teacher, **changes):
-    return train_dmd.Config(out=out, teacher=teacher, **{**TINY, "warmup_steps": 2, "num_pairs": 20, **changes})
+    return train_dmd.Config(
+        out=out, teacher=str(teacher), **{**TINY, "warmup_steps": 2, "num_pairs": 20, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,14 @@ def teacher(tmp_path_factory):
     return train_teacher.main(teacher_config(tmp_path_factory.mktemp("teacher")))
 
 
-def load(folder, facts_of):
-    return load_student(folder, KarrasPreconditioning(train_teacher.build_network(facts_of[1])))
+def load(folder):
+    student = load_teacher(str(folder))
+    return Student(student.denoiser, student.times)
+
+
+def parts_of(folder):
+    teacher = load_teacher(str(folder))
+    return teacher.denoiser, teacher.facts
 
 
 def all_files(folder):
@@ -48,7 +59,7 @@ def all_files(folder):
                                      {"num_steps": 4, "warmup_steps": 0}, {"guidance": 2.0}])  # fmt: skip
 def test_a_student_is_distilled_saved_and_sampled_at_its_own_times(tmp_path, teacher, changes):
     folder = train_dmd.main(student_config(tmp_path, teacher, **changes))
-    student = load(folder, train_teacher.load_teacher(teacher))
+    student = load(folder)
     assert student.num_steps == changes.get("num_steps", 1)
     assert student.times[0] == pytest.approx(20.0)
     images = student.sample(
@@ -85,7 +96,7 @@ def test_a_killed_distillation_resumes_to_the_same_weights(tmp_path, teacher, mo
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "follow", killed)
+        patch.setattr(fitting, "follow", killed)
         with pytest.raises(Killed):
             train_dmd.main(student_config(tmp_path / "cut", teacher))
     capsys.readouterr()
@@ -140,13 +151,13 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_teacher", ["--data", "{nan}"], ["image 7", "nan or inf", "Remove or repair"]),
     ("train_teacher", ["--data", "{negative}"], ["labels", "from -1"]),
     ("train_teacher", ["--data", "{loud}"], ["reach 3", "expected [-1, 1]"]),
-    ("train_teacher", ["--data", "{missing}"], ["npz file", "images"]),
+    ("train_teacher", ["--data", "{missing}"], ["no folder here", "no dataset"]),
     ("train_teacher", ["--data", "{halves}"], ["labels", "float64"]),
     ("train_teacher", ["--data", "{names}"], ["labels", "<U1"]),
     ("train_teacher", ["--data", "{words}"], ["images", "uint8"]),
     ("train_teacher", ["--data", "{huge}"], ["fewer than there are images", "1000000000"]),
     ("train_teacher", ["--data", "{cut}"], ["npz file"]),
-    ("train_teacher", ["--data", "{npy}"], ["npz file"]),
+    ("train_teacher", ["--data", "{npy}"], ["neither .npz nor idx"]),
     ("train_teacher", ["--learning-rate", "inf"], ["--learning-rate", "finite", "got inf"]),
     ("train_teacher", ["--noise-mean", "nan"], ["--noise-mean", "finite"]),
     ("train_teacher", ["--dropout", "1.5"], ["--dropout", "[0, 1)", "got 1.5"]),
@@ -156,8 +167,8 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
     ("train_dmd", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
     ("train_dmd", ["--teacher", "{missing}"], ["not a denoiser's folder", "train_teacher.py"]),
-    ("train_dmd", ["--data", "{large}"], ["[1, 8, 8]", "[1, 16, 16]", "teacher's own data"]),
-    ("train_dmd", ["--data", "{labels}"], ["10 classes", "labels to 10"]),
+    ("train_dmd", ["--data", "{large}"], ["(1, 8, 8)", "(1, 16, 16)", "teacher's own data"]),
+    ("train_dmd", ["--data", "{labels}"], ["10 classes", "of 11"]),
     ("train_dmd", ["--num-steps", "4"], ["--warmup-steps 0"]),
     ("train_dmd", ["--teacher", "{student}"], ["is a student", "Pass its teacher"]),
     ("train_dmd", ["--teacher", "{sick}"], ["nan or inf"]),
@@ -197,7 +208,7 @@ def test_bad_input_exits_with_2_says_why_and_writes_nothing(
     }
     places["cut"].write_bytes(places["nan"].read_bytes()[:200])
     np.save(places["npy"], GOOD)
-    denoiser, facts = train_teacher.load_teacher(teacher)
+    denoiser, facts = parts_of(teacher)
     save_student(Student(denoiser, (20.0,)), places["student"], facts)
     denoiser.network.network.enter.bias.data.fill_(torch.nan)
     save_denoiser(denoiser, places["sick"], facts)
@@ -231,7 +242,7 @@ def test_the_same_teacher_by_another_path_resumes_and_another_at_the_same_path_d
     train_dmd.main(student_config(tmp_path / "run", teacher))
     train_dmd.main(student_config(tmp_path / "run", moved))
     assert "resumed from step 6" in capsys.readouterr().out
-    denoiser, facts = train_teacher.load_teacher(moved)
+    denoiser, facts = parts_of(moved)
     with torch.no_grad():
         denoiser.network.network.enter.bias += 1
     save_denoiser(denoiser, moved, facts)
@@ -241,25 +252,25 @@ def test_the_same_teacher_by_another_path_resumes_and_another_at_the_same_path_d
 
 def test_a_student_inherits_all_that_its_teacher_means(tmp_path, teacher):
     """Kind, schedule and time scale: asking the student otherwise is the accident that its folder prevents."""
-    denoiser, facts = train_teacher.load_teacher(teacher)
+    denoiser, facts = parts_of(teacher)
     save_denoiser(dataclasses.replace(denoiser, time_scale=2.0), tmp_path / "scaled", facts)
-    student = load(train_dmd.main(student_config(tmp_path / "run", tmp_path / "scaled")), (denoiser, facts))
+    student = load(train_dmd.main(student_config(tmp_path / "run", tmp_path / "scaled")))
     assert student.denoiser.time_scale == 2.0
 
 
 def test_teacher_pairs_are_made_where_the_teacher_is(teacher):
     """On a GPU the noise has to be brought to it; a device without data stands in."""
-    denoiser, facts = train_teacher.load_teacher(teacher)
+    whole = load_teacher(str(teacher))
     config = student_config(teacher, teacher)
-    denoiser.network.to("meta")
+    whole.denoiser.network.to("meta")
     with pytest.raises(NotImplementedError, match="meta tensor"):  # only when the images are brought back
-        train_dmd.teacher_pairs(config, denoiser, denoiser, facts)
+        train_dmd.teacher_pairs(config, whole.denoiser, whole)
 
 
 @pytest.mark.parametrize("updates", [5, 20, 100, 500])
 def test_short_runs_reach_their_learning_rate_too(updates):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-    decay, rates = command.cosine(optimizer, updates), []
+    decay, rates = fitting.cosine(optimizer, updates), []
     for _ in range(updates):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -280,7 +291,8 @@ def test_help_explains_every_flag(monkeypatch, capsys):
 
 def test_uint8_npz_is_scaled_to_plus_minus_one(tmp_path):
     pixels = np.array([0, 255], np.uint8).repeat(64).reshape(2, 1, 8, 8)
-    images = load_images(npz(tmp_path / "x.npz", pixels, np.array([0, 1]))).images
+    path = npz(tmp_path / "x.npz", pixels, np.array([0, 1]))
+    images = load_images(DataOptions(data=str(path))).batch(torch.arange(2), torch.Generator()).images
     assert images.amin((1, 2, 3)).tolist() == [-1, -1 + 2]
     assert images.dtype == torch.float32
 

@@ -30,8 +30,11 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: expected images (n, c, h, w) with 1 or 3 channels and labels (n,); got {images.shape} and "
             f"{labels.shape}."
         )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(f"{path}: labels must be class numbers from 0; got {labels.dtype} from {labels.min()}.")
+    wanted = "labels must be class numbers from 0, fewer than there are images"
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {wanted}; got {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= max(len(images), 10):
+        raise ValueError(f"{path}: {wanted}; got numbers from {labels.min()} to {labels.max()}.")
     return check_values(images, str(path)), labels.astype(np.int64)
 
 
@@ -39,7 +42,7 @@ def check_values(images: np.ndarray, source: str) -> np.ndarray:
     """The images as uint8, or as float32 in [-1, 1]. Raises ``ValueError`` for any others, naming the first."""
     if images.dtype == np.uint8:
         return images
-    if not np.issubdtype(images.dtype, np.floating):
+    if images.dtype.kind != "f":
         raise ValueError(f"{source}: images must be uint8, or floats in [-1, 1]; got {images.dtype}.")
     finite = np.isfinite(images).all(axis=(1, 2, 3))
     if not finite.all():

@@ -3,10 +3,7 @@
 The split is fixed: 900 images train the teacher, 300 the feature classifier, 597 score. Nothing is downloaded.
 """
 
-import zipfile
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,39 +39,6 @@ def load_digits() -> tuple[Labelled, Labelled, Labelled]:
         Labelled(i, y) for i, y in zip(images.split(SPLIT), labels.split(SPLIT), strict=True)
     )
     return train, features, score
-
-
-def load_images(path: Path | None) -> Labelled:
-    """Training images: the digits, or the arrays ``images`` and ``labels`` of an npz file.
-
-    Raises ``ValueError`` naming the file for missing arrays, shapes, ranges or values that cannot be trained on.
-    """
-    if path is None:
-        return load_digits()[0]
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"--data {path} must be an npz file with arrays 'images' and 'labels': {error}"
-        ) from error
-    if images.ndim != 4 or 0 in images.shape or labels.shape != (len(images),):
-        raise ValueError(f"{path}: expected images (n, c, h, w), labels (n,); got {images.shape}, {labels.shape}.")
-    wanted = "labels must be class numbers from 0, fewer than there are images"
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {wanted}; got {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= max(len(images), NUM_CLASSES):
-        raise ValueError(f"{path}: {wanted}; got numbers from {labels.min()} to {labels.max()}.")
-    if images.dtype == np.uint8:
-        images = images / 127.5 - 1
-    elif images.dtype.kind != "f":
-        raise ValueError(f"{path}: images must be uint8, or floats in [-1, 1]; got {images.dtype}.")
-    if not np.isfinite(images).all():
-        bad = int(np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))[0])
-        raise ValueError(f"{path}: image {bad} holds nan or inf; expected values in [-1, 1]. Remove or repair it.")
-    if np.abs(images).max() > 1 + 1e-6:
-        raise ValueError(f"{path}: images reach {np.abs(images).max():g}; expected [-1, 1], or uint8.")
-    return Labelled(torch.tensor(images, dtype=torch.float32), torch.tensor(labels.astype(np.int64)))
 
 
 class DigitClassifier(nn.Module):

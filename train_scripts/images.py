@@ -279,6 +279,10 @@ def number_classes(labels: list[Any]) -> tuple[Tensor, tuple[str, ...]]:
     if all(label is None for label in labels):
         return torch.zeros(len(labels), dtype=torch.long), ("image",)
     if all(type(label) is int and label >= 0 for label in labels):
+        if max(labels) >= max(len(labels), 10):
+            raise ValueError(
+                f"class numbers must be fewer than there are images, {len(labels)}; got {max(labels)}."
+            )
         return torch.tensor(labels), tuple(str(number) for number in range(max(labels) + 1))
     if all(isinstance(label, str) for label in labels):
         names = sorted(set(labels))
