@@ -1,6 +1,7 @@
 """DMD2's adversarial term: a discriminator on the bottleneck of the fake score (arXiv 2405.14867, section 4.3).
 
-The critic listens to the network while it denoises, so logits and denoised image come from one forward pass.
+The critic listens to the network while it denoises, so logits and denoised image come from one forward pass. Where
+only logits are asked for, the pass ends at the bottleneck.
 """
 
 from typing import Any
@@ -9,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+
+from score.denoiser import Cond, NetworkDenoiser
+from score.schedule import Images, PerSample
 
 
 class Critic(nn.Module):
@@ -32,13 +36,52 @@ class Critic(nn.Module):
         kept: list[Tensor] = []
         # Hooked per call: a hook that stays would not survive copy.deepcopy or a wrapped network.
         hook = self.network.get_submodule(self.bottleneck).register_forward_hook(
-            lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
+            lambda module, inputs, output: kept.append(_first(output))
         )
         try:
             output = self.network(*args, **cond)
         finally:
             hook.remove()
-        return output if isinstance(output, Tensor) else output[0], self.head(kept[0])
+        return _first(output), self.head(kept[0])
+
+
+def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Cond) -> Float[Tensor, " b"]:
+    """The critic's logits, at the cost of the network up to the bottleneck: about half of it.
+
+    Args:
+        denoiser: its network is, or holds, a :class:`Critic`; not wrapped in DDP, which would wait for the rest.
+        x_t: noisy images.
+        t: their times.
+        cond: their conditions.
+
+    Raises:
+        ValueError: no critic in the network.
+    """
+    critic = next((module for module in denoiser.network.modules() if isinstance(module, Critic)), None)
+    if critic is None:
+        raise ValueError("the GAN term needs a fake score whose network is a Critic; it returns no logits.")
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Reached(_first(output))
+
+    hook = critic.network.get_submodule(critic.bottleneck).register_forward_hook(leave)
+    try:
+        denoiser(x_t, t, cond)
+    except _Reached as reached:
+        features: Tensor = reached.args[0]
+    finally:
+        hook.remove()
+    logits: Tensor = critic.head(features)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _Reached(Exception):  # noqa: N818
+    """Carries the features out of a pass that has no reason to go on."""
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
 
 
 def discriminator_head(channels: int, size: int = 1) -> nn.Module:

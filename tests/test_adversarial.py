@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from distill.adversarial import Critic, critic_accuracy, critic_loss, discriminator_head, generator_loss
+from distill.adversarial import (
+    Critic,
+    critic_accuracy,
+    critic_loss,
+    discriminator_head,
+    generator_loss,
+    logits_alone,
+)
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser
 from score.network import ResidualMLP
 from score.schedule import Karras
@@ -71,6 +78,23 @@ def test_logits_have_a_gradient_to_the_image(critic, inputs):
     assert gradient.abs().amax(1).min() > 0
 
 
+def test_logits_alone_have_the_same_gradients_and_run_nothing_past_the_bottleneck(network, critic, inputs):
+    denoiser = NetworkDenoiser(critic, Karras(), "x0")
+    calls = [count_calls(block) for block in network.blocks]
+    gradients = []
+    for logits in (
+        critic(*inputs, class_labels=LABELS)[1],
+        logits_alone(denoiser, *inputs, {"class_labels": LABELS}),
+    ):
+        logits.sum().backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in critic.parameters()])
+        critic.zero_grad()
+    assert [len(c) for c in calls] == [2, 2, 1]
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
 def test_it_works_inside_and_round_karras_preconditioning(network, inputs):
     head = randomise(discriminator_head(16), 1)
     inside = KarrasPreconditioning(Critic(network, network.bottleneck, head))
@@ -85,6 +109,7 @@ def test_it_works_inside_and_round_karras_preconditioning(network, inputs):
         assert torch.equal(prediction, expected)
         assert torch.equal(denoiser(*inputs, cond), expected)
         results.append(logits)
+        assert torch.equal(logits_alone(denoiser, *inputs, cond), logits)
     assert torch.equal(*results)
     assert results[0].abs().max() > 0
 
@@ -102,6 +127,11 @@ def test_a_deep_copy_works_and_is_independent(critic, inputs):
 
 def test_no_hook_stays_behind_even_after_an_error(critic, inputs):
     critic(*inputs, class_labels=LABELS)
+    denoiser = NetworkDenoiser(critic, Karras(), "x0")
+    logits_alone(denoiser, *inputs, {"class_labels": LABELS})
+    assert hooks_of(critic) == []
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        logits_alone(denoiser, *inputs, {})
     assert hooks_of(critic) == []
     with pytest.raises(ValueError, match="class_labels are missing"):
         critic(*inputs)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ("score", "toyworld", "distill", "sds", "controlnet")
-CODE = (*LIBRARY, "train_scripts")
+CODE = (*LIBRARY, "train_scripts", "benchmarks")
 
 # Which package may import which; itself always. Nothing between the three pillars.
 PACKAGES = {
@@ -20,6 +20,7 @@ PACKAGES = {
     "sds": {"score"},
     "controlnet": {"score"},
     "train_scripts": set(LIBRARY),
+    "benchmarks": set(LIBRARY),
 }
 
 # Which module of score may import which others. A new module needs a row here.
@@ -45,8 +46,8 @@ MODULES = {
 
 # The only places where a heavy library may be imported.
 LIBRARIES = {
-    "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/"),
-    "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/"),
+    "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/", "benchmarks/"),
+    "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/", "benchmarks/"),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
 }
