@@ -209,7 +209,7 @@ def _from_items(items: list[Item], options: DataOptions) -> ImageSet:
 
 
 def _from_arrays(images: np.ndarray, labels: np.ndarray, options: DataOptions) -> ImageSet:
-    stack = torch.from_numpy(np.ascontiguousarray(images))
+    stack = torch.tensor(images)
     mode = options.channels
     if mode == "grey" and stack.shape[1] == 3:
         raise ValueError(
@@ -269,9 +269,9 @@ def square(image: Image.Image, size: int, resolution: int) -> np.ndarray:
         raise ValueError(f"is {image.width} x {image.height}, smaller than half of --resolution {resolution}.")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    whole = image if side == size == image.width == image.height else None
-    return np.asarray(whole or image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+    # Resizing with box= would let the filter see beyond the square.
+    cut = image.crop((left, top, left + side, top + side))
+    return np.asarray(cut if side == size else cut.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def number_classes(labels: list[Any]) -> tuple[Tensor, tuple[str, ...]]:
