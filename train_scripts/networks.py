@@ -243,5 +243,6 @@ def from_diffusers(folder: Path) -> Teacher:
     size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
     shape = (config.in_channels, int(size[0]), int(size[1]))
     num_classes = int(config.num_class_embeds or 0)
-    facts = {"network": "diffusers", "options": dict(config), "shape": list(shape), "num_classes": num_classes}
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
     return Teacher(NetworkDenoiser(network.eval(), schedule, kind), shape, num_classes, facts)

@@ -112,6 +112,10 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
         "dropout": config.dropout,
     }  # fmt: skip
     sigma_data = config.sigma_data or round(float(as_floats(data.images[:10_000]).std()), 2)
+    if not sigma_data > 0:
+        raise ValueError(
+            f"--sigma-data must be above 0; got {sigma_data}: the images of --data are all of one grey."
+        )
     return {
         "network": config.network, "options": mlp if config.network == "mlp" else unet, "shape": list(data.shape),
         "num_classes": data.num_classes if data.num_classes > 1 else 0, "class_names": list(data.class_names),
