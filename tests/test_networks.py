@@ -136,7 +136,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
         **common, out=tmp_path / "student", teacher=str(teacher), warmup_steps=1, num_pairs=6,
         gradient_checkpointing=True,
     ))  # fmt: skip
-    assert load_teacher(str(student)).times == (20.0,)
+    assert load_teacher(str(student)).times == pytest.approx((20.0,))
 
 
 def test_networks_that_cannot_recompute_say_so(tmp_path):

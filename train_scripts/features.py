@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from images import ImageSet
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -119,7 +120,7 @@ def load_classifier(folder: Path) -> Classifier:
             raise ValueError(f"its format is not {FORMAT}")
         network = Classifier(Facts(**description))
         load_model(network, str(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no classifier of train_features.py: {error}") from error
     return network.eval().requires_grad_(False)
 

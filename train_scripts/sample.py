@@ -117,7 +117,8 @@ def write(images: Tensor, labels: Tensor, out: Path) -> None:
         folder = out / f"{label:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         to_picture(image).save(folder / f"{number:06d}.png")
-    to_picture(make_grid(pixels[:100], nrow=10, padding=1, pad_value=128)).save(out / "grid.png")
+    overview = make_grid(pixels[:100], nrow=10, padding=1, pad_value=128)[: pixels.shape[1]]
+    to_picture(overview).save(out / "grid.png")
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
