@@ -19,6 +19,7 @@ from distill.regression import Regression
 from distill.student import Student
 from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
 from score.gradient import (
+    TIME_NOT_FINITE,
     ScoreDistillation,
     ScoreGradient,
     TimeWeight,
@@ -26,6 +27,7 @@ from score.gradient import (
     inject,
     prediction_weight,
     standard_normal,
+    time_not_finite,
     weighted_error,
 )
 from score.randomness import Rng
@@ -187,15 +189,17 @@ class DMD:
         n = len(x0)
         prediction, extras = self.fake.with_extras(x_t[:n], t[:n], cond)
         weight = self.fake_weight or prediction_weight(self.fake.kind)
-        denoising = weighted_error(prediction, x0, t[:n], self.fake.schedule, weight).mean()
+        errors = weighted_error(prediction, x0, t[:n], self.fake.schedule, weight)
+        denoising = errors.mean()
+        metrics = {"denoising": denoising, TIME_NOT_FINITE: time_not_finite(errors, t[:n])}
         if self.gan is None:
-            return {"loss": denoising, "denoising": denoising}
+            return {"loss": denoising, **metrics}
         # Past DDP, whose reducer expects every weight to be used; it still averages the sum of both gradients.
         fake_logits, real_logits = extras[0], logits_alone(self.fake.unwrapped(), x_t[n:], t[n:], cond)
         critic = critic_loss(real_logits, fake_logits)
         accuracy = critic_accuracy(real_logits, fake_logits)
         loss = denoising + self.gan.critic_weight * critic
-        return {"loss": loss, "denoising": denoising, "critic": critic, "critic_accuracy": accuracy}
+        return {"loss": loss, **metrics, "critic": critic, "critic_accuracy": accuracy}
 
     def phases(
         self, student_optimizer: Optimizer, fake_optimizer: Optimizer, *, student_ema: EMA | None = None,

@@ -26,6 +26,10 @@ NoiseSampler = Callable[[Tensor, Cond, Tensor, Generator], Tensor]
 """(x0, cond, t, generator) -> noise of the shape of x0."""
 
 
+TIME_NOT_FINITE = "t_not_finite_max"
+"""Name of the metric that :func:`time_not_finite` gives."""
+
+
 def standard_normal(x0: Tensor, cond: Cond, t: Tensor, generator: Generator) -> Tensor:
     """Gaussian noise, the same for a seed on every device."""
     del cond, t
@@ -112,7 +116,8 @@ class ScoreDistillation:
                 )
         gap = baseline - target
         value = self.weight(x0, target, t, schedule) * gap
-        return ScoreGradient(value, {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()})
+        metrics = {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()}
+        return ScoreGradient(value, {**metrics, TIME_NOT_FINITE: time_not_finite(value, t)})
 
 
 def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -158,16 +163,32 @@ def denoising_loss(
     What every network with a score learns by: teachers, fake scores, VSD adapters, ControlNets. With
     ``prediction_weight("eps")`` it is DDPM's L_simple, with :func:`karras_weight` EDM's loss.
     """
+    return denoising_errors(denoiser, x0, cond, times=times, weight=weight, generator=generator)[0]
+
+
+def denoising_errors(
+    denoiser: Denoiser, x0: Images, cond: Cond, *, times: TimeSampler, weight: TimeWeight, generator: Generator
+) -> tuple[PerSample, PerSample]:
+    """:func:`denoising_loss`, and the times it was measured at."""
     schedule = denoiser.schedule
     t = times(len(x0), schedule, generator).to(x0.device)
     x_t = schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)
-    return weighted_error(denoiser(x_t, t, cond), x0, t, schedule, weight)
+    return weighted_error(denoiser(x_t, t, cond), x0, t, schedule, weight), t
 
 
 def weighted_error(prediction: Images, x0: Images, t: Tensor, schedule: Schedule, weight: TimeWeight) -> PerSample:
     """weight(t) times the mean squared error of ``prediction`` against x0, per sample."""
     error = (prediction - x0).square().flatten(1).mean(1)
     return weight(t, schedule).to(error) * error
+
+
+def time_not_finite(values: Tensor, t: PerSample) -> Tensor:
+    """The largest time of the samples whose values are not finite, -1 if all are; a scalar, read only on failure.
+
+    A loss returns it under :data:`TIME_NOT_FINITE`, so that a run that stops can say at which noise level.
+    """
+    bad = ~values.detach().reshape(len(values), -1).isfinite().all(1)
+    return torch.where(bad, t.double(), -1.0).max()
 
 
 def _rms(x: Tensor) -> Tensor:

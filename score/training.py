@@ -70,7 +70,8 @@ class Phase:
         name: prefix of its metrics and of its files in a checkpoint.
         network: trained by ``optimizer``; every other phase's network is frozen meanwhile.
         optimizer: over the network's parameters, not prepared by Accelerate.
-        loss: (batch, rng) -> {"loss": scalar, further metrics: scalars}.
+        loss: (batch, rng) -> {"loss": scalar, further metrics: scalars}, averaged over micro-batches, or their
+            largest where the name ends in "_max".
         every: it steps in each every-th iteration, at each ``Report.step`` that it divides.
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
@@ -161,7 +162,7 @@ def train(
             rng = _seeded(seed, step, micro, accumulate, accelerator)
             with sync_only_if(micro == accumulate - 1, [phase.network for phase in due], accelerator):
                 for name, value in _micro_batch(due, phases, batches, rollout, rng, accelerator, 1 / accumulate):
-                    metrics[name] = metrics.get(name, 0) + value / accumulate
+                    metrics[name] = _joined(name, metrics.get(name), value, accumulate)
         for phase in due:
             average_gradients(phase.network, accelerator)
             norm = nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
@@ -190,12 +191,24 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
             f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) counts blocks, "
             "not phases; leave it at 1 and pass accumulate= to train."
         )
+    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards one network; here several, each with its optimiser, share "
+            "a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); save memory with bf16 or "
+            "gradient checkpointing."
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise ValueError(
             f"WORLD_SIZE is {world} but Accelerate sees {accelerator.num_processes} process(es): each rank would "
             "train alone. Without a GPU launch with torchrun and set ACCELERATE_USE_CPU=1."
         )
+
+
+def _joined(name: str, before: Tensor | None, value: Tensor, accumulate: int) -> Tensor:
+    if name.endswith("_max"):
+        return value if before is None else torch.maximum(before, value)
+    return value / accumulate if before is None else before + value / accumulate
 
 
 def _seeded(seed: int, step: int, micro: int, accumulate: int, accelerator: Accelerator) -> Rng:
@@ -265,6 +278,7 @@ class _FiniteWatch:
         finite = torch.stack(judged).isfinite().all(1).tolist()
         for (step, phase, own), good in zip(pending, finite, strict=True):
             if not good:
+                # A t_not_finite_max of -1 means that no sample was to blame: the weights or their gradient were.
                 values = ", ".join(f"{name} = {float(value):g}" for name, value in own.items())
                 raise FloatingPointError(
                     f"loss or gradient of phase {phase!r} is not finite in step {step + 1}: {values}. Resume from "

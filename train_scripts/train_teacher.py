@@ -19,8 +19,8 @@ from fitting import adamw, cosine, fit, prepare, resume, start
 from images import DataOptions, ImageSet, as_floats, load_images
 from networks import Teacher, build_network
 
-from score import Karras, NetworkDenoiser, denoising_loss, freeze
-from score.gradient import karras_weight
+from score import Karras, NetworkDenoiser, freeze
+from score.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from score.randomness import Rng, shuffled
 from score.sampling import grid, initial_noise, sample
 from score.storage import save_denoiser
@@ -132,8 +132,10 @@ def teacher_phase(config: Config, denoiser: NetworkDenoiser, facts: dict[str, An
         dropped = torch.rand(len(batch.labels), generator=rng("labels")) < config.label_dropout
         labels = batch.labels.masked_fill(dropped.to(batch.labels.device), num_classes)
         cond = {"class_labels": labels} if num_classes else {}
-        losses = denoising_loss(denoiser, batch.images, cond, times=times, weight=weight, generator=rng("noise"))
-        return {"loss": losses.mean()}
+        errors, t = denoising_errors(
+            denoiser, batch.images, cond, times=times, weight=weight, generator=rng("noise")
+        )
+        return {"loss": errors.mean(), TIME_NOT_FINITE: time_not_finite(errors, t)}
 
     optimizer = adamw(denoiser.network, config.learning_rate, kind=config.optimizer)
     return Phase(
