@@ -194,7 +194,7 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
     if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(
             f"{accelerator.distributed_type.value} shards one network; here several, each with its optimiser, "
-            "share a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); save memory with bf16 "
+            "share a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); for memory use bf16 "
             "or gradient checkpointing."
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))

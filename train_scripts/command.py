@@ -64,9 +64,14 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all; known before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -79,7 +84,8 @@ def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -
 
     ``inputs`` are fingerprints of what the run reads; they stand for the paths, which can be written in many ways.
     """
-    ignored = {"out", "dry_run", "log_every", "save_every", *inputs}
+    watching = {"log_every", "save_every", "eval_every", "eval_images", "features"}
+    ignored = {"out", "dry_run", *watching, *inputs}
     fields = {name: value for name, value in resolved(config).items() if name not in ignored}
     return {**fields, **inputs, "num_processes": accelerator.num_processes}
 
@@ -95,7 +101,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def show_plan(config: Any, roles: Mapping[str, nn.Module]) -> None:
     """Print the resolved config and the bytes each role will hold: what ``--dry-run`` shows."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
     for role, network in roles.items():

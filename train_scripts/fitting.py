@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from command import RunOptions, resolved
+from monitoring import Watch, forget_best
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -64,8 +65,11 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
     """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step."""
     first = checkpoint.load(config.out / "checkpoints", phases, own)
-    if first and accelerator.is_main_process:
-        print(f"resumed from step {first}")
+    if accelerator.is_main_process:
+        if first:
+            print(f"resumed from step {first}")
+        else:
+            forget_best(config.out)
     start_logging(accelerator, config, config.out, first)
     return first
 
@@ -73,9 +77,11 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
 def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor], columns: int,
-    rollout: Callable[..., Any] | None = None,
+    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {},
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
+
+    The main process calls ``watch`` after each step and logs what it returns.
 
     SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
     """
@@ -86,6 +92,8 @@ def fit(
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop()
+            if accelerator.is_main_process and (figures := watch(report.step)):
+                accelerator.log(figures, step=report.step)
             if report.step % config.save_every == 0 or report.step == config.steps or stop:
                 if accelerator.is_main_process:
                     checkpoint.save(config.out / "checkpoints", report.step, phases, own)

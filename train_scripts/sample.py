@@ -6,6 +6,7 @@
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,11 +62,10 @@ def main(config: Config) -> Path:
     accelerator = Accelerator()
     model.denoiser.network.to(accelerator.device)
     own = torch.arange(accelerator.process_index, config.num_images, accelerator.num_processes)
-    made = []
-    with torch.no_grad(), accelerator.autocast():
-        for part in tqdm(own.split(config.batch_size), desc="images", disable=None):
-            made.append(make(config, model, part, labels[part], accelerator.device))
-    whole = join(torch.cat(made) if made else torch.zeros(0, *model.shape), config.num_images, accelerator)
+    parts = tqdm(own.split(config.batch_size), desc="images", disable=None)
+    with accelerator.autocast():
+        made = draw(config, model, parts, labels)
+    whole = join(made, config.num_images, accelerator)
     if accelerator.is_main_process:
         write(whole, labels, config.out)
     accelerator.wait_for_everyone()
@@ -80,8 +80,16 @@ def asked_labels(config: Config, model: Teacher) -> Tensor:
     return torch.tensor(classes)[torch.arange(config.num_images) % len(classes)]
 
 
-def make(config: Config, model: Teacher, part: Tensor, labels: Tensor, device: torch.device) -> Tensor:
-    """The images of these numbers, on the CPU."""
+@torch.no_grad()
+def draw(config: Config, model: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """The images of some numbers, given batch by batch, on the CPU; image i is of ``labels[i]``."""
+    made = [make(config, model, part, labels[part]) for part in parts]
+    return torch.cat([torch.zeros(0, *model.shape), *made])
+
+
+def make(config: Config, model: Teacher, part: Tensor, labels: Tensor) -> Tensor:
+    """One batch of images, each from generators of its own."""
+    device = next(model.denoiser.network.parameters()).device
     generators = [derived_generator(config.seed, "sample", int(number)) for number in part]
     noise = torch.stack([torch.randn(model.shape, generator=generator) for generator in generators]).to(device)
     cond = model.cond(labels.to(device))

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
 from fitting import adamw, cosine, fit, prepare, progress, resume, start
 from images import DataOptions, load_images
+from monitoring import EvalOptions, check_evaluation, watcher
 from networks import Teacher, build_network, load_teacher, probe_bottleneck
 from torch import nn
 
@@ -33,7 +34,7 @@ from score.training import EMA, Phase, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, DataOptions):
+class Config(RunOptions, DataOptions, EvalOptions):
     """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
 
     teacher: str = "runs/teacher/teacher"
@@ -87,6 +88,7 @@ def main(config: Config) -> Path:
             f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
             f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
         )
+    check_evaluation(config, data)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
     freeze(teacher.denoiser.network)
@@ -115,9 +117,14 @@ def main(config: Config) -> Path:
         warm_up(config, method, accelerator, teacher)
         ema.reset()
     average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
+    sampled = replace(teacher, denoiser=average.denoiser, times=average.times)
+    watch = watcher(
+        config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
+    )
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
         columns=data.num_classes, preview=lambda: preview(average, teacher),
+        watch=watch,
     )  # fmt: skip
     folder = config.out / "student"
     if accelerator.is_main_process:

@@ -17,6 +17,7 @@ from command import RunOptions, check_numbers, check_run, fingerprint, identity,
 from digits import Labelled
 from fitting import adamw, cosine, fit, prepare, resume, start
 from images import DataOptions, ImageSet, as_floats, load_images
+from monitoring import EvalOptions, check_evaluation, watcher
 from networks import Teacher, build_network
 
 from score import Karras, NetworkDenoiser, freeze
@@ -29,7 +30,7 @@ from score.training import EMA, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, DataOptions):
+class Config(RunOptions, DataOptions, EvalOptions):
     """Train a diffusion teacher of small images, class-conditional where there are classes."""
 
     out: Path = Path("runs/teacher")
@@ -77,6 +78,7 @@ def main(config: Config) -> Path:
     )  # fmt: skip
     data = load_images(config)
     facts = describe(config, data)
+    check_evaluation(config, data)
     torch.manual_seed(config.seed)
     schedule = Karras(config.sigma_min, config.sigma_max)
     network = build_network(facts).train()
@@ -94,9 +96,12 @@ def main(config: Config) -> Path:
         return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
 
     average = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
+    watch = watcher(
+        config, average, data, teacher=None, save=lambda to: save_denoiser(average.denoiser, to, facts)
+    )
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=data.num_classes,
-        preview=lambda: preview(average),
+        preview=lambda: preview(average), watch=watch,
     )  # fmt: skip
     folder = config.out / "teacher"
     if accelerator.is_main_process:

@@ -1,0 +1,152 @@
+"""What is watched while a model learns: brightness and spread of its samples, and distances if asked for."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sample
+import torch
+from command import check_numbers, is_first_rank
+from features import Classifier, load_classifier
+from images import ImageSet
+from networks import Teacher
+from torch import Tensor
+from tqdm import tqdm
+
+from score.metrics import extract_features, frechet_distance, kernel_distance
+
+Watch = Callable[[int], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How a training is watched."""
+
+    eval_every: int = 0
+    """Iterations between evaluations of the averaged weights; 0 means never."""
+    eval_images: int = 500
+    """Images per evaluation."""
+    features: Path | None = None
+    """Folder of train_features.py: Fréchet distance and KID to the training data, and the best weights kept."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Two numbers that go wrong before anything else does.
+
+    Attributes:
+        brightness: mean pixel, in [-1, 1].
+        spread: standard deviation between images, averaged over pixels; 0 means that all are alike.
+    """
+
+    brightness: float
+    spread: float
+
+
+def look(images: Tensor) -> Look:
+    """Brightness and spread of some images (n, c, h, w), clamped as a picture would be."""
+    images = images.clamp(-1, 1).float()
+    return Look(float(images.mean()), float(images.std(0).mean()))
+
+
+def alarms(seen: Look, wanted: Look) -> list[str]:
+    """What is wrong with the look of some images, in words; empty if nothing is."""
+    said = []
+    if abs(seen.brightness - wanted.brightness) > 0.1:
+        said.append(f"brightness {seen.brightness:.2f}, expected {wanted.brightness:.2f}")
+    if not 0.75 * wanted.spread < seen.spread < 1.25 * wanted.spread:
+        said.append(f"spread between images {seen.spread:.2f}, expected {wanted.spread:.2f}")
+    return said
+
+
+def check_evaluation(options: EvalOptions, data: ImageSet) -> None:
+    """Raise ``ValueError`` for options that cannot work with these images."""
+    check_numbers(options, not_negative=("eval_every",))
+    if options.eval_images < 2:
+        raise ValueError(f"--eval-images must be at least 2; got {options.eval_images}.")
+    if options.features is not None:
+        load_features(options.features, data)
+        if not options.eval_every:
+            raise ValueError(
+                "--features are for evaluation, which --eval-every 0 turns off. Pass --eval-every 500."
+            )
+
+
+def watcher(
+    config: Any, model: Teacher, data: ImageSet, *, teacher: Teacher | None, save: Callable[[Path], Any]
+) -> Watch:
+    """What to do after each step: figures of the averaged weights every ``--eval-every`` steps and at the end.
+
+    Args:
+        config: :class:`EvalOptions` of a script, with its steps, seed, guidance if any, and out.
+        model: the averaged weights as something to sample.
+        data: training data: the mark of the figures.
+        teacher: whose samples are the mark of the alarms; None: the training data.
+        save: writes the averaged weights into ``--out/best`` when their Fréchet distance is the smallest so far.
+    """
+    if not config.eval_every or not is_first_rank():
+        return lambda step: {}
+    options = sample.Config(
+        model="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
+    )
+    labels = sample.asked_labels(options, model)
+    parts = torch.arange(options.num_images).split(options.batch_size)
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.num_images]
+    real = data.batch(chosen, torch.Generator().manual_seed(0)).images
+    wanted = look(real if teacher is None else sample.draw(options, teacher, parts, labels))
+    network = None if config.features is None else load_features(config.features, data)
+    best = config.out / "best"
+
+    def watch(step: int) -> dict[str, float]:
+        if step % config.eval_every and step != config.steps:
+            return {}
+        images = sample.draw(options, model, parts, labels)
+        seen = look(images)
+        for alarm in alarms(seen, wanted):
+            tqdm.write(f"alarm at step {step}: {alarm}", file=sys.stderr)
+        figures = {"eval/brightness": seen.brightness, "eval/spread": seen.spread}
+        if network is not None:
+            distances = compare(network, images, real)
+            figures |= {f"eval/{name}": value for name, value in distances.items()}
+            if is_best(best, distances):
+                save(best)
+                (config.out / "best.json").write_text(json.dumps({"step": step, **distances}))
+        return figures
+
+    return watch
+
+
+def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, float]:
+    """Fréchet distance and KID of images in [-1, 1]."""
+    made, wanted = (extract_features(network.features, part.clamp(-1, 1)) for part in (images, real))
+    return {"frechet_distance": frechet_distance(made, wanted), "kid": kernel_distance(made, wanted)}
+
+
+def load_features(folder: Path, data: ImageSet) -> Classifier:
+    """A feature network. Raises ``ValueError`` if it is of images of another shape."""
+    network = load_classifier(folder)
+    if (network.facts.channels, network.facts.resolution) != data.shape[:2]:
+        raise ValueError(
+            f"--features {folder} are of {network.facts.channels} channels at {network.facts.resolution}; "
+            f"the images are {data.shape}. Train features on the same --data and --resolution."
+        )
+    return network
+
+
+def is_best(best: Path, distances: Mapping[str, float]) -> bool:
+    """Whether the weights kept in ``best`` have a larger Fréchet distance, or there are none."""
+    try:
+        kept = json.loads(best.with_suffix(".json").read_text())["frechet_distance"]
+    except (OSError, ValueError, KeyError):
+        return True
+    return bool(distances["frechet_distance"] < kept or not best.is_dir())
+
+
+def forget_best(out: Path) -> None:
+    """Remove what an earlier run of the same folder kept."""
+    (out / "best.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "best", ignore_errors=True)
