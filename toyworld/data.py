@@ -37,6 +37,10 @@ NEAREST, FARTHEST = 1.6, 4.1
 """Depths shown in hint images as white and black."""
 
 
+HELD_OUT = 10**9
+"""Samples of this index and above are for tests: nothing is trained on them."""
+
+
 def draw_scene(index: int, seed: int = 0) -> Scene:
     """Scene number ``index`` >= 0 of the data set ``seed``."""
     generator = derived_generator("toyworld", seed, index)

@@ -137,7 +137,7 @@ def _render_chunk(
         size=size,
     )
     number, row, column = torch.ones(len(scenes), size, size, device=device).nonzero(as_tuple=True)
-    hits, points, colour = chunk.trace(number, column + 0.5, row + 0.5)
+    hits, points, colour = chunk.trace(number, column.to(dtype) + 0.5, row.to(dtype) + 0.5)
     depth, mask = (x.view(-1, 1, size, size) for x in (hits.depth, hits.hit))
     normals, points, colour = (x.view(3, -1, size, size).transpose(0, 1) for x in (hits.normal, points, colour))
     edges = _edges(points, normals, mask)
@@ -163,6 +163,10 @@ def _edges(points: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
 def _antialiased(chunk: _Chunk, rgb: Tensor, edges: Tensor) -> Tensor:
     """``rgb`` (b, 3, h, w) with the mean of 2 x 2 rays in every pixel of an edge, in place."""
     number, row, column = edges[:, 0].nonzero(as_tuple=True)
-    quarters = [chunk.trace(number, column + x, row + y)[2] for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    quarters = [
+        chunk.trace(number, column.to(rgb.dtype) + x, row.to(rgb.dtype) + y)[2]
+        for y in (0.25, 0.75)
+        for x in (0.25, 0.75)
+    ]
     rgb[number, :, row, column] = (sum(quarters[1:], quarters[0]) / 4).T
     return rgb

@@ -7,10 +7,17 @@ from torch import Tensor
 
 from toyworld.solids import Solid
 
-FREE_STEPS, FORCED_STEPS, FORCED = 32, 128, 0.0125
+SHELL = 1e-4
+"""Rays march to between once and twice this distance; Newton's method finds the surface from there."""
+
+FREE_STEPS, FORCED_STEPS, FORCED = 40, 120, 0.0125
 """A ray almost parallel to a face comes to a standstill beside it, though something else may be behind. After so
 many steps of the distance, every further one is at least ``FORCED`` long; together they cross any solid. Rays slow
-enough to need them may miss a corner that they would cut by less."""
+enough to need them may miss a corner that they would cut by less, and so may those that came near a surface, met
+nothing and march on: twice at most."""
+
+NEWTON_STEPS = 8
+"""Each squares the error; a face needs one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +44,19 @@ def trace(solid: Solid, origin: Tensor, direction: Tensor) -> Hits:
         direction: (3, n), unit.
     """
     near, far = _box_interval(solid, origin, direction)
-    # Rays stop at a shell outside the surface, where the gradient of the distance is that of one face. From there
-    # one Newton step, whose error is quadratic, leads to the surface up to rounding.
-    shell = torch.finfo(origin.dtype).eps ** 0.5
-    chosen = (near < far).nonzero()[:, 0]
-    depth, hit = torch.zeros_like(near), torch.zeros_like(near, dtype=torch.bool)
-    normal = torch.zeros_like(direction)
-    reached, at = _march(solid, origin[:, chosen], direction[:, chosen], near[chosen], far[chosen], shell)
-    chosen, along = chosen[reached], direction[:, chosen[reached]]
-    distance, outwards = _gradient(solid, origin[:, chosen] + at * along)
-    x, y, z = outwards * along
-    # Where a ray only touches the solid the step has no bound of its own.
-    depth[chosen] = at + (distance / (-x - y - z).clamp(min=1e-3)).clamp(-0.05, 0.05)
-    normal[:, chosen], hit[chosen] = outwards, True
+    depth, normal = torch.zeros_like(near), torch.zeros_like(direction)
+    hit = torch.zeros_like(near, dtype=torch.bool)
+    rays = (near < far).nonzero()[:, 0]
+    for free_steps in (FREE_STEPS, 0, 0):
+        near_by, at = _march(solid, origin[:, rays], direction[:, rays], near[rays], far[rays], free_steps)
+        rays = rays[near_by]
+        met, exact, outwards = _meet(solid, origin[:, rays], direction[:, rays], at)
+        hit[rays[met]], depth[rays[met]], normal[:, rays[met]] = True, exact, outwards
+        passing = torch.ones_like(rays, dtype=torch.bool).index_fill_(0, met, False)
+        rays = rays[passing]
+        if not len(rays):
+            break
+        near[rays] = at[passing] + FORCED
     return Hits(depth, normal, hit)
 
 
@@ -64,26 +71,47 @@ def _box_interval(solid: Solid, origin: Tensor, direction: Tensor) -> tuple[Tens
 
 
 def _march(
-    solid: Solid, origin: Tensor, direction: Tensor, near: Tensor, far: Tensor, shell: float
+    solid: Solid, origin: Tensor, direction: Tensor, near: Tensor, far: Tensor, free_steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Which rays reach the shell (m,), as numbers, and at what depth (m,)."""
-    number = torch.arange(len(near), device=near.device)
-    reached: list[Tensor] = []
+    """Which rays come near the surface (m,), as numbers, and at what depth (m,)."""
+    ray = torch.arange(len(near), device=near.device)
+    rays: list[Tensor] = []
     depths: list[Tensor] = []
     point, depth = origin + near * direction, near
-    for steps in range(FREE_STEPS + FORCED_STEPS):
+    for steps in range(free_steps + FORCED_STEPS):
         distance = solid.distance(point)
-        arrived = distance < 2 * shell
-        reached.append(number[arrived])
+        arrived = distance < 2 * SHELL
+        rays.append(ray[arrived])
         depths.append(depth[arrived])
-        step = (distance - shell).clamp(min=0.0 if steps < FREE_STEPS else FORCED)
+        step = (distance - SHELL).clamp(min=0.0 if steps < free_steps else FORCED)
         depth = depth + step
         going = (~arrived & (depth < far)).nonzero()[:, 0]
         if not len(going):
             break
         point, direction = point[:, going] + step[going] * direction[:, going], direction[:, going]
-        number, depth, far = number[going], depth[going], far[going]
-    return torch.cat(reached), torch.cat(depths)
+        ray, depth, far = ray[going], depth[going], far[going]
+    return torch.cat(rays), torch.cat(depths)
+
+
+def _meet(solid: Solid, origin: Tensor, direction: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rays meet the surface near ``depth``, as numbers (m,); their depths (m,) and normals (3, m) there."""
+    rounding = 16 * torch.finfo(depth.dtype).eps
+    ray = torch.arange(len(depth), device=depth.device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _ in range(NEWTON_STEPS):
+        distance, normal = _gradient(solid, origin + depth * direction)
+        there = distance.abs() < rounding
+        found.append((ray[there], depth[there], normal[:, there]))
+        x, y, z = normal * direction
+        facing = -x - y - z
+        # A forced step may end inside, behind the middle: the way back is then no longer than that step.
+        depth = depth + (distance / facing.clamp(min=1e-3)).clamp(-FORCED, FORCED)
+        going = (~there & ((facing > 0) | (distance < 0))).nonzero()[:, 0]
+        if not len(going):
+            break
+        ray, depth, origin, direction = ray[going], depth[going], origin[:, going], direction[:, going]
+    rays, depths, normals = zip(*found, strict=True)
+    return torch.cat(rays), torch.cat(depths), torch.cat(normals, 1)
 
 
 def _gradient(solid: Solid, point: Tensor) -> tuple[Tensor, Tensor]:
