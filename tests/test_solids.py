@@ -26,7 +26,8 @@ def test_a_solid_fills_its_box_and_its_volume(shape, generator):
     for gap in (inside.amin(0) - inside.new_tensor(SOLIDS[shape].lower),
                 inside.new_tensor(SOLIDS[shape].upper) - inside.amax(0)):  # fmt: skip
         assert gap.min() >= 0
-        assert gap.max() < 0.03
+        # The thin tip of the cone is rarely hit.
+        assert gap.max() < 0.05
     assert inside.norm(dim=1).max() <= RADIUS
     if shape in VOLUMES:
         # Four standard deviations of the counts are at most 0.02 of them.
