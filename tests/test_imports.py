@@ -50,10 +50,11 @@ LIBRARIES = {
     "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/", "benchmarks/"),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
+    "datasets": ("train_scripts/",),
 }
 
 # The core without these costs torch alone; the last three import accelerate or diffusers.
-FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia")
+FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
 HEAVY = {"training", "ranks", "checkpoint", "hub"}
 
 
@@ -147,6 +148,8 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "score/sampling.py", "import diffusers.schedulers"),
         (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
+        (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
+        (package_violations, "score/exact.py", "from toyworld.render import render"),
     ],
 )
 def test_the_checks_see_every_way_to_import(check, path, source):
@@ -154,7 +157,8 @@ def test_the_checks_see_every_way_to_import(check, path, source):
 
 
 def test_importing_the_core_imports_no_heavy_library():
-    modules = [path[:-3].replace("/", ".") for path in sources("score") if Path(path).stem not in HEAVY]
+    paths = [path for path in sources("score") if Path(path).stem not in HEAVY] + [*sources("toyworld")]
+    modules = [path[:-3].replace("/", ".") for path in paths]
     program = (
         "import importlib, sys\n"
         "import score\n"

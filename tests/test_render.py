@@ -17,6 +17,7 @@ from toyworld.camera import orbit
 from toyworld.render import render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
 from toyworld.solids import SOLIDS, occupancy
+from toyworld.trace import trace
 
 POSES = [(0, 0), (0, 30), (37, 20), (90, 15), (-120, 45), (180, 33), (250, -25), (10, 72), (0, 90), (77, -90)]
 POSITION = (0.08, -0.05, 0.1)
@@ -277,3 +278,16 @@ def test_what_cannot_be_rendered_is_refused():
             scene(**{"shape": "cube", **changes})
     assert not set(COLOURS) & set(BACKGROUNDS)
     assert set(SHAPES) == set(SOLIDS)
+
+
+@pytest.mark.parametrize("gap", [3e-3, 1e-4, 1e-5])
+def test_a_ray_that_just_clears_an_edge_meets_what_is_behind(gap):
+    """Over the near rim of the mug, whose inner wall has radius 0.36 round x = -0.16, to that wall's far side."""
+    direction = torch.tensor([[-2.0], [0.0], [-1.0]], dtype=torch.float64) / 5**0.5
+    rim = torch.tensor([[0.2], [0.0], [0.5 + gap]], dtype=torch.float64)
+    hits = trace(SOLIDS["mug"], rim - 2 * direction, direction)
+    assert hits.hit.all()
+    assert hits.depth.item() == pytest.approx(2 + 0.72 * 5**0.5 / 2, abs=1e-12)
+    assert hits.normal[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-12)
+    below = trace(SOLIDS["mug"], rim - 2 * direction - torch.tensor([[0.0], [0.0], [2 * gap]]), direction)
+    assert below.normal[:, 0].tolist() == pytest.approx([0, 0, 1], abs=1e-12)
