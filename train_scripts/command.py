@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -58,15 +58,25 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
     """Parse the command line into a config and call ``main``.
 
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
-    stopped because it was not finite exits with 1. Of several ranks the first one speaks.
+    stopped because it was not finite exits with 1.
     """
     config = tyro.cli(config_type, description=description)
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        fail(str(error), 1 if isinstance(error, FloatingPointError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say why and exit. Of several ranks the first one speaks."""
+    if is_first_rank():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def is_first_rank() -> bool:
