@@ -109,17 +109,25 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def show_plan(config: Any, roles: Mapping[str, nn.Module]) -> None:
-    """Print the resolved config and the bytes each role will hold: what ``--dry-run`` shows."""
+def show_plan(config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int]) -> None:
+    """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
+
+    ``updates`` says how many optimiser steps each trained role takes.
+    """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
+    # Beside each gradient AdamW keeps two moments.
+    state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
     for role, network in roles.items():
+        number = sum(p.numel() for p in network.parameters())
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        # AdamW keeps two float32 moments beside each gradient.
-        state = f", {trained * 12:,} bytes of gradients and optimiser state" if trained else ""
-        print(f"{role}: {weights:,} bytes of weights{state}")
+        state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
+        print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
+    images = config.steps * config.batch_size * config.accumulate
+    steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
+    print(f"steps: {config.steps:,} iterations, {images:,} images per process; updates: {steps}")
 
 
 def check_out(out: Path) -> None:
