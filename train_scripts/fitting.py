@@ -104,7 +104,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers
+    announce the end, saves a checkpoint first and then exits with 143.
     """
     reports = train(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
@@ -116,10 +117,10 @@ def fit(
             stop = asked_to_stop()
             if accelerator.is_main_process and (figures := watch(report.step)):
                 log(accelerator, report.step, figures)
-            if report.step % config.save_every == 0 or report.step == config.steps or stop:
-                if accelerator.is_main_process:
-                    checkpoint.save(config.out / "checkpoints", report.step, phases, own)
-                    log(accelerator, report.step, {}, as_grid(preview(), columns))
+            due = report.step % config.save_every == 0 or report.step == config.steps or stop
+            if due and accelerator.is_main_process:
+                checkpoint.save(config.out / "checkpoints", report.step, phases, own)
+                log(accelerator, report.step, {}, as_grid(preview(), columns))
             if stop:
                 break
     with suppress(OSError):
