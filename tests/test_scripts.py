@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -22,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.student import Student, save_student
 from score import checkpoint
+from score.network import ResidualMLP
 from score.storage import save_denoiser
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
@@ -387,3 +389,45 @@ def test_checkpoints_are_kept_where_resume_looks(tmp_path, teacher):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000000003", "step-000000006"]
     assert checkpoint.MANIFEST in {path.name for path in (tmp_path / "checkpoints" / names[0]).iterdir()}
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_names_and_the_gradients_of_the_eager_one(tmp_path):
+    """Names of weights stay, so that either kind of run loads the checkpoints of the other."""
+    config, gradients = teacher_config(tmp_path, compile=True), {}
+    accelerator = fitting.start(config)
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        network = ResidualMLP((1, 8, 8), 10, width=32, depth=2)
+        network.leave[-1].weight.data.normal_(0, 0.1)
+        if compile_it:
+            network = fitting.prepare(network, config, accelerator)
+        torch.manual_seed(1)
+        network(torch.randn(16, 1, 8, 8), torch.rand(16), torch.arange(16) % 10).square().mean().backward()
+        gradients[compile_it] = {name: p.grad for name, p in network.named_parameters()}
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, expected in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_deterministic_asks_for_deterministic_kernels_before_training(tmp_path, monkeypatch):
+    asked, preview = [], train_teacher.preview
+
+    def look(teacher):
+        asked.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return preview(teacher)
+
+    monkeypatch.setattr(train_teacher, "preview", look)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        train_teacher.main(teacher_config(tmp_path, deterministic=True))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [(True, False)] * 2
+
+
+def test_an_optimiser_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"adamw8bit needs a GPU and: pip install bitsandbytes"):
+        train_teacher.main(teacher_config(tmp_path / "run", optimizer="adamw8bit"))
+    assert not (tmp_path / "run").exists()
