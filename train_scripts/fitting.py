@@ -115,7 +115,9 @@ def fit(
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop()
-            if accelerator.is_main_process and (figures := watch(report.step)):
+            with accelerator.autocast():
+                figures = watch(report.step) if accelerator.is_main_process else {}
+            if figures:
                 log(accelerator, report.step, figures)
             due = report.step % config.save_every == 0 or report.step == config.steps or stop
             if due and accelerator.is_main_process:

@@ -98,7 +98,8 @@ def watcher(
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.num_images]
     real = data.batch(chosen, torch.Generator().manual_seed(0)).images
     wanted = look(real if teacher is None else sample.draw(options, teacher, parts, labels))
-    network = None if config.features is None else load_features(config.features, data)
+    device = next(model.denoiser.network.parameters()).device
+    network = None if config.features is None else load_features(config.features, data).to(device)
     best = config.out / "best"
 
     def watch(step: int) -> dict[str, float]:
@@ -122,7 +123,15 @@ def watcher(
 
 def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, float]:
     """Fréchet distance and KID of images in [-1, 1]."""
-    made, wanted = (extract_features(network.features, part.clamp(-1, 1)) for part in (images, real))
+    device = network.logits.weight.device
+    # Features are measured in float32 whatever the training computes in, as evaluate.py does.
+    with torch.autocast(device.type, enabled=False):
+        made, wanted = (
+            torch.cat(
+                [extract_features(network.features, part.clamp(-1, 1).to(device)) for part in many.split(500)]
+            )
+            for many in (images, real)
+        )
     return {"frechet_distance": frechet_distance(made, wanted), "kid": kernel_distance(made, wanted)}
 
 

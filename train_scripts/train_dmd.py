@@ -119,9 +119,10 @@ def main(config: Config) -> Path:
         ema.reset()
     average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
     sampled = replace(teacher, denoiser=average.denoiser, times=average.times)
-    watch = watcher(
-        config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
-    )
+    with accelerator.autocast():
+        watch = watcher(
+            config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
+        )
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
         columns=data.num_classes, preview=lambda: preview(average, teacher),
@@ -200,9 +201,10 @@ def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher) -> Regress
     labels = teacher.cond(torch.arange(config.num_pairs) % max(1, teacher.num_classes))
     times = grid(target.schedule, config.pair_steps)
     device = next(teacher.denoiser.network.parameters()).device
-    pairs = make_pairs(
-        target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
-    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        pairs = make_pairs(
+            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
+        )
     return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
 
 
