@@ -7,6 +7,7 @@ import pytest
 import torch
 import train_dmd
 import train_teacher
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import UNet, build_network, load_teacher, probe_bottleneck
 from safetensors.torch import load_file
@@ -122,10 +123,12 @@ def test_sides_that_do_not_halve_are_refused():
         UNet((1, 10, 10), channels=(8, 16))
 
 
-def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
+    AcceleratorState._reset_state(True)  # one process knows one precision
     data = tmp_path / "data.npz"
     np.savez(data, images=np.arange(7680, dtype=np.uint8).reshape(30, 1, 16, 16), labels=np.arange(30) % 3)
-    common = {"data": str(data), "steps": 2, "batch_size": 8}
+    common = {"data": str(data), "steps": 2, "batch_size": 8, "precision": precision}
     teacher = train_teacher.main(
         train_teacher.Config(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
     )
@@ -134,7 +137,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
     assert loaded.facts["sigma_data"] > 0
     student = train_dmd.main(train_dmd.Config(
         **common, out=tmp_path / "student", teacher=str(teacher), warmup_steps=1, num_pairs=6,
-        gradient_checkpointing=True,
+        gradient_checkpointing=precision == "no",
     ))  # fmt: skip
     assert load_teacher(str(student)).times == pytest.approx((20.0,))
 

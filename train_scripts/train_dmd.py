@@ -106,7 +106,8 @@ def main(config: Config) -> Path:
         batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
         return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
 
-    method.check(batches(Rng(config.seed, 0)))
+    with accelerator.autocast():
+        method.check(batches(Rng(config.seed, 0)))
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
