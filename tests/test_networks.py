@@ -123,9 +123,14 @@ def test_sides_that_do_not_halve_are_refused():
         UNet((1, 10, 10), channels=(8, 16))
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.fixture(params=["no", "bf16"])
+def precision(request):
+    AcceleratorState._reset_state(True)  # a process knows one
+    yield request.param
+    AcceleratorState._reset_state(True)
+
+
 def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
-    AcceleratorState._reset_state(True)  # one process knows one precision
     data = tmp_path / "data.npz"
     np.savez(data, images=np.arange(7680, dtype=np.uint8).reshape(30, 1, 16, 16), labels=np.arange(30) % 3)
     common = {"data": str(data), "steps": 2, "batch_size": 8, "precision": precision}
