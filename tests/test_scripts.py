@@ -134,13 +134,14 @@ def test_dry_run_prints_config_parameters_bytes_and_steps_and_writes_nothing(tmp
     state = f"{12 * number:,} bytes of gradients and optimiser state"
     assert f"\nstudent: {number:,} parameters, {4 * number:,} bytes of weights, {state}\n" in printed
     assert "\nfake: " in printed
-    assert "6 iterations, 96 images per process; updates: 3 of the student, 6 of the fake" in printed
+    assert "6 iterations, 96 images on 1 process(es); updates: 3 of the student, 6 of the fake" in printed
+    assert "20 teacher pairs of 50 network calls each, 2 warm-up updates of the student" in printed
     assert not out.exists()
 
 
 def test_dry_run_of_a_teacher_writes_nothing(tmp_path, capsys):
     train_teacher.main(teacher_config(tmp_path / "run", dry_run=True, accumulate=3))
-    assert "6 iterations, 288 images per process; updates: 6 of the teacher" in capsys.readouterr().out
+    assert "6 iterations, 288 images on 1 process(es); updates: 6 of the teacher" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -408,6 +409,13 @@ def test_a_compiled_network_has_the_names_and_the_gradients_of_the_eager_one(tmp
     assert gradients[True].keys() == gradients[False].keys()
     for name, expected in gradients[False].items():
         torch.testing.assert_close(gradients[True][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_distillation_with_a_critic_runs(tmp_path, teacher):
+    """Compiled code calls no hooks, and the critic listens by one: the fake score stays eager."""
+    folder = train_dmd.main(student_config(tmp_path, teacher, compile=True, steps=2, student_every=1))
+    assert load_teacher(str(folder)).times
 
 
 def test_deterministic_asks_for_deterministic_kernels_before_training(tmp_path, monkeypatch):

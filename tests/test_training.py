@@ -468,6 +468,18 @@ def test_on_two_ranks_networks_of_other_phases_hold_no_gradients(two_ranks, accu
         notes = answers[f"gradients_{torch.float64}_{accumulate}"]
         assert [note["others_are_none"] for note in notes["fake"]] == [[True, True]] * 4
         assert all(note["others_are_none"][1] for note in notes["student"]), "the teacher"
+        assert notes["leaks"] == [False] * 4, "what the student learns by leaves nothing in the fake score"
+
+
+def test_all_ranks_stop_when_one_meets_what_is_not_finite(two_ranks):
+    for answers in two_ranks:
+        assert "phase 'bad' is not finite in step 2" in answers["not_finite"]
+        assert "largest t of the samples to blame is 0.7" in answers["not_finite"]
+
+
+def test_ranks_that_resume_from_different_steps_are_refused(two_ranks):
+    for answers in two_ranks:
+        assert answers["disagree"] == "the step must be the same on all ranks; got [0, 3]. Share."
 
 
 def test_weights_that_differ_between_ranks_are_noticed(two_ranks):

@@ -39,11 +39,13 @@ class RunOptions:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
     compile: bool = False
-    """Compile the networks with torch.compile: minutes at the start, faster steps."""
+    """Compile the networks with torch.compile: minutes at the start, faster steps. Not one with a critic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory. UNets only."""
     deterministic: bool = False
     """Deterministic kernels on a GPU, so that a resumed run is equal bit by bit. A CPU run always is."""
+    clip_norm: float = 10.0
+    """Largest norm of a network's gradient; a larger one is scaled down."""
     seed: int = 0
     """Of every random draw."""
     log_every: int = 50
@@ -73,9 +75,9 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say why and exit. Of several ranks the first one speaks."""
-    if is_first_rank():
-        print(f"error: {message}", file=sys.stderr)
+    """Say why and exit. Every rank speaks, since only one of several machines may lack a file."""
+    rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+    print(f"error{rank}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -109,10 +111,12 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def show_plan(config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int]) -> None:
+def show_plan(
+    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = ""
+) -> None:
     """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
 
-    ``updates`` says how many optimiser steps each trained role takes.
+    ``updates`` says how many optimiser steps each trained role takes, ``before`` what happens before the first.
     """
     if not is_first_rank():
         return
@@ -125,9 +129,12 @@ def show_plan(config: RunOptions, roles: Mapping[str, nn.Module], updates: Mappi
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
         print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
-    images = config.steps * config.batch_size * config.accumulate
+    if before:
+        print(f"before the first step: {before}")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    images = config.steps * config.batch_size * config.accumulate * ranks
     steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
-    print(f"steps: {config.steps:,} iterations, {images:,} images per process; updates: {steps}")
+    print(f"steps: {config.steps:,} iterations, {images:,} images on {ranks} process(es); updates: {steps}")
 
 
 def check_out(out: Path) -> None:
@@ -167,7 +174,7 @@ def check_numbers(
 
 def check_run(config: RunOptions) -> None:
     """Raise ``ValueError`` for run options that cannot work, before anything is written."""
-    check_numbers(config, positive=("steps", "batch_size", "accumulate", "log_every", "save_every"))
+    check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
     check_out(config.out)
     if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from command import RunOptions, resolved
 from monitoring import Watch, forget_best
 from torch import Tensor, nn
@@ -20,20 +22,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from distill.adversarial import Critic
 from score import checkpoint
 from score.randomness import Rng
+from score.ranks import check_launch, check_same
 from score.training import Phase, Report, train
 
 T = TypeVar("T")
 
 
 def start(config: RunOptions) -> Accelerator:
-    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet."""
+    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
+
+    Raises ``ValueError`` for a launch that cannot work; see :func:`score.ranks.check_launch`.
+    """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    return Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out))
+    # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(
+        mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
+        kwargs_handlers=[patience],
+    )  # fmt: skip
+    check_launch(accelerator)
+    return accelerator
 
 
 def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
@@ -46,7 +60,8 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
         if not able:
             raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
         able[0].enable_gradient_checkpointing()
-    if config.compile:
+    listens = any(isinstance(part, Critic) for part in network.modules())
+    if config.compile and not listens:  # a critic listens by a hook, which compiled code does not call
         network.compile()  # in place: names of weights stay as they are
     prepared: nn.Module = accelerator.prepare(network)
     return prepared
@@ -88,6 +103,8 @@ def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], image
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
     """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step."""
     first = checkpoint.load(config.out / "checkpoints", phases, own)
+    fix = "Let --out be a folder that all machines share."
+    check_same("the step to resume from", first, fix, accelerator)
     if accelerator.is_main_process:
         if first:
             print(f"resumed from step {first}")
@@ -108,13 +125,13 @@ def fit(
     announce the end, saves a checkpoint first and then exits with 143.
     """
     reports = train(
-        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
         accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
     stop = False
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
-            stop = asked_to_stop()
+            stop = asked_to_stop(report.step)
             with accelerator.autocast():
                 figures = watch(report.step) if accelerator.is_main_process else {}
             if figures:
@@ -132,15 +149,20 @@ def fit(
 
 
 @contextmanager
-def sigterm(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step."""
+def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
+    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step.
+
+    Several ranks ask each other in every tenth step only, since each time they wait for one another.
+    """
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
 
-    def answer() -> bool:
+    def answer(step: int) -> bool:
         if accelerator.num_processes == 1:
             return bool(asked)
-        return bool(accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"))
+        return step % 10 == 0 and bool(
+            accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum")
+        )
 
     try:
         yield answer

@@ -93,11 +93,14 @@ def watcher(
     options = sample.Config(
         model="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
     )
-    labels = sample.asked_labels(options, model)
     parts = torch.arange(options.num_images).split(options.batch_size)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.num_images]
-    real = data.batch(chosen, torch.Generator().manual_seed(0)).images
-    wanted = look(real if teacher is None else sample.draw(options, teacher, parts, labels))
+    times = -(-options.num_images // len(data))
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).repeat(times)
+    batch = data.batch(chosen[: options.num_images], torch.Generator().manual_seed(0))
+    # Classes as frequent as in the data: others would look, and measure, different.
+    real, labels = batch.images, batch.labels % max(1, model.num_classes)
+    bar = tqdm(parts, desc="teacher samples", disable=None, leave=False)
+    wanted = look(real if teacher is None else sample.draw(options, teacher, bar, labels))
     device = next(model.denoiser.network.parameters()).device
     network = None if config.features is None else load_features(config.features, data).to(device)
     best = config.out / "best"

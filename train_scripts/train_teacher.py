@@ -99,12 +99,13 @@ def main(config: Config) -> Path:
     model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
     watch = watcher(config, model, data, teacher=None, save=lambda to: save_denoiser(model.denoiser, to, facts))
     fit(
-        config, [phase], batches, accelerator, own=own, first=first, columns=data.num_classes,
+        config, [phase], batches, accelerator, own=own, first=first, columns=min(10, data.num_classes),
         preview=lambda: preview(model), watch=watch,
     )  # fmt: skip
     folder = config.out / "teacher"
     if accelerator.is_main_process:
         save_denoiser(model.denoiser, folder, facts)
+        print(f"teacher: {folder}")
     return folder
 
 
@@ -123,7 +124,7 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
     return {
         "network": config.network, "options": mlp if config.network == "mlp" else unet, "shape": list(data.shape),
         "num_classes": data.num_classes if data.num_classes > 1 else 0, "class_names": list(data.class_names),
-        "sigma_data": sigma_data,
+        "sigma_data": sigma_data, "null_class": config.label_dropout > 0,
     }  # fmt: skip
 
 
@@ -150,9 +151,9 @@ def teacher_phase(config: Config, denoiser: NetworkDenoiser, facts: dict[str, An
 
 @torch.no_grad()
 def preview(teacher: Teacher, rows: int = 4) -> torch.Tensor:
-    """A few samples of every class in 18 steps, always from the same noise."""
+    """A few samples of the first ten classes in 18 steps, always from the same noise."""
     device = next(teacher.denoiser.network.parameters()).device
-    labels = torch.arange(max(1, teacher.num_classes)).repeat(rows).to(device)
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(device)
     noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = grid(teacher.denoiser.schedule, 18)
     x_t = initial_noise(teacher.denoiser.schedule, noise, float(times[0]))

@@ -1,7 +1,7 @@
 """What two ranks do; run by torchrun, and imported by test_training for one rank's answer."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 from unittest.mock import patch
@@ -15,8 +15,10 @@ from distill.regression import Pairs, Regression
 from distill.student import Student, even_times
 from score import training
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser, freeze
+from score.gradient import TIME_NOT_FINITE
 from score.network import ResidualMLP
 from score.randomness import Rng, shuffled
+from score.ranks import check_same
 from score.schedule import Karras
 from score.training import EMA, Phase, train
 
@@ -172,13 +174,27 @@ def gradients(accelerator, dtype, accumulate, joined):
         for name, role, other in (("student", roles[0], roles[1]), ("fake", roles[1], roles[0]))
     ]
     micros = 1 if joined else accumulate
-    reports = train(method.phases(*optimizers), batches, accelerator, steps=4, accumulate=micros,
+    student_phase, fake_phase = method.phases(*optimizers)
+    leaks = []
+
+    def fake_loss(batch, rng):
+        if rng.micro == 0:  # the student's backward is done, the fake score's is not
+            leaks.append(any(p.grad is not None for p in roles[1].parameters()))
+        return method.fake_loss(batch, rng)
+
+    phases = [student_phase, replace(fake_phase, loss=fake_loss)]
+    reports = train(phases, batches, accelerator, steps=4, accumulate=micros,
                     rollout=method.rollout)  # fmt: skip
     for _ in reports:
         pass
     torch.set_default_dtype(torch.float32)
     weights = torch.cat([flat(role) for role in roles])
-    return {**notes, "weights": weights, "head": sum(p.numel() for p in critic.network.head.parameters())}
+    return {
+        **notes,
+        "leaks": leaks,
+        "weights": weights,
+        "head": sum(p.numel() for p in critic.network.head.parameters()),
+    }
 
 
 def joined_gradients(accelerator, dtype, accumulate):
@@ -206,6 +222,32 @@ def part_company(accelerator, every):
     return ""
 
 
+def not_finite(accelerator):
+    """Only the second rank meets a bad sample; both must stop, and say the same t."""
+    network = nn.Linear(3, 3)
+
+    def loss(batch, rng):
+        bad = accelerator.process_index == 1 and rng.step == 1
+        value = network(torch.ones(1, 3)).square().mean() * (float("nan") if bad else 1.0)
+        return {"loss": value, TIME_NOT_FINITE: torch.tensor(0.7 if bad else -1.0)}
+
+    phase = Phase(name="bad", network=network, optimizer=torch.optim.SGD(network.parameters(), 0.1), loss=loss)
+    try:
+        for _ in train([phase], lambda rng: None, accelerator, steps=4):
+            pass
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def disagree(accelerator):
+    try:
+        check_same("the step", 3 * accelerator.process_index, "Share.", accelerator)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main(folder):
     from accelerate import Accelerator
 
@@ -223,6 +265,8 @@ def main(folder):
             for dtype in (torch.float64, torch.float32)
             for accumulate in (1, 2)
         },
+        "not_finite": not_finite(accelerator),
+        "disagree": disagree(accelerator),
         "complaint": part_company(accelerator, every=1),
         "complaint_not_due": part_company(accelerator, every=3),
     }
