@@ -70,18 +70,30 @@ def run(script, words):
     return code, said.getvalue()
 
 
-def check(script, words, out, result):
-    """Success with the whole result, or 2 with words and nothing of the result."""
+def check(script, words, result, out=None):
+    """Success with the whole result, or 2 with words and nothing of it; ``out`` is the folder of the result."""
+    out = out or result.parent
     code, said = run(script, [*words, "--out", str(out)])
     dry = "--dry-run" in words
     if code == 0:
-        assert (out / result).exists() is not dry, said
+        assert result.exists() is not dry, said
     else:
         assert code == 2, (words, code, said)
         assert "error: " in said or "helptext" in said, "neither ours nor the parser's words"
-        assert not (out / result).exists()
+        assert not result.exists()
     assert not [path for path in out.parent.rglob("*") if ".writing" in path.name or ".replaced" in path.name]
     return code, said
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """Nothing is there, and that is said at once."""
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
 @pytest.fixture(scope="module")
@@ -142,21 +154,60 @@ SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
 @example(words=["--batch-size", "1000000000000"], dry=False)
 def test_flags_of_the_teacher(fresh, words, dry):
     small = [*SMALL, "--width", "8", "--depth", "1", "--unet-channels", "8", "8"]
-    check("train_teacher", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out", "teacher")
+    check("train_teacher", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "teacher")
 
 
 @fuzz(50)
 @given(words=flags(train_dmd.Config, {*SLOW, "teacher"}), dry=st.booleans())
 def test_flags_of_the_distillation(fresh, teacher, words, dry):
     small = ["--teacher", str(teacher), *SMALL, "--student-every", "1", "--warmup-steps", "1", "--num-pairs", "4"]
-    check("train_dmd", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out", "student")
+    check("train_dmd", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "student")
+
+
+def check_samples(words, folder):
+    """Folder of samples and the picture beside it: both, or neither."""
+    code, said = check("sample", words, folder / "out", folder / "out")
+    assert (folder / "out.grid.png").exists() is (code == 0)
+    return code, said
 
 
 @fuzz(30)
 @given(words=flags(sample.Config, {"out", "model"}))
 def test_flags_of_sampling(fresh, teacher, words):
     small = ["--model", str(teacher), "--num-images", "2", "--steps", "2"]
-    code, said = check("sample", [*small, *words], fresh() / "out", "grid.png")
+    code, said = check_samples([*small, *words], fresh())
+    assert code == 0 or "--" in said, said
+
+
+def labelled(path):
+    np.savez(path, images=np.random.RandomState(0).rand(40, 1, 8, 8), labels=np.arange(40) % 10)
+    return str(path)
+
+
+@fuzz(40)
+@given(words=flags(evaluate.Config, {"out"}))
+@example(words=["--num-images", "0"])
+@example(words=["--num-images", "1"])
+@example(words=["--num-images", "2"])
+@example(words=["--device", "two"])
+@example(words=["--batch-size", "99999999999999999999"])
+def test_flags_of_the_figures(fresh, classifier, words):
+    folder = fresh()
+    images = labelled(folder / "images.npz")
+    small = ["--generated", images, "--reference", images, "--features", str(classifier)]
+    code, said = check("evaluate", [*small, *words], folder / "out.json", folder / "out.json")
+    assert code == 0 or "--" in said, said
+
+
+@fuzz(40)
+@given(words=flags(train_features.Config, {"out"}))
+@example(words=["--device", "two"])
+@example(words=["--steps", "99999999999999999999"])
+@example(words=["--batch-size", "99999999999999999999"])
+def test_flags_of_the_features(fresh, words):
+    folder = fresh()
+    small = ["--data", labelled(folder / "images.npz"), "--steps", "2", "--batch-size", "4"]
+    code, said = check("train_features", [*small, *words], folder / "out" / "features.json", folder / "out")
     assert code == 0 or "--" in said, said
 
 
@@ -205,7 +256,7 @@ def test_folders_of_images(fresh, files, lines, skip, resolution, more):
         (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
     words = ["--data", str(folder / "data"), "--on-bad-data", "skip" if skip else "stop", "--width", "8", *more]
     words += ["--resolution", resolution] if resolution else []
-    check("train_teacher", [*SMALL, "--depth", "1", *words], folder / "out", "teacher")
+    check("train_teacher", [*SMALL, "--depth", "1", *words], folder / "out" / "teacher")
 
 
 def spoilt(content, place, byte, cut):
@@ -235,7 +286,7 @@ def test_npz_files(fresh, images, labels, whole, place, byte, cut):
     if not whole:
         path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
     words = ["--data", str(path), "--width", "8", "--depth", "1"]
-    check("train_teacher", [*SMALL, *words], folder / "out", "teacher")
+    check("train_teacher", [*SMALL, *words], folder / "out" / "teacher")
 
 
 @fuzz(40)
@@ -245,12 +296,7 @@ def test_teachers_that_were_tampered_with(fresh, teacher, name, place, byte, cut
     shutil.copytree(teacher, folder / "teacher")
     path = folder / "teacher" / name
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
-    check(
-        "sample",
-        ["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"],
-        folder / "out",
-        "grid.png",
-    )
+    check_samples(["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
 
 
 DELETED = object()
@@ -273,12 +319,7 @@ def test_descriptions_that_were_edited(fresh, teacher, place, value):
     else:
         holder[key] = value
     path.write_text(json.dumps(description))
-    check(
-        "sample",
-        ["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"],
-        folder / "out",
-        "grid.png",
-    )
+    check_samples(["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
 
 
 @fuzz(30)
@@ -290,19 +331,22 @@ def test_features_that_were_tampered_with(fresh, classifier, name, place, byte, 
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
     np.savez(folder / "images.npz", images=np.random.RandomState(0).rand(8, 1, 8, 8))
     words = ["--generated", str(folder / "images.npz"), "--reference", str(folder / "images.npz")]
-    check("evaluate", [*words, "--features", str(folder / "features")], folder / "out.json", ".")
+    check("evaluate", [*words, "--features", str(folder / "features")], folder / "out.json", folder / "out.json")
+
+
+CHECKPOINT = ["config.json", "manifest.json", "state.pt", "teacher.safetensors", "teacher.ema.safetensors"]
 
 
 @fuzz(30)
-@given(name=st.sampled_from(["manifest.json", "weights.safetensors", "state.pt", "config.json"]), **SPOILING)
+@given(name=st.sampled_from(CHECKPOINT), **SPOILING)
 def test_checkpoints_that_were_tampered_with(fresh, name, place, byte, cut):
     """The run goes on from the checkpoint before, from the start, or says what differs: always with 0 or 2."""
     folder = fresh()
     words = [*SMALL, "--save-every", "1", "--width", "8", "--depth", "1"]
-    assert check("train_teacher", words, folder / "out", "teacher")[0] == 0
+    assert check("train_teacher", words, folder / "out" / "teacher")[0] == 0
     newest = max((folder / "out" / "checkpoints").iterdir())
-    files = sorted(path for path in newest.iterdir() if path.is_file())
-    path = next((path for path in files if path.name == name), files[int(place * len(files))])
+    assert {path.name for path in newest.iterdir()} == set(CHECKPOINT), "each of them is spoilt in some case"
+    path = newest / name
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
     shutil.rmtree(folder / "out" / "teacher")
     code, said = run("train_teacher", [*words, "--out", str(folder / "out")])

@@ -116,7 +116,7 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
         "channels": list(config.unet_channels), "layers": config.unet_layers, "patch": config.unet_patch,
         "dropout": config.dropout,
     }  # fmt: skip
-    sigma_data = config.sigma_data or round(float(as_floats(data.images[:10_000]).std()), 2)
+    sigma_data = config.sigma_data or round(float(as_floats(data.images[data.some(10_000)]).std()), 2)
     if not sigma_data > 0:
         raise ValueError(
             f"--sigma-data must be above 0; got {sigma_data}: the images of --data are all of one grey."
