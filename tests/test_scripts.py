@@ -208,7 +208,7 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_dmd", ["--teacher", "{sick}"], ["nan or inf"]),
     ("train_dmd", ["--guidance", "nan"], ["--guidance", "finite"]),
     ("train_dmd", ["--gan-weight", "-1"], ["--gan-weight", "at least 0"]),
-    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "above 0"]),
+    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "(0, 1]"]),
     ("train_dmd", ["--warmup-steps", "-5"], ["--warmup-steps", "at least 0"]),
     ("train_dmd", ["--ema-decay", "1.5", "--dry-run"], ["--ema-decay", "[0, 1)"]),
     ("train_dmd", ["--steps", "4", "--student-every", "5"], ["before the student's first update"]),

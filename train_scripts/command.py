@@ -152,11 +152,12 @@ def check_out(out: Path) -> None:
 
 
 def check_numbers(
-    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = ()
-) -> None:
+    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = (),
+    rates: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Raise ``ValueError``, naming the flag, for a number that is not finite or out of its range.
 
-    ``shares`` lie in [0, 1); a seed, if there is one, fits into 63 bits.
+    ``shares`` lie in [0, 1), learning ``rates`` in (0, 1]; a seed, if there is one, fits into 63 bits.
     """
     for name, value in vars(config).items():
         flag = f"--{name.replace('_', '-')}"
@@ -166,6 +167,8 @@ def check_numbers(
             raise ValueError(f"{flag} must be above 0; got {value}.")
         if name in not_negative and not value >= 0:
             raise ValueError(f"{flag} must be at least 0; got {value}.")
+        if name in rates and not 0 < value <= 1:
+            raise ValueError(f"{flag} must lie in (0, 1]; got {value}.")
         if name in shares and not 0 <= value < 1:
             raise ValueError(f"{flag} must lie in [0, 1); got {value}.")
         if name == "seed" and not 0 <= value < 2**63:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -101,6 +102,8 @@ def _build(facts: Mapping[str, Any], num_steps: int) -> nn.Module:
     else:
         raise ValueError(f"the saved denoiser does not say how its network is built; got network={family!r}.")
     sigma_data = facts.get("sigma_data")
+    if sigma_data is not None and not (isinstance(sigma_data, int | float) and 0 < sigma_data < math.inf):
+        raise ValueError(f"sigma_data must be a number above 0; got {sigma_data!r}.")
     return network if sigma_data is None else KarrasPreconditioning(network, sigma_data)
 
 

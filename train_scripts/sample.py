@@ -25,9 +25,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from distill.student import Student
-from score import guided
 from score.atomic import whole_folder
 from score.randomness import derived_generator
+from score.ranks import check_launch
 from score.sampling import ddim, ddpm, grid, heun, initial_noise, sample
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun}
@@ -54,6 +54,8 @@ class Config:
     """Scale of classifier-free guidance of a teacher; 1 means none. A student has it built in."""
     batch_size: int = 250
     """Images at a time and process."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision of the network."""
     seed: int = 0
     """Of all images: image i of a seed is always the same."""
 
@@ -64,8 +66,10 @@ def main(config: Config) -> Path:
     check_counts(config, "num_images", "steps", "batch_size")
     check_samples_out(config.out)
     model = load_teacher(config.model)
+    model.guided(config.guidance)  # or it says why not
     labels = asked_labels(config, model)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=config.precision)
+    check_launch(accelerator)
     model.denoiser.network.to(accelerator.device)
     # With fewer images than ranks some have none.
     own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
@@ -122,7 +126,7 @@ def make(config: Config, model: Teacher, part: Tensor, labels: Tensor) -> Tensor
     cond = model.cond(labels.to(device))
     if model.times:
         return Student(model.denoiser, model.times).sample(noise, cond, generator=generators).cpu()
-    denoiser = guided(model.denoiser, config.guidance, model.cond(torch.tensor([model.num_classes])))
+    denoiser = model.guided(config.guidance)
     times = grid(denoiser.schedule, config.steps)
     x_t = initial_noise(denoiser.schedule, noise, float(times[0]))
     step = SAMPLERS[config.sampler]()

@@ -151,7 +151,8 @@ def check(config: Config) -> None:
     check_run(config)
     check_numbers(
         config,
-        positive=("student_every", "num_steps", "student_lr", "fake_lr", "warmup_lr", "num_pairs", "pair_steps"),
+        positive=("student_every", "num_steps", "num_pairs", "pair_steps"),
+        rates=("student_lr", "fake_lr", "warmup_lr"),
         not_negative=("guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight"),
         shares=("ema_decay",),
     )  # fmt: skip

@@ -35,7 +35,7 @@ class Config(DataOptions):
 
 def main(config: Config) -> Path:
     """Train and return the folder of the classifier."""
-    check_numbers(config, positive=("steps", "batch_size", "learning_rate"))
+    check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
     check_counts(config, "steps", "batch_size")
     check_out(config.out)
     check_device(config.device)

@@ -73,7 +73,7 @@ def main(config: Config) -> Path:
     """Train and return the folder of the finished teacher."""
     check_run(config)
     check_numbers(
-        config, positive=("learning_rate", "width", "depth", "unet_layers", "unet_patch", "noise_std"),
+        config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),
         shares=("dropout", "label_dropout", "ema_decay"),
     )  # fmt: skip
     data = load_images(config)
