@@ -71,7 +71,8 @@ def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Con
         features: Tensor = reached.args[0]
     finally:
         hook.remove()
-    logits: Tensor = critic.head(features)
+    # A network that Accelerate prepared computes in bf16 on its own; its head may be asked outside autocast.
+    logits: Tensor = critic.head(features.to(next(critic.head.parameters()).dtype))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -43,6 +43,8 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
         if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
             raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
     final = folder / f"step-{step:09d}"
+    for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
+        shutil.rmtree(unfinished)
     with whole_folder(final) as temporary:
         _write(temporary, step, phases, config)
     others = [path for path in sorted(folder.glob("step-*")) if path != final]

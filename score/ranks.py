@@ -3,6 +3,7 @@
 Networks wrapped in DDP average their gradients themselves; for all others it is done here.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -21,6 +22,29 @@ def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Acceler
             for network in networks:
                 stack.enter_context(accelerator.no_sync(network))
         yield
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` for a launch whose ranks do not know of each other, or share one network in pieces."""
+    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards one network; here several, each with its optimiser, "
+            "share a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); for memory use bf16 "
+            "or gradient checkpointing."
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {world} but Accelerate sees {accelerator.num_processes} process(es): each rank would "
+            "work alone. Without a GPU launch with torchrun and set ACCELERATE_USE_CPU=1."
+        )
+
+
+def check_same(what: str, value: int, fix: str, accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` on every rank unless all of them hold the same number."""
+    every_rank = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+    if len(set(every_rank)) > 1:
+        raise ValueError(f"{what} must be the same on all ranks; got {every_rank}. {fix}")
 
 
 def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:

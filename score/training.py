@@ -7,7 +7,6 @@ numbers, and a checkpoint is weights, optimisers and a step. Only this file and 
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from score.randomness import Rng
-from score.ranks import average_gradients, broadcast_weights, sync_only_if, unwrap, verify_weights
+from score.ranks import average_gradients, broadcast_weights, check_launch, sync_only_if, unwrap, verify_weights
 
 Batch = Any
 """Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""
@@ -151,7 +150,7 @@ def train(
         RuntimeError: weights differ between ranks.
     """
     _check(phases, accelerator, steps, accumulate)
-    watch = _FiniteWatch(every=1 if accelerator.device.type == "cpu" else 50)  # a GPU would wait each time
+    watch = _FiniteWatch(1 if accelerator.device.type == "cpu" else 50, accelerator)  # a GPU would wait each time
     for phase in phases:
         phase.optimizer.zero_grad(set_to_none=True)  # an earlier run may have stopped between backward and step
         broadcast_weights(phase.networks().values(), accelerator)
@@ -191,18 +190,7 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
             f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) counts blocks, "
             "not phases; leave it at 1 and pass accumulate= to train."
         )
-    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} shards one network; here several, each with its optimiser, "
-            "share a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); for memory use bf16 "
-            "or gradient checkpointing."
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE is {world} but Accelerate sees {accelerator.num_processes} process(es): each rank would "
-            "train alone. Without a GPU launch with torchrun and set ACCELERATE_USE_CPU=1."
-        )
+    check_launch(accelerator)
 
 
 def _joined(name: str, before: Tensor | None, value: Tensor, accumulate: int) -> Tensor:
@@ -258,8 +246,8 @@ def _update(phase: Phase) -> None:
 
 class _FiniteWatch:
     # Collects losses and norms as tensors and reads them together: no host sync on the steps between.
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, accelerator: Accelerator) -> None:
+        self.every, self.accelerator = every, accelerator
         self.pending: list[tuple[int, str, dict[str, Tensor]]] = []
 
     def __call__(self, step: int, phase: str, metrics: Mapping[str, Tensor]) -> None:
@@ -275,12 +263,23 @@ class _FiniteWatch:
         if not pending:
             return
         judged = [torch.stack([own[f"{phase}/loss"], own[f"{phase}/grad_norm"]]) for _, phase, own in pending]
-        finite = torch.stack(judged).isfinite().all(1).tolist()
-        for (step, phase, own), good in zip(pending, finite, strict=True):
+        finite = torch.stack(judged).isfinite().all(1)
+        # Of several ranks one may have met the bad sample: all of them stop, and in the same step.
+        everywhere = self.accelerator.gather(finite[None]).all(0).tolist()
+        for (step, phase, own), good in zip(pending, everywhere, strict=True):
             if not good:
-                # A t_not_finite_max of -1 means that no sample was to blame: the weights or their gradient were.
-                values = ", ".join(f"{name} = {float(value):g}" for name, value in own.items())
-                raise FloatingPointError(
-                    f"loss or gradient of phase {phase!r} is not finite in step {step + 1}: {values}. Resume from "
-                    "the last checkpoint with a lower learning rate, a lower clip_norm or narrower times."
-                )
+                raise FloatingPointError(self._explain(step, phase, own))
+
+    def _explain(self, step: int, phase: str, own: dict[str, Tensor]) -> str:
+        values = ", ".join(
+            f"{name} = {float(value):g}" for name, value in own.items() if not name.endswith("_max")
+        )
+        times = own.get(f"{phase}/t_not_finite_max")  # score.gradient.TIME_NOT_FINITE
+        where = ""
+        if times is not None:
+            t = float(self.accelerator.gather(times.reshape(1)).max())
+            where = f"The largest t of the samples to blame is {t:g}. " if t >= 0 else "No sample is to blame. "
+        return (
+            f"loss or gradient of phase {phase!r} is not finite in step {step + 1}: {values}. {where}Resume from "
+            "the last checkpoint with a lower learning rate, a lower clip_norm or narrower times."
+        )

@@ -15,7 +15,7 @@ from distill.adversarial import (
 )
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser
 from score.network import ResidualMLP
-from score.schedule import Karras
+from score.schedule import Karras, RectifiedFlow
 
 close = torch.testing.assert_close
 LABELS = torch.arange(5) % 2
@@ -250,3 +250,19 @@ def test_accuracy_is_the_share_on_the_right_side():
     assert accuracy.item() == (3 / 4 + 2 / 4) / 2
     assert not accuracy.requires_grad
     assert critic_accuracy(torch.ones(3), -torch.ones(3)).item() == 1
+
+
+def test_a_head_in_float32_is_asked_about_features_in_bf16():
+    """A prepared network computes in bf16 whether or not there is autocast round the call."""
+    network = ResidualMLP((2,), width=16, depth=2)
+    critic = Critic(network, network.bottleneck, nn.Sequential(nn.Linear(16, 1), nn.Flatten(0)))
+    forward = critic.forward
+
+    def in_bf16(*args, **cond):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **cond)
+
+    critic.forward = in_bf16
+    denoiser = NetworkDenoiser(critic, RectifiedFlow(), "x0")
+    logits = logits_alone(denoiser, torch.randn(4, 2), torch.full((4,), 0.5), {})
+    assert logits.dtype == torch.float32

@@ -261,3 +261,10 @@ def test_a_manifest_that_names_nothing_is_damage(history, manifest):
     (folder / "step-000000002" / "manifest.json").write_text(manifest)
     with pytest.warns(UserWarning, match=r"step-000000002 is damaged \(manifest does not name its files\)"):
         assert checkpoint.load(folder, phases, CONFIG) == 1
+
+
+def test_what_a_kill_left_of_another_step_is_cleared(tmp_path):
+    """A checkpoint on SIGTERM has an odd step; nobody would write under that name again."""
+    (tmp_path / ".writing-step-000000017").mkdir(parents=True)
+    checkpoint.save(tmp_path, 20, make_phases(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000020"]

@@ -1,12 +1,16 @@
 """Images from everywhere, and what is said about those that cannot be used."""
 
 import gzip
+import io
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
 import torch
+import train_teacher
+from arrays import open_image
 from images import DataOptions, ImageSet, load_images
 from PIL import Image
 
@@ -53,6 +57,62 @@ def test_a_flat_folder_has_one_class(tmp_path):
     images = load(tmp_path)
     assert images.num_classes == 1
     assert len(images) == 2
+
+
+def test_subfolders_that_are_numbers_keep_them(tmp_path):
+    for name in ("0", "2", "0010", "11"):
+        picture(tmp_path / name / "a.png")
+    images = load(tmp_path)
+    assert images.labels.tolist() == [0, 10, 11, 2], "in the order of the files"
+    assert images.class_names == tuple(str(number) for number in range(12))
+    picture(tmp_path / "999" / "a.png")
+    assert load(tmp_path).labels.max() == 999, "samples of one class of many are a set"
+    picture(tmp_path / "1000" / "a.png")
+    with pytest.raises(ValueError, match=r"fewer than there are images.*from 0 to 1000 of 6"):
+        load(tmp_path)
+
+
+def test_names_beside_numbers_are_all_names(tmp_path):
+    for name in ("10", "2", "x"):
+        picture(tmp_path / name / "a.png")
+    assert load(tmp_path).class_names == ("10", "2", "x")
+
+
+def test_images_beside_class_folders_are_named_and_hidden_files_are_not_seen(classes):
+    for hidden in (".a.png", ".thumbnails/a.png", "cat/.b.png"):
+        picture(classes / hidden)
+    assert load(classes).class_names == ("cat", "dog")
+    assert len(load(classes)) == 6
+    picture(classes / "grid.png")
+    with pytest.raises(ValueError, match=r"class subfolders such as cat: grid\.png, for one\. Move"):
+        load(classes)
+
+
+@pytest.mark.parametrize("name", [
+    "./pictures", "/nowhere/pictures", "~/pictures", "pictures.npy", "a/b/c", "some name", "../x", "owner/set.PNG",
+    "train-labels-idx1-ubyte", "here/pictures", "-x", "pictures/", "",
+])  # fmt: skip
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"is no folder here, and no dataset|must be the name"):
+        load(name)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["mnist", "owner/some_set-v1.5"])
+def test_names_of_the_hub_are_asked_for(monkeypatch, name):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(asked, split):
+        raise ConnectionError(f"{asked} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=f"ConnectionError: {name} train"):
+        load(name)
 
 
 @pytest.mark.parametrize(("labels", "names", "numbers"), [
@@ -115,27 +175,82 @@ def test_spoilt_idx_files_are_refused(tmp_path, spoil):
         load(tmp_path)
 
 
-def test_a_saved_dataset(tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """A saved dataset of pictures with some labels out of three classes, whose names are not sorted."""
     datasets = pytest.importorskip("datasets")
-    rows = {"image": [str(picture(tmp_path / f"{n}.png")) for n in range(4)], "label": [0, 1, 1, 0]}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"]))
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
-    images = load(tmp_path / "saved")
-    assert images.class_names == ("no", "yes")
+
+    def save(labels):
+        rows = {"image": [str(picture(tmp_path / f"{n}.png")) for n in range(len(labels))], "label": labels}
+        kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["yes", "no", "rare"]))
+        datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return save
+
+
+def test_a_saved_dataset_keeps_its_class_numbers_and_names(saved):
+    images = load(saved([0, 1, 1, 0]))
+    assert images.class_names == ("yes", "no", "rare")
     assert images.labels.tolist() == [0, 1, 1, 0]
 
 
-def test_transparency_is_laid_on_white_and_sixteen_bits_become_eight(tmp_path):
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_item_of_a_dataset_without_a_label_is_bad(saved, label):
+    path = saved([2, label, 1])
+    with pytest.raises(ValueError, match=rf"saved\[1\]: has label {label}, none of its 3.*--on-bad-data skip"):
+        load(path)
+    assert load(path, on_bad_data="skip").labels.tolist() == [2, 1]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
     clear = np.zeros((8, 8, 4), np.uint8)
     clear[:, :4] = (10, 20, 30, 255)
     Image.fromarray(clear, "RGBA").save(tmp_path / "a.png")
     images = load(tmp_path).images
     assert images[0, :, 0, 0].tolist() == [10, 20, 30]
     assert images[0, :, 0, 7].tolist() == [255, 255, 255]
-    deep = tmp_path / "deep"
-    deep.mkdir()
-    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(deep / "a.png")
-    assert load(deep).images.unique().tolist() == [128]
+
+
+def encoded(array, kind):
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+@pytest.mark.parametrize("value", [0, 200, 1000, 32768, 65535])
+def test_sixteen_bits_become_eight_whatever_the_brightest_pixel_is(kind, value):
+    """A dark image stays dark: 200 of 65,535 is 1 of 255."""
+    image = open_image(encoded(np.full((8, 8), value, np.uint16), kind))
+    assert image.mode == "L"
+    assert np.unique(np.asarray(image)).tolist() == [round(value / 257)]
+
+
+def test_floats_are_taken_from_0_to_1_and_nothing_else():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert np.array_equal(np.asarray(open_image(encoded(values, "tiff"))), np.round(values * 255.0))
+    for bad in (values * 255, values - 0.5, values * np.nan):
+        with pytest.raises(ValueError, match=r"holds floats from .* expected \[0, 1\]"):
+            open_image(encoded(bad.astype(np.float32), "tiff"))
+    with pytest.raises(ValueError, match="32-bit integers"):
+        open_image(encoded(np.full((8, 8), 7, np.int32), "tiff"))
+
+
+def test_some_images_are_always_the_same_and_of_every_class():
+    images = ImageSet(torch.zeros(100, 1, 2, 2), torch.arange(100) // 50, ("a", "b"), 2)
+    few = images.some(20)
+    assert torch.equal(few, images.some(20))
+    assert len(few.unique()) == 20
+    assert 4 < images.labels[few].sum() < 16
+    assert torch.equal(images.some(100), torch.arange(100)), "all of them in order"
+
+
+def test_the_spread_of_the_data_is_measured_over_all_classes():
+    """Sorted by class, the first 10,000 images are all of one grey."""
+    pixels = torch.cat([torch.full((10_000, 1, 1, 1), -0.5), torch.full((10_000, 1, 1, 1), 0.5)])
+    images = ImageSet(pixels, torch.arange(20_000) // 10_000, ("a", "b"), 1)
+    assert train_teacher.describe(train_teacher.Config(), images)["sigma_data"] == 0.5
 
 
 def test_colours_follow_the_first_image_or_the_option(tmp_path):

@@ -142,7 +142,8 @@ def test_sigterm_saves_first_and_the_rest_follows(tmp_path, teacher, ranks):
     run.start()
     assert run.until(lambda: run.newest() >= SAVE_EVERY)
     os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.process.wait(timeout=60) != 0
+    code = run.process.wait(timeout=60)
+    assert code == 143 if ranks == 1 else code != 0  # torchrun has codes of its own
     newest = run.newest()
     run.start()
     run.finish()

@@ -1,17 +1,19 @@
 """Teachers from anywhere, and networks that are built again from what is saved beside them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import train_dmd
 import train_teacher
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import UNet, build_network, load_teacher, probe_bottleneck
 from safetensors.torch import load_file
 
-from score import VariancePreserving
+from score import Karras, VariancePreserving
 
 OWN = """
 import torch
@@ -122,10 +124,17 @@ def test_sides_that_do_not_halve_are_refused():
         UNet((1, 10, 10), channels=(8, 16))
 
 
-def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
+@pytest.fixture(params=["no", "bf16"])
+def precision(request):
+    AcceleratorState._reset_state(True)  # a process knows one
+    yield request.param
+    AcceleratorState._reset_state(True)
+
+
+def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
     data = tmp_path / "data.npz"
     np.savez(data, images=np.arange(7680, dtype=np.uint8).reshape(30, 1, 16, 16), labels=np.arange(30) % 3)
-    common = {"data": str(data), "steps": 2, "batch_size": 8}
+    common = {"data": str(data), "steps": 2, "batch_size": 8, "precision": precision}
     teacher = train_teacher.main(
         train_teacher.Config(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
     )
@@ -134,7 +143,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
     assert loaded.facts["sigma_data"] > 0
     student = train_dmd.main(train_dmd.Config(
         **common, out=tmp_path / "student", teacher=str(teacher), warmup_steps=1, num_pairs=6,
-        gradient_checkpointing=True,
+        gradient_checkpointing=precision == "no",
     ))  # fmt: skip
     assert load_teacher(str(student)).times == pytest.approx((20.0,))
 
@@ -142,3 +151,65 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path):
 def test_networks_that_cannot_recompute_say_so(tmp_path):
     with pytest.raises(ValueError, match="--gradient-checkpointing: a KarrasPreconditioning cannot"):
         train_teacher.main(train_teacher.Config(out=tmp_path / "run", steps=2, gradient_checkpointing=True))
+
+
+def diffusers_folder(folder, **changes):
+    settings = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1, **changes,
+    }  # fmt: skip
+    UNet2DModel(**settings).save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+def test_guidance_needs_a_class_that_means_none(tmp_path):
+    """Nothing in a diffusers folder says that its last class is one: guiding by it would pass unseen."""
+    labelled = load_teacher(str(diffusers_folder(tmp_path / "labelled", num_class_embeds=10)))
+    assert labelled.num_classes == 10
+    assert labelled.guided(1.0) is labelled.denoiser
+    for teacher in (labelled, load_teacher(str(diffusers_folder(tmp_path / "plain")))):
+        with pytest.raises(ValueError, match=r"--guidance must be 1 here.*not trained without labels; got 2"):
+            teacher.guided(2.0)
+    with pytest.raises(ValueError, match="'timestep'; expected class numbers"):
+        load_teacher(str(diffusers_folder(tmp_path / "odd", class_embed_type="timestep")))
+
+
+@pytest.mark.parametrize(("dropout", "guidable"), [(0.1, True), (0.0, False)])
+def test_a_teacher_that_never_went_without_labels_is_not_guided(tmp_path, dropout, guidable):
+    config = train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1, label_dropout=dropout)
+    teacher = load_teacher(str(train_teacher.main(config)))
+    assert teacher.null_class is guidable
+    if guidable:
+        null, labels = torch.full((3,), 10), torch.arange(3)
+        x_t, t = torch.randn(3, 1, 8, 8), torch.full((3,), 2.0)
+        asked, without = (teacher.denoiser(x_t, t, teacher.cond(which)) for which in (labels, null))
+        guided = teacher.guided(3.0)(x_t, t, teacher.cond(labels))
+        torch.testing.assert_close(guided, without + 3 * (asked - without))
+    else:
+        with pytest.raises(ValueError, match="--guidance must be 1 here"):
+            teacher.guided(3.0)
+
+
+def test_the_folder_of_a_run_is_told_from_its_result(tmp_path):
+    train_teacher.main(train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1))
+    with pytest.raises(ValueError, match=r"is the folder of a run; its result is .*teacher\. Pass that"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_teacher_is_more_than_its_weights(tmp_path):
+    """A resumed run must not meet another schedule, kind, or null class under the same weights."""
+    config = train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1)
+    folder = train_teacher.main(config)
+    teacher = load_teacher(str(folder))
+    assert load_teacher(str(folder)).identity() == teacher.identity()
+    others = [
+        replace(teacher, denoiser=replace(teacher.denoiser, schedule=Karras(0.02, 5.0))),
+        replace(teacher, denoiser=replace(teacher.denoiser, kind="v")),
+        replace(teacher, denoiser=replace(teacher.denoiser, time_scale=0.5)),
+        replace(teacher, null_class=False),
+    ]
+    assert len({other.identity() for other in [teacher, *others]}) == 5
+    teacher.denoiser.network.network.enter.bias.data[0] += 1
+    assert teacher.identity() != load_teacher(str(folder)).identity()

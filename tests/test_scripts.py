@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -18,9 +19,11 @@ from images import DataOptions, load_images
 from networks import load_teacher
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.student import Student, save_student
 from score import checkpoint
+from score.network import ResidualMLP
 from score.storage import save_denoiser
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
@@ -120,19 +123,50 @@ def test_a_finished_run_is_found_finished(tmp_path, capsys):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("script", [train_teacher, train_dmd])
-def test_dry_run_prints_config_and_bytes_and_writes_nothing(tmp_path, teacher, capsys, script):
+def test_dry_run_prints_config_parameters_bytes_and_steps_and_writes_nothing(tmp_path, teacher, capsys):
     out = tmp_path / "run"
-    config = (
-        teacher_config(out, dry_run=True)
-        if script is train_teacher
-        else student_config(out, teacher, dry_run=True)
-    )
-    script.main(config)
+    train_dmd.main(student_config(out, teacher, dry_run=True, student_every=2))
     printed = capsys.readouterr().out
     assert '"batch_size": 16' in printed
-    assert "bytes of weights" in printed
+    number = sum(p.numel() for p in load_teacher(str(teacher)).denoiser.network.parameters())
+    assert f"\nteacher: {number:,} parameters, {4 * number:,} bytes of weights\n" in printed
+    assert f"\nits average: {number:,} parameters, {4 * number:,} bytes of weights\n" in printed
+    state = f"{12 * number:,} bytes of gradients and optimiser state"
+    assert f"\nstudent: {number:,} parameters, {4 * number:,} bytes of weights, {state}\n" in printed
+    assert "\nfake: " in printed
+    assert "6 iterations, 96 images on 1 process(es); updates: 3 of the student, 6 of the fake" in printed
+    assert "20 teacher pairs of 50 network calls each, 2 warm-up updates of the student" in printed
     assert not out.exists()
+
+
+def test_dry_run_of_a_teacher_writes_nothing(tmp_path, capsys):
+    train_teacher.main(teacher_config(tmp_path / "run", dry_run=True, accumulate=3))
+    assert "6 iterations, 288 images on 1 process(es); updates: 6 of the teacher" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spoil", ["delete", "file"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_folder_that_goes_away_does_not_stop_the_run(tmp_path, monkeypatch, capsys, spoil):
+    """Someone tidies up TensorBoard's folder, or its place is taken; long enough for the writer to see."""
+    logs, made, preview = tmp_path / "run" / "logs", [], train_teacher.preview
+
+    def tidy(teacher):
+        if not made:
+            shutil.rmtree(logs)
+            if spoil == "file":
+                logs.write_text("in the way")
+        made.append(preview(teacher))
+        return made[-1]
+
+    monkeypatch.setattr(train_teacher, "preview", tidy)
+    train_teacher.main(teacher_config(tmp_path / "run", steps=12, log_every=1))
+    assert len(made) == 4
+    assert load_teacher(str(tmp_path / "run" / "teacher")).shape == (1, 8, 8)
+    if spoil == "delete":
+        events = EventAccumulator(str(logs)).Reload()
+        assert events.Scalars("teacher/loss")[-1].step == 12, "the rest is logged anew"
+    assert "the run goes on" in capsys.readouterr().err
 
 
 def npz(path, images, labels):
@@ -174,7 +208,7 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_dmd", ["--teacher", "{sick}"], ["nan or inf"]),
     ("train_dmd", ["--guidance", "nan"], ["--guidance", "finite"]),
     ("train_dmd", ["--gan-weight", "-1"], ["--gan-weight", "at least 0"]),
-    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "above 0"]),
+    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "(0, 1]"]),
     ("train_dmd", ["--warmup-steps", "-5"], ["--warmup-steps", "at least 0"]),
     ("train_dmd", ["--ema-decay", "1.5", "--dry-run"], ["--ema-decay", "[0, 1)"]),
     ("train_dmd", ["--steps", "4", "--student-every", "5"], ["before the student's first update"]),
@@ -356,3 +390,52 @@ def test_checkpoints_are_kept_where_resume_looks(tmp_path, teacher):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000000003", "step-000000006"]
     assert checkpoint.MANIFEST in {path.name for path in (tmp_path / "checkpoints" / names[0]).iterdir()}
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_names_and_the_gradients_of_the_eager_one(tmp_path):
+    """Names of weights stay, so that either kind of run loads the checkpoints of the other."""
+    config, gradients = teacher_config(tmp_path, compile=True), {}
+    accelerator = fitting.start(config)
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        network = ResidualMLP((1, 8, 8), 10, width=32, depth=2)
+        network.leave[-1].weight.data.normal_(0, 0.1)
+        if compile_it:
+            network = fitting.prepare(network, config, accelerator)
+        torch.manual_seed(1)
+        network(torch.randn(16, 1, 8, 8), torch.rand(16), torch.arange(16) % 10).square().mean().backward()
+        gradients[compile_it] = {name: p.grad for name, p in network.named_parameters()}
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, expected in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_distillation_with_a_critic_runs(tmp_path, teacher):
+    """Compiled code calls no hooks, and the critic listens by one: the fake score stays eager."""
+    folder = train_dmd.main(student_config(tmp_path, teacher, compile=True, steps=2, student_every=1))
+    assert load_teacher(str(folder)).times
+
+
+def test_deterministic_asks_for_deterministic_kernels_before_training(tmp_path, monkeypatch):
+    asked, preview = [], train_teacher.preview
+
+    def look(teacher):
+        asked.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return preview(teacher)
+
+    monkeypatch.setattr(train_teacher, "preview", look)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        train_teacher.main(teacher_config(tmp_path, deterministic=True))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [(True, False)] * 2
+
+
+def test_an_optimiser_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"adamw8bit needs a GPU and: pip install bitsandbytes"):
+        train_teacher.main(teacher_config(tmp_path / "run", optimizer="adamw8bit"))
+    assert not (tmp_path / "run").exists()

@@ -1,13 +1,104 @@
-"""Images that come as arrays: npz files and the idx files of the MNIST family."""
+"""One file as arrays: pictures of every mode, npz files, and the idx files of the MNIST family."""
 
 import gzip
+import io
 import math
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MOST_CLASSES = 1000
+"""That a set may number whatever its size: samples of one class of ImageNet's are a set of their own."""
+
+
+def open_image(source: Any) -> Image.Image:
+    """A path or bytes as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8.
+
+    Raises ``ValueError`` for floats outside [0, 1] and for 32-bit integers, whose white nobody knows.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        kind, image = file.format, ImageOps.exif_transpose(file)
+        image.load()
+    # The scale comes from the file's type: one taken from its pixels would brighten the dark images of a set.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        return _in_bytes(np.asarray(image) / 65535)
+    if image.mode == "F":
+        return _in_bytes(np.asarray(image, dtype=np.float64))
+    if image.mode.startswith("I"):
+        raise ValueError(f"holds 32-bit integers (mode {image.mode}); expected 8 or 16 bits, or floats in [0, 1].")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _in_bytes(values: np.ndarray) -> Image.Image:
+    # nan compares as false.
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"holds floats from {values.min():g} to {values.max():g}; expected [0, 1].")
+    return Image.fromarray(np.round(values * 255).astype(np.uint8), "L")
+
+
+def stored_size(resolution: int, crop: str) -> int:
+    """Side to keep in memory: an eighth more than the resolution where crops are random."""
+    return resolution if crop == "center" else math.ceil(resolution * 9 / 8)
+
+
+def square(image: Image.Image, size: int, resolution: int) -> np.ndarray:
+    """The central square, resized to ``size``. Raises ``ValueError`` below half the resolution."""
+    if min(image.size) * 2 < resolution:
+        raise ValueError(f"is {image.width} x {image.height}, smaller than half of --resolution {resolution}.")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Resizing with box= would let the filter see beyond the square.
+    cut = image.crop((left, top, left + side, top + side))
+    return np.asarray(cut if side == size else cut.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Square images (n, c, h, h), bytes or floats in [-1, 1], at another size."""
+    large = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    if images.dtype == torch.uint8:
+        return large.round().clamp(0, 255).to(torch.uint8)
+    return large.clamp(-1, 1)
+
+
+def check_class_numbers(smallest: int, largest: int, num_images: int) -> None:
+    """Raise ``ValueError`` for class numbers below 0, or larger than any of ``num_images`` would need."""
+    if smallest < 0 or largest >= max(num_images, MOST_CLASSES):
+        raise ValueError(
+            f"labels must be class numbers from 0, fewer than there are images or {MOST_CLASSES:,}; got numbers "
+            f"from {smallest} to {largest} of {num_images:,} images."
+        )
+
+
+def number_classes(labels: list[Any], known: tuple[str, ...] | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """Class numbers and names: numbers stay, ``known`` are their names; names are numbered in order.
+
+    Raises ``ValueError`` for a mixture of both, and for numbers below 0 or far above the number of images.
+    """
+    if known:
+        return torch.tensor(labels), known
+    if all(label is None for label in labels):
+        return torch.zeros(len(labels), dtype=torch.long), ("image",)
+    if all(type(label) is int for label in labels):
+        check_class_numbers(min(labels), max(labels), len(labels))
+        return torch.tensor(labels), tuple(str(number) for number in range(max(labels) + 1))
+    if all(isinstance(label, str) for label in labels):
+        names = sorted(set(labels))
+        return torch.tensor([names.index(label) for label in labels]), tuple(names)
+    odd = next(label for label in labels if not isinstance(label, str))
+    raise ValueError(f"labels must be all class numbers from 0, or all names; got {odd!r} beside {labels[0]!r}.")
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -30,11 +121,12 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: expected images (n, c, h, w) with 1 or 3 channels and labels (n,); got {images.shape} and "
             f"{labels.shape}."
         )
-    wanted = "labels must be class numbers from 0, fewer than there are images"
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {wanted}; got {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= max(len(images), 10):
-        raise ValueError(f"{path}: {wanted}; got numbers from {labels.min()} to {labels.max()}.")
+        raise ValueError(f"{path}: labels must be class numbers from 0; got {labels.dtype}.")
+    try:
+        check_class_numbers(int(labels.min()), int(labels.max()), len(images))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return check_values(images, str(path)), labels.astype(np.int64)
 
 

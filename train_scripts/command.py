@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -39,11 +39,13 @@ class RunOptions:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
     compile: bool = False
-    """Compile the networks with torch.compile: minutes at the start, faster steps."""
+    """Compile the networks with torch.compile: minutes at the start, faster steps. Not one with a critic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory. UNets only."""
     deterministic: bool = False
     """Deterministic kernels on a GPU, so that a resumed run is equal bit by bit. A CPU run always is."""
+    clip_norm: float = 10.0
+    """Largest norm of a network's gradient; a larger one is scaled down."""
     seed: int = 0
     """Of every random draw."""
     log_every: int = 50
@@ -58,15 +60,25 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
     """Parse the command line into a config and call ``main``.
 
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
-    stopped because it was not finite exits with 1. Of several ranks the first one speaks.
+    stopped because it was not finite exits with 1.
     """
     config = tyro.cli(config_type, description=description)
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        fail(str(error), 1 if isinstance(error, FloatingPointError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say why and exit. Every rank speaks, since only one of several machines may lack a file."""
+    rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+    print(f"error{rank}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def is_first_rank() -> bool:
@@ -99,17 +111,30 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def show_plan(config: Any, roles: Mapping[str, nn.Module]) -> None:
-    """Print the resolved config and the bytes each role will hold: what ``--dry-run`` shows."""
+def show_plan(
+    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = ""
+) -> None:
+    """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
+
+    ``updates`` says how many optimiser steps each trained role takes, ``before`` what happens before the first.
+    """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
+    # Beside each gradient AdamW keeps two moments.
+    state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
     for role, network in roles.items():
+        number = sum(p.numel() for p in network.parameters())
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        # AdamW keeps two float32 moments beside each gradient.
-        state = f", {trained * 12:,} bytes of gradients and optimiser state" if trained else ""
-        print(f"{role}: {weights:,} bytes of weights{state}")
+        state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
+        print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
+    if before:
+        print(f"before the first step: {before}")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    images = config.steps * config.batch_size * config.accumulate * ranks
+    steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
+    print(f"steps: {config.steps:,} iterations, {images:,} images on {ranks} process(es); updates: {steps}")
 
 
 def check_out(out: Path) -> None:
@@ -127,11 +152,12 @@ def check_out(out: Path) -> None:
 
 
 def check_numbers(
-    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = ()
-) -> None:
+    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = (),
+    rates: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Raise ``ValueError``, naming the flag, for a number that is not finite or out of its range.
 
-    ``shares`` lie in [0, 1); a seed, if there is one, fits into 63 bits.
+    ``shares`` lie in [0, 1), learning ``rates`` in (0, 1]; a seed, if there is one, fits into 63 bits.
     """
     for name, value in vars(config).items():
         flag = f"--{name.replace('_', '-')}"
@@ -141,6 +167,8 @@ def check_numbers(
             raise ValueError(f"{flag} must be above 0; got {value}.")
         if name in not_negative and not value >= 0:
             raise ValueError(f"{flag} must be at least 0; got {value}.")
+        if name in rates and not 0 < value <= 1:
+            raise ValueError(f"{flag} must lie in (0, 1]; got {value}.")
         if name in shares and not 0 <= value < 1:
             raise ValueError(f"{flag} must lie in [0, 1); got {value}.")
         if name == "seed" and not 0 <= value < 2**63:
@@ -149,7 +177,7 @@ def check_numbers(
 
 def check_run(config: RunOptions) -> None:
     """Raise ``ValueError`` for run options that cannot work, before anything is written."""
-    check_numbers(config, positive=("steps", "batch_size", "accumulate", "log_every", "save_every"))
+    check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
     check_out(config.out)
     if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from command import check_numbers, run
-from features import Classifier, inception, load_classifier
+from command import check_numbers, check_out, run
+from features import Classifier, check_counts, check_device, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class Config:
     features: Path
     """Folder of train_features.py, or the weights file of InceptionV3."""
     num_images: int | None = None
-    """Images of each set, the first ones; None: all."""
+    """Images of each set, drawn at random but always the same; None: all."""
     batch_size: int = 500
     """Images at a time."""
     out: Path | None = None
@@ -41,35 +41,69 @@ class Config:
     """Where to compute the features."""
 
 
+Network = Callable[[Tensor], Tensor]
+
+
 def main(config: Config) -> Path | None:
     """Measure, print and write the figures."""
-    check_numbers(config, positive=("batch_size",))
-    classifier = load_classifier(config.features) if config.features.is_dir() else None
-    network = classifier.to(config.device).features if classifier else inception(config.features)
-    generated, reference = (load(name, classifier, config) for name in (config.generated, config.reference))
-    figures = measure(network, classifier, generated, reference, config)
-    print(json.dumps(figures, indent=2))
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(figures, indent=2))
-    return config.out
-
-
-def load(name: str, classifier: Classifier | None, config: Config) -> ImageSet:
-    """A set of images as the feature network wants them."""
+    check(config)
+    network, classifier = load_features(config.features, config.device)
     facts = classifier.facts if classifier else None
     channels: Literal["auto", "grey", "rgb"] = "auto"
     if facts:
         channels = "grey" if facts.channels == 1 else "rgb"
-    options = DataOptions(data=name, resolution=facts.resolution if facts else None, channels=channels)
-    images = load_images(options)
-    if config.num_images is not None and len(images) < config.num_images:
-        raise ValueError(f"--num-images {config.num_images}, but {name} holds {len(images)}.")
+    reference = load(config.reference, facts.resolution if facts else None, channels, config)
+    # InceptionV3 takes any size, but between two sizes it would measure how sharp the sets are.
+    generated = load(config.generated, reference.resolution, channels, config)
+    figures = measure(network, classifier, generated, reference, config)
+    print(json.dumps(figures, indent=2))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = config.out.with_name(f".writing-{config.out.name}")
+        temporary.write_text(json.dumps(figures, indent=2))
+        temporary.replace(config.out)
+        print(f"figures in {config.out}")
+    return config.out
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that cannot work, before anything is read or computed."""
+    check_numbers(config, positive=("batch_size",))
+    check_counts(config, "num_images", "batch_size")
+    if config.num_images is not None and config.num_images < 2:
+        raise ValueError(f"--num-images must be at least 2, for a spread; got {config.num_images}.")
+    check_device(config.device)
+    if config.out is not None:
+        check_out(config.out.parent)
+        if config.out.is_dir():
+            raise ValueError(f"--out {config.out} is a folder; expected a file to write. Choose another --out.")
+
+
+def load_features(features: Path, device: str) -> tuple[Network, Classifier | None]:
+    """A feature network, and the classifier it is part of, if any. Raises ``ValueError`` if there is neither."""
+    if features.is_dir():
+        classifier = load_classifier(features).to(device)
+        return classifier.features, classifier
+    if not features.is_file():
+        raise ValueError(
+            f"--features {features} is not there; expected a folder of train_features.py, or torch-fidelity's "
+            f"file of InceptionV3 weights, weights-inception-2015-12-05."
+        )
+    return inception(features, device), None
+
+
+def load(name: str, resolution: int | None, channels: Literal["auto", "grey", "rgb"], config: Config) -> ImageSet:
+    """A set of images as the feature network wants them. Raises ``ValueError`` for too few."""
+    images = load_images(DataOptions(data=name, resolution=resolution, channels=channels))
+    if len(images) < (config.num_images or 2):
+        raise ValueError(
+            f"--num-images {config.num_images or 2} or more are needed, but {name} holds {len(images)}."
+        )
     return images
 
 
 def measure(
-    network: Callable[[Tensor], Tensor], classifier: Classifier | None, generated: ImageSet, reference: ImageSet,
+    network: Network, classifier: Classifier | None, generated: ImageSet, reference: ImageSet,
     config: Config,
 ) -> dict[str, float | int | str]:  # fmt: skip
     """The figures of one comparison."""
@@ -85,17 +119,54 @@ def measure(
         figures |= {"floor_frechet_distance": frechet_distance(a, b), "floor_kid": kernel_distance(a, b)}
         figures["floor_num"] = half
     if classifier is not None and generated.num_classes > 1:
-        figures["accuracy"] = agreement(
-            classifier.logits(made.to(config.device)).cpu(), generated.labels[: len(made)]
-        )
+        figures |= accuracy(classifier, made, generated, config)
     return figures
 
 
-def features_of(network: Callable[[Tensor], Tensor], images: ImageSet, config: Config) -> Tensor:
-    """Features of the first ``--num-images`` images, on the CPU."""
-    chosen = torch.arange(config.num_images or len(images))
+def accuracy(classifier: Classifier, made: Tensor, generated: ImageSet, config: Config) -> dict[str, float | str]:
+    """Share of images that the classifier takes for what they are meant to be, or why that cannot be said."""
+    facts = classifier.facts
+    numbers = class_numbers(generated.class_names, facts.class_names or numbered(facts.num_classes))
+    if numbers is None:
+        return {
+            "accuracy_left_out": f"the classes of --generated, {shown(generated.class_names)}, are not those of "
+            f"--features, {shown(facts.class_names or numbered(facts.num_classes))}"
+        }
+    labels = numbers[generated.labels[chosen(generated, config)]]
+    return {"accuracy": agreement(classifier.logits(made.to(config.device)).cpu(), labels)}
+
+
+def class_numbers(names: tuple[str, ...], known: tuple[str, ...]) -> Tensor | None:
+    """For each class of a set its number in a classifier: by name if all are known, or else as it is numbered.
+
+    None where neither can be: a set whose classes have other names, or numbers that the classifier does not have.
+    """
+    if set(names) <= set(known):
+        return torch.tensor([known.index(name) for name in names])
+    if names == numbered(len(names)) and len(names) <= len(known):
+        return torch.arange(len(names))
+    return None
+
+
+def numbered(num_classes: int) -> tuple[str, ...]:
+    """The names of classes that have none."""
+    return tuple(str(number) for number in range(num_classes))
+
+
+def shown(names: tuple[str, ...]) -> str:
+    """A few names, for a message."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def chosen(images: ImageSet, config: Config) -> Tensor:
+    """Numbers of the images that are measured."""
+    return images.some(config.num_images or len(images))
+
+
+def features_of(network: Network, images: ImageSet, config: Config) -> Tensor:
+    """Features of the chosen images, on the CPU."""
     parts = []
-    for part in chosen.split(config.batch_size):
+    for part in chosen(images, config).split(config.batch_size):
         batch = images.batch(part, torch.Generator(), config.device)
         parts.append(extract_features(network, batch.images).cpu())
     return torch.cat(parts)

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from images import ImageSet
@@ -29,6 +30,7 @@ class Facts:
         num_classes: that it tells apart.
         num_features: width of the feature space.
         accuracy: on the images it was not trained on.
+        class_names: in the order of their numbers; empty in folders of earlier versions.
     """
 
     channels: int
@@ -36,6 +38,7 @@ class Facts:
     num_classes: int
     num_features: int = 128
     accuracy: float = float("nan")
+    class_names: tuple[str, ...] = ()
 
 
 class Classifier(nn.Module):
@@ -73,7 +76,7 @@ def train_classifier(
     held_out, used = order.tensor_split([max(1, len(data) // 10)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        facts = Facts(data.shape[0], data.resolution, data.num_classes)
+        facts = Facts(data.shape[0], data.resolution, data.num_classes, class_names=data.class_names)
         network = Classifier(facts).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
         decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -91,7 +94,7 @@ def train_classifier(
     for part in held_out.split(512):
         batch = data.batch(part, torch.Generator().manual_seed(seed), device)
         right.append(network(batch.images).argmax(1) == batch.labels)
-    network.facts = Facts(**{**asdict(facts), "accuracy": float(torch.cat(right).double().mean())})
+    network.facts = replace(facts, accuracy=float(torch.cat(right).double().mean()))
     return network
 
 
@@ -118,27 +121,55 @@ def load_classifier(folder: Path) -> Classifier:
         description = json.loads((folder / "features.json").read_text())
         if description.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        network = Classifier(Facts(**description))
+        names = tuple(description.pop("class_names", ()))
+        facts = Facts(**description, class_names=names)
+        if not all(isinstance(name, str) for name in names) or len(names) not in (0, facts.num_classes):
+            raise ValueError(f"class_names must be the names of its {facts.num_classes} classes; got {names}")
+        network = Classifier(facts)
         load_model(network, str(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no classifier of train_features.py: {error}") from error
     return network.eval().requires_grad_(False)
 
 
-def inception(weights: Path) -> Callable[[Tensor], Tensor]:
+def check_counts(config: Any, *names: str) -> None:
+    """Raise ``ValueError``, naming the flag, for a number of things that no machine can count to."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value >= 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} must be below 2^31; got {value}. Pass a smaller one.")
+
+
+def check_device(name: str) -> None:
+    """Raise ``ValueError`` for a ``--device`` that torch does not know or that is not there."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here: {reason}. Pass cpu, or cuda with a GPU."
+        ) from error
+
+
+def inception(weights: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """InceptionV3 as FID uses it, 2,048 features of RGB images in [-1, 1], from torch-fidelity's weights file.
 
-    Raises ``ValueError`` where torch-fidelity or the file is missing.
+    Raises ``ValueError`` where torch-fidelity or the file is missing, or the file holds anything else.
     """
-    if not weights.is_file():
-        raise ValueError(
-            f"no InceptionV3 weights at {weights}; torch-fidelity's weights-inception-2015-12-05 is meant."
-        )
     try:
+        # Tensors alone, first: torch-fidelity itself would run any code that a pickle holds.
+        held = torch.load(weights, map_location="cpu", weights_only=True)
+        if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+            raise TypeError("no state dict of tensors")
         from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
     except ImportError as error:
         raise ValueError("InceptionV3 features need: pip install torch-fidelity") from error
-    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    except Exception as error:  # unpickling junk raises whatever its bytes happen to mean
+        raise ValueError(
+            f"{weights} is no file of InceptionV3 weights, torch-fidelity's weights-inception-2015-12-05: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
     def features(images: Tensor) -> Tensor:
         large = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

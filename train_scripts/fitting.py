@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from command import RunOptions, resolved
 from monitoring import Watch, forget_best
 from torch import Tensor, nn
@@ -20,20 +22,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from distill.adversarial import Critic
 from score import checkpoint
 from score.randomness import Rng
+from score.ranks import check_launch, check_same
 from score.training import Phase, Report, train
 
 T = TypeVar("T")
 
 
 def start(config: RunOptions) -> Accelerator:
-    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet."""
+    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
+
+    Raises ``ValueError`` for a launch that cannot work; see :func:`score.ranks.check_launch`.
+    """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    return Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out))
+    # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(
+        mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
+        kwargs_handlers=[patience],
+    )  # fmt: skip
+    check_launch(accelerator)
+    return accelerator
 
 
 def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
@@ -46,7 +60,8 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
         if not able:
             raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
         able[0].enable_gradient_checkpointing()
-    if config.compile:
+    listens = any(isinstance(part, Critic) for part in network.modules())
+    if config.compile and not listens:  # a critic listens by a hook, which compiled code does not call
         network.compile()  # in place: names of weights stay as they are
     prepared: nn.Module = accelerator.prepare(network)
     return prepared
@@ -57,14 +72,39 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
-    # What an earlier run logged beyond its last checkpoint is drawn again. Curves are worth less than the run.
-    with suppress(OSError):
+    open_log(accelerator, first)
+
+
+def open_log(accelerator: Accelerator, first: int) -> None:
+    """Open the TensorBoard log; what an earlier run logged beyond step ``first`` is drawn again."""
+    accelerator.trackers = []
+    try:
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first + 1}})
+    except OSError as error:
+        accelerator.trackers = []
+        tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
+
+
+def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], images: Tensor | None = None) -> None:
+    """Write scalars, and images (n, c, h, w) in [0, 1] as "samples". Curves are worth less than the run.
+
+    If the log is gone, since someone deleted its folder, another is opened.
+    """
+    try:
+        accelerator.log(dict(scalars), step=step)
+        if images is not None and accelerator.is_main_process:
+            for tracker in accelerator.trackers:
+                tracker.log_images({"samples": images.cpu().numpy()}, step=step, dataformats="NCHW")
+    except OSError as error:
+        tqdm.write(f"TensorBoard's log is lost at step {step}, the run goes on: {error}", file=sys.stderr)
+        open_log(accelerator, step)
 
 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
     """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step."""
     first = checkpoint.load(config.out / "checkpoints", phases, own)
+    fix = "Let --out be a folder that all machines share."
+    check_same("the step to resume from", first, fix, accelerator)
     if accelerator.is_main_process:
         if first:
             print(f"resumed from step {first}")
@@ -81,39 +121,48 @@ def fit(
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns.
-
-    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers
+    announce the end, saves a checkpoint first and then exits with 143.
     """
     reports = train(
-        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
         accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
+    stop = False
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
-            stop = asked_to_stop()
-            if accelerator.is_main_process and (figures := watch(report.step)):
-                accelerator.log(figures, step=report.step)
-            if report.step % config.save_every == 0 or report.step == config.steps or stop:
-                if accelerator.is_main_process:
-                    checkpoint.save(config.out / "checkpoints", report.step, phases, own)
-                log_grid(accelerator, "samples", preview(), report.step, columns)
+            stop = asked_to_stop(report.step)
+            with accelerator.autocast():
+                figures = watch(report.step) if accelerator.is_main_process else {}
+            if figures:
+                log(accelerator, report.step, figures)
+            due = report.step % config.save_every == 0 or report.step == config.steps or stop
+            if due and accelerator.is_main_process:
+                checkpoint.save(config.out / "checkpoints", report.step, phases, own)
+                log(accelerator, report.step, {}, as_grid(preview(), columns))
             if stop:
-                accelerator.end_training()
-                sys.exit(143)
-    accelerator.end_training()
+                break
+    with suppress(OSError):
+        accelerator.end_training()
+    if stop:
+        sys.exit(143)
 
 
 @contextmanager
-def sigterm(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step."""
+def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
+    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step.
+
+    Several ranks ask each other in every tenth step only, since each time they wait for one another.
+    """
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
 
-    def answer() -> bool:
+    def answer(step: int) -> bool:
         if accelerator.num_processes == 1:
             return bool(asked)
-        return bool(accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"))
+        return step % 10 == 0 and bool(
+            accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum")
+        )
 
     try:
         yield answer
@@ -140,19 +189,16 @@ def follow(
         latest |= report.metrics
         if report.step % log_every == 0 or report.step == steps:
             values = Report(report.step, (), latest).read()
-            accelerator.log(values, step=report.step)
+            log(accelerator, report.step, values)
             bar.set_postfix(
                 {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
             )
         yield report
 
 
-def log_grid(accelerator: Accelerator, name: str, images: Tensor, step: int, columns: int = 10) -> None:
-    """Write images in [-1, 1] to TensorBoard as one grid."""
-    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)
-    tracker = accelerator.get_tracker("tensorboard")
-    if accelerator.is_main_process:
-        tracker.log_images({name: grid[None].cpu().numpy()}, step=step, dataformats="NCHW")
+def as_grid(images: Tensor, columns: int) -> Tensor:
+    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
+    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
 
 
 def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:

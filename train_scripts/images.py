@@ -5,9 +5,8 @@ million of 64 x 64 in colour 12 GB. What cannot be used is named with its path a
 left out.
 """
 
-import io
 import json
-import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,35 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from arrays import check_values, is_idx, read_idx, read_npz
+from arrays import (
+    check_values,
+    is_idx,
+    number_classes,
+    open_image,
+    read_idx,
+    read_npz,
+    resized,
+    square,
+    stored_size,
+)
 from digits import Labelled, load_digits
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 Item = tuple[str, Any, Any]
 """Name to complain with, something that opens as an image, and a class (number, name or None)."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+FILES = {*SUFFIXES, ".npz", ".npy", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zip", ".tar", ".tgz"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items one by one, and the names of their class numbers where the source has them."""
+
+    items: Iterable[Item]
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +51,8 @@ class DataOptions:
 
     data: str | None = None
     """Folder of images (class subfolders, metadata.jsonl with file_name and label, or neither), npz file with
-    images and labels, idx file or folder of them (MNIST family), Hugging Face dataset. None: the digits."""
+    images and labels, idx file or folder of them (MNIST family), Hugging Face dataset. None: the digits. Class
+    subfolders that are all numbers keep them, other names are numbered in alphabetical order."""
     resolution: int | None = None
     """Height and width to train at. None: that of the first image."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
@@ -42,7 +62,7 @@ class DataOptions:
     flip: bool = False
     """Mirror every image with probability one half."""
     on_bad_data: Literal["stop", "skip"] = "stop"
-    """What to do about images that are corrupt, or smaller than half the resolution."""
+    """What to do about images that are corrupt, smaller than half the resolution, or have no label (-1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +95,15 @@ class ImageSet:
     def num_classes(self) -> int:
         """Number of classes; 1 means unlabelled."""
         return len(self.class_names)
+
+    def some(self, most: int) -> Tensor:
+        """Numbers of all images in order, or, if there are more than ``most``, of that many, always the same.
+
+        The first ones would not do: sources are sorted by class.
+        """
+        if len(self) <= most:
+            return torch.arange(len(self))
+        return torch.randperm(len(self), generator=Generator().manual_seed(0))[:most]
 
     def batch(self, chosen: Tensor, generator: Generator, device: torch.device | str = "cpu") -> Labelled:
         """The chosen images, cropped, mirrored, in [-1, 1], and their labels."""
@@ -111,34 +140,65 @@ def load_images(options: DataOptions) -> ImageSet:
         return _from_arrays(*read_npz(path), options)
     if is_idx(path):
         return _from_arrays(*read_idx(path), options)
-    return _from_items(list(_items(path, options)), options)
+    return _from_items(_source(path, options), options)
 
 
 def check_options(options: DataOptions) -> None:
-    """Raise ``ValueError`` for a resolution that no image has."""
+    """Raise ``ValueError`` for a resolution that no image has, or no name at all."""
     if options.resolution is not None and not 1 <= options.resolution <= 4096:
         raise ValueError(f"--resolution must lie in [1, 4096]; got {options.resolution}.")
+    if options.data == "":
+        raise ValueError("--data must be the name of a folder, file or dataset; got an empty one.")
 
 
-def _items(path: Path, options: DataOptions) -> Iterable[Item]:
+def _source(path: Path, options: DataOptions) -> Source:
     if not path.exists():
+        check_hub_name(options.data or "")
         return _from_hub(options.data or "")
     if path.is_file():
         raise ValueError(f"--data {path} is a file but neither .npz nor idx; pass a folder of images for others.")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _from_hub(str(path))
     if (path / "metadata.jsonl").is_file():
-        return _from_metadata(path)
-    return _from_folder(path)
+        return Source(_from_metadata(path))
+    return Source(_from_folder(path))
+
+
+def check_hub_name(name: str) -> None:
+    """Raise ``ValueError`` for a path that is not there; asking the Hub for it would take half a minute."""
+    owner = Path(name).parent
+    file = Path(name).suffix.lower() in FILES or name.endswith("-ubyte")
+    if file or not HUB_NAME.fullmatch(name) or (owner != Path(".") and owner.exists()):
+        raise ValueError(
+            f"--data {name} is no folder here, and no dataset: those of the Hugging Face Hub are called name or "
+            f"owner/name, where owner is no folder here. Correct the path."
+        )
 
 
 def _from_folder(path: Path) -> Iterator[Item]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not _is_hidden(file.relative_to(path)) and file.is_file()
+    )
     if not files:
         raise ValueError(f"--data {path} holds no images ({', '.join(sorted(SUFFIXES))}), metadata.jsonl or idx.")
-    in_classes = all(len(file.relative_to(path).parts) > 1 for file in files)
+    stray = next((file for file in files if file.parent == path), None)
+    classes = {file.relative_to(path).parts[0] for file in files if file.parent != path}
+    if stray and classes:
+        raise ValueError(
+            f"--data {path} holds images beside class subfolders such as {min(classes)}: {stray.name}, for one. "
+            f"Move them into their classes, or elsewhere."
+        )
+    # As strings they would sort 0, 1, 10, 2; and a class that is not there would shift those behind it.
+    numbered = all(name.isascii() and name.isdigit() for name in classes)
     for file in files:
-        yield str(file), file, file.relative_to(path).parts[0] if in_classes else None
+        name = file.relative_to(path).parts[0]
+        yield str(file), file, (int(name) if numbered else name) if classes else None
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _from_metadata(path: Path) -> Iterator[Item]:
@@ -156,7 +216,7 @@ def _from_metadata(path: Path) -> Iterator[Item]:
             ) from error
 
 
-def _from_hub(name: str) -> Iterator[Item]:
+def _from_hub(name: str) -> Source:
     import datasets
 
     try:
@@ -171,21 +231,28 @@ def _from_hub(name: str) -> Iterator[Item]:
     if column is None:
         raise ValueError(f"--data {name} has no column of images; its columns are {list(data.features)}.")
     names = getattr(data.features.get("label"), "names", None)
-    data = data.cast_column(column, datasets.Image(decode=False))
-    for number, row in enumerate(data):
-        label = row.get("label")
-        source = row[column]["path"] if row[column]["bytes"] is None else row[column]["bytes"]
-        yield f"{name}[{number}]", source, names[label] if names and label is not None else label
+    rows = data.cast_column(column, datasets.Image(decode=False))
+    return Source(_from_rows(name, rows, column), names and tuple(names))
 
 
-def _from_items(items: list[Item], options: DataOptions) -> ImageSet:
+def _from_rows(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator[Item]:
+    for number, row in enumerate(rows):
+        picture = row[column] or {"bytes": b"", "path": None}
+        source = picture["path"] if picture["bytes"] is None else picture["bytes"]
+        yield f"{name}[{number}]", source, row.get("label")
+
+
+def _from_items(source: Source, options: DataOptions) -> ImageSet:
     images: list[np.ndarray] = []
     kept: list[Any] = []
     bad: list[str] = []
     size = mode = None
-    for name, source, label in tqdm(items, desc="images", disable=None, leave=False):
+    items = list(source.items)
+    for name, file, label in tqdm(items, desc="images", disable=None, leave=False):
         try:
-            image = open_image(source)
+            if source.class_names and not (label is not None and 0 <= label < len(source.class_names)):
+                raise ValueError(f"has label {label}, none of its {len(source.class_names)} classes.")
+            image = open_image(file)
             if size is None:
                 resolution = options.resolution or min(image.size)
                 size = stored_size(resolution, options.crop)
@@ -202,7 +269,7 @@ def _from_items(items: list[Item], options: DataOptions) -> ImageSet:
         print(f"left out {len(bad)} unusable images, the first: {bad[0]}")
     if not images:
         raise ValueError(f"no usable image among {len(items)} of --data {options.data}.")
-    labels, names = number_classes(kept)
+    labels, names = number_classes(kept, source.class_names)
     stack = np.stack(images)
     stack = stack[:, None] if stack.ndim == 3 else stack.transpose(0, 3, 1, 2)
     return ImageSet(torch.from_numpy(np.ascontiguousarray(stack)), labels, names, resolution, options.flip)
@@ -226,66 +293,6 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, options: DataOptions) -
     top, left = ((length - side) // 2 for length in stack.shape[2:])
     stack = stack[:, :, top : top + side, left : left + side]
     if (size := stored_size(resolution, options.crop)) != side:
-        stack = torch.cat([_resized(part, size) for part in stack.split(4096)])
+        stack = torch.cat([resized(part, size) for part in stack.split(4096)])
     names = tuple(str(number) for number in range(int(labels.max()) + 1))
     return ImageSet(stack, torch.from_numpy(labels), names, resolution, options.flip)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    large = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-    if images.dtype == torch.uint8:
-        return large.round().clamp(0, 255).to(torch.uint8)
-    return large.clamp(-1, 1)
-
-
-def open_image(source: Any) -> Image.Image:
-    """A path or bytes as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode == "F" and not np.isfinite(values).all():
-            raise ValueError("holds nan or inf.")
-        top = 255 if values.max(initial=0) <= 255 and image.mode != "I;16" else 65535
-        return Image.fromarray(np.round(values.clip(0, top) * (255 / top)).astype(np.uint8), "L")
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def stored_size(resolution: int, crop: str) -> int:
-    """Side to keep in memory: an eighth more than the resolution where crops are random."""
-    return resolution if crop == "center" else math.ceil(resolution * 9 / 8)
-
-
-def square(image: Image.Image, size: int, resolution: int) -> np.ndarray:
-    """The central square, resized to ``size``. Raises ``ValueError`` below half the resolution."""
-    if min(image.size) * 2 < resolution:
-        raise ValueError(f"is {image.width} x {image.height}, smaller than half of --resolution {resolution}.")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Resizing with box= would let the filter see beyond the square.
-    cut = image.crop((left, top, left + side, top + side))
-    return np.asarray(cut if side == size else cut.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def number_classes(labels: list[Any]) -> tuple[Tensor, tuple[str, ...]]:
-    """Class numbers and names; numbers stay, names are sorted. Raises ``ValueError`` for a mixture of both."""
-    if all(label is None for label in labels):
-        return torch.zeros(len(labels), dtype=torch.long), ("image",)
-    if all(type(label) is int and label >= 0 for label in labels):
-        if max(labels) >= max(len(labels), 10):
-            raise ValueError(
-                f"class numbers must be fewer than there are images, {len(labels)}; got {max(labels)}."
-            )
-        return torch.tensor(labels), tuple(str(number) for number in range(max(labels) + 1))
-    if all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
-        return torch.tensor([names.index(label) for label in labels]), tuple(names)
-    odd = next(label for label in labels if not isinstance(label, str))
-    raise ValueError(f"labels must be all class numbers from 0, or all names; got {odd!r} beside {labels[0]!r}.")

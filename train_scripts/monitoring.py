@@ -56,7 +56,7 @@ def look(images: Tensor) -> Look:
 def alarms(seen: Look, wanted: Look) -> list[str]:
     """What is wrong with the look of some images, in words; empty if nothing is."""
     said = []
-    if abs(seen.brightness - wanted.brightness) > 0.1:
+    if not abs(seen.brightness - wanted.brightness) <= 0.1:  # so that nan is an alarm too
         said.append(f"brightness {seen.brightness:.2f}, expected {wanted.brightness:.2f}")
     if not 0.75 * wanted.spread < seen.spread < 1.25 * wanted.spread:
         said.append(f"spread between images {seen.spread:.2f}, expected {wanted.spread:.2f}")
@@ -93,12 +93,16 @@ def watcher(
     options = sample.Config(
         model="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
     )
-    labels = sample.asked_labels(options, model)
     parts = torch.arange(options.num_images).split(options.batch_size)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.num_images]
-    real = data.batch(chosen, torch.Generator().manual_seed(0)).images
-    wanted = look(real if teacher is None else sample.draw(options, teacher, parts, labels))
-    network = None if config.features is None else load_features(config.features, data)
+    times = -(-options.num_images // len(data))
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).repeat(times)
+    batch = data.batch(chosen[: options.num_images], torch.Generator().manual_seed(0))
+    # Classes as frequent as in the data: others would look, and measure, different.
+    real, labels = batch.images, batch.labels % max(1, model.num_classes)
+    bar = tqdm(parts, desc="teacher samples", disable=None, leave=False)
+    wanted = look(real if teacher is None else sample.draw(options, teacher, bar, labels))
+    device = next(model.denoiser.network.parameters()).device
+    network = None if config.features is None else load_features(config.features, data).to(device)
     best = config.out / "best"
 
     def watch(step: int) -> dict[str, float]:
@@ -122,7 +126,15 @@ def watcher(
 
 def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, float]:
     """Fréchet distance and KID of images in [-1, 1]."""
-    made, wanted = (extract_features(network.features, part.clamp(-1, 1)) for part in (images, real))
+    device = network.logits.weight.device
+    # Features are measured in float32 whatever the training computes in, as evaluate.py does.
+    with torch.autocast(device.type, enabled=False):
+        made, wanted = (
+            torch.cat(
+                [extract_features(network.features, part.clamp(-1, 1).to(device)) for part in many.split(500)]
+            )
+            for many in (images, real)
+        )
     return {"frechet_distance": frechet_distance(made, wanted), "kid": kernel_distance(made, wanted)}
 
 

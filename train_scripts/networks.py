@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -10,64 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import fingerprint
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
+from unet import UNet
 
 from distill.student import TIMES
-from score import KarrasPreconditioning, NetworkDenoiser, VariancePreserving
+from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, VariancePreserving, guided
 from score.network import ResidualMLP
 from score.schedule import Kind
-from score.storage import load_denoiser, read_facts
+from score.storage import describe_schedule, load_denoiser, read_facts
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-class UNet(nn.Module):
-    """diffusers' UNet2DModel with the calling convention of this package, on patches of the image.
-
-    Args:
-        shape: (c, h, w) of an image.
-        num_classes: label ``num_classes`` is the null class; 0 means unconditional.
-        channels: of each resolution, halving from one to the next.
-        layers: residual blocks at each resolution.
-        patch: pixels that become channels first: 2 makes a network four times as fast on large images.
-        attention: at the lowest resolution.
-        dropout: in each block, while training.
-    """
-
-    bottleneck = "unet.mid_block"
-
-    def __init__(
-        self, shape: tuple[int, int, int], num_classes: int = 0, channels: tuple[int, ...] = (64, 128),
-        layers: int = 1, patch: int = 2, attention: bool = True, dropout: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        scale = patch * 2 ** (len(channels) - 1)
-        if shape[1] % scale or shape[2] % scale:
-            raise ValueError(
-                f"a UNet of {len(channels)} resolutions on {patch} x {patch} patches needs sides divisible by "
-                f"{scale}; got {shape[1]} x {shape[2]}. Pass another --resolution, or fewer channels."
-            )
-        self.shape, self.num_classes, self.patch = tuple(shape), num_classes, patch
-        inner, plain = shape[0] * patch**2, len(channels) - 1
-        unet: Any = UNet2DModel(
-            sample_size=(shape[1] // patch, shape[2] // patch), in_channels=inner, out_channels=inner,
-            block_out_channels=tuple(channels), layers_per_block=layers, norm_num_groups=8, dropout=dropout,
-            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D" if attention else "DownBlock2D",),
-            up_block_types=("AttnUpBlock2D" if attention else "UpBlock2D",) + ("UpBlock2D",) * plain,
-            attention_head_dim=16, add_attention=attention,
-            num_class_embeds=num_classes + 1 if num_classes else None,
-        )  # fmt: skip
-        nn.init.zeros_(unet.conv_out.weight)
-        nn.init.zeros_(unet.conv_out.bias)
-        self.unet = unet
-
-    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The prediction, shape of x_t; t of order one, as EDM's log(sigma) / 4 and a flow's t are."""
-        patches = nn.functional.pixel_unshuffle(x_t, self.patch)
-        # The embedding of diffusers' UNets is made for timesteps up to 1,000.
-        prediction: Tensor = self.unet(patches, 1000 * t, class_labels).sample
-        return nn.functional.pixel_shuffle(prediction, self.patch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +35,7 @@ class Teacher:
         num_classes: label ``num_classes`` is the null class; 0 means that the network takes no labels.
         facts: how :func:`build_network` makes another network like it; JSON-able, saved beside every student.
         times: conditioning times, for a student; empty for a teacher.
+        null_class: whether label ``num_classes`` was trained to mean no label, which guidance needs.
     """
 
     denoiser: NetworkDenoiser
@@ -87,6 +43,26 @@ class Teacher:
     num_classes: int
     facts: Mapping[str, Any]
     times: tuple[float, ...] = ()
+    null_class: bool = True
+
+    def guided(self, scale: float) -> Denoiser:
+        """The denoiser under classifier-free guidance, 1 for none. Raises ``ValueError`` without a null class."""
+        if scale == 1:
+            return self.denoiser
+        if not self.num_classes or not self.null_class or self.times:
+            why = "a student has it built in" if self.times else "this teacher was not trained without labels"
+            raise ValueError(f"--guidance must be 1 here, since {why}; got {scale}.")
+        return guided(self.denoiser, scale, self.cond(torch.tensor([self.num_classes])))
+
+    def identity(self) -> str:
+        """A hash of weights and meaning: two teachers of one identity give the same answers."""
+        state = self.denoiser.network.state_dict().values()
+        meaning = [
+            describe_schedule(self.denoiser.schedule), self.denoiser.kind, self.denoiser.time_scale,
+            list(self.shape), self.num_classes, self.null_class,
+        ]  # fmt: skip
+        words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
+        return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
 
     def cond(self, labels: Tensor) -> dict[str, Tensor]:
         """The condition under which the network is asked for these labels."""
@@ -96,13 +72,27 @@ class Teacher:
 def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
     """The network that ``facts`` of a saved teacher or student describe, with fresh weights.
 
-    ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for unknown facts.
+    ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for facts that describe
+    no network, or one so large that building it would not end.
     """
+    options = facts.get("options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"a network's options must be a dictionary; got {options!r}.")
+    for name, value in options.items():
+        most = 1000 if name in ("depth", "layers", "layers_per_block") else 65536
+        if any(isinstance(size, int) and size > most for size in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"a network's {name} must be at most {most}; got {value}.")
+    try:
+        return _build(facts, num_steps)
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"no network can be built of {dict(facts)}: {error!r}") from error
+
+
+def _build(facts: Mapping[str, Any], num_steps: int) -> nn.Module:
     family, options = facts.get("network"), dict(facts.get("options", {}))
+    network: nn.Module
     if family == "mlp":
-        network: nn.Module = ResidualMLP(
-            tuple(facts["shape"]), facts["num_classes"], num_steps=num_steps, **options
-        )
+        network = ResidualMLP(tuple(facts["shape"]), facts["num_classes"], num_steps=num_steps, **options)
     elif family == "unet":
         network = UNet(tuple(facts["shape"]), facts["num_classes"], **options)
     elif family == "diffusers":
@@ -112,6 +102,8 @@ def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
     else:
         raise ValueError(f"the saved denoiser does not say how its network is built; got network={family!r}.")
     sigma_data = facts.get("sigma_data")
+    if sigma_data is not None and not (isinstance(sigma_data, int | float) and 0 < sigma_data < math.inf):
+        raise ValueError(f"sigma_data must be a number above 0; got {sigma_data!r}.")
     return network if sigma_data is None else KarrasPreconditioning(network, sigma_data)
 
 
@@ -123,14 +115,25 @@ def load_teacher(name: str) -> Teacher:
     folder = Path(name)
     if not folder.exists() and ":" in name:
         return from_function(name)
-    if (folder / "unet" / "config.json").is_file() or (folder / "config.json").is_file():
+    if (folder / "unet" / "config.json").is_file() or _is_diffusers(folder / "config.json"):
         return from_diffusers(folder)
+    for inner in ("teacher", "student"):
+        if (folder / inner / "denoiser.json").is_file():
+            raise ValueError(f"{folder} is the folder of a run; its result is {folder / inner}. Pass that.")
     facts = read_facts(folder)
     missing = sorted({"shape", "num_classes", "network"} - facts.keys())
     if missing:
         raise ValueError(f"{folder} does not say its {', '.join(missing)}; was it written by train_teacher.py?")
     denoiser = load_denoiser(folder, build_network(facts))
-    return Teacher(denoiser, tuple(facts["shape"]), facts["num_classes"], facts, tuple(facts.get(TIMES, ())))
+    times, null_class = tuple(facts.get(TIMES, ())), bool(facts.get("null_class", True))
+    return Teacher(denoiser, tuple(facts["shape"]), facts["num_classes"], facts, times, null_class)
+
+
+def _is_diffusers(config: Path) -> bool:
+    try:
+        return "_class_name" in json.loads(config.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def probe_bottleneck(teacher: Teacher, name: str | None) -> tuple[str, int, int]:
@@ -170,19 +173,19 @@ def from_function(name: str) -> Teacher:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--teacher {name}: no such function ({error}). Expected module:function.") from error
-    teacher = function()
+        teacher = function()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: no such function, or it fails ({error}). Expected module:function.") from error
     if not isinstance(teacher, Teacher):
         raise ValueError(
-            f"--teacher {name} must return a networks.Teacher(denoiser, shape, num_classes, facts); got "
+            f"{name} must return a networks.Teacher(denoiser, shape, num_classes, facts); got "
             f"{type(teacher).__name__}."
         )
     facts = {
         "network": "function", "options": {"name": name}, "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
     }  # fmt: skip
-    return Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, facts)
+    return Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, facts, null_class=teacher.null_class)
 
 
 def diffusers_schedule(settings: Mapping[str, Any]) -> VariancePreserving:
@@ -233,6 +236,11 @@ def from_diffusers(folder: Path) -> Teacher:
         raise ValueError(
             f"{model} predicts {config.out_channels} channels of {config.in_channels}; split off its variance."
         )
+    if config.class_embed_type is not None:
+        raise ValueError(
+            f"{model} embeds its classes as {config.class_embed_type!r}; expected class numbers (null). Wrap it "
+            "in module:function."
+        )
     settings = json.loads(scheduler.read_text())
     schedule = diffusers_schedule(settings)
     kind = KINDS.get(settings.get("prediction_type", "epsilon"))
@@ -245,4 +253,6 @@ def from_diffusers(folder: Path) -> Teacher:
     num_classes = int(config.num_class_embeds or 0)
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
-    return Teacher(NetworkDenoiser(network.eval(), schedule, kind), shape, num_classes, facts)
+    # Nothing in the folder says whether its last class stands for no label.
+    facts["null_class"] = False
+    return Teacher(NetworkDenoiser(network.eval(), schedule, kind), shape, num_classes, facts, null_class=False)

@@ -6,6 +6,8 @@
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
 """
 
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from command import check_numbers, check_out, run
+from features import check_counts
 from networks import Teacher, load_teacher
 from PIL import Image
 from torch import Tensor
@@ -22,8 +25,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from distill.student import Student
-from score import guided
+from score.atomic import whole_folder
 from score.randomness import derived_generator
+from score.ranks import check_launch
 from score.sampling import ddim, ddpm, grid, heun, initial_noise, sample
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun}
@@ -36,7 +40,8 @@ class Config:
     model: str
     """Folder of train_teacher.py or train_dmd.py, a diffusers folder, or module:function."""
     out: Path = Path("samples")
-    """Folder for PNG files and grid.png, or a file that ends in .npz."""
+    """Folder for PNG files, in a subfolder per class number, or a file that ends in .npz. Earlier samples are
+    replaced. The first hundred are shown in the picture <out>.grid.png, which lies beside."""
     num_images: int = 100
     """Images in all."""
     classes: tuple[int, ...] = ()
@@ -49,6 +54,8 @@ class Config:
     """Scale of classifier-free guidance of a teacher; 1 means none. A student has it built in."""
     batch_size: int = 250
     """Images at a time and process."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision of the network."""
     seed: int = 0
     """Of all images: image i of a seed is always the same."""
 
@@ -56,20 +63,44 @@ class Config:
 def main(config: Config) -> Path:
     """Sample, write, and return the folder or file."""
     check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance",))
-    check_out(config.out.parent if config.out.suffix == ".npz" else config.out)
+    check_counts(config, "num_images", "steps", "batch_size")
+    check_samples_out(config.out)
     model = load_teacher(config.model)
+    model.guided(config.guidance)  # or it says why not
     labels = asked_labels(config, model)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=config.precision)
+    check_launch(accelerator)
     model.denoiser.network.to(accelerator.device)
-    own = torch.arange(accelerator.process_index, config.num_images, accelerator.num_processes)
+    # With fewer images than ranks some have none.
+    own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
     parts = tqdm(own.split(config.batch_size), desc="images", disable=None)
     with accelerator.autocast():
         made = draw(config, model, parts, labels)
     whole = join(made, config.num_images, accelerator)
     if accelerator.is_main_process:
-        write(whole, labels, config.out)
+        picture = write(whole, labels, config.out)
+        print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
+
+
+def check_samples_out(out: Path) -> None:
+    """Raise ``ValueError`` unless ``out`` can be written: a new file or folder, or one of older samples.
+
+    Older samples are what :func:`write` leaves: numbered PNG files in numbered folders, and nothing else.
+    """
+    place = out.resolve()
+    check_out(place.parent)
+    if out.suffix == ".npz":
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; expected a file to write. Choose another --out.")
+        return
+    if place.exists() and (not place.is_dir() or os.path.ismount(place)):
+        raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
+    for path in place.rglob("*"):
+        name = path.relative_to(place).as_posix()
+        if not re.fullmatch(r"\d{4,}" if path.is_dir() else r"\d{4,}/\d{6,}\.png", name):
+            raise ValueError(f"--out {out} holds {name}, which is no earlier sample. Choose another --out.")
 
 
 def asked_labels(config: Config, model: Teacher) -> Tensor:
@@ -83,7 +114,7 @@ def asked_labels(config: Config, model: Teacher) -> Tensor:
 @torch.no_grad()
 def draw(config: Config, model: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
     """The images of some numbers, given batch by batch, on the CPU; image i is of ``labels[i]``."""
-    made = [make(config, model, part, labels[part]) for part in parts]
+    made = [make(config, model, part, labels[part]) for part in parts if len(part)]
     return torch.cat([torch.zeros(0, *model.shape), *made])
 
 
@@ -95,7 +126,7 @@ def make(config: Config, model: Teacher, part: Tensor, labels: Tensor) -> Tensor
     cond = model.cond(labels.to(device))
     if model.times:
         return Student(model.denoiser, model.times).sample(noise, cond, generator=generators).cpu()
-    denoiser = guided(model.denoiser, config.guidance, model.cond(torch.tensor([model.num_classes])))
+    denoiser = model.guided(config.guidance)
     times = grid(denoiser.schedule, config.steps)
     x_t = initial_noise(denoiser.schedule, noise, float(times[0]))
     step = SAMPLERS[config.sampler]()
@@ -112,21 +143,28 @@ def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
     return every.transpose(0, 1).flatten(0, 1)[:num_images].cpu()
 
 
-def write(images: Tensor, labels: Tensor, out: Path) -> None:
-    """PNG files named by number and class, and a grid of the first hundred; or one npz file of bytes."""
+def write(images: Tensor, labels: Tensor, out: Path) -> Path:
+    """PNG files named by number and class, or one npz file of bytes: whole or not at all.
+
+    Returns the picture of the first hundred, which lies beside: within the folder it would be one of the images.
+    """
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    place = out.resolve()
     if out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".writing-{out.name}")
-        np.savez_compressed(temporary, images=pixels.numpy(), labels=labels.numpy())
-        temporary.rename(out)
-        return
-    for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-        folder = out / f"{label:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        to_picture(image).save(folder / f"{number:06d}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".writing-{place.name}")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+        temporary.replace(place)
+    else:
+        with whole_folder(place) as folder:
+            for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+                (folder / f"{label:04d}").mkdir(exist_ok=True)
+                to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
     overview = make_grid(pixels[:100], nrow=10, padding=1, pad_value=128)[: pixels.shape[1]]
-    to_picture(overview).save(out / "grid.png")
+    picture = place.with_name(f"{place.name}.grid.png")
+    to_picture(overview).save(picture)
+    return picture
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Distil a teacher of train_teacher.py into a one-step or few-step generator by distribution matching (DMD2).
+"""Distil a teacher into a one-step or few-step generator by distribution matching (DMD2).
 
     python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
     accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
@@ -9,6 +9,7 @@ run the same command again.
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.regression import Regression, make_pairs
 from distill.student import Student, even_times, save_student
-from score import Denoiser, freeze, guided
+from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import Rng, shuffled
 from score.sampling import grid
@@ -83,6 +84,7 @@ def main(config: Config) -> Path:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
+    teacher.guided(config.guidance)  # or it says why not
     if data.shape != teacher.shape or data.num_classes > max(1, teacher.num_classes):
         raise ValueError(
             f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
@@ -94,7 +96,9 @@ def main(config: Config) -> Path:
     freeze(teacher.denoiser.network)
     if config.dry_run:
         followed, frozen = freeze(copy.deepcopy(student_net)), teacher.denoiser.network
-        show_plan(config, {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net})
+        roles = {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net}
+        updates = {"student": config.steps // config.student_every, "fake": config.steps}
+        show_plan(config, roles, updates, before=plan_of_pairs(config))
         return config.out
     accelerator = start(config)
     teacher.denoiser.network.to(accelerator.device)
@@ -105,12 +109,12 @@ def main(config: Config) -> Path:
         batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
         return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
 
-    method.check(batches(Rng(config.seed, 0)))
+    with accelerator.autocast():
+        method.check(batches(Rng(config.seed, 0)))
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
-    weights = fingerprint(teacher.denoiser.network.parameters())
-    inputs = {"data": fingerprint([data.images, data.labels]), "teacher": weights}
+    inputs = {"data": fingerprint([data.images, data.labels]), "teacher": teacher.identity()}
     own = identity(config, accelerator, inputs)
     first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
@@ -118,18 +122,28 @@ def main(config: Config) -> Path:
         ema.reset()
     average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
     sampled = replace(teacher, denoiser=average.denoiser, times=average.times)
-    watch = watcher(
-        config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
-    )
+    with accelerator.autocast():
+        watch = watcher(
+            config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
+        )
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
-        columns=data.num_classes, preview=lambda: preview(average, teacher),
+        columns=min(10, data.num_classes), preview=lambda: preview(average, teacher),
         watch=watch,
     )  # fmt: skip
     folder = config.out / "student"
     if accelerator.is_main_process:
         save_student(average, folder, teacher.facts)
+        print(f"student: {folder}")
     return folder
+
+
+def plan_of_pairs(config: Config) -> str:
+    """What ``--dry-run`` says about regression."""
+    if not config.warmup_steps and not config.regression_weight:
+        return ""
+    pairs = f"{config.num_pairs:,} teacher pairs of {config.pair_steps} network calls each"
+    return f"{pairs}, {config.warmup_steps:,} warm-up updates of the student" if config.warmup_steps else pairs
 
 
 def check(config: Config) -> None:
@@ -137,7 +151,8 @@ def check(config: Config) -> None:
     check_run(config)
     check_numbers(
         config,
-        positive=("student_every", "num_steps", "student_lr", "fake_lr", "warmup_lr", "num_pairs", "pair_steps"),
+        positive=("student_every", "num_steps", "num_pairs", "pair_steps"),
+        rates=("student_lr", "fake_lr", "warmup_lr"),
         not_negative=("guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight"),
         shares=("ema_decay",),
     )  # fmt: skip
@@ -176,7 +191,7 @@ def fake_steps(config: Config, teacher: Teacher) -> int:
 
 def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
-    target = guided(teacher.denoiser, config.guidance, teacher.cond(torch.tensor([teacher.num_classes])))
+    target = teacher.guided(config.guidance)
     schedule = teacher.denoiser.schedule
     gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
     sigma_data = teacher.facts.get("sigma_data")
@@ -199,9 +214,10 @@ def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher) -> Regress
     labels = teacher.cond(torch.arange(config.num_pairs) % max(1, teacher.num_classes))
     times = grid(target.schedule, config.pair_steps)
     device = next(teacher.denoiser.network.parameters()).device
-    pairs = make_pairs(
-        target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
-    )
+    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+        pairs = make_pairs(
+            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
+        )
     return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
 
 
@@ -234,9 +250,9 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
 
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
-    """A few samples of every class, always from the same noise."""
+    """A few samples of the first ten classes, always from the same noise."""
     device = next(student.denoiser.network.parameters()).device
-    labels = torch.arange(max(1, teacher.num_classes)).repeat(rows).to(device)
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
     return student.sample(noise, teacher.cond(labels), generator=generator)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from command import check_numbers, check_out, run
-from features import save_classifier, train_classifier
+from features import check_counts, check_device, save_classifier, train_classifier
 from images import DataOptions, load_images
 
 
@@ -35,8 +35,10 @@ class Config(DataOptions):
 
 def main(config: Config) -> Path:
     """Train and return the folder of the classifier."""
-    check_numbers(config, positive=("steps", "batch_size", "learning_rate"))
+    check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
+    check_counts(config, "steps", "batch_size")
     check_out(config.out)
+    check_device(config.device)
     data = load_images(config)
     if data.num_classes < 2 or len(data) < 20:
         raise ValueError(

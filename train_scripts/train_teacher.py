@@ -73,7 +73,7 @@ def main(config: Config) -> Path:
     """Train and return the folder of the finished teacher."""
     check_run(config)
     check_numbers(
-        config, positive=("learning_rate", "width", "depth", "unet_layers", "unet_patch", "noise_std"),
+        config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),
         shares=("dropout", "label_dropout", "ema_decay"),
     )  # fmt: skip
     data = load_images(config)
@@ -83,7 +83,8 @@ def main(config: Config) -> Path:
     schedule = Karras(config.sigma_min, config.sigma_max)
     network = build_network(facts).train()
     if config.dry_run:
-        show_plan(config, {"teacher": network, "its average": freeze(copy.deepcopy(network))})
+        average = freeze(copy.deepcopy(network))
+        show_plan(config, {"teacher": network, "its average": average}, {"teacher": config.steps})
         return config.out
     accelerator = start(config)
     network = prepare(network, config, accelerator)
@@ -95,17 +96,16 @@ def main(config: Config) -> Path:
     def batches(rng: Rng) -> Labelled:
         return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
 
-    average = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
-    watch = watcher(
-        config, average, data, teacher=None, save=lambda to: save_denoiser(average.denoiser, to, facts)
-    )
+    model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
+    watch = watcher(config, model, data, teacher=None, save=lambda to: save_denoiser(model.denoiser, to, facts))
     fit(
-        config, [phase], batches, accelerator, own=own, first=first, columns=data.num_classes,
-        preview=lambda: preview(average), watch=watch,
+        config, [phase], batches, accelerator, own=own, first=first, columns=min(10, data.num_classes),
+        preview=lambda: preview(model), watch=watch,
     )  # fmt: skip
     folder = config.out / "teacher"
     if accelerator.is_main_process:
-        save_denoiser(average.denoiser, folder, facts)
+        save_denoiser(model.denoiser, folder, facts)
+        print(f"teacher: {folder}")
     return folder
 
 
@@ -116,7 +116,7 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
         "channels": list(config.unet_channels), "layers": config.unet_layers, "patch": config.unet_patch,
         "dropout": config.dropout,
     }  # fmt: skip
-    sigma_data = config.sigma_data or round(float(as_floats(data.images[:10_000]).std()), 2)
+    sigma_data = config.sigma_data or round(float(as_floats(data.images[data.some(10_000)]).std()), 2)
     if not sigma_data > 0:
         raise ValueError(
             f"--sigma-data must be above 0; got {sigma_data}: the images of --data are all of one grey."
@@ -124,7 +124,7 @@ def describe(config: Config, data: ImageSet) -> dict[str, Any]:
     return {
         "network": config.network, "options": mlp if config.network == "mlp" else unet, "shape": list(data.shape),
         "num_classes": data.num_classes if data.num_classes > 1 else 0, "class_names": list(data.class_names),
-        "sigma_data": sigma_data,
+        "sigma_data": sigma_data, "null_class": config.label_dropout > 0,
     }  # fmt: skip
 
 
@@ -151,9 +151,9 @@ def teacher_phase(config: Config, denoiser: NetworkDenoiser, facts: dict[str, An
 
 @torch.no_grad()
 def preview(teacher: Teacher, rows: int = 4) -> torch.Tensor:
-    """A few samples of every class in 18 steps, always from the same noise."""
+    """A few samples of the first ten classes in 18 steps, always from the same noise."""
     device = next(teacher.denoiser.network.parameters()).device
-    labels = torch.arange(max(1, teacher.num_classes)).repeat(rows).to(device)
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(device)
     noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = grid(teacher.denoiser.schedule, 18)
     x_t = initial_noise(teacher.denoiser.schedule, noise, float(times[0]))
