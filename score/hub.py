@@ -33,7 +33,7 @@ from score.pretrained import (
 )
 from score.prompts import Encode, PromptEncoder, default_cache_folder
 from score.randomness import Generators
-from score.schedule import Images
+from score.schedule import Images, Kind, Schedule
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -152,16 +152,19 @@ def load_teacher(
     parts = {part: part_folder(folder, part) for part in (family.part, *_text_parts(family, index, folder))}
     if family.texts:
         parts["vae"] = folder / "vae" if tiny_vae is None else find_model(tiny_vae)
-    for part in parts.values():  # all of them before the first is read: that can take minutes
+    settings = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
+    schedule, kind = _check_schedule(settings, family)
+    for part in parts.values():  # all that is cheap to check comes before the first weights: they can take minutes
         reader.find_variant(part)
     model: Any = reader.read(family.network, parts[family.part])
     _check_config(model.config, parts[family.part])
-    settings = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
+    # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
+    scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     codec = None
     if family.texts:
         codec = load_codec(reader, parts["vae"], upcast=family.upcast, slicing=slicing, tiling=tiling)
     return Teacher(
-        denoiser=_denoiser(DiffusersNetwork(model), family, settings),
+        denoiser=NetworkDenoiser(freeze(DiffusersNetwork(model)), schedule, kind, scale),
         shape=_shape(model.config, codec, size),
         codec=codec,
         texts=_prompt_encoder(reader, family, index, folder, model, cache) if family.texts else None,
@@ -209,26 +212,26 @@ def _check_config(config: Any, part: Path) -> None:
         )
 
 
-def _denoiser(network: DiffusersNetwork, family: Family, settings: Mapping[str, Any]) -> NetworkDenoiser:
+def _check_schedule(settings: Mapping[str, Any], family: Family) -> tuple[Schedule, Kind]:
     schedule, kind = read_schedule(settings)
     if (kind == "flow") != family.flow:
         expected = "a flow-matching" if family.flow else "a DDPM-like"
         raise ValueError(f"this model needs {expected} scheduler; got {settings.get('_class_name')}.")
-    # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
-    scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
-    return NetworkDenoiser(freeze(network), schedule, kind, scale)
+    return schedule, kind
 
 
 def _shape(config: Any, codec: Codec | None, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     factor = codec.factor if codec else 1
     if codec and codec.channels != config.in_channels:
         raise ValueError(f"the autoencoder has {codec.channels} channels, the network {config.in_channels}.")
+    if size is None and config.sample_size is None:
+        raise ValueError("the model does not say the size of its images. Pass size=(height, width).")
     if size is None:
-        height, width = _pair(config.sample_size)
-        return config.in_channels, height, width
+        return config.in_channels, *_pair(config.sample_size)
     height, width = _pair(size)
-    if height < 1 or width < 1 or height % factor or width % factor:
-        raise ValueError(f"size must be in multiples of {factor} pixels; got {height} x {width}.")
+    step = factor * config.get("patch_size", 1)
+    if height < 1 or width < 1 or height % step or width % step:
+        raise ValueError(f"size must be in multiples of {step} pixels; got {height} x {width}.")
     return config.in_channels, height // factor, width // factor
 
 

@@ -339,6 +339,15 @@ def test_the_size_asked_for_reaches_latents_and_time_ids(save):
     for size in (33, (32, 31), 0, -2):
         with pytest.raises(ValueError, match=r"size must be in multiples of 2 pixels; got"):
             save("sd1").load(size=size)
+    with pytest.raises(ValueError, match=r"size must be in multiples of 4 pixels; got 30 x 30"):
+        save("sd3").load(size=30)  # two latents are one patch
+
+
+def test_a_model_of_any_size_must_be_given_one(tmp_path):
+    tiny.pixels(sample_size=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say the size of its images. Pass size="):
+        load_teacher(tmp_path)
+    assert load_teacher(tmp_path, size=(8, 16)).shape == (3, 8, 16)
 
 
 @torch.no_grad()
@@ -365,11 +374,12 @@ def test_sdxls_empty_negative_is_zeros_and_the_others_are_the_encoded_empty_stri
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_computes_in_its_own_and_answers_in_float32(saved_text, dtype, generator):
-    whole, half = saved_text.load(), saved_text.load(dtype=dtype)
-    upcast = saved_text.name == "sdxl" and dtype == torch.float16
+def test_half_precision_computes_in_its_own_and_answers_in_float32(saved, dtype, generator):
+    whole, half = saved.load(), saved.load(dtype=dtype)
+    upcast = saved.name == "sdxl" and dtype == torch.float16
     assert {p.dtype for p in half.denoiser.network.parameters()} == {dtype}
-    assert {p.dtype for p in half.codec.vae.parameters()} == {torch.float32 if upcast else dtype}
+    if half.codec is not None:
+        assert {p.dtype for p in half.codec.vae.parameters()} == {torch.float32 if upcast else dtype}
     x_t = torch.randn(2, *whole.shape, generator=generator)
     t = whole.denoiser.schedule.at(torch.tensor([0.3, 0.6])).float()
     found, expected = (teacher.denoiser(x_t, t, conditions(teacher)[0]) for teacher in (half, whole))

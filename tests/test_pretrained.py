@@ -163,7 +163,7 @@ class Bomb:
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"])
 def test_a_pickle_never_runs_even_where_pickles_are_allowed(folder, tmp_path, name):
     pickle_weights(folder)
-    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark"), protocol=2))
     with pytest.raises(ValueError, match="allow_pickle=True if you trust"):
         load_teacher(folder)
     with pytest.raises(ValueError, match=r"cannot be read as (UNet2DConditionModel|CLIPTextModel)"):
@@ -172,7 +172,7 @@ def test_a_pickle_never_runs_even_where_pickles_are_allowed(folder, tmp_path, na
 
 
 def test_safetensors_are_preferred_where_both_are_there(folder, tmp_path):
-    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark"), protocol=2))
     for allow_pickle in (False, True):
         load_teacher(folder, allow_pickle=allow_pickle)
     assert not (tmp_path / "mark").exists()
