@@ -388,6 +388,18 @@ def test_half_precision_computes_in_its_own_and_answers_in_float32(saved, dtype,
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+@torch.no_grad()
+def test_times_and_sizes_reach_a_bf16_network_in_float32(save):
+    """bf16 holds neither timestep 999 nor a side of 1023 pixels."""
+    teacher, seen = save("sdxl").load(dtype=torch.bfloat16), {}
+    model = teacher.denoiser.network.model
+    model.register_forward_pre_hook(lambda module, given, named: seen.update(named, x=given[0]), with_kwargs=True)
+    cond = {**teacher.prompts(["a"]), "time_ids": torch.full((1, 6), 1023.0)}
+    teacher.denoiser(torch.zeros(1, *teacher.shape), torch.tensor([999.0]), cond)
+    assert (seen["timestep"].item(), seen["added_cond_kwargs"]["time_ids"].tolist()) == (999.0, [[1023.0] * 6])
+    assert seen["x"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
+
+
 def test_each_prompt_is_encoded_once_and_then_needs_no_text_encoder(saved_text, tmp_path):
     first = replace(saved_text, cache=tmp_path).load()
     cond = first.prompts([*PROMPTS, PROMPTS[0], ""])

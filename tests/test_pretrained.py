@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from score import pretrained
 from score.hub import load_teacher
@@ -172,9 +173,26 @@ def test_a_pickle_never_runs_even_where_pickles_are_allowed(folder, tmp_path, na
 
 
 def test_safetensors_are_preferred_where_both_are_there(folder, tmp_path):
-    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark"), protocol=2))
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps(Bomb(tmp_path / "mark"), protocol=2)
+    )
     for allow_pickle in (False, True):
         load_teacher(folder, allow_pickle=allow_pickle)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_other_safetensors_beside_a_pickle_do_not_let_it_through(folder, tmp_path, part):
+    pickle_weights(folder)
+    for name in ("unet", "vae", "text_encoder"):
+        save_file({"a": torch.zeros(1)}, folder / name / "lora.safetensors")
+    (pickled,) = (folder / part).glob("*.bin")
+    pickled.write_bytes(pickle.dumps(Bomb(tmp_path / "mark"), protocol=2))
+    with pytest.raises(ValueError, match="unet cannot be read as UNet2DConditionModel"):
+        load_teacher(folder)
+    reader = pretrained.PartReader(torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"text_encoder cannot be read as CLIPTextModel: .*safetensors"):
+        reader.read(CLIPTextModel, folder / "text_encoder")
     assert not (tmp_path / "mark").exists()
 
 
