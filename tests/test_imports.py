@@ -33,7 +33,11 @@ MODULES = {
     "denoiser": {"schedule"},
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
-    "hub": {"schedule", "denoiser"},
+    "pretrained": {"schedule", "denoiser"},
+    "codec": {"randomness", "schedule", "pretrained"},
+    "prompts": {"cache", "denoiser"},
+    "families": {"denoiser", "prompts"},
+    "hub": {"randomness", "schedule", "denoiser", "pretrained", "codec", "prompts", "families"},
     "storage": {"atomic", "schedule", "denoiser"},
     "gradient": {"randomness", "schedule", "denoiser", "times"},
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
@@ -47,15 +51,24 @@ MODULES = {
 # The only places where a heavy library may be imported.
 LIBRARIES = {
     "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/", "benchmarks/"),
-    "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/", "benchmarks/"),
+    "diffusers": (
+        "score/pretrained.py",
+        "score/codec.py",
+        "score/families.py",
+        "toyworld/parts.py",
+        "distill/student.py",
+        "train_scripts/",
+        "benchmarks/",
+    ),
+    "transformers": ("score/families.py", "score/hub.py", "toyworld/parts.py", "train_scripts/", "benchmarks/"),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
     "datasets": ("train_scripts/",),
 }
 
-# The core without these costs torch alone; the last three import accelerate or diffusers.
+# The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
-HEAVY = {"training", "ranks", "checkpoint", "hub"}
+HEAVY = {"training", "ranks", "checkpoint", "pretrained", "codec", "families", "hub"}
 
 
 def sources(*packages):

