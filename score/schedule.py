@@ -148,8 +148,8 @@ class Karras(Schedule):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.t_min < self.t_max < torch.inf:
-            raise ValueError(f"Karras needs 0 < t_min < t_max < inf; got {self.t_min}, {self.t_max}.")
+        if not (0 < self.t_min < self.t_max < torch.inf and 0 < self.rho < torch.inf):
+            raise ValueError(f"Karras needs 0 < t_min < t_max < inf and 0 < rho < inf; got {self}.")
 
     def alpha(self, t: Tensor) -> Tensor:
         """One, at every t."""

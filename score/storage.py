@@ -1,6 +1,7 @@
 """Denoisers on disk: weights as safetensors beside what they mean, so that neither is used without the other."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -100,6 +101,9 @@ def describe_schedule(schedule: Schedule) -> dict[str, Any]:
 def restore_schedule(description: Mapping[str, Any]) -> Schedule:
     """The schedule that :func:`describe_schedule` wrote. Raises ``ValueError`` for an unknown family."""
     arguments = {name: value for name, value in description.items() if name != "family"}
+    for name, value in arguments.items():
+        if name != "alphas_cumprod" and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"a schedule's {name} must be a finite number; got {value!r}.")
     match description["family"]:
         case "Karras":
             return Karras(**arguments)

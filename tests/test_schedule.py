@@ -261,9 +261,10 @@ def test_time_of_another_shape_raises(schedule, t, kind):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Karras(t_min=0.0), "0 < t_min < t_max < inf; got 0.0"),
-        (lambda: Karras(t_min=2.0, t_max=1.0), "got 2.0, 1.0"),
-        (lambda: Karras(t_max=float("inf")), "got 0.002, inf"),
+        (lambda: Karras(t_min=0.0), "0 < t_min < t_max < inf and 0 < rho < inf; got .*t_min=0.0"),
+        (lambda: Karras(t_min=2.0, t_max=1.0), "got .*t_min=2.0, t_max=1.0"),
+        (lambda: Karras(t_max=float("inf")), "got .*t_max=inf"),
+        (lambda: Karras(rho=0.0), "got .*rho=0.0"),
         (lambda: RectifiedFlow(t_max=1000.0), "0 <= t_min < t_max <= 1; got .*1000"),
         (lambda: VariancePreserving(torch.tensor([0.1, 0.5])), "strictly decreasing"),
         (lambda: VariancePreserving(torch.tensor([[0.5, 0.1]])), r"got \(1, 2\)"),

@@ -18,6 +18,7 @@ from images import DataOptions, load_images
 from networks import load_teacher
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.student import Student, save_student
 from score import checkpoint
@@ -120,19 +121,49 @@ def test_a_finished_run_is_found_finished(tmp_path, capsys):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("script", [train_teacher, train_dmd])
-def test_dry_run_prints_config_and_bytes_and_writes_nothing(tmp_path, teacher, capsys, script):
+def test_dry_run_prints_config_parameters_bytes_and_steps_and_writes_nothing(tmp_path, teacher, capsys):
     out = tmp_path / "run"
-    config = (
-        teacher_config(out, dry_run=True)
-        if script is train_teacher
-        else student_config(out, teacher, dry_run=True)
-    )
-    script.main(config)
+    train_dmd.main(student_config(out, teacher, dry_run=True, student_every=2))
     printed = capsys.readouterr().out
     assert '"batch_size": 16' in printed
-    assert "bytes of weights" in printed
+    number = sum(p.numel() for p in load_teacher(str(teacher)).denoiser.network.parameters())
+    assert f"\nteacher: {number:,} parameters, {4 * number:,} bytes of weights\n" in printed
+    assert f"\nits average: {number:,} parameters, {4 * number:,} bytes of weights\n" in printed
+    state = f"{12 * number:,} bytes of gradients and optimiser state"
+    assert f"\nstudent: {number:,} parameters, {4 * number:,} bytes of weights, {state}\n" in printed
+    assert "\nfake: " in printed
+    assert "6 iterations, 96 images per process; updates: 3 of the student, 6 of the fake" in printed
     assert not out.exists()
+
+
+def test_dry_run_of_a_teacher_writes_nothing(tmp_path, capsys):
+    train_teacher.main(teacher_config(tmp_path / "run", dry_run=True, accumulate=3))
+    assert "6 iterations, 288 images per process; updates: 6 of the teacher" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spoil", ["delete", "file"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_folder_that_goes_away_does_not_stop_the_run(tmp_path, monkeypatch, capsys, spoil):
+    """Someone tidies up TensorBoard's folder, or its place is taken; long enough for the writer to see."""
+    logs, made, preview = tmp_path / "run" / "logs", [], train_teacher.preview
+
+    def tidy(teacher):
+        if not made:
+            shutil.rmtree(logs)
+            if spoil == "file":
+                logs.write_text("in the way")
+        made.append(preview(teacher))
+        return made[-1]
+
+    monkeypatch.setattr(train_teacher, "preview", tidy)
+    train_teacher.main(teacher_config(tmp_path / "run", steps=12, log_every=1))
+    assert len(made) == 4
+    assert load_teacher(str(tmp_path / "run" / "teacher")).shape == (1, 8, 8)
+    if spoil == "delete":
+        events = EventAccumulator(str(logs)).Reload()
+        assert events.Scalars("teacher/loss")[-1].step == 12, "the rest is logged anew"
+    assert "the run goes on" in capsys.readouterr().err
 
 
 def npz(path, images, labels):

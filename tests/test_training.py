@@ -441,6 +441,35 @@ def test_networks_in_ddp_and_bare_networks_learn_the_same(two_ranks):
     close(first["wrapped"], first["unwrapped"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_two_ranks_have_the_gradients_of_one_with_the_joined_batch(
+    two_ranks, accelerator, dtype, tolerance, accumulate
+):
+    """Student, fake score and critic; each rank draws its own share of the noise that the one rank has."""
+    expected = load_worker().joined_gradients(accelerator, dtype, accumulate)
+    first, second = (answers[f"gradients_{dtype}_{accumulate}"] for answers in two_ranks)
+    assert (len(expected["student"]), len(expected["fake"])) == (2, 4)
+    for name in ("student", "fake"):
+        for ours, theirs, wanted in zip(first[name], second[name], expected[name], strict=True):
+            assert torch.equal(ours["gradient"], theirs["gradient"])
+            assert ours["gradient"].dtype == dtype
+            for part in (slice(None), slice(-first["head"], None)):
+                got, gradient = ours["gradient"][part], wanted["gradient"][part]
+                assert float(gradient.abs().max()) > 1e-4, "nothing to compare"
+                assert float((got - gradient).abs().max() / gradient.abs().max()) < tolerance
+    assert torch.equal(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_two_ranks_networks_of_other_phases_hold_no_gradients(two_ranks, accumulate):
+    """The fake score steps in every iteration, the last of all; the student listens to it in every second."""
+    for answers in two_ranks:
+        notes = answers[f"gradients_{torch.float64}_{accumulate}"]
+        assert [note["others_are_none"] for note in notes["fake"]] == [[True, True]] * 4
+        assert all(note["others_are_none"][1] for note in notes["student"]), "the teacher"
+
+
 def test_weights_that_differ_between_ranks_are_noticed(two_ranks):
     for answers in two_ranks:
         assert "weights of phase 'lost' differ between ranks" in answers["complaint"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -58,15 +58,25 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
     """Parse the command line into a config and call ``main``.
 
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
-    stopped because it was not finite exits with 1. Of several ranks the first one speaks.
+    stopped because it was not finite exits with 1.
     """
     config = tyro.cli(config_type, description=description)
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        fail(str(error), 1 if isinstance(error, FloatingPointError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say why and exit. Of several ranks the first one speaks."""
+    if is_first_rank():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def is_first_rank() -> bool:
@@ -99,17 +109,25 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def show_plan(config: Any, roles: Mapping[str, nn.Module]) -> None:
-    """Print the resolved config and the bytes each role will hold: what ``--dry-run`` shows."""
+def show_plan(config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int]) -> None:
+    """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
+
+    ``updates`` says how many optimiser steps each trained role takes.
+    """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
+    # Beside each gradient AdamW keeps two moments.
+    state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
     for role, network in roles.items():
+        number = sum(p.numel() for p in network.parameters())
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        # AdamW keeps two float32 moments beside each gradient.
-        state = f", {trained * 12:,} bytes of gradients and optimiser state" if trained else ""
-        print(f"{role}: {weights:,} bytes of weights{state}")
+        state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
+        print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
+    images = config.steps * config.batch_size * config.accumulate
+    steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
+    print(f"steps: {config.steps:,} iterations, {images:,} images per process; updates: {steps}")
 
 
 def check_out(out: Path) -> None:

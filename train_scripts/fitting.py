@@ -57,9 +57,32 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
-    # What an earlier run logged beyond its last checkpoint is drawn again. Curves are worth less than the run.
-    with suppress(OSError):
+    open_log(accelerator, first)
+
+
+def open_log(accelerator: Accelerator, first: int) -> None:
+    """Open the TensorBoard log; what an earlier run logged beyond step ``first`` is drawn again."""
+    accelerator.trackers = []
+    try:
         accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first + 1}})
+    except OSError as error:
+        accelerator.trackers = []
+        tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
+
+
+def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], images: Tensor | None = None) -> None:
+    """Write scalars, and images (n, c, h, w) in [0, 1] as "samples". Curves are worth less than the run.
+
+    If the log is gone, since someone deleted its folder, another is opened.
+    """
+    try:
+        accelerator.log(dict(scalars), step=step)
+        if images is not None and accelerator.is_main_process:
+            for tracker in accelerator.trackers:
+                tracker.log_images({"samples": images.cpu().numpy()}, step=step, dataformats="NCHW")
+    except OSError as error:
+        tqdm.write(f"TensorBoard's log is lost at step {step}, the run goes on: {error}", file=sys.stderr)
+        open_log(accelerator, step)
 
 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
@@ -81,27 +104,28 @@ def fit(
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns.
-
-    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
     """
     reports = train(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=10.0,
         accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
+    stop = False
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop()
             if accelerator.is_main_process and (figures := watch(report.step)):
-                accelerator.log(figures, step=report.step)
+                log(accelerator, report.step, figures)
             if report.step % config.save_every == 0 or report.step == config.steps or stop:
                 if accelerator.is_main_process:
                     checkpoint.save(config.out / "checkpoints", report.step, phases, own)
-                log_grid(accelerator, "samples", preview(), report.step, columns)
+                    log(accelerator, report.step, {}, as_grid(preview(), columns))
             if stop:
-                accelerator.end_training()
-                sys.exit(143)
-    accelerator.end_training()
+                break
+    with suppress(OSError):
+        accelerator.end_training()
+    if stop:
+        sys.exit(143)
 
 
 @contextmanager
@@ -140,19 +164,16 @@ def follow(
         latest |= report.metrics
         if report.step % log_every == 0 or report.step == steps:
             values = Report(report.step, (), latest).read()
-            accelerator.log(values, step=report.step)
+            log(accelerator, report.step, values)
             bar.set_postfix(
                 {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
             )
         yield report
 
 
-def log_grid(accelerator: Accelerator, name: str, images: Tensor, step: int, columns: int = 10) -> None:
-    """Write images in [-1, 1] to TensorBoard as one grid."""
-    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)
-    tracker = accelerator.get_tracker("tensorboard")
-    if accelerator.is_main_process:
-        tracker.log_images({name: grid[None].cpu().numpy()}, step=step, dataformats="NCHW")
+def as_grid(images: Tensor, columns: int) -> Tensor:
+    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
+    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
 
 
 def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:

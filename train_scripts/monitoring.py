@@ -56,7 +56,7 @@ def look(images: Tensor) -> Look:
 def alarms(seen: Look, wanted: Look) -> list[str]:
     """What is wrong with the look of some images, in words; empty if nothing is."""
     said = []
-    if abs(seen.brightness - wanted.brightness) > 0.1:
+    if not abs(seen.brightness - wanted.brightness) <= 0.1:  # so that nan is an alarm too
         said.append(f"brightness {seen.brightness:.2f}, expected {wanted.brightness:.2f}")
     if not 0.75 * wanted.spread < seen.spread < 1.25 * wanted.spread:
         said.append(f"spread between images {seen.spread:.2f}, expected {wanted.spread:.2f}")

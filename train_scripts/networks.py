@@ -96,13 +96,27 @@ class Teacher:
 def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
     """The network that ``facts`` of a saved teacher or student describe, with fresh weights.
 
-    ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for unknown facts.
+    ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for facts that describe
+    no network, or one so large that building it would not end.
     """
+    options = facts.get("options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"a network's options must be a dictionary; got {options!r}.")
+    for name, value in options.items():
+        most = 1000 if name in ("depth", "layers", "layers_per_block") else 65536
+        if any(isinstance(size, int) and size > most for size in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"a network's {name} must be at most {most}; got {value}.")
+    try:
+        return _build(facts, num_steps)
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"no network can be built of {dict(facts)}: {error!r}") from error
+
+
+def _build(facts: Mapping[str, Any], num_steps: int) -> nn.Module:
     family, options = facts.get("network"), dict(facts.get("options", {}))
+    network: nn.Module
     if family == "mlp":
-        network: nn.Module = ResidualMLP(
-            tuple(facts["shape"]), facts["num_classes"], num_steps=num_steps, **options
-        )
+        network = ResidualMLP(tuple(facts["shape"]), facts["num_classes"], num_steps=num_steps, **options)
     elif family == "unet":
         network = UNet(tuple(facts["shape"]), facts["num_classes"], **options)
     elif family == "diffusers":

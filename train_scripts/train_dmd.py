@@ -94,7 +94,8 @@ def main(config: Config) -> Path:
     freeze(teacher.denoiser.network)
     if config.dry_run:
         followed, frozen = freeze(copy.deepcopy(student_net)), teacher.denoiser.network
-        show_plan(config, {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net})
+        roles = {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net}
+        show_plan(config, roles, {"student": config.steps // config.student_every, "fake": config.steps})
         return config.out
     accelerator = start(config)
     teacher.denoiser.network.to(accelerator.device)

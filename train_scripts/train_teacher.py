@@ -83,7 +83,8 @@ def main(config: Config) -> Path:
     schedule = Karras(config.sigma_min, config.sigma_max)
     network = build_network(facts).train()
     if config.dry_run:
-        show_plan(config, {"teacher": network, "its average": freeze(copy.deepcopy(network))})
+        average = freeze(copy.deepcopy(network))
+        show_plan(config, {"teacher": network, "its average": average}, {"teacher": config.steps})
         return config.out
     accelerator = start(config)
     network = prepare(network, config, accelerator)
@@ -95,17 +96,15 @@ def main(config: Config) -> Path:
     def batches(rng: Rng) -> Labelled:
         return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
 
-    average = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
-    watch = watcher(
-        config, average, data, teacher=None, save=lambda to: save_denoiser(average.denoiser, to, facts)
-    )
+    model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
+    watch = watcher(config, model, data, teacher=None, save=lambda to: save_denoiser(model.denoiser, to, facts))
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=data.num_classes,
-        preview=lambda: preview(average), watch=watch,
+        preview=lambda: preview(model), watch=watch,
     )  # fmt: skip
     folder = config.out / "teacher"
     if accelerator.is_main_process:
-        save_denoiser(average.denoiser, folder, facts)
+        save_denoiser(model.denoiser, folder, facts)
     return folder
 
 

@@ -1,7 +1,10 @@
 """What two ranks do; run by torchrun, and imported by test_training for one rank's answer."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -10,12 +13,14 @@ from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN
 from distill.regression import Pairs, Regression
 from distill.student import Student, even_times
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser
+from score import training
+from score.denoiser import KarrasPreconditioning, NetworkDenoiser, freeze
 from score.network import ResidualMLP
-from score.randomness import shuffled
+from score.randomness import Rng, shuffled
 from score.schedule import Karras
 from score.training import EMA, Phase, train
 
+SHARE = 4
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -90,6 +95,102 @@ def distil(accelerator, wrapped):
     return torch.cat([flat(role) for role in roles])
 
 
+class Joined(torch.Generator):
+    """Stands for the generators of several micro-batches and ranks, whose samples one batch holds."""
+
+    parts: ClassVar[list[torch.Generator]] = []
+
+
+@dataclass(frozen=True)
+class JoinedRng(Rng):
+    """The draws that ``micros`` micro-batches on each of two ranks would make, for one batch of all of them."""
+
+    micros: ClassVar[int] = 1
+
+    def __call__(self, purpose):
+        joined = Joined()
+        places = [(micro, rank) for micro in range(self.micros) for rank in range(2)]
+        joined.parts = [Rng(self.seed, self.step, micro, rank)(purpose) for micro, rank in places]
+        return joined
+
+
+def joined_draw(draw):
+    """``torch.rand`` or ``torch.randn`` that takes a :class:`Joined` too."""
+
+    def function(*size, generator=None, **options):
+        if not isinstance(generator, Joined):
+            return draw(*size, generator=generator, **options)
+        n, *shape = size[0] if isinstance(size[0], tuple | torch.Size) else size
+        # The fake score's batch is student's images, then real ones: each part draws for its share of both.
+        total = len(generator.parts) * SHARE
+        drawn = [draw(n // len(generator.parts), *shape, generator=g, **options) for g in generator.parts]
+        return torch.cat([rows.reshape(n // total, SHARE, *shape) for rows in drawn], 1).reshape(n, *shape)
+
+    return function
+
+
+class Recorder(torch.optim.SGD):
+    """Notes the gradients it is given, and whether other networks hold any."""
+
+    def watch(self, others, notes):
+        self.others, self.notes = others, notes
+        return self
+
+    def step(self, closure=None):
+        gradients = [p.grad.clone().flatten() for group in self.param_groups for p in group["params"]]
+        alone = [all(p.grad is None for p in network.parameters()) for network in self.others]
+        self.notes.append({"gradient": torch.cat(gradients), "others_are_none": alone})
+        return super().step(closure)
+
+
+def gradients(accelerator, dtype, accumulate, joined):
+    """Gradients of student, fake score and critic in four steps; one rank holds the batch of two if ``joined``."""
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    student, fake, teacher = (ResidualMLP((2,), 2, width=16, depth=2, embedding=8) for _ in range(3))
+    critic = KarrasPreconditioning(Critic(fake, fake.bottleneck, discriminator_head(16)))
+    for p in [*student.parameters(), *critic.parameters(), *teacher.parameters()]:
+        p.data.normal_(0, 0.2)
+    roles = [accelerator.prepare(role) for role in (KarrasPreconditioning(student), critic)]
+    schedule = Karras()
+    method = DMD(
+        teacher=NetworkDenoiser(freeze(KarrasPreconditioning(teacher)), schedule, "x0"),
+        student=Student(NetworkDenoiser(roles[0], schedule, "x0"), even_times(schedule, 1)),
+        fake=NetworkDenoiser(roles[1], schedule, "x0"),
+        shape=(2,), student_every=2, gan=GAN(generator_weight=0.1, critic_weight=0.1),
+    )  # fmt: skip
+    parts = accumulate * 2 if joined else 1
+
+    def batches(rng):
+        place = 0 if joined else 2 * rng.micro + rng.rank
+        chosen = torch.arange(place * SHARE, (place + parts) * SHARE) % len(DATA)
+        return {"cond": {"class_labels": chosen % 2}, "real": DATA[chosen, :2].to(dtype)}
+
+    notes = {"student": [], "fake": []}
+    optimizers = [
+        Recorder(role.parameters(), 0.05).watch([other, teacher], notes[name])
+        for name, role, other in (("student", roles[0], roles[1]), ("fake", roles[1], roles[0]))
+    ]
+    micros = 1 if joined else accumulate
+    reports = train(method.phases(*optimizers), batches, accelerator, steps=4, accumulate=micros,
+                    rollout=method.rollout)  # fmt: skip
+    for _ in reports:
+        pass
+    torch.set_default_dtype(torch.float32)
+    weights = torch.cat([flat(role) for role in roles])
+    return {**notes, "weights": weights, "head": sum(p.numel() for p in critic.network.head.parameters())}
+
+
+def joined_gradients(accelerator, dtype, accumulate):
+    """:func:`gradients` on one rank that holds all samples of two."""
+    JoinedRng.micros = accumulate
+    with (
+        patch.object(training, "Rng", JoinedRng), patch.object(torch, "rand", joined_draw(torch.rand)),
+        patch.object(torch, "randn", joined_draw(torch.randn)),
+    ):  # fmt: skip
+        return gradients(accelerator, dtype, accumulate, joined=True)
+
+
 def part_company(accelerator, every):
     """Weights that differ between ranks are noticed."""
     network = nn.Linear(3, 3)
@@ -117,6 +218,11 @@ def main(folder):
         "from_index_accumulated": from_index(accelerator, steps=5, accumulate=2, batch_size=2),
         "wrapped": distil(accelerator, wrapped=True),
         "unwrapped": distil(accelerator, wrapped=False),
+        **{
+            f"gradients_{dtype}_{accumulate}": gradients(accelerator, dtype, accumulate, joined=False)
+            for dtype in (torch.float64, torch.float32)
+            for accumulate in (1, 2)
+        },
         "complaint": part_company(accelerator, every=1),
         "complaint_not_due": part_company(accelerator, every=3),
     }

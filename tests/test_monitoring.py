@@ -1,0 +1,159 @@
+"""Watching a run: what is logged, what raises an alarm, which weights are kept."""
+
+import json
+
+import monitoring
+import pytest
+import torch
+import train_dmd
+import train_teacher
+from features import Classifier, Facts, save_classifier
+from images import DataOptions, load_images
+from monitoring import EvalOptions, Look, alarms, check_evaluation, is_best, look
+from networks import load_teacher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from score.metrics import frechet_distance, kernel_distance
+
+TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_classifier(Classifier(Facts(1, 8, 10)), tmp_path_factory.mktemp("features") / "features")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher")
+    return train_teacher.main(train_teacher.Config(out=out, width=32, depth=2, **TINY))
+
+
+def distil(out, teacher, **changes):
+    config = {**TINY, "warmup_steps": 2, "num_pairs": 20, "eval_images": 20, **changes}
+    return train_dmd.main(train_dmd.Config(out=out, teacher=str(teacher), **config))
+
+
+def scalars(out):
+    events = EventAccumulator(str(out / "logs")).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_the_look_of_images_is_their_mean_and_the_spread_between_them():
+    a, b = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), -0.5)
+    assert look(torch.cat([a, b])) == Look(0.0, pytest.approx(2**-0.5))
+    assert look(torch.cat([a, a])) == Look(0.5, 0.0), "alike"
+    assert look(torch.cat([4 * a, -4 * b])).brightness == 1.0, "clamped as a picture is"
+
+
+def test_alarms_name_what_is_wrong_and_nothing_else():
+    assert alarms(Look(0.0, 0.5), Look(0.05, 0.55)) == []
+    (dark,) = alarms(Look(-0.5, 0.5), Look(0.0, 0.5))
+    assert "brightness -0.50" in dark
+    (alike,) = alarms(Look(0.0, 0.1), Look(0.0, 0.5))
+    assert "spread" in alike
+    assert "0.10" in alike
+    (noisy,) = alarms(Look(0.0, 0.9), Look(0.0, 0.5))
+    assert "spread" in noisy
+    assert len(alarms(Look(0.9, 0.0), Look(0.0, 0.5))) == 2
+
+
+def test_a_nan_raises_the_alarm():
+    assert len(alarms(look(torch.full((2, 1, 2, 2), torch.nan)), Look(0.0, 0.5))) == 2
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, teacher, features):
+    out = tmp_path_factory.mktemp("watched")
+    student = distil(out, teacher, eval_every=2, features=features)
+    return out, student
+
+
+def test_figures_are_logged_at_their_steps(watched):
+    values = scalars(watched[0])
+    for name in ("brightness", "spread", "frechet_distance", "kid"):
+        assert list(values[f"eval/{name}"]) == [2, 4, 6]
+
+
+def test_the_last_figures_are_those_of_the_saved_student(watched, features):
+    """Made again here from the saved average: what is evaluated is what is kept, not the raw weights."""
+    out, student = watched
+    model, data = load_teacher(str(student)), load_images(DataOptions())
+    options = monitoring.sample.Config(model="", num_images=20)
+    labels = monitoring.sample.asked_labels(options, model)
+    images = monitoring.sample.draw(options, model, [torch.arange(20)], labels)
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20]
+    real = data.batch(chosen, torch.Generator()).images
+    network = monitoring.load_features(features, data).features
+    made, wanted = network(images.clamp(-1, 1)), network(real)
+    values = scalars(out)
+    assert values["eval/frechet_distance"][6] == pytest.approx(frechet_distance(made, wanted), rel=1e-5)
+    assert values["eval/kid"][6] == pytest.approx(kernel_distance(made, wanted), rel=1e-4)
+    assert values["eval/brightness"][6] == pytest.approx(float(images.clamp(-1, 1).mean()), rel=1e-5)
+
+
+def test_the_best_is_kept_and_can_be_sampled(watched):
+    out, _ = watched
+    note, curve = json.loads((out / "best.json").read_text()), scalars(out)["eval/frechet_distance"]
+    assert note["step"] == min(curve, key=curve.get)
+    assert note["frechet_distance"] == pytest.approx(min(curve.values()), rel=1e-6)
+    assert load_teacher(str(out / "best")).times
+
+
+def test_a_worse_one_does_not_replace_it(tmp_path):
+    best = tmp_path / "best"
+    assert is_best(best, {"frechet_distance": 2.0}), "there is none yet"
+    best.mkdir()
+    best.with_suffix(".json").write_text('{"frechet_distance": 1.0}')
+    assert not is_best(best, {"frechet_distance": 2.0})
+    assert is_best(best, {"frechet_distance": 0.5})
+    best.with_suffix(".json").write_text('{"frechet_dis')
+    assert is_best(best, {"frechet_distance": 2.0}), "cut off by a kill"
+
+
+def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, features):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best.json").write_text('{"frechet_distance": -1.0, "step": 9}')
+    distil(tmp_path, teacher, eval_every=3, features=features)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] in (3, 6)
+
+
+def test_watching_does_not_change_the_run(tmp_path, teacher, watched):
+    plain = load_teacher(str(distil(tmp_path, teacher))).denoiser.network.state_dict()
+    seen = load_teacher(str(watched[1])).denoiser.network.state_dict()
+    assert all(torch.equal(plain[name], seen[name]) for name in plain)
+
+
+def test_alarms_are_printed_with_their_step(tmp_path, teacher, capsys, monkeypatch):
+    monkeypatch.setattr(monitoring, "alarms", lambda seen, wanted: ["all grey"])
+    distil(tmp_path, teacher, eval_every=4)
+    assert capsys.readouterr().err.count("alarm at step 4: all grey") == 1
+
+
+def test_a_teacher_is_watched_beside_its_data(tmp_path, features):
+    config = train_teacher.Config(
+        out=tmp_path, width=32, depth=2, **TINY, eval_every=3, eval_images=20, features=features
+    )
+    train_teacher.main(config)
+    assert list(scalars(tmp_path)["eval/kid"]) == [3, 6]
+    assert not load_teacher(str(tmp_path / "best")).times
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_every": -1}, "--eval-every"),
+        ({"eval_every": 2, "eval_images": 1}, "--eval-images"),
+        ({"features": "mine"}, "--eval-every 0"),
+        ({"eval_every": 2, "features": "missing"}, "holds no classifier"),
+        ({"eval_every": 2, "features": "large"}, "Train features on the same"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tmp_path, features, changes, said):
+    folders = {"mine": features, "missing": tmp_path / "missing", "large": tmp_path / "large"}
+    save_classifier(Classifier(Facts(3, 16, 10)), folders["large"])
+    if "features" in changes:
+        changes = {**changes, "features": folders[changes["features"]]}
+    with pytest.raises(ValueError, match=said):
+        check_evaluation(EvalOptions(**changes), load_images(DataOptions()))
