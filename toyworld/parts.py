@@ -36,7 +36,8 @@ def make_tokenizer() -> CLIPTokenizer:
             found = ["".join(found[:2]), *found[2:]]
             pieces.append(found[0])
     vocabulary = {piece: number for number, piece in enumerate([START, END, *dict.fromkeys(pieces)])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    pairs: Any = merges
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=LENGTH)
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
@@ -50,14 +51,13 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
     return pieces
 
 
-def make_vae() -> AutoencoderKL:
-    """64 x 64 x 3 to 16 x 16 x 4, about a million parameters."""
-    vae: AutoencoderKL = AutoencoderKL(
+def make_vae() -> Any:
+    """An AutoencoderKL from 64 x 64 x 3 to 16 x 16 x 4, about a million parameters."""
+    return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, sample_size=SIZE, block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False,
     )  # fmt: skip
-    return vae
 
 
 def make_text_encoder(vocabulary: int) -> CLIPTextModel:
@@ -70,15 +70,14 @@ def make_text_encoder(vocabulary: int) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def make_unet() -> UNet2DConditionModel:
-    """Latents 16 x 16 x 4, three resolutions, text at every one but the first; about five million parameters."""
-    unet: UNet2DConditionModel = UNet2DConditionModel(
+def make_unet() -> Any:
+    """A UNet2DConditionModel of three resolutions, text at all but the first; about five million parameters."""
+    return UNet2DConditionModel(
         sample_size=SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 96, 112),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1, cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
-    return unet
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -93,9 +92,9 @@ def make_scheduler() -> DDIMScheduler:
 class Autoencoding(nn.Module):
     """Encode, draw from the posterior, decode; one module, so that several ranks can wrap it."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae: Any = vae
+        self.vae = vae
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions (b, 3, h, w) from latents mean + std * noise, and KL to N(0, 1) per sample (b,)."""
@@ -107,7 +106,7 @@ class Autoencoding(nn.Module):
 class TextToLatent(nn.Module):
     """Text encoder and UNet as one network of v, trained together: forward(z_t, t, tokens)."""
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    def __init__(self, text_encoder: CLIPTextModel, unet: Any) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
 
@@ -118,16 +117,14 @@ class TextToLatent(nn.Module):
         return velocity
 
 
-def save_pipeline(
-    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, card: str
-) -> Path:
+def save_pipeline(folder: Path, vae: Any, text_encoder: CLIPTextModel, unet: Any, card: str) -> Path:
     """Write a diffusers folder with ``card`` as its README; UNet and VAE in float16, the text encoder in float32.
 
     A folder that is float16 throughout does not run when it is loaded plainly: the UNet would come as float32, the
     text encoder as float16.
     """
     parts: dict[str, Any] = {"vae": vae.half(), "unet": unet.half(), "text_encoder": text_encoder.float()}
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         tokenizer=make_tokenizer(), scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False, **parts,
     )  # fmt: skip

@@ -116,7 +116,7 @@ def make_world(config: Config) -> World:
     images = torch.cat([rendered(config, start) for start in tqdm(range(0, config.num_images, 1000), "renders")])
     described = [describe(scene) for scene in draw_scenes(range(config.num_images), config.seed)]
     tokenizer = make_tokenizer()
-    lacks: list[dict[str, None]] = [{}, {"view": None}, {"background": None}, {"view": None, "background": None}]
+    lacks: list[dict[str, Any]] = [{}, {"view": None}, {"background": None}, {"view": None, "background": None}]
     tokens = [tokens_of([caption(replace(one, **lack)) for one in described], tokenizer) for lack in lacks]
     return World(images, torch.stack(tokens, 1), tokens_of([""], tokenizer)[0])
 
@@ -157,7 +157,7 @@ def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
         return as_floats(world.images[shuffled(len(world.images), stage.batch_size, rng)]).to(accelerator.device)
 
     phase = new_phase("vae", wrapped, loss, config.vae_lr, stage)
-    average = phase.ema.network
+    average: Any = averaged(phase)
     shown = as_floats(world.images[:16]).to(accelerator.device)
 
     @torch.no_grad()
@@ -222,7 +222,7 @@ def train_text_to_image(
         return {"latents": latents[chosen].to(accelerator.device), "tokens": tokens.to(accelerator.device)}
 
     phase = new_phase("text-to-image", wrapped, loss, config.learning_rate, stage)
-    average: Any = phase.ema.network
+    average: Any = averaged(phase)
     model = guided(
         NetworkDenoiser(average, schedule, "v"), 3.0, {"tokens": world.empty[None].to(accelerator.device)}
     )
@@ -249,6 +249,12 @@ def new_phase(
         name=name, network=network, optimizer=optimizer, loss=loss, ema=EMA(network, stage.ema_decay),
         lr_schedule=cosine(optimizer, stage.steps),
     )  # fmt: skip
+
+
+def averaged(phase: Phase) -> nn.Module:
+    """The network whose weights are the moving average."""
+    assert phase.ema is not None
+    return phase.ema.network
 
 
 def run_stage(
