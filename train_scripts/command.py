@@ -155,12 +155,14 @@ def check_numbers(
     config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = (),
     rates: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Raise ``ValueError``, naming the flag, for a number that is not finite or out of its range.
+    """Raise ``ValueError``, naming the flag, for a number that is not finite, out of its range or past counting.
 
     ``shares`` lie in [0, 1), learning ``rates`` in (0, 1]; a seed, if there is one, fits into 63 bits.
     """
     for name, value in vars(config).items():
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, int) and name != "seed" and value >= 2**31:
+            raise ValueError(f"{flag} must be below 2^31; got {value}. Pass a smaller one.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{flag} must be finite; got {value}.")
         if name in positive and not value > 0:
@@ -173,6 +175,17 @@ def check_numbers(
             raise ValueError(f"{flag} must lie in [0, 1); got {value}.")
         if name == "seed" and not 0 <= value < 2**63:
             raise ValueError(f"{flag} must lie in [0, 2^63); got {value}.")
+
+
+def check_device(name: str) -> None:
+    """Raise ``ValueError`` for a ``--device`` that torch does not know or that is not there."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here: {reason}. Pass cpu, or cuda with a GPU."
+        ) from error
 
 
 def check_run(config: RunOptions) -> None:

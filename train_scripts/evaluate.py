@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from command import check_numbers, check_out, run
-from features import Classifier, check_counts, check_device, inception, load_classifier
+from command import check_device, check_numbers, check_out, run
+from features import Classifier, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
 
@@ -69,7 +69,6 @@ def main(config: Config) -> Path | None:
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that cannot work, before anything is read or computed."""
     check_numbers(config, positive=("batch_size",))
-    check_counts(config, "num_images", "batch_size")
     if config.num_images is not None and config.num_images < 2:
         raise ValueError(f"--num-images must be at least 2, for a spread; got {config.num_images}.")
     check_device(config.device)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from images import ImageSet
@@ -130,24 +129,6 @@ def load_classifier(folder: Path) -> Classifier:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no classifier of train_features.py: {error}") from error
     return network.eval().requires_grad_(False)
-
-
-def check_counts(config: Any, *names: str) -> None:
-    """Raise ``ValueError``, naming the flag, for a number of things that no machine can count to."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value >= 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be below 2^31; got {value}. Pass a smaller one.")
-
-
-def check_device(name: str) -> None:
-    """Raise ``ValueError`` for a ``--device`` that torch does not know or that is not there."""
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"--device {name} cannot be used here: {reason}. Pass cpu, or cuda with a GPU."
-        ) from error
 
 
 def inception(weights: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from command import check_numbers, check_out, run
-from features import check_counts
 from networks import Teacher, load_teacher
 from PIL import Image
 from torch import Tensor
@@ -63,7 +62,6 @@ class Config:
 def main(config: Config) -> Path:
     """Sample, write, and return the folder or file."""
     check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance",))
-    check_counts(config, "num_images", "steps", "batch_size")
     check_samples_out(config.out)
     model = load_teacher(config.model)
     model.guided(config.guidance)  # or it says why not

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from command import check_numbers, check_out, run
-from features import check_counts, check_device, save_classifier, train_classifier
+from command import check_device, check_numbers, check_out, run
+from features import save_classifier, train_classifier
 from images import DataOptions, load_images
 
 
@@ -36,7 +36,6 @@ class Config(DataOptions):
 def main(config: Config) -> Path:
     """Train and return the folder of the classifier."""
     check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
-    check_counts(config, "steps", "batch_size")
     check_out(config.out)
     check_device(config.device)
     data = load_images(config)
