@@ -1,5 +1,6 @@
 """Prompts as conditions: each is encoded once, kept on disk, and needs no text encoder afterwards."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ Encode = Callable[[list[str]], Cond]
 
 
 def default_cache_folder() -> Path:
-    """Where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``."""
-    return Path.home() / ".cache" / "scorefield" / "prompts"
+    """Where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``, or in $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scorefield" / "prompts"
 
 
 @dataclass(frozen=True, eq=False)
