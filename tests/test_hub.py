@@ -466,6 +466,7 @@ def test_teachers_say_which_condition_they_take(save):
 
 
 def test_the_cache_folder_is_in_the_home_folder_unless_named(save, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     load_teacher(save("sd1").folder).prompts(["a"])
     assert len(list((tmp_path / ".cache" / "scorefield" / "prompts").rglob("*.safetensors"))) == 1
