@@ -50,9 +50,9 @@ class Config(RunOptions):
     """Folder for renders, checkpoints, logs and the finished pipeline."""
     num_images: int = 30_000
     """Renders to learn from: scenes 0 to this, less one."""
-    steps: int = 4000
+    steps: int = 4500
     """Iterations of text encoder and UNet."""
-    vae_steps: int = 3000
+    vae_steps: int = 4000
     """Iterations of the autoencoder."""
     batch_size: int = 64
     """Captioned latents per micro-batch and process."""
