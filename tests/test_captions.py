@@ -78,3 +78,8 @@ def test_a_scene_is_described_by_all_it_shows():
     scene = Scene(shape="mug", colour="red", background="black", azimuth=-100.0, elevation=20.0)
     assert describe(scene) == Attributes("mug", "red", "black", "side")
     assert parse(caption(describe(scene))) == describe(scene)
+
+
+def test_letters_that_only_look_alike_are_no_caption():
+    with pytest.raises(ValueError, match="no caption"):
+        parse("a red \u017fphere")

@@ -180,3 +180,9 @@ def test_what_is_no_judge_is_refused(tiny, tmp_path):
         save_judge(Judge(), tmp_path / "untrained")
     with pytest.raises(ValueError, match=r"the judge sees pictures \(b, 3, 64, 64\); got \(1, 3, 32, 32\)"):
         tiny(torch.zeros(1, 3, 32, 32))
+
+
+def test_saving_leaves_other_files_alone(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    save_judge(tiny, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.txt", "judge.json", "judge.safetensors"}

@@ -80,3 +80,7 @@ def test_the_tree_is_complete():
         section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
         files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
         assert files == set(re.findall(r"\w+\.py", section)), package
+
+
+def test_no_figure_is_left_out():
+    assert not re.findall(r"@[A-Z]+@", README)

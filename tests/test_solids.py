@@ -56,3 +56,12 @@ def test_occupancy_is_in_world_coordinates(generator):
 def test_an_unknown_solid_is_named():
     with pytest.raises(ValueError, match=r"shape must be one of sphere, .* got 'duck'"):
         occupancy("duck", torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", SOLIDS)
+def test_each_corner_of_a_solid_lies_within_the_radius(name):
+    ends = zip(SOLIDS[name].lower, SOLIDS[name].upper, strict=True)
+    axes = [torch.linspace(low, high, 61, dtype=torch.float64) for low, high in ends]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    within = signed_distance(name, points) <= 1e-9
+    assert float(points[within].norm(dim=-1).max()) <= RADIUS

@@ -142,3 +142,12 @@ def test_an_export_of_nothing_is_refused(tmp_path):
         with pytest.raises(ValueError, match="num_samples >= 1 and start >= 0"):
             export_folder(tmp_path / "world", **numbers)
     assert not list(tmp_path.iterdir())
+
+
+def test_any_integer_names_the_same_scene():
+    for index in (np.int64(5), torch.tensor(5), np.uint8(5)):
+        assert draw_scene(index, np.int32(2)) == draw_scene(5, 2)
+    with pytest.raises(ValueError, match="at least 0"):
+        draw_scene(-1)
+    with pytest.raises(TypeError):
+        draw_scene(0.5)

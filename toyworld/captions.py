@@ -59,7 +59,10 @@ def caption(attributes: Attributes) -> str:
 
 
 def parse(text: str) -> Attributes:
-    """The attributes of a caption, in any case of letters. Raises ``ValueError`` for what is no caption."""
+    """The attributes of a caption, in any case of letters, with either article.
+
+    Raises ``ValueError`` for what is no caption.
+    """
     found = _CAPTION.fullmatch(" ".join(text.split()))
     if not found:
         raise ValueError(
@@ -79,5 +82,5 @@ def _either(words: Iterable[str]) -> str:
 _CAPTION = re.compile(
     rf"an? (?P<colour>{_either(COLOURS)}) (?P<shape>{_either(SHAPES)})"
     rf"( on a (?P<background>{_either(BACKGROUNDS)}) background)?(, (?P<view>{_either(VIEWS)}) view)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )

@@ -6,6 +6,7 @@ caption then never names one of two views between which nobody could decide.
 """
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +43,13 @@ HELD_OUT = 10**9
 
 
 def draw_scene(index: int, seed: int = 0) -> Scene:
-    """Scene number ``index`` >= 0 of the data set ``seed``."""
+    """Scene number ``index`` of the data set ``seed``, both whole numbers from 0, of any integer type.
+
+    Raises ``ValueError`` below 0, ``TypeError`` for what is no whole number.
+    """
+    index, seed = operator.index(index), operator.index(seed)
+    if index < 0 or seed < 0:
+        raise ValueError(f"index and seed of a scene must be at least 0; got {index} and {seed}.")
     generator = derived_generator("toyworld", seed, index)
     shape, colour, background, view = (
         words[int(torch.randint(len(words), (), generator=generator))]
@@ -84,7 +91,7 @@ def _uniform(generator: Generator) -> float:
     return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
-def export_folder(folder: Path, num_samples: int, *, seed: int = 0, start: int = 0, size: int = 64) -> Path:
+def export_folder(folder: Path | str, num_samples: int, *, seed: int = 0, start: int = 0, size: int = 64) -> Path:
     """Write scenes ``start`` to ``start + num_samples`` as a folder that ``load_dataset("imagefolder")`` reads.
 
     Each line of ``metadata.jsonl`` names a picture and its caption (``text``), what the caption says (``shape``,
@@ -94,6 +101,7 @@ def export_folder(folder: Path, num_samples: int, *, seed: int = 0, start: int =
     """
     if num_samples < 1 or start < 0:
         raise ValueError(f"expected num_samples >= 1 and start >= 0; got {num_samples} and {start}.")
+    folder = Path(folder)
     with whole_folder(folder) as temporary:
         lines = [
             json.dumps(row) for row in _write_samples(temporary, range(start, start + num_samples), seed, size)

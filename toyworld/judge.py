@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm, trange
 
-from score.atomic import whole_folder
+from score.atomic import whole_file
 from score.randomness import Rng, shuffled
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, describe
@@ -188,15 +188,15 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
 
 
 def save_judge(judge: Judge, folder: Path) -> Path:
-    """Write a trained judge's weights, float16, and facts; load them with :func:`load_judge`."""
+    """Write a trained judge's weights, float16, and facts into a folder; load them with :func:`load_judge`."""
     if judge.facts is None:
         raise ValueError("only a judge with facts is saved: train_judge measures them.")
-    with whole_folder(folder) as temporary:
-        weights = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
-        save_file({name: x.cpu().contiguous() for name, x in weights.items()}, temporary / "judge.safetensors")
-        (temporary / "judge.json").write_text(
-            json.dumps({"format": FORMAT, **asdict(judge.facts)}, indent=2) + "\n"
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
+    with whole_file(folder / "judge.safetensors") as temporary:
+        save_file({name: x.cpu().contiguous() for name, x in weights.items()}, temporary)
+    with whole_file(folder / "judge.json") as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, **asdict(judge.facts)}, indent=2) + "\n")
     return folder
 
 

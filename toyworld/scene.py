@@ -1,5 +1,6 @@
 """A scene of the toy world: one solid of one colour before one background, and a camera."""
 
+import math
 from dataclasses import dataclass
 
 from toyworld.solids import RADIUS, SOLIDS
@@ -49,6 +50,9 @@ class Scene:
         check_word("shape", self.shape, SHAPES)
         check_word("colour", self.colour, COLOURS)
         check_word("background", self.background, BACKGROUNDS)
+        numbers = (self.azimuth, self.elevation, self.distance, *self.position)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"angles, distance and position must be finite; got {numbers}.")
         if not -90 <= self.elevation <= 90:
             raise ValueError(f"elevation must lie in [-90, 90] degrees; got {self.elevation}.")
         nearest = RADIUS + sum(axis**2 for axis in self.position) ** 0.5

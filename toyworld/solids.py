@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RADIUS = 0.8
+RADIUS = 0.81
 """Every solid lies within this distance of its own origin."""
 
 VIEWED_SHAPES = ("mug", "chair", "arrow", "letter L")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import check_numbers, check_out, run
+from command import check_device, check_numbers, check_out, run
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -36,7 +36,8 @@ class Config:
     out: Path = Path("runs/toyworld/figures")
     """Folder for figures.json and the contact sheet."""
     num_prompts: int = 500
-    """Captions of scenes that nothing was trained on."""
+    """Captions of scenes that nothing was trained on. To choose among pipelines, or the guidance, use another
+    --seed than the one that is reported."""
     num_renders: int = 2000
     """Renders to compare with; twice as many are made, for the floor."""
     guidance: float = 3.0
@@ -55,6 +56,11 @@ def main(config: Config) -> Path:
     """Measure, print and write the figures."""
     check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
     check_out(config.out)
+    check_device(config.device)
+    if min(config.num_prompts, config.num_renders) < 2:
+        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    if not (config.pipeline / "model_index.json").is_file():
+        raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
     pipeline: Any = StableDiffusionPipeline.from_pretrained(config.pipeline, local_files_only=True)
     pipeline = pipeline.to(config.device)
     judge = load_judge()
@@ -67,14 +73,15 @@ def main(config: Config) -> Path:
     )
     own = accuracies(judge, as_pictures(renders), attributes)
     drawn = accuracies(judge, made, attributes)
-    decoded = round_trip(pipeline, wanted[: config.num_prompts])
-    sets = {"pipeline": made, "renders": others[: config.num_prompts], "vae_round_trip": decoded}
+    unseen = others[: config.num_prompts]  # of its own pictures, the reference would be nearer than it should
+    decoded = round_trip(pipeline, unseen)
+    sets = {"pipeline": made, "renders": unseen, "vae_round_trip": decoded}
     reference = extract_features(judge.features, wanted)
     features = {name: extract_features(judge.features, images) for name, images in sets.items()}
     figures = {
         "accuracy": drawn, "accuracy_of_renders": own, "share": {name: drawn[name] / own[name] for name in own},
         "accuracy_of_round_trip": accuracies(judge, round_trip(pipeline, as_pictures(renders)), attributes),
-        "psnr_of_round_trip": psnr(decoded, wanted[: config.num_prompts]),
+        "psnr_of_round_trip": psnr(decoded, unseen),
         "frechet_distance": {name: frechet_distance(made, reference) for name, made in features.items()},
         "kid": {name: kernel_distance(made, reference) for name, made in features.items()},
         "num_prompts": config.num_prompts, "num_renders": config.num_renders, "guidance": config.guidance,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from command import check_numbers, check_out, run
+from command import check_device, check_numbers, check_out, run
 
 from toyworld.judge import save_judge, train_judge
 
@@ -41,6 +41,7 @@ def main(config: Config) -> Path:
     """Train and return the folder of the judge."""
     check_numbers(config, positive=("steps", "batch_size", "num_images", "num_held_out", "learning_rate"))
     check_out(config.out)
+    check_device(config.device)
     judge = train_judge(
         seed=config.seed, steps=config.steps, batch_size=config.batch_size, num_images=config.num_images,
         num_held_out=config.num_held_out, learning_rate=config.learning_rate, device=config.device,

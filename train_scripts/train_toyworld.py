@@ -7,6 +7,7 @@ autoencoder learns them; text encoder and UNet learn its latents; the averaged w
 --out/pipeline.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +15,20 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from captioned import World, as_floats, draw_captions, make_world, read_again
 from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
 from fitting import adamw, cosine, fit, prepare, resume, start
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score import NetworkDenoiser, VariancePreserving
+from score.atomic import whole_file
 from score.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
 from score.guidance import guided
 from score.randomness import Rng, shuffled
 from score.sampling import grid, sample
 from score.times import uniform
 from score.training import EMA, Phase
-from toyworld.captions import caption, describe
-from toyworld.data import draw_scenes
 from toyworld.parts import (
     Autoencoding,
     TextToLatent,
@@ -37,9 +37,7 @@ from toyworld.parts import (
     make_unet,
     make_vae,
     save_pipeline,
-    tokens_of,
 )
-from toyworld.render import render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +53,9 @@ class Config(RunOptions):
     vae_steps: int = 4000
     """Iterations of the autoencoder."""
     batch_size: int = 64
-    """Captioned latents per micro-batch and process."""
+    """Captioned latents per micro-batch."""
     vae_batch_size: int = 16
-    """Images per micro-batch and process."""
+    """Images per micro-batch."""
     learning_rate: float = 1e-3
     """Peak learning rate of text encoder and UNet."""
     vae_lr: float = 1e-3
@@ -76,24 +74,15 @@ class Config(RunOptions):
     """Iterations between checkpoints and sample grids."""
 
 
-@dataclass(frozen=True, eq=False)
-class World:
-    """What the stages learn from.
-
-    Attributes:
-        images: (n, 3, 64, 64) bytes.
-        tokens: (n, 4, length): full captions, without view, without background, without both.
-        empty: (length,) tokens of the empty caption.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    empty: Tensor
+VAE_OPTIONS = ("vae_steps", "vae_batch_size", "vae_lr", "kl_weight")
+TEXT_OPTIONS = ("learning_rate", "caption_dropout", "part_dropout")
 
 
 def main(config: Config) -> Path:
     """Run all stages and return the pipeline's folder."""
     check_run(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the toy world is trained by one process; start it without a launcher.")
     check_numbers(
         config, positive=("num_images", "vae_steps", "vae_batch_size", "learning_rate", "vae_lr"),
         not_negative=("kl_weight",), shares=("caption_dropout", "part_dropout", "ema_decay"),
@@ -102,41 +91,16 @@ def main(config: Config) -> Path:
     vae, text_encoder, unet = make_vae(), make_text_encoder(len(make_tokenizer())), make_unet()
     if config.dry_run:
         updates = {"autoencoder": config.vae_steps, "text encoder and unet": config.steps}
-        show_plan(config, {"vae": vae, "text_encoder": text_encoder, "unet": unet}, updates)
+        before = (
+            f"{config.num_images:,} renders, and {config.vae_steps:,} steps of {config.vae_batch_size} of them"
+        )
+        show_plan(config, {"vae": vae, "text_encoder": text_encoder, "unet": unet}, updates, before)
         return config.out
-    world = make_world(config)
+    world = make_world(config.out, config.num_images, config.seed)
     vae = train_vae(config, world, Autoencoding(vae))
     latents = encode(config, vae, world)
     network = train_text_to_image(config, world, latents, vae, TextToLatent(text_encoder, unet))
     return save_pipeline(config.out / "pipeline", vae, network.text_encoder, network.unet, card(config))
-
-
-def make_world(config: Config) -> World:
-    """Render the scenes, or read what an earlier call rendered, and write their captions."""
-    images = torch.cat([rendered(config, start) for start in tqdm(range(0, config.num_images, 1000), "renders")])
-    described = [describe(scene) for scene in draw_scenes(range(config.num_images), config.seed)]
-    tokenizer = make_tokenizer()
-    lacks: list[dict[str, Any]] = [{}, {"view": None}, {"background": None}, {"view": None, "background": None}]
-    tokens = [tokens_of([caption(replace(one, **lack)) for one in described], tokenizer) for lack in lacks]
-    return World(images, torch.stack(tokens, 1), tokens_of([""], tokenizer)[0])
-
-
-def rendered(config: Config, start: int) -> Tensor:
-    """Images ``start`` to ``start`` + 1000 as bytes, kept in a file each."""
-    path = config.out / "renders" / f"seed-{config.seed}-{start:07d}.safetensors"
-    end = min(start + 1000, config.num_images)
-    if path.is_file() and len(kept := load_file(path)["rgb"]) >= end - start:
-        return kept[: end - start]
-    parts = [
-        ((render(draw_scenes(range(first, min(first + 100, end)), config.seed)).rgb + 1) * 127.5).round()
-        for first in range(start, end, 100)
-    ]
-    images = torch.cat(parts).to(torch.uint8).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file({"rgb": images}, temporary)
-    temporary.rename(path)
-    return images
 
 
 def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
@@ -146,12 +110,7 @@ def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
     wrapped = prepare(network, stage, accelerator)
 
     def loss(images: Tensor, rng: Rng) -> dict[str, Tensor]:
-        side = images.shape[-1] // 4
-        noise = torch.randn(len(images), 4, side, side, generator=rng("posterior")).to(images.device)
-        made, kl = wrapped(images, noise)
-        error = (made.float() - images).square().mean()
-        # Of images whose range is 2.
-        return {"loss": error + config.kl_weight * kl.mean(), "psnr": 10 * (4 / error).log10(), "kl": kl.mean()}
+        return vae_loss(wrapped, images, config.kl_weight, rng)
 
     def batches(rng: Rng) -> Tensor:
         return as_floats(world.images[shuffled(len(world.images), stage.batch_size, rng)]).to(accelerator.device)
@@ -162,18 +121,23 @@ def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
 
     @torch.no_grad()
     def preview() -> Tensor:
-        noise = torch.zeros(16, 4, shown.shape[-1] // 4, shown.shape[-1] // 4, device=shown.device)
+        noise = torch.zeros(len(shown), 4, shown.shape[-1] // 4, shown.shape[-1] // 4, device=shown.device)
         return torch.cat([shown, average(shown, noise)[0].float()])
 
-    run_stage(stage, phase, batches, accelerator, {"data": fingerprint([world.images])}, preview)
+    run_stage(stage, phase, batches, accelerator, {"data": fingerprint([world.images])}, TEXT_OPTIONS, preview)
     vae = average.vae
     vae.register_to_config(scaling_factor=1 / float(latents_of(vae, world.images[:2000]).std()))
     return vae
 
 
-def as_floats(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1]."""
-    return images.float() / 127.5 - 1
+def vae_loss(network: nn.Module, images: Tensor, kl_weight: float, rng: Rng) -> dict[str, Tensor]:
+    """Mean squared error of images in [-1, 1] from a draw of their posterior, and its KL to N(0, 1)."""
+    side = images.shape[-1] // 4
+    noise = torch.randn(len(images), 4, side, side, generator=rng("posterior")).to(images.device)
+    made, kl = network(images, noise)
+    error = (made.float() - images).square().mean()
+    # Of images whose range is 2.
+    return {"loss": error + kl_weight * kl.mean(), "psnr": 10 * (4 / error).log10(), "kl": kl.mean()}
 
 
 @torch.no_grad()
@@ -187,12 +151,12 @@ def latents_of(vae: Any, images: Tensor) -> Tensor:
 def encode(config: Config, vae: Any, world: World) -> Tensor:
     """All latents, scaled to unit variance, kept in a file beside the weights they are of."""
     path, weights = config.out / "latents.safetensors", fingerprint(vae.parameters())
-    if path.is_file() and (kept := load_file(path)).get(weights) is not None:
-        return kept[weights]
+    kept = read_again(path).get(weights)
+    if kept is not None and len(kept) == len(world.images):
+        return kept
     latents = latents_of(vae, world.images) * vae.config.scaling_factor
-    temporary = path.with_suffix(".writing")
-    save_file({weights: latents}, temporary)
-    temporary.rename(path)
+    with whole_file(path) as temporary:
+        save_file({weights: latents}, temporary)
     return latents
 
 
@@ -207,18 +171,11 @@ def train_text_to_image(
     denoiser = NetworkDenoiser(wrapped, schedule, "v")
 
     def loss(batch: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
-        errors, t = denoising_errors(
-            denoiser, batch["latents"], {"tokens": batch["tokens"]}, times=uniform(0, 1),
-            weight=prediction_weight("v"), generator=rng("noise"),
-        )  # fmt: skip
-        return {"loss": errors.mean(), TIME_NOT_FINITE: time_not_finite(errors, t)}
+        return latent_loss(denoiser, batch, rng)
 
     def batches(rng: Rng) -> dict[str, Tensor]:
         chosen = shuffled(len(latents), config.batch_size, rng)
-        drawn = torch.rand(3, len(chosen), generator=rng("captions"))
-        without_view, without_background = (drawn[:2] < config.part_dropout).long()
-        tokens = world.tokens[chosen, without_view + 2 * without_background]
-        tokens[drawn[2] < config.caption_dropout] = world.empty
+        tokens = draw_captions(world, chosen, config.part_dropout, config.caption_dropout, rng)
         return {"latents": latents[chosen].to(accelerator.device), "tokens": tokens.to(accelerator.device)}
 
     phase = new_phase("text-to-image", wrapped, loss, config.learning_rate, stage)
@@ -229,22 +186,31 @@ def train_text_to_image(
 
     @torch.no_grad()
     def preview() -> Tensor:
-        noise = torch.randn(16, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
         tokens = world.tokens[:16, 0].to(accelerator.device)
+        noise = torch.randn(len(tokens), *latents.shape[1:], generator=torch.Generator().manual_seed(0))
         z = sample(model, noise.to(accelerator.device), {"tokens": tokens}, times=grid(schedule, 25))
         made: Tensor = vae.to(accelerator.device).decode(z / vae.config.scaling_factor).sample
         return torch.cat([as_floats(world.images[:16]).to(made.device), made])
 
     inputs = {"data": fingerprint([latents, world.tokens])}
-    run_stage(stage, phase, batches, accelerator, inputs, preview)
+    run_stage(stage, phase, batches, accelerator, inputs, VAE_OPTIONS, preview)
     return average
+
+
+def latent_loss(denoiser: NetworkDenoiser, batch: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
+    """Mean squared error of v at uniform times."""
+    errors, t = denoising_errors(
+        denoiser, batch["latents"], {"tokens": batch["tokens"]}, times=uniform(0, 1),
+        weight=prediction_weight("v"), generator=rng("noise"),
+    )  # fmt: skip
+    return {"loss": errors.mean(), TIME_NOT_FINITE: time_not_finite(errors, t)}
 
 
 def new_phase(
     name: str, network: nn.Module, loss: Callable[..., dict[str, Tensor]], learning_rate: float, stage: Config
 ) -> Phase:
     """AdamW, a cosine to zero and a moving average."""
-    optimizer = adamw(network, learning_rate, betas=(0.9, 0.99))
+    optimizer = adamw(network, learning_rate, betas=(0.9, 0.99), kind=stage.optimizer)
     return Phase(
         name=name, network=network, optimizer=optimizer, loss=loss, ema=EMA(network, stage.ema_decay),
         lr_schedule=cosine(optimizer, stage.steps),
@@ -259,10 +225,10 @@ def averaged(phase: Phase) -> nn.Module:
 
 def run_stage(
     stage: Config, phase: Phase, batches: Callable[[Rng], Any], accelerator: Accelerator,
-    inputs: dict[str, str], preview: Callable[[], Tensor],
+    inputs: dict[str, str], others: tuple[str, ...], preview: Callable[[], Tensor],
 ) -> None:  # fmt: skip
-    """Train one phase to its end, from its newest checkpoint."""
-    own = identity(stage, accelerator, inputs)
+    """Train one phase to its end, from its newest checkpoint, whatever the options of the ``others`` are now."""
+    own = {name: value for name, value in identity(stage, accelerator, inputs).items() if name not in others}
     first = resume(stage, [phase], accelerator, own)
     fit(stage, [phase], batches, accelerator, own=own, first=first, columns=16, preview=preview)
 
