@@ -1,6 +1,8 @@
 """Parts of a model of diffusers, by name or folder: found, checked and read."""
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,14 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 NOISE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
 )  # fmt: skip
+
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, ArithmeticError, SafetensorError,
+    UnpicklingError,
+)  # fmt: skip
+
+READ = (".json", ".txt", ".model")
+"""Endings of configs and vocabularies."""
 
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
@@ -64,21 +74,43 @@ class PartReader:
         Raises ``ValueError`` for weights that are missing, pickled or damaged, or that do not fit.
         """
         variant = self.find_variant(part)
-        precision = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype or self.dtype}
+        options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
+        if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
+            options = {"dtype": dtype or self.dtype, "attn_implementation": "sdpa"}
         reader: Any = kind
         try:
             network, report = reader.from_pretrained(
                 part, use_safetensors=None if self.allow_pickle else True, local_files_only=True,
-                variant=variant, output_loading_info=True, **precision,
+                variant=variant, output_loading_info=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+        # diffusers and transformers only log both, and go on with random numbers, or with fewer layers.
         if missing := sorted(report["missing_keys"]):
-            # diffusers and transformers only log it, and go on with random numbers in their place.
             raise ValueError(
                 f"the weights in {part} lack {len(missing)} tensors, such as {missing[0]}. Save it again."
             )
+        if surplus := sorted(key for key in report["unexpected_keys"] if not _is_harmless(kind, key)):
+            raise ValueError(
+                f"the weights in {part} have {len(surplus)} tensors, such as {surplus[0]}, that its config.json "
+                "has no place for. Save it again."
+            )
         return freeze(network).to(self.device)
+
+    def read_tokenizer(self, kind: Any, part: Path) -> Any:
+        """A tokenizer of class ``kind`` from the folder ``part``. Raises ``ValueError`` where it is damaged."""
+        try:
+            return kind.from_pretrained(part, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+
+    def files(self, part: Path) -> list[Path]:
+        """What is read of the folder ``part``: configs, vocabularies, and the weights of the variant in use."""
+        files = sorted(path for path in part.iterdir() if path.is_file())
+        weights = [path for path in files if path.suffix in (SAFE + PICKLED if self.allow_pickle else SAFE)]
+        variant = self.find_variant(part) if weights else None
+        used = [path for path in weights if _variant(path.name) == variant]
+        return [path for path in files if path.suffix in READ or path in used]
 
     def find_variant(self, part: Path) -> str | None:
         """The variant to read from ``part``: the one asked for, or None where only plain weights are there.
@@ -182,6 +214,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(kind: type, part: Path) -> dict[str, Any]:
+    """The ``config.json`` of a network of diffusers, with the defaults of its class for what it does not say."""
+    parameters = inspect.signature(kind).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
+    return {**defaults, **read_json(part / "config.json")}
+
+
 def part_folder(folder: Path, part: str) -> Path:
     """The folder of a pipeline's part; that of the pipeline for models that keep everything at the top."""
     top = not (folder / part).is_dir() and (folder / "config.json").is_file()
@@ -210,16 +249,27 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
     return VariancePreserving(scheduler.alphas_cumprod), kind
 
 
-def fingerprint(folders: Iterable[Path], facts: Sequence[object] = ()) -> str:
-    """sha256 of every file in some folders, names and contents, and of ``facts``: which model this is."""
+def fingerprint(files: Iterable[Path], facts: Sequence[object] = ()) -> str:
+    """sha256 of some files, contents, names and their folders' names, and of ``facts``: which model this is."""
     digest = hashlib.sha256(repr(list(facts)).encode())
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                with path.open("rb") as file:
-                    inner = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(f"{folder.name}/{path.name} {inner}\n".encode())
+    for path in files:
+        status = path.stat()
+        inner = _digest(path, status.st_size, status.st_mtime_ns)
+        digest.update(f"{path.parent.name}/{path.name} {inner}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    # Remembered while size and time of the last change stay: reading T5-XXL again takes a minute.
+    del size, changed
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_harmless(kind: type, key: str) -> bool:
+    # Older versions stored the numbers of positions; a CLIPTextModel stops before the projection.
+    return key.endswith("position_ids") or (kind.__name__ == "CLIPTextModel" and key == "text_projection.weight")
 
 
 def _variant(name: str) -> str | None:
