@@ -161,7 +161,7 @@ def load_teacher(
     """
     check_dtype(dtype)
     reader = PartReader(dtype, check_device(device), allow_pickle, variant)
-    folder = find_pipeline(name, family_of, allow_pickle=allow_pickle, variant=variant, revision=revision)
+    folder = find_pipeline(name, _weights_of, reader, revision)
     index = _read_index(folder)
     family = family_of(index)
     parts = {part: part_folder(folder, part) for part in (family.part, *_text_parts(family, index, folder))}
@@ -216,6 +216,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
         return {"_class_name": "DDPMPipeline"}
     held = f"a {config['_class_name']} alone" if "_class_name" in config else f"no {INDEX}"
     raise ValueError(f"{folder} is not a pipeline's folder: it holds {held}. Pass what save_pretrained wrote.")
+
+
+def _weights_of(index: Mapping[str, Any]) -> list[str]:
+    family = family_of(index)
+    return [family.part, *_text_parts(family, index, Path()), *(["vae"] if family.texts else [])]
 
 
 def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[str, type]:

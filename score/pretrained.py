@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -118,7 +118,10 @@ class PartReader:
         Raises:
             ValueError: no weights, or only pickled ones that are not allowed, or only other variants.
         """
-        files = sorted(path.name for path in part.iterdir()) if part.is_dir() else []
+        return self.choose_variant(part, sorted(path.name for path in part.iterdir()) if part.is_dir() else [])
+
+    def choose_variant(self, part: Path | str, files: Sequence[str]) -> str | None:
+        """:meth:`find_variant` among the names of the files that ``part`` holds, here or online."""
         suffixes = SAFE + PICKLED if self.allow_pickle else SAFE
         found = {_variant(name) for name in files if name.endswith(suffixes)}
         if self.variant in found or None in found:
@@ -136,29 +139,32 @@ class PartReader:
 
 
 def find_pipeline(
-    name: str | Path, check: Callable[[Mapping[str, Any]], object], *, allow_pickle: bool = False,
-    variant: str | None = None, revision: str | None = None,
-) -> Path:  # fmt: skip
+    name: str | Path,
+    parts_of: Callable[[Mapping[str, Any]], Iterable[str]],
+    reader: PartReader,
+    revision: str | None = None,
+) -> Path:
     """The folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
 
     Args:
         name: an existing folder, or a model's name.
-        check: raises ``ValueError`` for a ``model_index.json`` that is of no use, before gigabytes are downloaded.
-        allow_pickle: download pickles if there are no safetensors.
-        variant: of the weight files, such as "fp16".
+        parts_of: folders of the weights that a ``model_index.json`` names; raises ``ValueError`` for one
+            of no use, before gigabytes are downloaded.
+        reader: what will read it: it says which variant, and whether pickles will do.
         revision: branch, tag or commit; a name alone follows what its owner changes.
 
     Raises:
-        ValueError: there is neither; names the copies of models that vanished.
+        ValueError: there is neither, with the copies of models that vanished; or there are no weights that
+            ``reader`` reads.
     """
 
     def download() -> str:
-        _check_online(str(name), revision, check)
+        _check_online(str(name), parts_of, reader, revision)
         unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-        safe = None if allow_pickle else True
+        safe = None if reader.allow_pickle else True
         return str(
             DiffusionPipeline.download(
-                str(name), revision=revision, variant=variant, use_safetensors=safe, **unused
+                str(name), revision=revision, variant=reader.variant, use_safetensors=safe, **unused
             )
         )
 
@@ -183,18 +189,27 @@ def _folder_or(name: str | Path, download: Callable[[], str]) -> Path:
         raise ValueError(_missing_message(str(name), error)) from error
 
 
-def _check_online(name: str, revision: str | None, check: Callable[[Mapping[str, Any]], object]) -> None:
+def _check_online(
+    name: str, parts_of: Callable[[Mapping[str, Any]], Iterable[str]], reader: PartReader, revision: str | None
+) -> None:
     try:
-        huggingface_hub.model_info(name, revision=revision)
+        info = huggingface_hub.model_info(name, revision=revision)
     except Exception:  # offline or no such model: download() looks in its cache, and says why it failed
         return
-    check(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+    parts = parts_of(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+    held = [Path(file.rfilename) for file in info.siblings or ()]
+    for part in parts if held else ():
+        names = [path.name for path in held if path.parent == Path(part)]
+        top = [path.name for path in held if path.parent == Path()]  # where some models keep everything
+        reader.choose_variant(f"{name}/{part}", names if names or "config.json" not in top else top)
 
 
 def _missing_message(name: str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
     if mirrors := MIRRORS.get(name.strip("/")):
         remedy = f"Its owner deleted it; unofficial copies were last seen at {' and '.join(mirrors)}."
+    elif isinstance(error, GatedRepoError):
+        remedy = f"Accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`."
     else:
         remedy = (
             "Pass the folder of a pipeline, or a model's full name, such as "

@@ -336,6 +336,19 @@ def test_facts_of_each_family(saved):
     assert teacher.device == torch.device("cpu")
 
 
+def test_all_weights_and_conditions_are_on_the_device_asked_for(saved, tmp_path):
+    own = replace(saved, cache=tmp_path)
+    conditions(own.load())  # into the cache: there is no encoding on the meta device
+    teacher = own.load(device="meta")
+    tensors = [
+        *teacher.denoiser.network.parameters(),
+        *(cond for side in conditions(teacher) for cond in side.values()),
+    ]
+    if teacher.codec is not None:
+        tensors += [*teacher.codec.vae.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {teacher.device.type} == {"meta"}
+
+
 def test_the_size_asked_for_reaches_latents_and_time_ids(save):
     teacher = save("sdxl").load(size=(32, 48))
     assert (teacher.shape, teacher.size) == ((4, 16, 24), (32, 48))

@@ -6,7 +6,9 @@ import os
 import pickle
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
+import httpx
 import huggingface_hub
 import pytest
 import tiny_pipelines as tiny
@@ -18,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -108,11 +111,44 @@ def test_a_model_downloaded_before_is_found_by_name_without_a_connection(offline
     assert type(load_teacher(original, tiny_vae="somebody/taesd").codec.vae).__name__ == "AutoencoderTiny"
 
 
+def online(monkeypatch, index, files):
+    """A model that is there, but must not be downloaded."""
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(index))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *names, **options: pytest.fail("downloaded"))
+
+
+def test_weights_that_will_not_be_read_are_not_downloaded(monkeypatch, original):
+    weights = ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]
+    online(monkeypatch, original / "model_index.json", ["model_index.json", "unet/config.json", *weights])
+    with pytest.raises(
+        ValueError, match=r"somebody/old/unet holds pickled weights only .*allow_pickle=True if you"
+    ):
+        load_teacher("somebody/old")
+    parts = ("unet", "text_encoder", "vae")
+    online(monkeypatch, original / "model_index.json", [f"{part}/model.fp16.safetensors" for part in parts])
+    with pytest.raises(
+        ValueError, match="somebody/half/unet holds weights of variant fp16 only; got variant=None"
+    ):
+        load_teacher("somebody/half")
+
+
+def test_a_gated_model_has_its_own_remedy(monkeypatch, original):
+    def refuse(*names, revision):
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://x")))
+
+    online(monkeypatch, original / "model_index.json", [])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(
+        ValueError, match=r"Accept its terms at https://huggingface\.co/somebody/gated, and log in"
+    ):
+        load_teacher("somebody/gated")
+
+
 def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(tmp_path / "index.json"))
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda *names, **options: pytest.fail("downloaded"))
+    online(monkeypatch, tmp_path / "index.json", [])
     with pytest.raises(ValueError, match="unsupported pipeline class 'FluxPipeline'; expected one of Stable"):
         load_teacher("somebody/flux")
 
@@ -120,8 +156,7 @@ def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tm
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_a_download_is_asked_for_safetensors_of_what_is_used(monkeypatch, original, allow_pickle):
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **b: str(original / "model_index.json"))
+    online(monkeypatch, original / "model_index.json", [])
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.update(options) or original)
     load_teacher("somebody/tiny", variant="fp16", revision="v1", allow_pickle=allow_pickle)
     assert asked == {
