@@ -152,9 +152,9 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def kept_whole(network: Any) -> int:
+def kept_whole(network: nn.Module) -> int:
     """Parameters that transformers keeps in float32 when the rest is float16: T5's ``wo``, which overflows."""
-    modules = set(network._keep_in_fp32_modules or ())
+    modules = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     return sum(p.numel() for name, p in network.named_parameters() if modules & set(name.split(".")))
 
 

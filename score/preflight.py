@@ -80,7 +80,10 @@ def latent_shape(
         raise ValueError(f"the autoencoder has {channels} channels, the network {config['in_channels']}.")
     if size is None and config["sample_size"] is None:
         raise ValueError("the model does not say the size of its images. Pass size=(height, width).")
-    height, width = (factor * side for side in _pair(config["sample_size"])) if size is None else _pair(size)
+    own = size is None
+    height, width = _pair(config["sample_size"] if own else size)
+    if own:
+        height, width = factor * height, factor * width
     step = factor * (config.get("patch_size") or 1)
     if factor == 1:  # a UNet2DModel halves the sides in every block but its last, and must come back
         step = 2 ** (len(config["down_block_types"]) - 1)
@@ -96,7 +99,8 @@ def _pair(size: Any) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
         raise ValueError(f"size must be a whole number of pixels, or (height, width); got {size!r}.")
-    return pair
+    height, width = pair
+    return height, width
 
 
 def check_tokenizer(part: Path) -> None:
