@@ -116,13 +116,15 @@ def main(config: Config) -> str:
 class Count:
     """What one model costs; sizes in parameters, work in operations for one image.
 
-    ``latents`` is the shape of x_t, ``pixels`` the side of the image.
+    ``kept`` of the texts' parameters stay float32 in float16. ``latents`` is the shape of x_t, ``pixels`` the side
+    of the image.
     """
 
     model: Model
     network: int
     vae: int
     texts: int
+    kept: int
     latents: tuple[int, int, int]
     pixels: int
     guided: int
@@ -150,6 +152,12 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def kept_whole(network: nn.Module) -> int:
+    """Parameters that transformers keeps in float32 when the rest is float16: T5's ``wo``, which overflows."""
+    modules = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    return sum(p.numel() for name, p in network.named_parameters() if modules & set(name.split(".")))
+
+
 def count(config: Config, model: Model) -> Count:
     """Sizes and work of one model, batch 1 at its own size."""
     network, vae = build(config.configs, model.network), build(config.configs, model.vae)
@@ -164,9 +172,10 @@ def count(config: Config, model: Model) -> Count:
     codec = as_codec(vae)
     images = torch.zeros(1, 3, side * codec.factor, side * codec.factor, device="meta")
     with torch.device("meta"):
-        texts = sum(parameters(TEXTS[name]()) for name in model.texts)
+        encoders = [TEXTS[name]() for name in model.texts]
     return Count(
-        model=model, network=parameters(network), vae=parameters(vae), texts=texts, latents=latents,
+        model=model, network=parameters(network), vae=parameters(vae), latents=latents,
+        texts=sum(map(parameters, encoders)), kept=sum(map(kept_whole, encoders)),
         pixels=side * codec.factor,
         guided=operations(lambda: guided(denoiser, config.scale, cond)(x_t, t, cond)),
         plain=operations(lambda: denoiser(x_t, t, cond)),
@@ -206,7 +215,7 @@ def memory_table(rows: Mapping[str, Count], texts: Mapping[str, int]) -> list[st
     )
     for name, row in rows.items():
         whole, kept = row.network + row.vae + row.texts, row.network + row.vae
-        half = 2 * whole + (2 * row.vae if row.model.upcast else 0)
+        half = 2 * whole + 2 * row.kept + (2 * row.vae if row.model.upcast else 0)
         sizes = [f"{size / 1e6:,.1f} M" for size in (row.network, row.vae, row.texts)]
         sizes += [f"{size / 1e9:.2f} GB" for size in (4 * whole, 2 * whole, half, 2 * kept)]
         lines.append(f"| {name} | {' | '.join(sizes)} |")

@@ -6,6 +6,7 @@ image means another entry, and every other one stays valid. Nothing is ever remo
 
 import hashlib
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,7 @@ class TensorCache:
 
     def store(self, content: Content, tensors: Mapping[str, Tensor]) -> Entry:
         """Write an entry, replacing an older one, and return it."""
-        # safetensors refuses tensors that share memory, as the rows of one batch do.
-        entry = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        entry = _entry(tensors)
         _write(self.path(content), entry)
         return entry
 
@@ -73,6 +73,8 @@ class TensorCache:
         batch_size: int = 16,
     ) -> list[Entry]:  # fmt: skip
         """One entry per content, in order; those that are missing are made and stored, each once.
+
+        A folder that cannot be written costs a warning, and the entries are made again next time.
 
         Args:
             contents: may repeat.
@@ -84,11 +86,28 @@ class TensorCache:
         missing = [
             content for path, content in dict(zip(paths, contents, strict=True)).items() if found[path] is None
         ]
+        failed = False
         for start in range(0, len(missing), batch_size):
             some = missing[start : start + batch_size]
             for content, tensors in zip(some, make(some), strict=True):
-                found[self.path(content)] = self.store(content, tensors)
+                path = self.path(content)
+                found[path] = entry = _entry(tensors)
+                failed = failed or not self._try_to_write(path, entry)
         return [dict(found[path] or {}) for path in paths]
+
+    def _try_to_write(self, path: Path, entry: Entry) -> bool:
+        try:
+            _write(path, entry)
+        except (OSError, SafetensorError) as error:
+            message = f"the cache {self.folder} cannot be written ({error}); what is not in it is made each time."
+            warnings.warn(message, stacklevel=3)
+            return False
+        return True
+
+
+def _entry(tensors: Mapping[str, Tensor]) -> Entry:
+    # safetensors refuses tensors that share memory, as the rows of one batch do.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _read(path: Path) -> Entry | None:
@@ -96,7 +115,7 @@ def _read(path: Path) -> Entry | None:
         with safe_open(path, "pt") as file:
             entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = (file.metadata() or {}).get("crc32")
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         return None
     # A damaged entry counts as missing: making it again costs one encoding, raising costs the run. The sum is
     # needed because safetensors checks sizes only, and blocks lost in a power cut read as zeros.
@@ -116,7 +135,9 @@ def _write(path: Path, entry: Entry) -> None:
 def _checksum(entry: Entry) -> str:
     value = 0
     for name in sorted(entry):
-        value = zlib.crc32(_bytes(entry[name]), zlib.crc32(name.encode(), value))
+        tensor = entry[name]
+        header = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        value = zlib.crc32(_bytes(tensor), zlib.crc32(header.encode(), value))
     return f"{value:08x}"
 
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from score.pretrained import PartReader, read_json
+from score.pretrained import PartReader, read_config, read_json
 from score.randomness import Generators, normal_like
 from score.schedule import Images
+
+KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,26 +90,39 @@ def load_codec(
         slicing: one image at a time.
         tiling: in blended tiles.
 
-    Raises:
-        ValueError: another class of autoencoder, one whose latents are normalised per channel, or tiling of an
-            AutoencoderTiny.
+    Raises ``ValueError`` for what :func:`read_codec_config` and ``PartReader.read`` refuse.
     """
-    config = read_json(part / "config.json")
-    kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}.get(config.get("_class_name", ""))
-    if kind is None or config.get("latents_mean") is not None:
-        what = config.get("_class_name") if kind is None else "latents normalised per channel"
-        raise ValueError(f"unsupported autoencoder in {part}: {what}; expected AutoencoderKL or AutoencoderTiny.")
-    if tiling and kind is AutoencoderTiny:
-        raise ValueError("tiling is for AutoencoderKL; an AutoencoderTiny is small enough without.")
+    config, channels, factor = read_codec_config(part, tiling=tiling)
+    kind = KINDS[config["_class_name"]]
     keep = upcast and reader.dtype == torch.float16 and config.get("force_upcast", kind is AutoencoderKL)
     vae: Any = reader.read(kind, part, torch.float32 if keep else None)
     if slicing:
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    channels, scaling, shift = vae.config.latent_channels, vae.config.scaling_factor, vae.config.shift_factor
+    scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
     return Codec(vae, scaling=float(scaling), shift=float(shift or 0), factor=factor, channels=channels)
+
+
+def read_codec_config(part: Path, *, tiling: bool = False) -> tuple[dict[str, Any], int, int]:
+    """Config of the autoencoder in the folder ``part``, channels of its latents, and pixels per latent.
+
+    Raises:
+        ValueError: another class of autoencoder, one whose latents are normalised per channel, or tiling of an
+            AutoencoderTiny.
+    """
+    name = read_json(part / "config.json").get("_class_name")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    config = read_config(kind, part) if kind else {}
+    if kind is None or config.get("latents_mean") is not None:
+        what = name if kind is None else "latents normalised per channel"
+        raise ValueError(f"unsupported autoencoder in {part}: {what}; expected AutoencoderKL or AutoencoderTiny.")
+    if tiling and kind is AutoencoderTiny:
+        raise ValueError("tiling is for AutoencoderKL; an AutoencoderTiny is small enough without.")
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if not isinstance(blocks, list | tuple):
+        raise ValueError(f"{part / 'config.json'}: block_out_channels must be a list; got {blocks!r}.")
+    return config, config["latent_channels"], 2 ** (len(blocks) - 1)
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from score.denoiser import Cond
-from score.prompts import Encode
+from score.prompts import CUT, Encode
 
 
 class DiffusersNetwork(nn.Module):
@@ -76,6 +76,19 @@ class Family:
     upcast: bool = False
 
 
+T5_LENGTH = 256
+"""Tokens that SD3's T5 reads."""
+
+
+def _num_cut(prompts: list[str], *tokenizers: tuple[Any, int | None]) -> Tensor:
+    """(n,) tokens that are cut, counted where most are; a limit of None is the tokenizer's own."""
+    cut = torch.zeros(len(prompts), dtype=torch.long)
+    for tokenizer, limit in tokenizers:
+        lengths = torch.tensor([len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts])
+        cut = cut.maximum(lengths - (limit or tokenizer.model_max_length))
+    return cut
+
+
 def _sd_encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     del network
     unused = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
@@ -83,7 +96,7 @@ def _sd_encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encod
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": embeds}
+        return {"encoder_hidden_states": embeds, CUT: _num_cut(prompts, (parts["tokenizer"], None))}
 
     return encode
 
@@ -95,7 +108,8 @@ def _sdxl_encoder(parts: Parts, network: nn.Module, device: torch.device) -> Enc
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+        cut = _num_cut(prompts, *((parts[name], None) for name in ("tokenizer", "tokenizer_2")))
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, CUT: cut}
 
     return encode
 
@@ -107,9 +121,11 @@ def _sd3_encoder(parts: Parts, network: nn.Module, device: torch.device) -> Enco
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompts, None, None, device=device, do_classifier_free_guidance=False
+            prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
         )
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        limits = {"tokenizer": None, "tokenizer_2": None, "tokenizer_3": T5_LENGTH}
+        cut = _num_cut(prompts, *((parts[name], limit) for name, limit in limits.items() if name in parts))
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, CUT: cut}
 
     return encode
 

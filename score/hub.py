@@ -18,9 +18,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from score.codec import Codec, load_codec
+from score.codec import Codec, load_codec, read_codec_config
 from score.denoiser import Cond, NetworkDenoiser, freeze
 from score.families import DiffusersNetwork, Family, Parts, family_of
+from score.preflight import (
+    check_device,
+    check_dtype,
+    check_network,
+    check_options,
+    check_shift,
+    check_tokenizer,
+    latent_shape,
+    tokenizer_class,
+)
 from score.pretrained import (
     INDEX,
     PartReader,
@@ -28,6 +38,7 @@ from score.pretrained import (
     find_pipeline,
     fingerprint,
     part_folder,
+    read_config,
     read_json,
     read_schedule,
 )
@@ -109,7 +120,11 @@ class Teacher:
 
     def without_text_encoders(self) -> "Teacher":
         """The same teacher for prompts it has encoded before; the encoders are freed once ``self`` is gone."""
-        return self if self.texts is None else replace(self, texts=self.texts.dropped())
+        if self.texts is None:
+            return self
+        if self.zero_negative:
+            self.negative()  # puts the empty prompt into the cache: its zeros have that shape
+        return replace(self, texts=self.texts.dropped())
 
     def _time_ids(self, n: int) -> Cond:
         # Original size, offset of the crop, target size (SDXL, arXiv 2307.01952, section 2.2).
@@ -144,9 +159,9 @@ def load_teacher(
         ValueError: for a name that is neither, a pipeline of another class, weights that are missing, pickled,
             damaged or do not fit, and a dtype or size that cannot be.
     """
-    _check_dtype(dtype)
-    reader = PartReader(dtype, torch.device(device), allow_pickle, variant)
-    folder = find_pipeline(name, family_of, allow_pickle=allow_pickle, variant=variant, revision=revision)
+    check_dtype(dtype)
+    reader = PartReader(dtype, check_device(device), allow_pickle, variant)
+    folder = find_pipeline(name, _weights_of, reader, revision)
     index = _read_index(folder)
     family = family_of(index)
     parts = {part: part_folder(folder, part) for part in (family.part, *_text_parts(family, index, folder))}
@@ -154,10 +169,10 @@ def load_teacher(
         parts["vae"] = folder / "vae" if tiny_vae is None else find_model(tiny_vae)
     settings = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
     schedule, kind = _check_schedule(settings, family)
-    for part in parts.values():  # all that is cheap to check comes before the first weights: they can take minutes
-        reader.find_variant(part)
+    shift = check_shift(settings) if family.flow else 1.0
+    shape = _check_parts(reader, family, index, folder, parts, size, tiling)
+    check_options(bool(family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
     model: Any = reader.read(family.network, parts[family.part])
-    _check_config(model.config, parts[family.part])
     # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     codec = None
@@ -165,20 +180,32 @@ def load_teacher(
         codec = load_codec(reader, parts["vae"], upcast=family.upcast, slicing=slicing, tiling=tiling)
     return Teacher(
         denoiser=NetworkDenoiser(freeze(DiffusersNetwork(model)), schedule, kind, scale),
-        shape=_shape(model.config, codec, size),
+        shape=shape,
         codec=codec,
         texts=_prompt_encoder(reader, family, index, folder, model, cache) if family.texts else None,
-        shift=float(settings.get("shift", 1.0)) if family.flow else 1.0,
+        shift=shift,
         num_classes=0 if family.texts else int(model.config.num_class_embeds or 0),
         sized=model.config.get("addition_embed_type") == "text_time",
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),
     )
 
 
-def _check_dtype(dtype: object) -> None:
-    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in allowed:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}.")
+def _check_parts(
+    reader: PartReader, family: Family, index: Mapping[str, Any], folder: Path, parts: Mapping[str, Path],
+    size: int | tuple[int, int] | None, tiling: bool,
+) -> tuple[int, int, int]:  # fmt: skip
+    """The shape of x0, if all parts are there and fit together."""
+    for part in _text_parts(family, index, folder):
+        tokenizer_class(index, _tokenizer_of(part))
+        check_tokenizer(folder / _tokenizer_of(part))
+    for place in parts.values():
+        reader.find_variant(place)
+    config = read_config(family.network, parts[family.part])
+    check_network(config, parts[family.part])
+    channels, factor = config["in_channels"], 1
+    if family.texts:
+        _, channels, factor = read_codec_config(parts["vae"], tiling=tiling)
+    return latent_shape(config, channels, factor, size)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -191,6 +218,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
     raise ValueError(f"{folder} is not a pipeline's folder: it holds {held}. Pass what save_pretrained wrote.")
 
 
+def _weights_of(index: Mapping[str, Any]) -> list[str]:
+    family = family_of(index)
+    return [family.part, *_text_parts(family, index, Path()), *(["vae"] if family.texts else [])]
+
+
 def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[str, type]:
     present = {part: kind for part, kind in family.texts.items() if (index.get(part) or [None])[0] is not None}
     if missing := family.texts.keys() - present.keys() - set(family.optional):
@@ -200,44 +232,12 @@ def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[
     return present
 
 
-def _check_config(config: Any, part: Path) -> None:
-    if config.out_channels != config.in_channels:
-        raise ValueError(
-            f"{part} maps {config.in_channels} channels to {config.out_channels}: it learned its variance, or "
-            "takes an image beside the noise. Pass a model that predicts the shape of x_t."
-        )
-    if config.get("time_cond_proj_dim") is not None:
-        raise ValueError(
-            f"{part} is a distilled model that is told the guidance scale; pass the model it came from."
-        )
-
-
 def _check_schedule(settings: Mapping[str, Any], family: Family) -> tuple[Schedule, Kind]:
     schedule, kind = read_schedule(settings)
     if (kind == "flow") != family.flow:
         expected = "a flow-matching" if family.flow else "a DDPM-like"
         raise ValueError(f"this model needs {expected} scheduler; got {settings.get('_class_name')}.")
     return schedule, kind
-
-
-def _shape(config: Any, codec: Codec | None, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    factor = codec.factor if codec else 1
-    if codec and codec.channels != config.in_channels:
-        raise ValueError(f"the autoencoder has {codec.channels} channels, the network {config.in_channels}.")
-    if size is None and config.sample_size is None:
-        raise ValueError("the model does not say the size of its images. Pass size=(height, width).")
-    if size is None:
-        return config.in_channels, *_pair(config.sample_size)
-    height, width = _pair(size)
-    step = factor * config.get("patch_size", 1)
-    if height < 1 or width < 1 or height % step or width % step:
-        raise ValueError(f"size must be in multiples of {step} pixels; got {height} x {width}.")
-    return config.in_channels, height // factor, width // factor
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size if isinstance(size, tuple | list) else (size, size)
-    return int(height), int(width)
 
 
 def _prompt_encoder(
@@ -249,36 +249,26 @@ def _prompt_encoder(
     cache: Path | str | None,
 ) -> PromptEncoder:
     kinds = _text_parts(family, index, folder)
-    tokenizers = {_tokenizer_of(part): _tokenizer_class(index, _tokenizer_of(part)) for part in kinds}
-    folders = [folder / part for part in (*kinds, *tokenizers)]
+    tokenizers = {_tokenizer_of(part): tokenizer_class(index, _tokenizer_of(part)) for part in kinds}
+    files = [file for part in (*kinds, *tokenizers) for file in reader.files(folder / part)]
     width = network.config.get("joint_attention_dim")  # SD3 fills up to it
-    facts = (index["_class_name"], str(reader.dtype), reader.variant, width)
+    classes = [kind.__name__ for kind in tokenizers.values()]
+    facts = (index["_class_name"], str(reader.dtype), reader.variant, width, *classes, transformers.__version__)
 
     def load() -> Encode:
         parts: Parts = {
             **{part: reader.read(kind, folder / part) for part, kind in kinds.items()},
-            **{
-                part: kind.from_pretrained(folder / part, local_files_only=True)
-                for part, kind in tokenizers.items()
-            },
+            **{part: reader.read_tokenizer(kind, folder / part) for part, kind in tokenizers.items()},
         }
         assert family.encoder is not None
         return family.encoder(parts, network, reader.device)
 
     return PromptEncoder(
         folder=default_cache_folder() if cache is None else Path(cache),
-        identify=functools.cache(functools.partial(fingerprint, folders, facts)),
+        identify=functools.cache(functools.partial(fingerprint, files, facts)),
         load=functools.cache(load),
     )
 
 
 def _tokenizer_of(part: str) -> str:
     return part.replace("text_encoder", "tokenizer")
-
-
-def _tokenizer_class(index: Mapping[str, Any], part: str) -> Any:
-    library, name = index.get(part) or (None, None)
-    kind = getattr(transformers, name, None) if library == "transformers" and isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
-        raise ValueError(f"unsupported {part}: {library}.{name}; expected a tokenizer of transformers.")
-    return kind

@@ -1,6 +1,8 @@
 """Parts of a model of diffusers, by name or folder: found, checked and read."""
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -26,6 +28,14 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 NOISE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
 )  # fmt: skip
+
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, ArithmeticError, SafetensorError,
+    UnpicklingError,
+)  # fmt: skip
+
+READ = (".json", ".txt", ".model")
+"""Endings of configs and vocabularies."""
 
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
@@ -64,21 +74,43 @@ class PartReader:
         Raises ``ValueError`` for weights that are missing, pickled or damaged, or that do not fit.
         """
         variant = self.find_variant(part)
-        precision = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype or self.dtype}
+        options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
+        if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
+            options = {"dtype": dtype or self.dtype, "attn_implementation": "sdpa"}
         reader: Any = kind
         try:
             network, report = reader.from_pretrained(
                 part, use_safetensors=None if self.allow_pickle else True, local_files_only=True,
-                variant=variant, output_loading_info=True, **precision,
+                variant=variant, output_loading_info=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+        # diffusers and transformers only log both, and go on with random numbers, or with fewer layers.
         if missing := sorted(report["missing_keys"]):
-            # diffusers and transformers only log it, and go on with random numbers in their place.
             raise ValueError(
                 f"the weights in {part} lack {len(missing)} tensors, such as {missing[0]}. Save it again."
             )
+        if surplus := sorted(key for key in report["unexpected_keys"] if not _is_harmless(kind, key)):
+            raise ValueError(
+                f"the weights in {part} have {len(surplus)} tensors, such as {surplus[0]}, that its config.json "
+                "has no place for. Save it again."
+            )
         return freeze(network).to(self.device)
+
+    def read_tokenizer(self, kind: Any, part: Path) -> Any:
+        """A tokenizer of class ``kind`` from the folder ``part``. Raises ``ValueError`` where it is damaged."""
+        try:
+            return kind.from_pretrained(part, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+
+    def files(self, part: Path) -> list[Path]:
+        """What is read of the folder ``part``: configs, vocabularies, and the weights of the variant in use."""
+        files = sorted(path for path in part.iterdir() if path.is_file())
+        weights = [path for path in files if path.suffix in (SAFE + PICKLED if self.allow_pickle else SAFE)]
+        variant = self.find_variant(part) if weights else None
+        used = [path for path in weights if _variant(path.name) == variant]
+        return [path for path in files if path.suffix in READ or path in used]
 
     def find_variant(self, part: Path) -> str | None:
         """The variant to read from ``part``: the one asked for, or None where only plain weights are there.
@@ -86,7 +118,10 @@ class PartReader:
         Raises:
             ValueError: no weights, or only pickled ones that are not allowed, or only other variants.
         """
-        files = sorted(path.name for path in part.iterdir()) if part.is_dir() else []
+        return self.choose_variant(part, sorted(path.name for path in part.iterdir()) if part.is_dir() else [])
+
+    def choose_variant(self, part: Path | str, files: Sequence[str]) -> str | None:
+        """:meth:`find_variant` among the names of the files that ``part`` holds, here or online."""
         suffixes = SAFE + PICKLED if self.allow_pickle else SAFE
         found = {_variant(name) for name in files if name.endswith(suffixes)}
         if self.variant in found or None in found:
@@ -104,29 +139,32 @@ class PartReader:
 
 
 def find_pipeline(
-    name: str | Path, check: Callable[[Mapping[str, Any]], object], *, allow_pickle: bool = False,
-    variant: str | None = None, revision: str | None = None,
-) -> Path:  # fmt: skip
+    name: str | Path,
+    parts_of: Callable[[Mapping[str, Any]], Iterable[str]],
+    reader: PartReader,
+    revision: str | None = None,
+) -> Path:
     """The folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
 
     Args:
         name: an existing folder, or a model's name.
-        check: raises ``ValueError`` for a ``model_index.json`` that is of no use, before gigabytes are downloaded.
-        allow_pickle: download pickles if there are no safetensors.
-        variant: of the weight files, such as "fp16".
+        parts_of: folders of the weights that a ``model_index.json`` names; raises ``ValueError`` for one
+            of no use, before gigabytes are downloaded.
+        reader: what will read it: it says which variant, and whether pickles will do.
         revision: branch, tag or commit; a name alone follows what its owner changes.
 
     Raises:
-        ValueError: there is neither; names the copies of models that vanished.
+        ValueError: there is neither, with the copies of models that vanished; or there are no weights that
+            ``reader`` reads.
     """
 
     def download() -> str:
-        _check_online(str(name), revision, check)
+        _check_online(str(name), parts_of, reader, revision)
         unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-        safe = None if allow_pickle else True
+        safe = None if reader.allow_pickle else True
         return str(
             DiffusionPipeline.download(
-                str(name), revision=revision, variant=variant, use_safetensors=safe, **unused
+                str(name), revision=revision, variant=reader.variant, use_safetensors=safe, **unused
             )
         )
 
@@ -151,18 +189,27 @@ def _folder_or(name: str | Path, download: Callable[[], str]) -> Path:
         raise ValueError(_missing_message(str(name), error)) from error
 
 
-def _check_online(name: str, revision: str | None, check: Callable[[Mapping[str, Any]], object]) -> None:
+def _check_online(
+    name: str, parts_of: Callable[[Mapping[str, Any]], Iterable[str]], reader: PartReader, revision: str | None
+) -> None:
     try:
-        huggingface_hub.model_info(name, revision=revision)
+        info = huggingface_hub.model_info(name, revision=revision)
     except Exception:  # offline or no such model: download() looks in its cache, and says why it failed
         return
-    check(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+    parts = parts_of(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+    held = [Path(file.rfilename) for file in info.siblings or ()]
+    for part in parts if held else ():
+        names = [path.name for path in held if path.parent == Path(part)]
+        top = [path.name for path in held if path.parent == Path()]  # where some models keep everything
+        reader.choose_variant(f"{name}/{part}", names if names or "config.json" not in top else top)
 
 
 def _missing_message(name: str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
     if mirrors := MIRRORS.get(name.strip("/")):
         remedy = f"Its owner deleted it; unofficial copies were last seen at {' and '.join(mirrors)}."
+    elif isinstance(error, GatedRepoError):
+        remedy = f"Accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`."
     else:
         remedy = (
             "Pass the folder of a pipeline, or a model's full name, such as "
@@ -180,6 +227,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}.")
     return content
+
+
+def read_config(kind: type, part: Path) -> dict[str, Any]:
+    """The ``config.json`` of a network of diffusers, with the defaults of its class for what it does not say."""
+    parameters = inspect.signature(kind).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
+    return {**defaults, **read_json(part / "config.json")}
 
 
 def part_folder(folder: Path, part: str) -> Path:
@@ -210,16 +264,27 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
     return VariancePreserving(scheduler.alphas_cumprod), kind
 
 
-def fingerprint(folders: Iterable[Path], facts: Sequence[object] = ()) -> str:
-    """sha256 of every file in some folders, names and contents, and of ``facts``: which model this is."""
+def fingerprint(files: Iterable[Path], facts: Sequence[object] = ()) -> str:
+    """sha256 of some files, contents, names and their folders' names, and of ``facts``: which model this is."""
     digest = hashlib.sha256(repr(list(facts)).encode())
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                with path.open("rb") as file:
-                    inner = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(f"{folder.name}/{path.name} {inner}\n".encode())
+    for path in files:
+        status = path.stat()
+        inner = _digest(path, status.st_size, status.st_mtime_ns)
+        digest.update(f"{path.parent.name}/{path.name} {inner}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    # Remembered while size and time of the last change stay: reading T5-XXL again takes a minute.
+    del size, changed
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_harmless(kind: type, key: str) -> bool:
+    # Older versions stored the numbers of positions; a CLIPTextModel stops before the projection.
+    return key.endswith("position_ids") or (kind.__name__ == "CLIPTextModel" and key == "text_projection.weight")
 
 
 def _variant(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """Prompts as conditions: each is encoded once, kept on disk, and needs no text encoder afterwards."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,10 @@ from score.cache import Content, TensorCache
 from score.denoiser import Cond
 
 Encode = Callable[[list[str]], Cond]
-"""n prompts -> conditions of batch n, on any device."""
+"""n prompts -> conditions of batch n, on any device; with CUT among them, prompts that are cut get a warning."""
+
+CUT = "num_tokens_cut"
+"""Name of the (n,) integers that say how many tokens at the end of each prompt were not read."""
 
 
 def default_cache_folder() -> Path:
@@ -41,13 +45,17 @@ class PromptEncoder:
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """The conditions of n prompts, batch n, on the CPU.
 
-        Raises ``ValueError`` for anything but a non-empty list of strings, and for a prompt that is not in the
-        cache after the text encoders were dropped.
+        Warns of prompts that are longer than what the text encoders read. Raises ``ValueError`` for anything but a
+        non-empty list of strings, for a prompt that is not in the cache after the text encoders were dropped, and
+        for embeddings that are not finite.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a non-empty list of strings; got {prompts!r}.")
         entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        for prompt, entry in dict(zip(prompts, entries, strict=True)).items():
+            if cut := int(entry.get(CUT, 0)):
+                warnings.warn(f"the prompt {prompt!r} is too long: its last {cut} tokens are cut.", stacklevel=3)
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""
@@ -62,4 +70,10 @@ class PromptEncoder:
                 f"prompts, such as {prompts[0]!r}. Encode all prompts, the negative one too, before dropping them."
             )
         cond = self.load()(prompts)
+        for name, value in cond.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"the text encoders returned NaN or infinity ({name} in {value.dtype}) for a prompt of "
+                    f"{prompts}; expected finite numbers. Load the model with dtype torch.bfloat16 or float32."
+                )
         return [{name: value[row] for name, value in cond.items()} for row in range(len(prompts))]

@@ -8,6 +8,7 @@ import tiny_pipelines as tiny
 import torch
 from teachers import Config
 from torch import nn
+from transformers import T5EncoderModel
 
 PARTS = {
     "sd15_unet": tiny.sd, "sd21_unet": tiny.sd, "sdxl_unet": tiny.sdxl, "sd3_medium_transformer": tiny.sd3,
@@ -70,13 +71,27 @@ def test_the_tables_are_printed_and_written(configs, tmp_path, capsys):
     assert rows[7][:2] == ["| SD3 medium, 16 px", "8 x 8 x 8"]
 
 
-def test_only_sdxls_autoencoder_stays_float32_in_half_precision():
+def test_sdxls_autoencoder_and_t5s_last_layers_stay_float32_in_half_precision():
     counts = {
-        name: teachers.Count(model, 10**9, 10**9, 0, (4, 8, 8), 16, 2, 1, 1, 1)
+        name: teachers.Count(
+            model, 10**9, 10**9, 10**9, 10**8 if "T5-XXL" in model.texts else 0, (4, 8, 8), 16, 2, 1, 1, 1
+        )
         for name, model in teachers.MODELS.items()
     }
     rows = [line.split(" | ") for line in teachers.memory_table(counts, {}) if line.startswith("| S")]
-    assert [row[6] for row in rows] == ["4.00 GB", "4.00 GB", "6.00 GB", "4.00 GB"]
+    assert [row[6] for row in rows] == ["6.00 GB", "6.00 GB", "8.00 GB", "6.20 GB"]
+    assert [row[7] for row in rows] == ["4.00 GB |"] * 4
+
+
+def test_what_transformers_keeps_in_float32_is_counted(tmp_path):
+    encoder = tiny.t5()
+    encoder.save_pretrained(tmp_path)
+    half = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)
+    whole = sum(p.numel() for p in half.parameters() if p.dtype == torch.float32)
+    assert teachers.kept_whole(encoder) == whole > 0
+    assert teachers.kept_whole(tiny.clip()) == 0
+    with torch.device("meta"):
+        assert teachers.kept_whole(teachers.TEXTS["T5-XXL"]()) == 1_006_632_960
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,36 @@ def test_a_write_that_fails_leaves_neither_entry_nor_litter(cache, monkeypatch):
     assert files(cache) == before
 
 
+@pytest.mark.parametrize("broken", ["a file in place of the folder", "a folder in place of the entry"])
+def test_a_cache_that_cannot_be_written_warns_once_and_answers_all_the_same(cache, encoder, broken):
+    if "entry" in broken:
+        cache.path("a").mkdir(parents=True)
+    else:
+        cache.folder.write_text("")
+    with pytest.warns(UserWarning, match="cannot be written") as caught:
+        rows = cache.fetch(["a", "ab", "abc"], encoder, batch_size=1)
+    assert len(caught) == 1
+    assert [int(row["length"]) for row in rows] == [1, 2, 3]
+    assert cache.load("a") is None
+
+
+def test_an_entry_that_cannot_be_opened_counts_as_missing(cache):
+    path = cache.path("a")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path)
+    assert cache.load("a") is None
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"[2,3]", b"[3,2]"), (b'"F32"', b'"I32"')])
+def test_another_shape_or_type_in_the_header_is_damage(cache, old, new):
+    cache.store("a", {"x": torch.arange(6.0).reshape(2, 3)})
+    path = cache.path("a")
+    whole = path.read_bytes()
+    assert whole.count(old) == 1
+    path.write_bytes(whole.replace(old, new))
+    assert cache.load("a") is None
+
+
 def test_writers_at_the_same_time_leave_whole_entries(cache):
     value = torch.arange(50_000.0)
 

@@ -3,6 +3,8 @@
 import copy
 import gc
 import inspect
+import json
+import shutil
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +14,14 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+import transformers
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, SD3Transformer2DModel
+from transformers import CLIPTextModel
 
-from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided, hub
+from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
 from score.gradient import ratio_weight
 from score.hub import load_teacher
+from score.prompts import CUT, PromptEncoder
 from score.sampling import ddpm, grid, sample
 from score.times import uniform
 
@@ -331,6 +336,19 @@ def test_facts_of_each_family(saved):
     assert teacher.device == torch.device("cpu")
 
 
+def test_all_weights_and_conditions_are_on_the_device_asked_for(saved, tmp_path):
+    own = replace(saved, cache=tmp_path)
+    conditions(own.load())  # into the cache: there is no encoding on the meta device
+    teacher = own.load(device="meta")
+    tensors = [
+        *teacher.denoiser.network.parameters(),
+        *(cond for side in conditions(teacher) for cond in side.values()),
+    ]
+    if teacher.codec is not None:
+        tensors += [*teacher.codec.vae.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {teacher.device.type} == {"meta"}
+
+
 def test_the_size_asked_for_reaches_latents_and_time_ids(save):
     teacher = save("sdxl").load(size=(32, 48))
     assert (teacher.shape, teacher.size) == ((4, 16, 24), (32, 48))
@@ -431,6 +449,57 @@ def test_dropped_text_encoders_are_freed_and_new_prompts_refused(save, tmp_path)
     assert save("pixels").load().without_text_encoders().texts is None
 
 
+def test_a_prompt_that_is_cut_is_named_every_time(saved_text, tmp_path):
+    """Sixteen tokens, two of them its ends; T5 would read more."""
+    for _ in range(2):  # encoded, then from the cache
+        teacher = replace(saved_text, cache=tmp_path).load()
+        with pytest.warns(
+            UserWarning, match="'abcdefghijklmnopqr' is too long: its last 4 tokens are cut"
+        ) as caught:
+            cond = teacher.prompts(["short", "abcdefghijklmnopqr", "abcdefghijklmnopqr"])
+        assert len(caught) == 1
+        assert CUT not in cond
+
+
+def test_embeddings_that_are_not_finite_are_not_kept(save, tmp_path):
+    encoder = PromptEncoder(tmp_path, lambda: "x", lambda: lambda prompts: {"e": torch.full((1, 2), torch.nan)})
+    with pytest.raises(ValueError, match=r"returned NaN or infinity \(e in torch.float32\).* Load the model with"):
+        encoder(["a"])
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_empty_negative_is_there_after_text_encoders_were_dropped(save, tmp_path):
+    teacher = replace(save("sdxl"), cache=tmp_path).load()
+    cond, negative = teacher.prompts(["a"]), teacher.without_text_encoders().negative()
+    assert {name: value.shape for name, value in negative.items()} == {name: v.shape for name, v in cond.items()}
+    assert not negative["encoder_hidden_states"].any()
+
+
+def test_identity_knows_variant_pipeline_width_tokenizer_and_version(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    tiny.sd3(with_t5=False).save_pretrained(folder)
+    print_of = partial(load_teacher, folder)
+    seen = [print_of().texts.identify()]
+    for path in list(folder.rglob("*.safetensors")):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    assert print_of().texts.identify() == seen[0]
+    seen.append(print_of(variant="fp16").texts.identify())
+    index = json.loads((folder / "model_index.json").read_text())
+    changed = {**index, "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps(changed))
+    seen.append(print_of().texts.identify())
+    (folder / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(transformers, "__version__", "0")
+    seen.append(print_of().texts.identify())
+    monkeypatch.undo()
+    config = {"caption_projection_dim": 16, "pooled_projection_dim": 24, "joint_attention_dim": 40}
+    own = {"sample_size": 8, "in_channels": 8, "out_channels": 8, "num_layers": 1, "attention_head_dim": 8}
+    wide = SD3Transformer2DModel(**own, **config, num_attention_heads=2, pos_embed_max_size=8)
+    wide.save_pretrained(folder / "transformer")
+    seen.append(print_of().texts.identify())
+    assert len(set(seen)) == len(seen)
+
+
 def test_another_encoder_precision_or_tokenizer_is_another_entry(tmp_path):
     pipeline = tiny.sd()
     pipeline.save_pretrained(tmp_path / "a")
@@ -492,6 +561,16 @@ def test_an_unknown_condition_is_an_error(save):
         teacher.denoiser(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), cond)
 
 
-def test_nothing_asks_for_code_of_the_model():
-    sources = [path.read_text() for path in Path(hub.__file__).parent.glob("*.py")]
-    assert not [source for source in sources if "trust_remote_code" in source]
+def test_a_config_that_names_attention_kernels_fetches_none(save, tmp_path):
+    """transformers would download and run them."""
+    folder = shutil.copytree(save("sd1").folder, tmp_path / "model")
+    config = folder / "text_encoder" / "config.json"
+    named = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel@main")
+    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    teacher = load_teacher(folder, cache=tmp_path / "cache")
+    (encoder,) = (
+        part
+        for part in inspect.getclosurevars(teacher.texts.load()).nonlocals["pipeline"].components.values()
+        if isinstance(part, CLIPTextModel)
+    )
+    assert encoder.config._attn_implementation == "sdpa"

@@ -34,10 +34,11 @@ MODULES = {
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
     "pretrained": {"schedule", "denoiser"},
+    "preflight": {"pretrained"},
     "codec": {"randomness", "schedule", "pretrained"},
     "prompts": {"cache", "denoiser"},
     "families": {"denoiser", "prompts"},
-    "hub": {"randomness", "schedule", "denoiser", "pretrained", "codec", "prompts", "families"},
+    "hub": {"randomness", "schedule", "denoiser", "pretrained", "preflight", "codec", "prompts", "families"},
     "storage": {"atomic", "schedule", "denoiser"},
     "gradient": {"randomness", "schedule", "denoiser", "times"},
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
@@ -60,7 +61,14 @@ LIBRARIES = {
         "train_scripts/",
         "benchmarks/",
     ),
-    "transformers": ("score/families.py", "score/hub.py", "toyworld/parts.py", "train_scripts/", "benchmarks/"),
+    "transformers": (
+        "score/families.py",
+        "score/hub.py",
+        "score/preflight.py",
+        "toyworld/parts.py",
+        "train_scripts/",
+        "benchmarks/",
+    ),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
     "datasets": ("train_scripts/",),
@@ -68,7 +76,7 @@ LIBRARIES = {
 
 # The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
-HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "codec", "families", "hub"}
+HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "preflight", "codec", "families", "hub"}
 
 
 def sources(*packages):

@@ -1,11 +1,14 @@
 """What load_teacher refuses, and what it says; what it finds by name without a connection."""
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
+import httpx
 import huggingface_hub
 import pytest
 import tiny_pipelines as tiny
@@ -17,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -107,11 +111,44 @@ def test_a_model_downloaded_before_is_found_by_name_without_a_connection(offline
     assert type(load_teacher(original, tiny_vae="somebody/taesd").codec.vae).__name__ == "AutoencoderTiny"
 
 
+def online(monkeypatch, index, files):
+    """A model that is there, but must not be downloaded."""
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(index))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *names, **options: pytest.fail("downloaded"))
+
+
+def test_weights_that_will_not_be_read_are_not_downloaded(monkeypatch, original):
+    weights = ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]
+    online(monkeypatch, original / "model_index.json", ["model_index.json", "unet/config.json", *weights])
+    with pytest.raises(
+        ValueError, match=r"somebody/old/unet holds pickled weights only .*allow_pickle=True if you"
+    ):
+        load_teacher("somebody/old")
+    parts = ("unet", "text_encoder", "vae")
+    online(monkeypatch, original / "model_index.json", [f"{part}/model.fp16.safetensors" for part in parts])
+    with pytest.raises(
+        ValueError, match="somebody/half/unet holds weights of variant fp16 only; got variant=None"
+    ):
+        load_teacher("somebody/half")
+
+
+def test_a_gated_model_has_its_own_remedy(monkeypatch, original):
+    def refuse(*names, revision):
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://x")))
+
+    online(monkeypatch, original / "model_index.json", [])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(
+        ValueError, match=r"Accept its terms at https://huggingface\.co/somebody/gated, and log in"
+    ):
+        load_teacher("somebody/gated")
+
+
 def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: str(tmp_path / "index.json"))
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda *names, **options: pytest.fail("downloaded"))
+    online(monkeypatch, tmp_path / "index.json", [])
     with pytest.raises(ValueError, match="unsupported pipeline class 'FluxPipeline'; expected one of Stable"):
         load_teacher("somebody/flux")
 
@@ -119,8 +156,7 @@ def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tm
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_a_download_is_asked_for_safetensors_of_what_is_used(monkeypatch, original, allow_pickle):
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, revision: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **b: str(original / "model_index.json"))
+    online(monkeypatch, original / "model_index.json", [])
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.update(options) or original)
     load_teacher("somebody/tiny", variant="fp16", revision="v1", allow_pickle=allow_pickle)
     assert asked == {
@@ -251,6 +287,69 @@ def test_weights_that_lack_a_tensor_are_refused_not_filled_with_random_numbers(f
         load_teacher(folder, cache=tmp_path / "cache").prompts(["a"])
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_with_more_tensors_than_the_config_has_are_refused(folder, part, tmp_path):
+    if part == "text_encoder":
+        edit(folder / part / "config.json", num_hidden_layers=1)
+    else:
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file({**load_file(path), "more.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the weights in .*{part} have \d+ tensors, such as .* no place for"):
+        load_teacher(folder, cache=tmp_path / "cache").prompts(["a"])
+
+
+def test_tensors_that_older_versions_stored_are_no_surplus(folder, original, tmp_path):
+    path = folder / "text_encoder" / "model.safetensors"
+    old = {
+        "text_model.embeddings.position_ids": torch.arange(16)[None],
+        "text_projection.weight": torch.ones(4, 4),
+    }
+    save_file({**load_file(path), **old}, path, metadata={"format": "pt"})
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for new, name in names.items():
+        weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
+    assert weights.keys() != load_file(path).keys()
+    save_file(weights, path, metadata={"format": "pt"})
+    load = partial(load_teacher, cache=tmp_path / "cache")
+    close(predictions(load(folder)), predictions(load(original)))
+    images = torch.rand(1, 3, 16, 16)
+    close(load(folder).encode(images), load(original).encode(images))
+
+
+@pytest.mark.parametrize("vocabulary", [None, "", "{"])
+def test_a_tokenizer_without_vocabulary_is_refused(folder, vocabulary):
+    """transformers makes one without tokens of it, and all prompts get the same embedding."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    file.unlink() if vocabulary is None else file.write_text(vocabulary)
+    with pytest.raises(ValueError, match=r"tokenizer holds no vocabulary: expected|cannot read .*tokenizer\.json"):
+        load_teacher(folder)
+
+
+def test_a_missing_or_endless_tokenizer_is_refused(folder, tmp_path):
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    edit(config, model_max_length=10**30)
+    with pytest.raises(ValueError, match=r"model_max_length must be the most tokens of a prompt.*; got 10+"):
+        load_teacher(folder)
+    edit(config, model_max_length=16)
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match="tokenizer cannot be read as CLIPTokenizer"):
+        load_teacher(folder, cache=tmp_path / "cache").prompts(["a"])
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer holds no vocabulary: .*got nothing"):
+        load_teacher(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x80\x02junkjunk"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_damaged_pickles_are_refused(folder, tmp_path, part, content):
+    pickle_weights(folder)
+    next((folder / part).glob("*.bin")).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{part} cannot be read as"):
+        load_teacher(folder, allow_pickle=True, cache=tmp_path / "cache").prompts(["a"])
+
+
 def test_weights_of_another_shape_are_refused(folder):
     edit(folder / "unet" / "config.json", cross_attention_dim=48)
     with pytest.raises(ValueError, match="unet cannot be read as UNet2DConditionModel"):
@@ -364,14 +463,72 @@ def test_a_fingerprint_is_of_names_contents_and_facts(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("content")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = tmp_path / "one" / "file", tmp_path / "two" / "file"
     prints = {
         pretrained.fingerprint([one]),
         pretrained.fingerprint([two]),
         pretrained.fingerprint([one], ["fact"]),
     }
-    (one / "file").write_text("changed")
+    one.write_text("changed")
     prints.add(pretrained.fingerprint([one]))
-    (one / "file").rename(one / "renamed")
-    prints.add(pretrained.fingerprint([one]))
+    one.rename(one.with_name("renamed"))
+    prints.add(pretrained.fingerprint([one.with_name("renamed")]))
     assert len(prints) == 5
+
+
+def test_a_file_that_stays_is_hashed_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("content")
+    first = pretrained.fingerprint([tmp_path / "file"])
+    monkeypatch.setattr(hashlib, "file_digest", lambda *names: pytest.fail("hashed again"))
+    assert pretrained.fingerprint([tmp_path / "file"]) == first
+
+
+def test_only_what_is_read_is_hashed(folder):
+    part = folder / "text_encoder"
+    for name in ("README.md", "model.fp16.safetensors", "pytorch_model.bin"):
+        (part / name).write_text("x")
+    for variant, weights in ((None, "model.safetensors"), ("fp16", "model.fp16.safetensors")):
+        reader = pretrained.PartReader(torch.float32, torch.device("cpu"), variant=variant)
+        assert [path.name for path in reader.files(part)] == ["config.json", weights]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"device": "gpu"}, "device must be one that is here, such as cpu; got 'gpu'"),
+    ({"device": "cuda:99"}, "device must be one that is here, such as cpu; got 'cuda:99'"),
+    ({"size": 33}, "size must be in multiples of 2 pixels"),
+    ({"size": (8, 8, 8)}, r"whole number of pixels, or \(height, width\); got \(8, 8, 8\)"),
+    ({"size": 8.5}, "whole number of pixels"),
+    ({"tiny_vae": "tiny", "tiling": True}, "tiling is for AutoencoderKL"),
+    ({"tiny_vae": "other"}, "the autoencoder has 8 channels, the network 4"),
+])  # fmt: skip
+def test_what_json_files_tell_is_said_before_weights_are_read(folder, tmp_path, monkeypatch, options, message):
+    tiny.tiny_vae().save_pretrained(tmp_path / "tiny")
+    tiny.tiny_vae(channels=8).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(pretrained.PartReader, "read", lambda *parts: pytest.fail("read"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_teacher(folder, **options)
+
+
+def test_pixel_models_refuse_what_does_not_apply(tmp_path, monkeypatch):
+    tiny.pixels().save_pretrained(tmp_path / "plain")
+    tiny.pixels(class_embed_type="timestep").save_pretrained(tmp_path / "classes")
+    monkeypatch.setattr(pretrained.PartReader, "read", lambda *parts: pytest.fail("read"))
+    for option in ({"tiny_vae": "taesd"}, {"tiling": True}, {"slicing": True}):
+        with pytest.raises(ValueError, match=f"without an autoencoder; leave out {next(iter(option))}"):
+            load_teacher(tmp_path / "plain", **option)
+    with pytest.raises(ValueError, match="size must be in multiples of 2 pixels; got 9 x 9"):
+        load_teacher(tmp_path / "plain", size=9)
+    with pytest.raises(ValueError, match="embeds its classes as 'timestep'; expected class numbers"):
+        load_teacher(tmp_path / "classes")
+
+
+def test_sd3_refuses_sizes_beyond_its_positions_and_shifts_that_are_none(tmp_path, monkeypatch):
+    tiny.sd3(with_t5=False).save_pretrained(tmp_path)
+    monkeypatch.setattr(pretrained.PartReader, "read", lambda *parts: pytest.fail("read"))
+    with pytest.raises(ValueError, match="size must be at most 32 pixels here; got 36 x 36"):
+        load_teacher(tmp_path, size=36)
+    for shift in (0, -1, None):
+        edit(tmp_path / "scheduler" / "scheduler_config.json", shift=shift)
+        with pytest.raises(ValueError, match="shift must be a number above 0, such as 3; got"):
+            load_teacher(tmp_path)

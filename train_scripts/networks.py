@@ -19,7 +19,7 @@ from unet import UNet
 from distill.student import TIMES
 from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from score.network import ResidualMLP
-from score.pretrained import read_json, read_schedule
+from score.pretrained import PartReader, read_json, read_schedule
 from score.storage import describe_schedule, load_denoiser, read_facts
 
 
@@ -195,7 +195,8 @@ def from_function(name: str) -> Teacher:
 def from_diffusers(folder: Path) -> Teacher:
     """A ``UNet2DModel`` and its scheduler: a pipeline's folder, or a model's folder with the scheduler beside.
 
-    Raises ``ValueError`` for weights that are not safetensors, a learned variance, or a scheduler that is missing.
+    Raises ``ValueError`` for weights that ``score.pretrained.PartReader`` refuses, a learned variance, or a
+    scheduler that is missing.
     """
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = next(
@@ -208,10 +209,7 @@ def from_diffusers(folder: Path) -> Teacher:
     )
     if scheduler is None:
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, so its noise schedule is unknown.")
-    try:
-        network = UNet2DModel.from_pretrained(model, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} is no UNet2DModel with safetensors weights: {error}") from error
+    network: Any = PartReader(torch.float32, torch.device("cpu")).read(UNet2DModel, model)
     config = network.config
     if config.out_channels != config.in_channels:
         raise ValueError(
@@ -233,4 +231,4 @@ def from_diffusers(folder: Path) -> Teacher:
     facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
     # Nothing in the folder says whether its last class stands for no label.
     facts["null_class"] = False
-    return Teacher(NetworkDenoiser(network.eval(), schedule, kind), shape, num_classes, facts, null_class=False)
+    return Teacher(NetworkDenoiser(network, schedule, kind), shape, num_classes, facts, null_class=False)
