@@ -1,7 +1,8 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,9 +38,26 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """A name to write a file under, renamed to ``final`` when the block ends.
+
+    After an error ``final`` is as before. Processes that write one file at once do not disturb each other: one of
+    them is last.
+    """
+    temporary = final.with_name(f".writing-{os.getpid()}-{threading.get_ident()}-{final.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _flush_to_disk(folder: Path) -> None:
     # A rename may reach the disk before the data do; a power cut would then leave a whole name round no data.
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

@@ -20,17 +20,24 @@ Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generators | Non
 """(denoiser, x_t, t, s, cond, generator) -> x_s; t and s are (b,), s = None is the clean image."""
 
 
-def grid(schedule: Schedule, num_steps: int, low: float = 0.0, high: float = 1.0) -> Float[Tensor, " n"]:
+def grid(
+    schedule: Schedule, num_steps: int, low: float = 0.0, high: float = 1.0, *, shift: float = 1.0
+) -> Float[Tensor, " n"]:
     """``num_steps`` decreasing times between two fractions of the schedule's customary spacing, float64.
 
     A flow reaches sigma = 0, where a network call changes nothing: that end is left out (1, 0.75, 0.5, 0.25).
+    ``shift`` multiplies the noise levels sigma / alpha: 1 is none, SD3 uses 3 (arXiv 2403.03206, Eq. 23).
     Raises ``ValueError`` if there are fewer distinct times than steps (integer timesteps).
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+    if not shift > 0:
+        raise ValueError(f"shift must be above 0; got {shift}. 1 means none.")
     times = schedule.at(torch.linspace(high, low, num_steps, dtype=torch.float64))
     if schedule.sigma(times[-1]) == 0:
         times = schedule.at(torch.linspace(high, low, num_steps + 1, dtype=torch.float64))[:-1]
+    if shift != 1:
+        times = schedule.snap(schedule.time(shift * schedule.ratio(times)).clamp(schedule.t_min, schedule.t_max))
     if num_steps > 1 and not bool((times.diff() < 0).all()):
         raise ValueError(f"{schedule} has fewer than {num_steps} distinct times to step through; ask for fewer.")
     return times

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from score.atomic import whole_folder
+from score import atomic
+from score.atomic import whole_file, whole_folder
 
 
 class Killed(BaseException):
@@ -56,3 +57,23 @@ def test_an_error_inside_leaves_nothing(tmp_path):
     with pytest.raises(Killed):
         half()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "weights"
+    for content in ("one", "two"):
+        with whole_file(final) as temporary:
+            temporary.write_text(content)
+    with pytest.raises(FileNotFoundError), whole_file(final) as temporary:
+        (temporary.parent / "nothing here").read_text()
+    assert final.read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_files_in_subfolders_reach_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "_sync", lambda path: synced.append(path.name))
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("x")
+    assert {"weights", "unet"} <= set(synced)

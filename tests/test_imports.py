@@ -33,7 +33,12 @@ MODULES = {
     "denoiser": {"schedule"},
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
-    "hub": {"schedule", "denoiser"},
+    "pretrained": {"schedule", "denoiser"},
+    "preflight": {"pretrained"},
+    "codec": {"randomness", "schedule", "pretrained"},
+    "prompts": {"cache", "denoiser"},
+    "families": {"denoiser", "prompts"},
+    "hub": {"randomness", "schedule", "denoiser", "pretrained", "preflight", "codec", "prompts", "families"},
     "storage": {"atomic", "schedule", "denoiser"},
     "gradient": {"randomness", "schedule", "denoiser", "times"},
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
@@ -47,14 +52,31 @@ MODULES = {
 # The only places where a heavy library may be imported.
 LIBRARIES = {
     "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/", "benchmarks/"),
-    "diffusers": ("score/hub.py", "distill/student.py", "train_scripts/", "benchmarks/"),
+    "diffusers": (
+        "score/pretrained.py",
+        "score/codec.py",
+        "score/families.py",
+        "toyworld/parts.py",
+        "distill/student.py",
+        "train_scripts/",
+        "benchmarks/",
+    ),
+    "transformers": (
+        "score/families.py",
+        "score/hub.py",
+        "score/preflight.py",
+        "toyworld/parts.py",
+        "train_scripts/",
+        "benchmarks/",
+    ),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
+    "datasets": ("train_scripts/",),
 }
 
-# The core without these costs torch alone; the last three import accelerate or diffusers.
-FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia")
-HEAVY = {"training", "ranks", "checkpoint", "hub"}
+# The core without these costs torch alone; these import accelerate or diffusers.
+FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
+HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "preflight", "codec", "families", "hub"}
 
 
 def sources(*packages):
@@ -147,6 +169,8 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "score/sampling.py", "import diffusers.schedulers"),
         (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
+        (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
+        (package_violations, "score/exact.py", "from toyworld.render import render"),
     ],
 )
 def test_the_checks_see_every_way_to_import(check, path, source):
@@ -154,7 +178,8 @@ def test_the_checks_see_every_way_to_import(check, path, source):
 
 
 def test_importing_the_core_imports_no_heavy_library():
-    modules = [path[:-3].replace("/", ".") for path in sources("score") if Path(path).stem not in HEAVY]
+    paths = [path for path in sources("score", "toyworld") if Path(path).stem not in HEAVY]
+    modules = [path[:-3].replace("/", ".") for path in paths]
     program = (
         "import importlib, sys\n"
         "import score\n"

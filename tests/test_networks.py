@@ -11,7 +11,7 @@ import train_teacher
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import UNet, build_network, load_teacher, probe_bottleneck
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from score import Karras, VariancePreserving
 
@@ -49,6 +49,16 @@ def small_unet(**changes):
         "norm_num_groups": 4, "add_attention": False,
     }  # fmt: skip
     return UNet2DModel(**{**settings, **changes}).eval()
+
+
+def test_a_diffusers_folder_that_lacks_a_tensor_is_refused(tmp_path):
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"conv_in\.bias"):
+        load_teacher(str(tmp_path))
 
 
 def test_a_diffusers_pipeline_folder_is_a_teacher(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import train_dmd
 import train_teacher
 from PIL import Image
@@ -46,6 +47,8 @@ def test_the_library_example_draws_eight_modes(tmp_path):
 
 @pytest.mark.parametrize("number", range(1, len(PYTHON)))
 def test_every_other_block_runs(tmp_path, number):
+    for name in re.findall(r'load_teacher\("([^"]+)"', PYTHON[number]):  # a folder of that name comes first
+        tiny_pipelines.sd().save_pretrained(tmp_path / name)
     run(PYTHON[number], tmp_path)
 
 
@@ -66,14 +69,18 @@ def test_commands_exist(words):
 
 def test_named_files_exist():
     linked = re.findall(r"\]\(([^)]+)\)", README)
-    quoted = re.findall(r"`((?:score|distill|train_scripts|tests|docs)/[\w./]+)`", README)
+    quoted = re.findall(r"`((?:score|distill|toyworld|train_scripts|tests|docs)/[\w./]+)`", README)
     for path in {*linked, *quoted}:
         assert path.startswith("http") or (ROOT / path).exists(), path
 
 
 def test_the_tree_is_complete():
     tree = next(text for language, text in BLOCKS if not language and "score/" in text)
-    for package in ("score", "distill", "train_scripts"):
+    for package in ("score", "distill", "toyworld", "train_scripts"):
         section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
         files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
         assert files == set(re.findall(r"\w+\.py", section)), package
+
+
+def test_no_figure_is_left_out():
+    assert not re.findall(r"@[A-Z]+@", README)

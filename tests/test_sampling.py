@@ -210,6 +210,23 @@ def test_no_call_of_a_flow_is_spent_at_its_clean_end():
     close(grid(RectifiedFlow(), 2, low=0.1), torch.tensor([1.0, 0.1], dtype=torch.float64))
 
 
+def test_a_shifted_grid_has_its_noise_levels_multiplied(schedule):
+    plain, shifted = grid(schedule, 6, high=0.8), grid(schedule, 6, high=0.8, shift=3.0)
+    if schedule.cell:
+        assert torch.equal(shifted, shifted.round())
+        close(shifted, schedule.time(3 * schedule.ratio(plain)), atol=0.5, rtol=0)
+    else:
+        close(schedule.ratio(shifted), 3 * schedule.ratio(plain))
+
+
+def test_sd3s_shift_is_its_formula():
+    """arXiv 2403.03206, Eq. 23; pure noise stays pure noise."""
+    t = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
+    close(grid(RectifiedFlow(), 4, shift=3.0), 3 * t / (1 + 2 * t))
+    with pytest.raises(ValueError, match="shift must be above 0; got 0"):
+        grid(RectifiedFlow(), 4, shift=0)
+
+
 def test_grid_of_more_steps_than_times_raises():
     assert grid(SD, 1000).tolist() == list(range(999, -1, -1))
     with pytest.raises(ValueError, match="fewer than 1001 distinct times"):

@@ -8,21 +8,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from command import fingerprint
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 from unet import UNet
 
 from distill.student import TIMES
-from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, VariancePreserving, guided
+from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from score.network import ResidualMLP
-from score.schedule import Kind
+from score.pretrained import PartReader, read_json, read_schedule
 from score.storage import describe_schedule, load_denoiser, read_facts
-
-KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +42,8 @@ class Teacher:
     facts: Mapping[str, Any]
     times: tuple[float, ...] = ()
     null_class: bool = True
+    shift: ClassVar[float] = 1.0
+    """Of the noise levels of a sampling grid."""
 
     def guided(self, scale: float) -> Denoiser:
         """The denoiser under classifier-free guidance, 1 for none. Raises ``ValueError`` without a null class."""
@@ -67,6 +67,10 @@ class Teacher:
     def cond(self, labels: Tensor) -> dict[str, Tensor]:
         """The condition under which the network is asked for these labels."""
         return {"class_labels": labels} if self.num_classes else {}
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 to images: it works on pixels."""
+        return x0
 
 
 def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
@@ -188,33 +192,11 @@ def from_function(name: str) -> Teacher:
     return Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, facts, null_class=teacher.null_class)
 
 
-def diffusers_schedule(settings: Mapping[str, Any]) -> VariancePreserving:
-    """The noise schedule of a DDPM-like scheduler's config.
-
-    Raises ``ValueError`` for EDM and flow-matching schedulers, which are not what UNet2DModel pipelines use.
-    """
-    name = str(settings.get("_class_name", ""))
-    if "EDM" in name or "Flow" in name or "beta_schedule" not in settings:
-        raise ValueError(
-            f"the scheduler {name or settings} is not of the DDPM family; wrap it in module:function."
-        )
-    known = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    own = {name: settings[name] for name in known if settings.get(name) is not None}
-    scheduler: Any = DDPMScheduler(**own)
-    return VariancePreserving(scheduler.alphas_cumprod)
-
-
 def from_diffusers(folder: Path) -> Teacher:
     """A ``UNet2DModel`` and its scheduler: a pipeline's folder, or a model's folder with the scheduler beside.
 
-    Raises ``ValueError`` for weights that are not safetensors, a learned variance, or a scheduler that is missing.
+    Raises ``ValueError`` for weights that ``score.pretrained.PartReader`` refuses, a learned variance, or a
+    scheduler that is missing.
     """
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = next(
@@ -227,10 +209,7 @@ def from_diffusers(folder: Path) -> Teacher:
     )
     if scheduler is None:
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, so its noise schedule is unknown.")
-    try:
-        network = UNet2DModel.from_pretrained(model, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} is no UNet2DModel with safetensors weights: {error}") from error
+    network: Any = PartReader(torch.float32, torch.device("cpu")).read(UNet2DModel, model)
     config = network.config
     if config.out_channels != config.in_channels:
         raise ValueError(
@@ -241,13 +220,10 @@ def from_diffusers(folder: Path) -> Teacher:
             f"{model} embeds its classes as {config.class_embed_type!r}; expected class numbers (null). Wrap it "
             "in module:function."
         )
-    settings = json.loads(scheduler.read_text())
-    schedule = diffusers_schedule(settings)
-    kind = KINDS.get(settings.get("prediction_type", "epsilon"))
-    if kind is None:
-        raise ValueError(
-            f"{scheduler}: unknown prediction_type {settings['prediction_type']!r}; expected {', '.join(KINDS)}."
-        )
+    try:
+        schedule, kind = read_schedule(read_json(scheduler))
+    except ValueError as error:
+        raise ValueError(f"{scheduler}: {error} Or wrap the model in module:function.") from error
     size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
     shape = (config.in_channels, int(size[0]), int(size[1]))
     num_classes = int(config.num_class_embeds or 0)
@@ -255,4 +231,4 @@ def from_diffusers(folder: Path) -> Teacher:
     facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
     # Nothing in the folder says whether its last class stands for no label.
     facts["null_class"] = False
-    return Teacher(NetworkDenoiser(network.eval(), schedule, kind), shape, num_classes, facts, null_class=False)
+    return Teacher(NetworkDenoiser(network, schedule, kind), shape, num_classes, facts, null_class=False)

@@ -1,6 +1,7 @@
 """Images from a teacher or a student: as PNG files or one npz file, and a grid to look at.
 
     python train_scripts/sample.py --model runs/student/student --out samples --num-images 1000
+    python train_scripts/sample.py --model toyworld/pipeline --prompts "a red mug" "a blue chair" --guidance 3
     accelerate launch train_scripts/sample.py --model runs/teacher/teacher --steps 18 --sampler heun --out heun.npz
 
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from command import check_numbers, check_out, run
 from networks import Teacher, load_teacher
 from PIL import Image
+from prompted import PromptedTeacher, is_hub_model, load_prompted
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -37,7 +39,12 @@ class Config:
     """Sample a teacher or a student."""
 
     model: str
-    """Folder of train_teacher.py or train_dmd.py, a diffusers folder, or module:function."""
+    """Folder of train_teacher.py or train_dmd.py, a diffusers folder, the name of a diffusers model online, or
+    module:function."""
+    prompts: tuple[str, ...] = ()
+    """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
     out: Path = Path("samples")
     """Folder for PNG files, in a subfolder per class number, or a file that ends in .npz. Earlier samples are
     replaced. The first hundred are shown in the picture <out>.grid.png, which lies beside."""
@@ -50,24 +57,29 @@ class Config:
     sampler: Literal["ddim", "ddpm", "heun"] = "ddim"
     """Of a teacher."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance of a teacher; 1 means none. A student has it built in."""
+    """Scale of classifier-free guidance of a teacher; 1 means none, 7.5 is usual for Stable Diffusion. A student
+    has it built in."""
+    size: int = 0
+    """Height and width of a text-to-image model's pictures in pixels; 0 means its own."""
+    allow_pickle: bool = False
+    """Read pickled weights of a diffusers model that has no safetensors. Only if you trust where it comes from."""
     batch_size: int = 250
     """Images at a time and process."""
     precision: Literal["no", "bf16"] = "no"
-    """Autocast precision of the network."""
+    """Autocast precision of the network; bf16 also loads the weights of a text-to-image model as such."""
     seed: int = 0
     """Of all images: image i of a seed is always the same."""
 
 
 def main(config: Config) -> Path:
     """Sample, write, and return the folder or file."""
-    check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance",))
+    check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance", "size"))
     check_samples_out(config.out)
-    model = load_teacher(config.model)
-    model.guided(config.guidance)  # or it says why not
-    labels = asked_labels(config, model)
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
+    model = load_model(config, accelerator.device)
+    model.guided(config.guidance)  # or it says why not
+    labels = asked_labels(config, model)
     model.denoiser.network.to(accelerator.device)
     # With fewer images than ranks some have none.
     own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
@@ -76,10 +88,33 @@ def main(config: Config) -> Path:
         made = draw(config, model, parts, labels)
     whole = join(made, config.num_images, accelerator)
     if accelerator.is_main_process:
-        picture = write(whole, labels, config.out)
+        picture = write(whole, labels, config.out, columns=columns(config))
         print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
+
+
+def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeacher:
+    """A teacher or student of the scripts, or any diffusers model under the prompts.
+
+    Raises ``ValueError`` for a model that cannot be read, or that the other options are not for.
+    """
+    if config.prompts or is_hub_model(config.model):
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        return load_prompted(
+            config.model, config.prompts, negative=config.negative_prompt, size=config.size,
+            allow_pickle=config.allow_pickle, dtype=dtype, device=device,
+        )  # fmt: skip
+    for name in ("negative_prompt", "size", "allow_pickle"):
+        if getattr(config, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for text-to-image models; leave it out.")
+    return load_teacher(config.model)
+
+
+def columns(config: Config) -> int:
+    """Of the grid: as many as make each column show one prompt, about ten."""
+    count = len(config.prompts)
+    return 10 if not count or count > 10 else 10 // count * count
 
 
 def check_samples_out(out: Path) -> None:
@@ -101,7 +136,7 @@ def check_samples_out(out: Path) -> None:
             raise ValueError(f"--out {out} holds {name}, which is no earlier sample. Choose another --out.")
 
 
-def asked_labels(config: Config, model: Teacher) -> Tensor:
+def asked_labels(config: Config, model: Teacher | PromptedTeacher) -> Tensor:
     """One label per image. Raises ``ValueError`` for classes that the model does not know."""
     classes = config.classes or tuple(range(max(1, model.num_classes)))
     if not all(0 <= label < max(1, model.num_classes) for label in classes):
@@ -110,13 +145,13 @@ def asked_labels(config: Config, model: Teacher) -> Tensor:
 
 
 @torch.no_grad()
-def draw(config: Config, model: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
+def draw(config: Config, model: Teacher | PromptedTeacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
     """The images of some numbers, given batch by batch, on the CPU; image i is of ``labels[i]``."""
     made = [make(config, model, part, labels[part]) for part in parts if len(part)]
-    return torch.cat([torch.zeros(0, *model.shape), *made])
+    return torch.cat(made) if made else torch.zeros(0, *image_shape(model))
 
 
-def make(config: Config, model: Teacher, part: Tensor, labels: Tensor) -> Tensor:
+def make(config: Config, model: Teacher | PromptedTeacher, part: Tensor, labels: Tensor) -> Tensor:
     """One batch of images, each from generators of its own."""
     device = next(model.denoiser.network.parameters()).device
     generators = [derived_generator(config.seed, "sample", int(number)) for number in part]
@@ -125,10 +160,15 @@ def make(config: Config, model: Teacher, part: Tensor, labels: Tensor) -> Tensor
     if model.times:
         return Student(model.denoiser, model.times).sample(noise, cond, generator=generators).cpu()
     denoiser = model.guided(config.guidance)
-    times = grid(denoiser.schedule, config.steps)
+    times = grid(denoiser.schedule, config.steps, shift=model.shift)
     x_t = initial_noise(denoiser.schedule, noise, float(times[0]))
     step = SAMPLERS[config.sampler]()
-    return sample(denoiser, x_t, cond, times=times, step=step, generator=generators).cpu()
+    return model.decode(sample(denoiser, x_t, cond, times=times, step=step, generator=generators)).float().cpu()
+
+
+def image_shape(model: Teacher | PromptedTeacher) -> tuple[int, int, int]:
+    """(c, h, w) in pixels."""
+    return (3, *model.source.size) if isinstance(model, PromptedTeacher) and model.source.codec else model.shape
 
 
 def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
@@ -141,7 +181,7 @@ def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
     return every.transpose(0, 1).flatten(0, 1)[:num_images].cpu()
 
 
-def write(images: Tensor, labels: Tensor, out: Path) -> Path:
+def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
     """PNG files named by number and class, or one npz file of bytes: whole or not at all.
 
     Returns the picture of the first hundred, which lies beside: within the folder it would be one of the images.
@@ -159,7 +199,7 @@ def write(images: Tensor, labels: Tensor, out: Path) -> Path:
             for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
                 (folder / f"{label:04d}").mkdir(exist_ok=True)
                 to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
-    overview = make_grid(pixels[:100], nrow=10, padding=1, pad_value=128)[: pixels.shape[1]]
+    overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
     picture = place.with_name(f"{place.name}.grid.png")
     to_picture(overview).save(picture)
     return picture

@@ -1,0 +1,146 @@
+"""Tensors on disk under a hash of what they were made from: prompt embeddings, latents.
+
+An entry never goes stale. Whatever its tensors depend on is in its name, so a changed prompt, text encoder or
+image means another entry, and every other one stays valid. Nothing is ever removed: delete the folder to free it.
+"""
+
+import hashlib
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Content = str | bytes | Tensor
+"""What an entry is made from: a prompt, a file's bytes, an image."""
+
+Entry = dict[str, Tensor]
+"""Named tensors, on the CPU."""
+
+
+def content_key(*contents: Content) -> str:
+    """sha256 of ``contents``, 64 hexadecimal digits; ("ab", "c") and ("a", "bc") differ, as do "1" and b"1"."""
+    digest = hashlib.sha256()
+    for content in contents:
+        if isinstance(content, Tensor):
+            kind, data = f"{content.dtype} {tuple(content.shape)}", _bytes(content)
+        else:
+            kind = type(content).__name__
+            data = memoryview(content.encode() if isinstance(content, str) else content)
+        digest.update(f"{kind} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorCache:
+    """A folder of entries that one maker wrote.
+
+    Several processes may share it: an entry appears whole, and two that make the same one write the same.
+
+    Attributes:
+        folder: created when the first entry is stored.
+        identity: everything but the content that determines the tensors, such as a fingerprint of the encoder.
+    """
+
+    folder: Path
+    identity: str
+
+    def path(self, content: Content) -> Path:
+        """The file of an entry, there or not."""
+        key = content_key(self.identity, content)
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def load(self, content: Content) -> Entry | None:
+        """The entry of ``content``; None if there is none, or none that can be trusted."""
+        return _read(self.path(content))
+
+    def store(self, content: Content, tensors: Mapping[str, Tensor]) -> Entry:
+        """Write an entry, replacing an older one, and return it."""
+        entry = _entry(tensors)
+        _write(self.path(content), entry)
+        return entry
+
+    def fetch(
+        self, contents: Sequence[Content], make: Callable[[list[Content]], Sequence[Mapping[str, Tensor]]],
+        batch_size: int = 16,
+    ) -> list[Entry]:  # fmt: skip
+        """One entry per content, in order; those that are missing are made and stored, each once.
+
+        A folder that cannot be written costs a warning, and the entries are made again next time.
+
+        Args:
+            contents: may repeat.
+            make: gets at most ``batch_size`` contents and returns the tensors of each.
+            batch_size: contents per call of ``make``. What was stored stays if a later call fails.
+        """
+        paths = [self.path(content) for content in contents]
+        found = {path: _read(path) for path in dict.fromkeys(paths)}
+        missing = [
+            content for path, content in dict(zip(paths, contents, strict=True)).items() if found[path] is None
+        ]
+        failed = False
+        for start in range(0, len(missing), batch_size):
+            some = missing[start : start + batch_size]
+            for content, tensors in zip(some, make(some), strict=True):
+                path = self.path(content)
+                found[path] = entry = _entry(tensors)
+                failed = failed or not self._try_to_write(path, entry)
+        return [dict(found[path] or {}) for path in paths]
+
+    def _try_to_write(self, path: Path, entry: Entry) -> bool:
+        try:
+            _write(path, entry)
+        except (OSError, SafetensorError) as error:
+            message = f"the cache {self.folder} cannot be written ({error}); what is not in it is made each time."
+            warnings.warn(message, stacklevel=3)
+            return False
+        return True
+
+
+def _entry(tensors: Mapping[str, Tensor]) -> Entry:
+    # safetensors refuses tensors that share memory, as the rows of one batch do.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        with safe_open(path, "pt") as file:
+            entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get("crc32")
+    except (OSError, SafetensorError):
+        return None
+    # A damaged entry counts as missing: making it again costs one encoding, raising costs the run. The sum is
+    # needed because safetensors checks sizes only, and blocks lost in a power cut read as zeros.
+    return entry if written == _checksum(entry) else None
+
+
+def _write(path: Path, entry: Entry) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{uuid4().hex}")  # unique: ranks may make the same entry at once
+    try:
+        save_file(entry, temporary, metadata={"crc32": _checksum(entry)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum(entry: Entry) -> str:
+    value = 0
+    for name in sorted(entry):
+        tensor = entry[name]
+        header = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        value = zlib.crc32(_bytes(tensor), zlib.crc32(header.encode(), value))
+    return f"{value:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    # bf16 has no numpy type; its bytes have.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

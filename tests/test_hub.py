@@ -1,0 +1,576 @@
+"""Every family of diffusers as a teacher: its network's own numbers, its pipeline's own images."""
+
+import copy
+import gc
+import inspect
+import json
+import shutil
+import weakref
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+import transformers
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, SD3Transformer2DModel
+from transformers import CLIPTextModel
+
+from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
+from score.gradient import ratio_weight
+from score.hub import load_teacher
+from score.prompts import CUT, PromptEncoder
+from score.sampling import ddpm, grid, sample
+from score.times import uniform
+
+PROMPTS, NEGATIVE = ["a red mug", "blue chair"], "blurry"
+MAKERS = {
+    "sd1": tiny.sd,
+    "sd2": partial(tiny.sd, "v_prediction"),
+    "sd2 zero snr": partial(tiny.sd, "v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    "sdxl": tiny.sdxl,
+    "sd3": tiny.sd3,
+    "sd3 without t5": partial(tiny.sd3, with_t5=False),
+    "pixels": tiny.pixels,
+    "pixels v": partial(tiny.pixels, "v_prediction"),
+    "pixels x0": partial(tiny.pixels, "sample"),
+    "classes": partial(tiny.pixels, num_class_embeds=4),
+}
+KINDS = {
+    "sd2": "v",
+    "sd2 zero snr": "v",
+    "sd3": "flow",
+    "sd3 without t5": "flow",
+    "pixels v": "v",
+    "pixels x0": "x0",
+}
+WITH_TEXT = [name for name in MAKERS if name.startswith("sd")]
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Saved:
+    name: str
+    pipeline: Any
+    folder: Path
+    cache: Path
+
+    def load(self, **options):
+        return load_teacher(self.folder, cache=self.cache, **options)
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """Each family built and saved once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("pipelines")
+            pipeline = MAKERS[name]()
+            pipeline.set_progress_bar_config(disable=True)
+            pipeline.save_pretrained(folder / "model")
+            made[name] = Saved(name, pipeline, folder / "model", folder / "cache")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=list(MAKERS))
+def saved(request, save):
+    return save(request.param)
+
+
+@pytest.fixture(params=WITH_TEXT)
+def saved_text(request, save):
+    return save(request.param)
+
+
+def conditions(teacher):
+    """Positive ones, batch 2, and a negative one, batch 1."""
+    if teacher.texts is not None:
+        return teacher.prompts(PROMPTS), teacher.negative(NEGATIVE)
+    if teacher.num_classes:
+        return teacher.classes(torch.tensor([0, 2])), teacher.classes(torch.tensor([3]))
+    return {}, {}
+
+
+def own_call(saved, x_t, t):
+    """The family's own network, called as its pipeline calls it, under PROMPTS or classes 0 and 2."""
+    pipeline, name = saved.pipeline, saved.name
+    if name.startswith("sd3"):
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+        arguments = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return pipeline.transformer(hidden_states=x_t, timestep=1000 * t, **arguments).sample
+    if name == "sdxl":
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+        ids = pipeline._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, 20).repeat(2, 1)
+        added = {"text_embeds": pooled, "time_ids": ids}
+        return pipeline.unet(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+    if name in WITH_TEXT:
+        embeds, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
+        return pipeline.unet(x_t, t, encoder_hidden_states=embeds).sample
+    labels = torch.tensor([0, 2]) if name == "classes" else None
+    return pipeline.unet(x_t, t, class_labels=labels).sample
+
+
+def coefficients(saved, t):
+    """alpha and sigma from diffusers' own tables."""
+    if saved.name.startswith("sd3"):
+        return (1 - t)[:, None, None, None], t[:, None, None, None]
+    product = saved.pipeline.scheduler.alphas_cumprod[t.long()][:, None, None, None]
+    return product.sqrt(), (1 - product).sqrt()
+
+
+@torch.no_grad()
+def test_predictions_are_those_of_the_familys_own_call(saved, generator):
+    teacher = saved.load()
+    x_t = torch.randn(2, *teacher.shape, generator=generator)
+    t = torch.tensor([0.25, 0.75]) if KINDS.get(saved.name) == "flow" else torch.tensor([250.0, 750.0])
+    cond, _ = conditions(teacher)
+    expected = own_call(saved, x_t, t)
+    denoiser = teacher.denoiser
+    assert denoiser.kind == KINDS.get(saved.name, "eps")
+    close(denoiser.network(x_t, denoiser.time_scale * t, **cond), expected)
+    alpha, sigma = coefficients(saved, t)
+    x0 = {
+        "eps": (x_t - sigma * expected) / alpha,
+        "v": alpha * x_t - sigma * expected,
+        "flow": x_t - sigma * expected,
+        "x0": expected,
+    }[denoiser.kind]
+    found = denoiser(x_t, t, cond)
+    close(found, x0)
+    close(denoiser.schedule.from_x0(found, x_t, t, denoiser.kind), expected)
+
+
+def test_the_schedule_is_the_schedulers(saved):
+    schedule = saved.load().denoiser.schedule
+    if saved.name.startswith("sd3"):
+        assert schedule == RectifiedFlow()
+        return
+    table = saved.pipeline.scheduler.alphas_cumprod.double()
+    assert torch.equal(schedule.alphas_cumprod, table)
+    assert (schedule.alpha(torch.tensor(999.0)) == 0) == ("zero" in saved.name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@torch.no_grad()
+def test_an_image_sampled_by_our_loop_is_the_pipelines(saved_text, generator, scale):
+    teacher, pipeline = saved_text.load(), saved_text.pipeline
+    noise = torch.randn(2, *teacher.shape, generator=generator)
+    call = partial(
+        pipeline, PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=noise, num_inference_steps=8,
+        guidance_scale=scale, height=16, width=16,
+    )  # fmt: skip
+    latents, image = call(output_type="latent").images, call(output_type="pt").images
+    scheduler = pipeline.scheduler
+    times = scheduler.sigmas[:-1] if saved_text.name.startswith("sd3") else scheduler.timesteps
+    cond, negative = conditions(teacher)
+    x0 = sample(guided(teacher.denoiser, scale, negative), noise, cond, times=times.double())
+    assert latents.std() > 0.05
+    close(x0, latents, rtol=0, atol=1e-4 * latents.abs().max().item())
+    close((teacher.decode(x0) / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_prompt_and_the_scale_change_the_image(saved_text, generator):
+    """So that the equality above is no accident of a network that ignores its condition."""
+    teacher = saved_text.load()
+    cond, negative = conditions(teacher)
+    noise = torch.randn(2, *teacher.shape, generator=generator)
+    times = grid(teacher.denoiser.schedule, 4, high=0.9)
+    swapped = {name: value.flip(0) for name, value in cond.items()}
+    images = [
+        sample(guided(teacher.denoiser, scale, negative), noise, asked, times=times)
+        for scale, asked in ((1.0, cond), (1.0, swapped), (5.0, cond))
+    ]
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    assert (images[0] - images[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pixels", "pixels v", "pixels x0"])
+@torch.no_grad()
+def test_pixels_sampled_by_our_loop_are_the_pipelines(save, name):
+    saved = save(name)
+    teacher, asked = saved.load(), {"batch_size": 2, "num_inference_steps": 8, "output_type": "pt"}
+    ddim = DDIMPipeline(saved.pipeline.unet, DDIMScheduler.from_config(saved.pipeline.scheduler.config))
+    for pipeline, step in ((ddim, None), (saved.pipeline, ddpm())):
+        pipeline.set_progress_bar_config(disable=True)
+        image = pipeline(generator=torch.Generator().manual_seed(3), **asked).images
+        ours = torch.Generator().manual_seed(3)
+        noise = torch.randn(2, *teacher.shape, generator=ours)
+        times = pipeline.scheduler.timesteps.double()
+        x0 = sample(teacher.denoiser, noise, {}, times=times, step=step, generator=ours)
+        close((x0 / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_classes_sampled_by_our_loop_are_the_schedulers(save, generator):
+    """No pipeline of diffusers draws classes with a UNet2DModel; this is the loop that one would write."""
+    saved = save("classes")
+    teacher, scheduler = saved.load(), DDIMScheduler.from_config(saved.pipeline.scheduler.config)
+    labels, null = torch.tensor([0, 2]), torch.tensor([3, 3])
+    x = noise = torch.randn(2, *teacher.shape, generator=generator)
+    scheduler.set_timesteps(8)
+    for t in scheduler.timesteps:
+        negative, positive = (saved.pipeline.unet(x, t, class_labels=given).sample for given in (null, labels))
+        x = scheduler.step(negative + 2 * (positive - negative), t, x).prev_sample
+    denoiser = guided(teacher.denoiser, 2.0, teacher.classes(null[:1]))
+    close(sample(denoiser, noise, teacher.classes(labels), times=scheduler.timesteps.double()), x, atol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_and_zero_gradient_identities(saved, generator):
+    teacher = saved.load()
+    denoiser, (cond, negative) = teacher.denoiser, conditions(teacher)
+    x_t = torch.randn(2, *teacher.shape, generator=generator)
+    t = denoiser.schedule.at(torch.tensor([0.3, 0.6])).float()
+    calls = []
+    hook = denoiser.network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    plain = guided(denoiser, 1.0, negative)(x_t, t, cond)
+    assert calls == [2]
+    none = guided(denoiser, 0.0, negative)(x_t, t, cond)
+    assert calls == [2, 4]
+    hook.remove()
+    close(plain, denoiser(x_t, t, cond), rtol=0, atol=0)
+    close(
+        none,
+        denoiser(x_t, t, {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in negative.items()}),
+    )
+    method = ScoreDistillation(teacher=denoiser, baseline=denoiser, times=uniform(), weight=ratio_weight(1))
+    gradient = method.gradient(x_t, cond, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gradient.value, torch.zeros_like(x_t))
+
+
+def test_gradients_reach_the_image_and_no_weight(saved, generator):
+    teacher = saved.load()
+    images = torch.randn(2, 3, *teacher.size, generator=generator, requires_grad=True)
+    cond, negative = conditions(teacher)
+    denoiser, t = teacher.denoiser, teacher.denoiser.schedule.at(torch.tensor([0.3, 0.6])).float()
+    decoded = teacher.decode(guided(denoiser, 3.0, negative)(teacher.encode(images), t, cond))
+    decoded.square().sum().backward()
+    assert decoded.shape == images.shape
+    assert images.grad.isfinite().all()
+    assert (images.grad.flatten(1).norm(dim=1) > 0).all()
+    for network in [denoiser.network, *([teacher.codec.vae] if teacher.codec else [])]:
+        assert not network.training
+        assert all(not p.requires_grad and p.grad is None for p in network.parameters())
+
+
+@torch.no_grad()
+def test_latents_are_scaled_and_shifted_as_the_pipeline_does(saved_text, generator):
+    teacher, vae = saved_text.load(), saved_text.pipeline.vae
+    scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    assert (shift != 0) == saved_text.name.startswith("sd3")
+    images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    posterior = vae.encode(images).latent_dist
+    latents = teacher.encode(images)
+    close(latents, (posterior.mean - shift) * scaling)
+    close(teacher.decode(latents), vae.decode(posterior.mean).sample)
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    drawn = teacher.encode(images, generator=torch.Generator().manual_seed(5))
+    close(drawn, (posterior.mean + posterior.std * noise - shift) * scaling)
+
+
+@pytest.mark.parametrize("option", ["slicing", "tiling"])
+def test_slicing_and_tiling_are_the_autoencoders_own_and_differentiable(save, option, generator):
+    saved = save("sd1")
+    vae = copy.deepcopy(saved.pipeline.vae)
+    getattr(vae, f"enable_{option}")()
+    teacher = saved.load(**{option: True})
+    images = torch.randn(2, 3, 32, 48, generator=generator, requires_grad=True)  # larger than a tile of 16
+    latents = teacher.encode(images)
+    decoded = teacher.decode(latents)
+    decoded.sum().backward()
+    assert images.grad.abs().sum() > 0
+    with torch.no_grad():
+        close(latents, vae.encode(images).latent_dist.mean * 0.18215)
+        close(decoded, vae.decode(latents / 0.18215).sample)
+        plain = saved.load().encode(images)
+    assert torch.allclose(plain, latents, atol=1e-5) == (option == "slicing")
+
+
+def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(save, tmp_path, generator):
+    saved, vae = save("sd1"), tiny.tiny_vae()
+    vae.save_pretrained(tmp_path / "tiny")
+    teacher = saved.load(tiny_vae=tmp_path / "tiny")
+    assert type(teacher.codec.vae) is type(vae)
+    images = torch.rand(2, 3, 16, 16, generator=generator, requires_grad=True)
+    latents = teacher.encode(images)
+    close(latents, vae.encode(images).latents)
+    decoded = teacher.decode(latents)
+    close(decoded, vae.decode(latents).sample)
+    decoded.sum().backward()
+    assert images.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="tiling is for AutoencoderKL"):
+        saved.load(tiny_vae=tmp_path / "tiny", tiling=True)
+    tiny.tiny_vae(channels=8).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="the autoencoder has 8 channels, the network 4"):
+        saved.load(tiny_vae=tmp_path / "other")
+
+
+def test_images_and_latents_of_another_shape_are_refused(save):
+    codec = save("sd1").load().codec
+    for images in (torch.zeros(1, 3, 16, 15), torch.zeros(1, 4, 16, 16), torch.zeros(3, 16, 16)):
+        with pytest.raises(ValueError, match=r"images must be \(b, 3, h, w\) with sides divisible by 2; got"):
+            codec.encode(images)
+    with pytest.raises(ValueError, match=r"latents must be \(b, 4, h, w\); got \(1, 3, 8, 8\)"):
+        codec.decode(torch.zeros(1, 3, 8, 8))
+
+
+def test_pixels_need_no_codec(save):
+    teacher, images = save("pixels").load(), torch.randn(2, 3, 8, 8)
+    assert teacher.encode(images) is teacher.decode(images) is images
+    assert (teacher.shape, teacher.size, teacher.num_classes) == ((3, 8, 8), (8, 8), 0)
+
+
+def test_facts_of_each_family(saved):
+    teacher = saved.load()
+    assert teacher.shift == (3.0 if saved.name.startswith("sd3") else 1.0)
+    assert teacher.denoiser.time_scale == (1000.0 if saved.name.startswith("sd3") else 1.0)
+    assert (teacher.sized, teacher.zero_negative) == (saved.name == "sdxl",) * 2
+    assert teacher.num_classes == (4 if saved.name == "classes" else 0)
+    assert teacher.device == torch.device("cpu")
+
+
+def test_all_weights_and_conditions_are_on_the_device_asked_for(saved, tmp_path):
+    own = replace(saved, cache=tmp_path)
+    conditions(own.load())  # into the cache: there is no encoding on the meta device
+    teacher = own.load(device="meta")
+    tensors = [
+        *teacher.denoiser.network.parameters(),
+        *(cond for side in conditions(teacher) for cond in side.values()),
+    ]
+    if teacher.codec is not None:
+        tensors += [*teacher.codec.vae.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {teacher.device.type} == {"meta"}
+
+
+def test_the_size_asked_for_reaches_latents_and_time_ids(save):
+    teacher = save("sdxl").load(size=(32, 48))
+    assert (teacher.shape, teacher.size) == ((4, 16, 24), (32, 48))
+    assert teacher.prompts(["a", "b"])["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
+    assert save("sd3").load(size=32).shape == (8, 16, 16)
+    for size in (33, (32, 31), 0, -2):
+        with pytest.raises(ValueError, match=r"size must be in multiples of 2 pixels; got"):
+            save("sd1").load(size=size)
+    with pytest.raises(ValueError, match=r"size must be in multiples of 4 pixels; got 30 x 30"):
+        save("sd3").load(size=30)  # two latents are one patch
+
+
+def test_a_model_of_any_size_must_be_given_one(tmp_path):
+    tiny.pixels(sample_size=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say the size of its images. Pass size="):
+        load_teacher(tmp_path)
+    assert load_teacher(tmp_path, size=(8, 16)).shape == (3, 8, 16)
+
+
+@torch.no_grad()
+def test_sdxls_empty_negative_is_zeros_and_the_others_are_the_encoded_empty_string(saved_text, generator):
+    teacher, pipeline = saved_text.load(), saved_text.pipeline
+    negative, empty = teacher.negative(), teacher.prompts([""])
+    assert {len(value) for value in negative.values()} == {1}
+    assert all(torch.equal(negative[name], empty[name]) for name in empty) == (saved_text.name != "sdxl")
+    noise = torch.randn(2, *teacher.shape, generator=generator)
+    latents = pipeline(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        height=16,
+        width=16,
+        output_type="latent",
+    ).images
+    scheduler = pipeline.scheduler
+    times = scheduler.sigmas[:-1] if saved_text.name.startswith("sd3") else scheduler.timesteps
+    x0 = sample(guided(teacher.denoiser, 4.0, negative), noise, teacher.prompts(PROMPTS), times=times.double())
+    close(x0, latents, rtol=0, atol=1e-4 * latents.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_in_its_own_and_answers_in_float32(saved, dtype, generator):
+    whole, half = saved.load(), saved.load(dtype=dtype)
+    upcast = saved.name == "sdxl" and dtype == torch.float16
+    assert {p.dtype for p in half.denoiser.network.parameters()} == {dtype}
+    if half.codec is not None:
+        assert {p.dtype for p in half.codec.vae.parameters()} == {torch.float32 if upcast else dtype}
+    x_t = torch.randn(2, *whole.shape, generator=generator)
+    t = whole.denoiser.schedule.at(torch.tensor([0.3, 0.6])).float()
+    found, expected = (teacher.denoiser(x_t, t, conditions(teacher)[0]) for teacher in (half, whole))
+    images = half.decode(found)
+    assert found.dtype == images.dtype == half.encode(images).dtype == torch.float32
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@torch.no_grad()
+def test_times_and_sizes_reach_a_bf16_network_in_float32(save):
+    """bf16 holds neither timestep 999 nor a side of 1023 pixels."""
+    teacher, seen = save("sdxl").load(dtype=torch.bfloat16), {}
+    model = teacher.denoiser.network.model
+    model.register_forward_pre_hook(lambda module, given, named: seen.update(named, x=given[0]), with_kwargs=True)
+    cond = {**teacher.prompts(["a"]), "time_ids": torch.full((1, 6), 1023.0)}
+    teacher.denoiser(torch.zeros(1, *teacher.shape), torch.tensor([999.0]), cond)
+    assert (seen["timestep"].item(), seen["added_cond_kwargs"]["time_ids"].tolist()) == (999.0, [[1023.0] * 6])
+    assert seen["x"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+def test_each_prompt_is_encoded_once_and_then_needs_no_text_encoder(saved_text, tmp_path):
+    first = replace(saved_text, cache=tmp_path).load()
+    cond = first.prompts([*PROMPTS, PROMPTS[0], ""])
+    assert first.texts.load.cache_info().currsize == 1
+    files = set(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    again = replace(saved_text, cache=tmp_path).load()
+    for name, value in again.prompts([*PROMPTS, PROMPTS[0], ""]).items():
+        assert torch.equal(value, cond[name])
+    assert again.texts.load.cache_info().currsize == 0
+    again.prompts(["a red mug", "a red cup"])
+    assert files < set(tmp_path.rglob("*.safetensors"))
+    assert len(set(tmp_path.rglob("*.safetensors"))) == 4
+
+
+def test_dropped_text_encoders_are_freed_and_new_prompts_refused(save, tmp_path):
+    teacher = replace(save("sd3"), cache=tmp_path).load()
+    before = conditions(teacher)
+    parts = inspect.getclosurevars(teacher.texts.load()).nonlocals["pipeline"].components.values()
+    parts = [weakref.ref(part) for part in parts if part is not None]
+    assert len(parts) == 7  # three encoders, three tokenizers, and the transformer, which stays
+    teacher = teacher.without_text_encoders()
+    gc.collect()
+    assert [part() for part in parts if part() is not None] == [teacher.denoiser.network.model]
+    for old, new in zip(before, conditions(teacher), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    with pytest.raises(ValueError, match=r"dropped, and the cache .* lacks 2 of the prompts, such as 'new'"):
+        teacher.prompts(["new", PROMPTS[0], "newer"])
+    assert save("pixels").load().without_text_encoders().texts is None
+
+
+def test_a_prompt_that_is_cut_is_named_every_time(saved_text, tmp_path):
+    """Sixteen tokens, two of them its ends; T5 would read more."""
+    for _ in range(2):  # encoded, then from the cache
+        teacher = replace(saved_text, cache=tmp_path).load()
+        with pytest.warns(
+            UserWarning, match="'abcdefghijklmnopqr' is too long: its last 4 tokens are cut"
+        ) as caught:
+            cond = teacher.prompts(["short", "abcdefghijklmnopqr", "abcdefghijklmnopqr"])
+        assert len(caught) == 1
+        assert CUT not in cond
+
+
+def test_embeddings_that_are_not_finite_are_not_kept(save, tmp_path):
+    encoder = PromptEncoder(tmp_path, lambda: "x", lambda: lambda prompts: {"e": torch.full((1, 2), torch.nan)})
+    with pytest.raises(ValueError, match=r"returned NaN or infinity \(e in torch.float32\).* Load the model with"):
+        encoder(["a"])
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_empty_negative_is_there_after_text_encoders_were_dropped(save, tmp_path):
+    teacher = replace(save("sdxl"), cache=tmp_path).load()
+    cond, negative = teacher.prompts(["a"]), teacher.without_text_encoders().negative()
+    assert {name: value.shape for name, value in negative.items()} == {name: v.shape for name, v in cond.items()}
+    assert not negative["encoder_hidden_states"].any()
+
+
+def test_identity_knows_variant_pipeline_width_tokenizer_and_version(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    tiny.sd3(with_t5=False).save_pretrained(folder)
+    print_of = partial(load_teacher, folder)
+    seen = [print_of().texts.identify()]
+    for path in list(folder.rglob("*.safetensors")):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    assert print_of().texts.identify() == seen[0]
+    seen.append(print_of(variant="fp16").texts.identify())
+    index = json.loads((folder / "model_index.json").read_text())
+    changed = {**index, "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps(changed))
+    seen.append(print_of().texts.identify())
+    (folder / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(transformers, "__version__", "0")
+    seen.append(print_of().texts.identify())
+    monkeypatch.undo()
+    config = {"caption_projection_dim": 16, "pooled_projection_dim": 24, "joint_attention_dim": 40}
+    own = {"sample_size": 8, "in_channels": 8, "out_channels": 8, "num_layers": 1, "attention_head_dim": 8}
+    wide = SD3Transformer2DModel(**own, **config, num_attention_heads=2, pos_embed_max_size=8)
+    wide.save_pretrained(folder / "transformer")
+    seen.append(print_of().texts.identify())
+    assert len(set(seen)) == len(seen)
+
+
+def test_another_encoder_precision_or_tokenizer_is_another_entry(tmp_path):
+    pipeline = tiny.sd()
+    pipeline.save_pretrained(tmp_path / "a")
+    load = partial(load_teacher, tmp_path / "a", cache=tmp_path / "cache")
+    first = load().prompts(["a mug"])["encoder_hidden_states"]
+    half = load(dtype=torch.bfloat16).prompts(["a mug"])["encoder_hidden_states"]
+    assert (first.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).add_(0.1)
+    pipeline.save_pretrained(tmp_path / "a")
+    assert not torch.equal(load().prompts(["a mug"])["encoder_hidden_states"], first)
+    pipeline.unet.save_pretrained(tmp_path / "a" / "unet")  # says nothing about prompts
+    assert load().without_text_encoders().prompts(["a mug"])
+    (tmp_path / "a" / "tokenizer" / "added_tokens.json").write_text("{}")
+    with pytest.raises(ValueError, match="dropped"):
+        load().without_text_encoders().prompts(["a mug"])
+
+
+@pytest.mark.parametrize("prompts", ["a red mug", [], [3], None])
+def test_prompts_must_be_a_list_of_strings(save, prompts):
+    with pytest.raises(ValueError, match="prompts must be a non-empty list of strings; got"):
+        save("sd1").load().texts(prompts)
+
+
+def test_teachers_say_which_condition_they_take(save):
+    with pytest.raises(ValueError, match=r"takes no prompts.*classes\(labels\)"):
+        save("classes").load().prompts(["a"])
+    with pytest.raises(ValueError, match=r"takes no class labels.*prompts"):
+        save("sd1").load().classes(torch.tensor([0]))
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\]; got"):
+            save("classes").load().classes(torch.tensor([0, label]))
+
+
+def test_the_cache_folder_is_in_the_home_folder_unless_named(save, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_teacher(save("sd1").folder).prompts(["a"])
+    assert len(list((tmp_path / ".cache" / "scorefield" / "prompts").rglob("*.safetensors"))) == 1
+
+
+def test_models_without_subfolders_load_too(save, tmp_path):
+    """google/ddpm-cifar10-32 keeps everything at the top, and users save networks alone."""
+    pipeline = save("classes").pipeline
+    pipeline.unet.save_pretrained(tmp_path)
+    DDPMScheduler(prediction_type="sample", beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path)
+    assert (teacher.denoiser.kind, teacher.num_classes) == ("x0", 4)
+    assert isinstance(teacher.denoiser.schedule, VariancePreserving)
+    cond, x_t, t = teacher.classes(torch.tensor([1])), torch.randn(1, 3, 8, 8), torch.tensor([10.0])
+    with torch.no_grad():
+        close(teacher.denoiser(x_t, t, cond), pipeline.unet(x_t, t, class_labels=torch.tensor([1])).sample)
+
+
+def test_an_unknown_condition_is_an_error(save):
+    teacher = save("sd1").load()
+    cond = {**teacher.prompts(["a"]), "pooled_projections": torch.zeros(1, 4)}
+    with pytest.raises(TypeError, match="pooled_projections"):
+        teacher.denoiser(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), cond)
+
+
+def test_a_config_that_names_attention_kernels_fetches_none(save, tmp_path):
+    """transformers would download and run them."""
+    folder = shutil.copytree(save("sd1").folder, tmp_path / "model")
+    config = folder / "text_encoder" / "config.json"
+    named = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel@main")
+    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    teacher = load_teacher(folder, cache=tmp_path / "cache")
+    (encoder,) = (
+        part
+        for part in inspect.getclosurevars(teacher.texts.load()).nonlocals["pipeline"].components.values()
+        if isinstance(part, CLIPTextModel)
+    )
+    assert encoder.config._attn_implementation == "sdpa"

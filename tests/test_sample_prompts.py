@@ -1,0 +1,140 @@
+"""train_scripts/sample.py with text-to-image models: any family of score.hub under prompts."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import sample
+import tiny_pipelines as tiny
+import torch
+from prompted import is_hub_model
+
+from score import guided
+from score.hub import load_teacher
+from score.randomness import derived_generator
+from score.sampling import ddpm, grid, initial_noise
+
+PROMPTS = ("a red mug", "a blue chair", "cone")
+MAKERS = {
+    "sd": tiny.sd,
+    "sd3": tiny.sd3,
+    "pixels": tiny.pixels,
+    "classes": lambda: tiny.pixels(num_class_embeds=4),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, make in MAKERS.items():
+        make().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def config_of(model, out, **changes):
+    return sample.Config(
+        **{
+            "model": str(model),
+            "prompts": PROMPTS,
+            "num_images": 7,
+            "steps": 3,
+            "guidance": 4.0,
+            "out": out,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_each_image_is_of_its_prompt_and_of_no_batch(folders, tmp_path, name):
+    config = config_of(folders / name, tmp_path / "a.npz", sampler="ddpm", negative_prompt="dull")
+    whole = np.load(sample.main(config))
+    parts = np.load(sample.main(dataclasses.replace(config, out=tmp_path / "b.npz", batch_size=2)))
+    assert whole["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert np.abs(whole["images"].astype(int) - parts["images"]).max() <= 1
+    # Image 4 by hand.
+    teacher = load_teacher(folders / name, cache=tmp_path / "other")
+    denoiser = guided(teacher.denoiser, 4.0, teacher.negative("dull"))
+    generator = derived_generator(0, "sample", 4)
+    noise = torch.randn(teacher.shape, generator=generator)[None]
+    times = grid(denoiser.schedule, 3, shift=teacher.shift)
+    with torch.no_grad():
+        x_t = initial_noise(denoiser.schedule, noise, times[0])
+        x0 = sample.sample(
+            denoiser, x_t, teacher.prompts([PROMPTS[1]]), times=times, step=ddpm(), generator=[generator]
+        )
+        image = ((teacher.decode(x0).clamp(-1, 1) + 1) * 127.5).round()[0]
+    assert (image - torch.from_numpy(whole["images"][4])).abs().max() <= 1
+    others = [np.abs(whole["images"][4].astype(float) - whole["images"][i]).max() for i in (0, 2, 3)]
+    assert min(others) > 2, "prompts and noise tell images apart"
+
+
+def test_pictures_lie_in_a_folder_per_prompt_and_a_grid_column(folders, tmp_path):
+    out = sample.main(config_of(folders / "sd", tmp_path / "made"))
+    assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "0002"]
+    with sample.Image.open(tmp_path / "made.grid.png") as picture:
+        side = sample.Image.open(next(out.rglob("*.png"))).size[0]
+        assert picture.size == (min(7, 9) * (side + 1) + 1, side + 2)
+    assert sample.columns(config_of("m", out)) == 9
+    assert sample.columns(config_of("m", out, prompts=())) == 10
+    assert sample.columns(config_of("m", out, prompts=("x",) * 11)) == 10
+
+
+def test_a_size_of_its_own(folders, tmp_path):
+    made = np.load(sample.main(config_of(folders / "sd", tmp_path / "a.npz", size=24, num_images=2)))
+    assert made["images"].shape[-2:] == (24, 24)
+
+
+def test_bf16_loads_bf16(folders):
+    config = config_of(folders / "sd", "x", precision="bf16")
+    model = sample.load_model(config, torch.device("cpu"))
+    assert {p.dtype for p in model.denoiser.network.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("sd", {"prompts": ()}, "--prompts ask for"), ("sd", {"prompts": ("a", " ")}, "--prompts must say"),
+    ("sd", {"classes": (3,)}, r"--classes must lie in \[0, 2\]"), ("sd", {"size": 7}, "multiples of"),
+    ("pixels", {}, "takes no prompts"), ("pixels", {"prompts": (), "negative_prompt": "x"}, "--negative-prompt"),
+    ("classes", {"prompts": (), "guidance": 2.0}, "--guidance must be 1"),
+    ("nothing/there", {}, "no folder here"), ("gone", {}, "no folder here"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(folders, tmp_path, name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main(config_of(folders / name, tmp_path / "out" / "made", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickles_only_if_asked(folders, tmp_path):
+    shutil.copytree(folders / "sd", tmp_path / "model")
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    vae = sample.load_model(config_of(folders / "sd", "x"), torch.device("cpu")).source.codec.vae
+    torch.save(vae.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    config = config_of(tmp_path / "model", tmp_path / "a.npz", num_images=2)
+    with pytest.raises(ValueError, match="pickle"):
+        sample.main(config)
+    trusted = np.load(sample.main(dataclasses.replace(config, allow_pickle=True)))
+    safe = np.load(sample.main(config_of(folders / "sd", tmp_path / "b.npz", num_images=2)))
+    assert np.array_equal(trusted["images"], safe["images"])
+
+
+def test_a_name_online_is_told_from_a_slip_of_the_pen(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert is_hub_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert is_hub_model(str(folders / "sd"))
+    for local in (
+        "runs/studnt",
+        "teacher",
+        "module:function",
+        "a/b/c",
+        str(folders / "pixels"),
+        str(folders / "x"),
+    ):
+        assert not is_hub_model(local), local

@@ -1,0 +1,142 @@
+"""The parts of the toy world's text-to-image pipeline, before they have learned anything, and how they become one.
+
+Latent diffusion in the shape of Stable Diffusion 2 (v-prediction), some hundred times smaller: everything is built
+by diffusers and transformers, so the finished folder loads wherever a ``StableDiffusionPipeline`` does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from score.atomic import whole_folder
+from toyworld.captions import WORDS
+
+SIZE = 64
+"""Height and width of an image in pixels; its latent has 4 channels of a quarter of that."""
+
+LENGTH = 24
+"""Tokens of a prompt, start and end among them."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair encoding, in which each word of the captions is one token, and others are spelled."""
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    merges: list[tuple[str, str]] = []
+    for word in dict.fromkeys(WORDS):
+        # Later merges have less right than earlier ones, so they never break a word that is whole already.
+        found = _apply(merges, [*word[:-1], word[-1] + "</w>"])
+        while len(found) > 1:
+            merges.append((found[0], found[1]))
+            found = ["".join(found[:2]), *found[2:]]
+            pieces.append(found[0])
+    vocabulary = {piece: number for number, piece in enumerate([START, END, *dict.fromkeys(pieces)])}
+    pairs: Any = merges
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=LENGTH)
+
+
+def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
+    """Byte-pair encoding: the earliest merge first, wherever it fits."""
+    for merge in merges:
+        place = 0
+        while place < len(pieces) - 1:
+            if (pieces[place], pieces[place + 1]) == merge:
+                pieces[place : place + 2] = ["".join(merge)]
+            place += 1
+    return pieces
+
+
+def make_vae() -> Any:
+    """An AutoencoderKL from 64 x 64 x 3 to 16 x 16 x 4, about a million parameters."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=SIZE, block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def make_text_encoder(vocabulary: int) -> CLIPTextModel:
+    """A CLIP text model of two layers."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def make_unet() -> Any:
+    """A UNet2DConditionModel of three resolutions, text at all but the first; about five million parameters."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 96, 112),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1, cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's betas, v-prediction, its last step at t = 0."""
+    scheduler: DDIMScheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    return scheduler
+
+
+class Autoencoding(nn.Module):
+    """Encode, draw from the posterior, decode; one module, so that several ranks can wrap it."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions (b, 3, h, w) from latents mean + std * noise, and KL to N(0, 1) per sample (b,)."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, posterior.kl()
+
+
+class TextToLatent(nn.Module):
+    """Text encoder and UNet as one network of v, trained together: forward(z_t, t, tokens)."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, z_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """Predict v (b, 4, h, w) for latents at timesteps t (b,) under tokens (b, length)."""
+        states = self.text_encoder(input_ids=tokens).last_hidden_state
+        velocity: Tensor = self.unet(z_t, t, encoder_hidden_states=states.to(z_t.dtype)).sample
+        return velocity
+
+
+def save_pipeline(folder: Path, vae: Any, text_encoder: CLIPTextModel, unet: Any, card: str) -> Path:
+    """Write a diffusers folder with ``card`` as its README; UNet and VAE in float16, the text encoder in float32.
+
+    A folder that is float16 throughout does not run when it is loaded plainly: the UNet would come as float32, the
+    text encoder as float16.
+    """
+    parts: dict[str, Any] = {"vae": vae.half(), "unet": unet.half(), "text_encoder": text_encoder.float()}
+    pipeline: Any = StableDiffusionPipeline(
+        tokenizer=make_tokenizer(), scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, **parts,
+    )  # fmt: skip
+    with whole_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        (temporary / "README.md").write_text(card)
+    return folder
+
+
+def tokens_of(texts: list[str], tokenizer: CLIPTokenizer) -> Tensor:
+    """(n, ``LENGTH``) token numbers, padded and cut."""
+    tokens: Tensor = tokenizer(
+        texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+    return tokens

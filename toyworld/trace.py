@@ -1,0 +1,124 @@
+"""Where rays meet a solid: sphere tracing (Hart 1996, doi 10.1007/s003710050084) from its bounding box on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toyworld.solids import Solid
+
+SHELL = 1e-4
+"""Rays march to between once and twice this distance; Newton's method finds the surface from there."""
+
+FREE_STEPS, FORCED_STEPS, FORCED = 40, 120, 0.0125
+"""A ray almost parallel to a face comes to a standstill beside it, though something else may be behind. After so
+many steps of the distance, every further one is at least ``FORCED`` long; together they cross any solid. Rays slow
+enough to need them may miss a corner that they would cut by less, and so may those that came near a surface, met
+nothing and march on: twice at most."""
+
+NEWTON_STEPS = 8
+"""Each squares the error; a face needs one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """Where n rays first meet a solid.
+
+    Attributes:
+        depth: (n,) from the origin along the unit direction; 0 where nothing is met.
+        normal: (3, n), unit, outwards; 0 where nothing is met.
+        hit: (n,), bool.
+    """
+
+    depth: Tensor
+    normal: Tensor
+    hit: Tensor
+
+
+def trace(solid: Solid, origin: Tensor, direction: Tensor) -> Hits:
+    """First meetings of rays with a solid, in the frame of the solid.
+
+    Args:
+        solid: what is met.
+        origin: (3, n), outside the solid.
+        direction: (3, n), unit.
+    """
+    near, far = _box_interval(solid, origin, direction)
+    depth, normal = torch.zeros_like(near), torch.zeros_like(direction)
+    hit = torch.zeros_like(near, dtype=torch.bool)
+    rays = (near < far).nonzero()[:, 0]
+    for free_steps in (FREE_STEPS, 0, 0):
+        near_by, at = _march(solid, origin[:, rays], direction[:, rays], near[rays], far[rays], free_steps)
+        rays = rays[near_by]
+        met, exact, outwards = _meet(solid, origin[:, rays], direction[:, rays], at)
+        hit[rays[met]], depth[rays[met]], normal[:, rays[met]] = True, exact, outwards
+        passing = torch.ones_like(rays, dtype=torch.bool).index_fill_(0, met, False)
+        rays = rays[passing]
+        if not len(rays):
+            break
+        near[rays] = at[passing] + FORCED
+    return Hits(depth, normal, hit)
+
+
+def _box_interval(solid: Solid, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Depths (n,) at which rays enter and leave the bounding box; near >= far where they pass it."""
+    margin = 1e-3
+    lower, upper = (origin.new_tensor(corner)[:, None] for corner in (solid.lower, solid.upper))
+    # A zero would make 0 / 0 where the origin is in the plane of a face.
+    safe = torch.where(direction.abs() < 1e-12, torch.full_like(direction, 1e-12), direction)
+    first, second = (lower - margin - origin) / safe, (upper + margin - origin) / safe
+    return torch.minimum(first, second).amax(0), torch.maximum(first, second).amin(0)
+
+
+def _march(
+    solid: Solid, origin: Tensor, direction: Tensor, near: Tensor, far: Tensor, free_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Which rays come near the surface (m,), as numbers, and at what depth (m,)."""
+    ray = torch.arange(len(near), device=near.device)
+    rays: list[Tensor] = []
+    depths: list[Tensor] = []
+    point, depth = origin + near * direction, near
+    for steps in range(free_steps + FORCED_STEPS):
+        distance = solid.distance(point)
+        arrived = distance < 2 * SHELL
+        rays.append(ray[arrived])
+        depths.append(depth[arrived])
+        step = (distance - SHELL).clamp(min=0.0 if steps < free_steps else FORCED)
+        depth = depth + step
+        going = (~arrived & (depth < far)).nonzero()[:, 0]
+        if not len(going):
+            break
+        point, direction = point[:, going] + step[going] * direction[:, going], direction[:, going]
+        ray, depth, far = ray[going], depth[going], far[going]
+    return torch.cat(rays), torch.cat(depths)
+
+
+def _meet(solid: Solid, origin: Tensor, direction: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rays meet the surface near ``depth``, as numbers (m,); their depths (m,) and normals (3, m) there."""
+    rounding = 16 * torch.finfo(depth.dtype).eps
+    ray = torch.arange(len(depth), device=depth.device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _ in range(NEWTON_STEPS):
+        distance, normal = _gradient(solid, origin + depth * direction)
+        there = distance.abs() < rounding
+        found.append((ray[there], depth[there], normal[:, there]))
+        x, y, z = normal * direction
+        facing = -x - y - z
+        # A forced step may end inside, behind the middle: the way back is then no longer than that step.
+        depth = depth + (distance / facing.clamp(min=1e-3)).clamp(-FORCED, FORCED)
+        going = (~there & ((facing > 0) | (distance < 0))).nonzero()[:, 0]
+        if not len(going):
+            break
+        ray, depth, origin, direction = ray[going], depth[going], origin[:, going], direction[:, going]
+    rays, depths, normals = zip(*found, strict=True)
+    return torch.cat(rays), torch.cat(depths), torch.cat(normals, 1)
+
+
+def _gradient(solid: Solid, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (n,) and its unit gradient (3, n) at points (3, n)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        point = point.clone().requires_grad_()
+        distance = solid.distance(point)
+        (gradient,) = torch.autograd.grad(distance.sum(), point)
+    x, y, z = gradient
+    return distance.detach(), gradient / (x * x + y * y + z * z).sqrt()

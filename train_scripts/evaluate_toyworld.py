@@ -1,0 +1,130 @@
+"""Does the toy world's pipeline draw what it is asked? The judge's answers, Fréchet distances, a contact sheet.
+
+    python train_scripts/evaluate_toyworld.py --pipeline runs/toyworld/pipeline --out runs/toyworld/figures
+
+The pipeline is loaded and called as any program would that imports diffusers alone; the judge and the renders only
+look at what came out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import check_device, check_numbers, check_out, run
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from score.metrics import extract_features, frechet_distance, kernel_distance
+from score.randomness import derived_generator
+from toyworld.captions import caption
+from toyworld.data import HELD_OUT
+from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure the toy world's pipeline against renders it has not seen."""
+
+    pipeline: Path = Path("runs/toyworld/pipeline")
+    """Folder of diffusers."""
+    out: Path = Path("runs/toyworld/figures")
+    """Folder for figures.json and the contact sheet."""
+    num_prompts: int = 500
+    """Captions of scenes that nothing was trained on. To choose among pipelines, or the guidance, use another
+    --seed than the one that is reported."""
+    num_renders: int = 2000
+    """Renders to compare with; twice as many are made, for the floor."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 means none."""
+    steps: int = 50
+    """DDIM steps."""
+    batch_size: int = 50
+    """Pictures at a time."""
+    seed: int = 0
+    """Of prompts and noise."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to draw."""
+
+
+def main(config: Config) -> Path:
+    """Measure, print and write the figures."""
+    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
+    check_out(config.out)
+    check_device(config.device)
+    if min(config.num_prompts, config.num_renders) < 2:
+        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    if not (config.pipeline / "model_index.json").is_file():
+        raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(config.pipeline, local_files_only=True)
+    pipeline = pipeline.to(config.device)
+    judge = load_judge()
+    asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
+    renders, attributes = render_pictures(asked, config.seed)
+    made = draw(config, pipeline, [caption(one) for one in attributes])
+    wanted, others = (
+        as_pictures(render_pictures(range(start, start + config.num_renders), config.seed)[0])
+        for start in (2 * HELD_OUT, 3 * HELD_OUT)
+    )
+    own = accuracies(judge, as_pictures(renders), attributes)
+    drawn = accuracies(judge, made, attributes)
+    unseen = others[: config.num_prompts]  # of its own pictures, the reference would be nearer than it should
+    decoded = round_trip(pipeline, unseen)
+    sets = {"pipeline": made, "renders": unseen, "vae_round_trip": decoded}
+    reference = extract_features(judge.features, wanted)
+    features = {name: extract_features(judge.features, images) for name, images in sets.items()}
+    figures = {
+        "accuracy": drawn, "accuracy_of_renders": own, "share": {name: drawn[name] / own[name] for name in own},
+        "accuracy_of_round_trip": accuracies(judge, round_trip(pipeline, as_pictures(renders)), attributes),
+        "psnr_of_round_trip": psnr(decoded, unseen),
+        "frechet_distance": {name: frechet_distance(made, reference) for name, made in features.items()},
+        "kid": {name: kernel_distance(made, reference) for name, made in features.items()},
+        "num_prompts": config.num_prompts, "num_renders": config.num_renders, "guidance": config.guidance,
+        "steps": config.steps, "seed": config.seed,
+    }  # fmt: skip
+    print(json.dumps(figures, indent=2))
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    sheet = make_grid(torch.cat([as_pictures(renders)[:32], made[:32]]).clamp(-1, 1), nrow=16, padding=2)
+    pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(config.out / "contact_sheet.png")
+    print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
+    return config.out
+
+
+def draw(config: Config, pipeline: Any, prompts: list[str]) -> Tensor:
+    """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
+    made = []
+    pipeline.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(prompts), config.batch_size), desc="pictures"):
+        part = prompts[start : start + config.batch_size]
+        generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
+        answer = pipeline(
+            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators
+        )
+        made += [pil_to_tensor(image) for image in answer.images]
+    return as_pictures(torch.stack(made))
+
+
+@torch.no_grad()
+def round_trip(pipeline: Any, images: Tensor) -> Tensor:
+    """Images through the autoencoder and back: what the best latents would look like."""
+    parts = []
+    for part in images.split(100):
+        latents = pipeline.vae.encode(part.to(pipeline.device)).latent_dist.mean
+        parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+def psnr(made: Tensor, wanted: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], of the mean squared error over all of them."""
+    return float(10 * (4 / (made - wanted).square().mean()).log10())
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
