@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -35,6 +35,24 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """A new name to write at, with the same suffix, renamed to ``final`` when the block ends; else as before.
+
+    A kill within the block leaves ``.writing-...`` beside, which the next call removes.
+    """
+    temporary = final.with_name(f".writing-{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flush_to_disk(folder: Path) -> None:
