@@ -12,8 +12,8 @@ from sds.exportable import Colour, Pictures, check_colour
 Frames = Float[Tensor, "n 3 h w"]
 """Pictures in [0, 1], in display values."""
 
-NEAR, FAR = 1.0, 0.25
-"""Brightness of the nearest and the farthest point of a turntable of distances."""
+NEAR, FAR = 0.85, 0.15
+"""Brightness of the nearest and the farthest point of a turntable of distances: neither white nor black."""
 
 
 def turntable_cameras(

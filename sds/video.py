@@ -12,6 +12,10 @@ from score.atomic import whole_file
 from sds.extra import check_extra
 from sds.turntable import Frames
 
+# Players guess the matrix of colours by the size of a picture unless it is named; and with the index in front, a
+# browser plays before it has loaded the whole file.
+OUTPUT = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-movflags", "+faststart"]
+
 
 def check_encoder(folder: Path) -> None:
     """Raise ``ValueError`` unless a video can be encoded: two small frames are tried in ``folder``."""
@@ -47,7 +51,7 @@ def write_mp4(frames: Frames, path: Path, *, fps: float = 24.0) -> Path:
     with whole_file(path) as temporary:
         writer = write_frames(
             temporary, (pixels.shape[2], pixels.shape[1]), fps=fps, codec="libx264", quality=8, macro_block_size=2,
-            ffmpeg_log_level="error", output_params=["-movflags", "+faststart"],
+            ffmpeg_log_level="error", output_params=OUTPUT,
         )  # fmt: skip
         writer.send(None)
         for frame in pixels:

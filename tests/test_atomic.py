@@ -1,10 +1,10 @@
-"""A folder that is replaced is the old one or the new one, whenever the process dies."""
+"""A folder or file that is replaced is the old one or the new one, whenever the process dies."""
 
 import os
 
 import pytest
 
-from score.atomic import whole_folder
+from score.atomic import whole_file, whole_folder
 
 
 class Killed(BaseException):
@@ -56,3 +56,46 @@ def test_an_error_inside_leaves_nothing(tmp_path):
     with pytest.raises(Killed):
         half()
     assert list(tmp_path.iterdir()) == []
+
+
+def write_file(final, text):
+    with whole_file(final) as path:
+        assert path.suffix == final.suffix  # writers choose the format by it
+        path.write_text(text)
+
+
+def test_a_file_appears_whole_in_a_new_folder_and_is_replaced(tmp_path):
+    final = tmp_path / "new" / "a.txt"
+    for text in ("old", "new"):
+        write_file(final, text)
+        assert final.read_text() == text
+    assert [path.name for path in final.parent.iterdir()] == ["a.txt"]
+
+
+def test_an_error_leaves_the_older_file_and_no_other(tmp_path, monkeypatch):
+    final = tmp_path / "a.txt"
+    write_file(final, "old")
+
+    def half():
+        with whole_file(final) as path:
+            path.write_text("half")
+            raise Killed
+
+    def failing(*paths):
+        raise Killed
+
+    with pytest.raises(Killed):
+        half()
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(Killed):
+        write_file(final, "new")
+    assert final.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_kill_left_of_a_file_is_not_in_the_way(tmp_path):
+    (tmp_path / ".writing-a.txt").write_text("half")
+    with whole_file(tmp_path / "a.txt") as path:
+        assert not path.exists()
+        path.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

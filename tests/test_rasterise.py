@@ -50,7 +50,7 @@ def test_a_triangle_covers_the_pixels_whose_centres_lie_in_its_projection(seed, 
 
 
 def test_depth_is_along_the_ray_and_colours_are_in_perspective():
-    """A slanted rectangle whose colour is a linear function of place, which no function linear in the picture is."""
+    """A slanted rectangle whose colour is a linear function of place, which is not linear in the picture."""
     normal, offset = (0.6, 0.0, 0.8), 0.1
     along, across = torch.tensor([0.8, 0.0, -0.6]), torch.tensor([0.0, 1.0, 0.0])
     middle = offset * torch.tensor(normal)
@@ -103,7 +103,7 @@ def test_a_floor_that_goes_on_behind_the_camera_is_seen_to_the_horizon():
     mesh = mesh_of([(-big, -big, -1), (big, -big, -1), (0, big, -1)], [[0, 1, 2]])
     camera = orbit(0, 0, 3.0)[None]
     seen = rasterise(mesh, camera, SIZE, num_samples=1)
-    depth, points = plane_points(camera, (0.0, 0.0, 1.0), -1.0)
+    depth, _ = plane_points(camera, (0.0, 0.0, 1.0), -1.0)
     inside = depth > 0
     assert torch.equal(seen.opacity[:, 0] > 0.5, inside)
     assert inside.sum() == SIZE * SIZE // 2
