@@ -35,8 +35,8 @@ class Pictures(Protocol):
         """Distance from the camera along the ray in world units; counts only where opacity is above a half."""
 
     @property
-    def normals(self) -> Float[Tensor, "b 3 h w"]:
-        """In world coordinates, outwards, of length at most 1; counts only where there is opacity."""
+    def normals(self) -> Float[Tensor, "b 3 h w"] | None:
+        """In world coordinates, outwards, of any length; counts only where there is opacity. Not None here."""
 
     @property
     def opacity(self) -> Float[Tensor, "b 1 h w"]:
@@ -144,7 +144,9 @@ def _asked(
 
 
 def _checked(seen: Pictures, name: str, channels: int, batch: int, size: int) -> Tensor:
-    values: Tensor = getattr(seen, name)
+    values = getattr(seen, name)
+    if values is None:
+        raise ValueError(f"the rendered {name} are missing; a turntable shows them. Render with {name}.")
     expected = (batch, channels, size, size)
     if values.shape != expected:
         raise ValueError(f"{name} of {batch} pictures must be of shape {expected}; got {tuple(values.shape)}.")

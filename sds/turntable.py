@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sds.exportable import Colour, Pictures, check_colour
+from sds.exportable import Colour, Rendered, check_colour
 
 Frames = Float[Tensor, "n 3 h w"]
 """Pictures in [0, 1], in display values."""
@@ -46,7 +46,7 @@ def turntable_cameras(
     return torch.stack(cameras)
 
 
-def colour_frames(pictures: Pictures, background: Colour, wanted: Colour | None = None) -> Frames:
+def colour_frames(pictures: Rendered, background: Colour, wanted: Colour | None = None) -> Frames:
     """The pictures themselves, with ``wanted`` in place of the ``background`` that they have; None keeps it."""
     rgb = (pictures.rgb + 1) / 2
     if wanted is None:
@@ -55,7 +55,7 @@ def colour_frames(pictures: Pictures, background: Colour, wanted: Colour | None 
     return (rgb + (1 - pictures.opacity) * shift).clamp(0, 1)
 
 
-def depth_frames(pictures: Pictures, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
+def depth_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
     """Near is bright and far is dark, on one scale for all pictures, so that a video does not flicker.
 
     The scale is that of pixels more than half opaque: of fog, the distance means nothing.
@@ -66,7 +66,7 @@ def depth_frames(pictures: Pictures, background: Colour = (1.0, 1.0, 1.0)) -> Fr
     return _over((NEAR + (FAR - NEAR) * share).expand(-1, 3, -1, -1), pictures, background)
 
 
-def normal_frames(pictures: Pictures, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
+def normal_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
     """Normals n as colours (n + 1) / 2, in the world: red to the front (+x), green to +y, blue upwards (+z)."""
     normals = torch.nn.functional.normalize(pictures.normals, dim=1)
     return _over((normals + 1) / 2, pictures, background)
@@ -89,7 +89,7 @@ def contact_sheet(rows: Sequence[Frames], *, gap: int = 2, background: Colour = 
     return sheet
 
 
-def _over(frames: Frames, pictures: Pictures, background: Colour) -> Frames:
+def _over(frames: Frames, pictures: Rendered, background: Colour) -> Frames:
     return torch.lerp(_plain(background), frames, pictures.opacity)
 
 

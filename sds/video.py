@@ -18,20 +18,29 @@ OUTPUT = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt
 
 
 def check_encoder(folder: Path) -> None:
-    """Raise ``ValueError`` unless a video can be encoded: two small frames are tried in ``folder``."""
+    """Try to write in ``folder``, and to encode two small frames there.
+
+    Raises:
+        ValueError: there is no encoder, or it does not work.
+        OSError: nothing can be written.
+    """
     check_extra("imageio_ffmpeg")
     trial = folder / "trial.mp4"
     try:
-        write_mp4(torch.zeros(2, 3, 16, 16), trial)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        raise ValueError(
-            f"no video can be encoded here: {str(error).splitlines()[0]} Install an ffmpeg with libx264: "
-            'pip install "scorefield[nerf]" brings one; IMAGEIO_FFMPEG_EXE, if set, names another.'
-        ) from error
+        trial.write_bytes(bytes(1 << 16))  # a full disk is not the encoder's fault
+        _try_encoder(trial)
     finally:
         trial.unlink(missing_ok=True)
+
+
+def _try_encoder(path: Path) -> None:
+    try:
+        write_mp4(torch.zeros(2, 3, 16, 16), path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"no video can be encoded here ({str(error).splitlines()[0]}). An ffmpeg with libx264 is needed: "
+            'pip install "scorefield[nerf]" brings one; IMAGEIO_FFMPEG_EXE, if set, names another.'
+        ) from error
 
 
 def write_mp4(frames: Frames, path: Path, *, fps: float = 24.0) -> Path:
