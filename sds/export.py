@@ -116,8 +116,7 @@ def export(
         cameras = turntable_cameras(choices.num_views, elevations=(10.0, 40.0), distance=scene.distance)
         rendered = scene.pictures(cameras, choices.view_size)
         search = _search(scene, lattice, cameras, rendered, choices)
-        mesh = surface_at(scene, lattice, search.level, min_part=choices.min_part)
-        mesh = recoloured(mesh, scene, lattice.spacing)
+        mesh, compared = _surface(scene, lattice, search.level, choices.min_part, cameras, rendered)
         write_glb(mesh, temporary / "scene.glb")
         write_obj(mesh, temporary / "scene.obj")
         num_points, generator = choices.num_points, generator or derived_generator(0, "points")
@@ -127,7 +126,6 @@ def export(
             points = density_points(lattice, scene.colours, num_points, generator=generator)
         write_ply(*points, temporary / "points.ply")
         _write_turntables(scene, mesh, temporary, choices)
-        compared = compare(pictures_of(mesh, scene, cameras, rendered), rendered, scene.background)
         report = {"format": FORMAT, "facts": json.loads(text), **_describe(compared, search, mesh, choices)}
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -141,6 +139,18 @@ def _search(
     return choose_level(
         scene, lattice, cameras, rendered, num_levels=choices.num_levels, min_part=choices.min_part
     )
+
+
+def _surface(
+    scene: Exportable, lattice: Lattice, level: float, min_part: float, cameras: Tensor, rendered: Rendered
+) -> tuple[Mesh, dict[str, float]]:
+    """The mesh in its own colours or in those that rays see, whichever is more like the pictures; and how much."""
+    mesh = surface_at(scene, lattice, level, min_part=min_part)
+    compared = [
+        (candidate, compare(pictures_of(candidate, scene, cameras, rendered), rendered, scene.background))
+        for candidate in (mesh, recoloured(mesh, scene, lattice.spacing))
+    ]
+    return max(compared, key=lambda pair: pair[1]["psnr"])
 
 
 def _write_turntables(scene: Exportable, mesh: Mesh, folder: Path, choices: Export) -> None:

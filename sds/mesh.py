@@ -125,8 +125,9 @@ def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.n
 def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8) -> Mesh:
     """The mesh with the colours that a ray sees which comes in along the normal, as pictures do.
 
-    The colour just at the surface is poorly known: little of what a picture shows comes from there. On a field
-    fitted to pictures of a mug this gains half a dB (LOG.md).
+    The colour just at the surface is poorly known: little of what a picture shows comes from there. For a field
+    that has become opaque this gains half a dB; for one that is still foggy it loses as much, because the pale
+    colour of its skin stands for its transparency. So compare both.
 
     Args:
         mesh: a surface of the scene.

@@ -16,6 +16,9 @@ from PIL import Image
 
 from sds import export as module
 from sds.export import FILES, Export, export
+from sds.level import compare, pictures_of, surface_at
+from sds.mesh import recoloured, sample_lattice
+from sds.turntable import turntable_cameras
 
 SMALL = Export(resolution=24, num_levels=3, num_views=2, view_size=24, num_points=500, num_frames=5, size=26)
 
@@ -112,6 +115,33 @@ def test_a_level_points_of_the_density_and_few_frames_can_be_chosen(tmp_path):
     radii = np.linalg.norm(trimesh.load(tmp_path / "a" / "points.ply").vertices, axis=1)
     assert np.median(radii) == pytest.approx(0.62 * 0.5 ** (1 / 3), abs=0.05)
     assert Image.open(tmp_path / "a" / "contact.png").size == (3 * 28 + 2, 4 * 28 + 2)
+
+
+@pytest.mark.parametrize("skin_is_right", [True, False])
+def test_of_two_ways_to_colour_the_mesh_the_one_like_the_pictures_is_taken(tmp_path, skin_is_right):
+    """Green is wrong, either inside of a fog or on the thin skin of what is opaque."""
+    ball, cube = Ball(), 2 / 24
+
+    def colour(points):
+        skin = (points.norm(dim=1) > ball.radius - cube)[:, None]
+        return torch.where(skin == skin_is_right, ball.colours(points), torch.tensor([0.0, 1.0, 0.0]))
+
+    def density(points):
+        deep = 3.0 if skin_is_right else 300.0
+        return torch.where(points.norm(dim=1) > ball.radius - cube, 3.0 * (ball.densities(points) > 0), deep)
+
+    scene = ball.scene(colour=colour, density=density)
+    report = export(scene, tmp_path / "a", replace(SMALL, level=1.5))
+    lattice = sample_lattice(scene, SMALL.resolution)
+    plain = surface_at(scene, lattice, 1.5)
+    cameras = turntable_cameras(SMALL.num_views, elevations=(10.0, 40.0))
+    rendered = scene.pictures(cameras, SMALL.view_size)
+    own, seen = (
+        compare(pictures_of(mesh, scene, cameras, rendered), rendered, scene.background)["psnr"]
+        for mesh in (plain, recoloured(plain, scene, lattice.spacing))
+    )
+    assert (own > seen + 1) if skin_is_right else (seen > own + 1)
+    assert report["mesh_versus_render"]["psnr"] == max(own, seen)
 
 
 def test_an_export_is_replaced_by_the_next_and_is_the_same(tmp_path):
