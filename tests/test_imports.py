@@ -70,12 +70,18 @@ LIBRARIES = {
         "benchmarks/",
     ),
     "nerfstudio": ("sds/",),
+    "skimage": ("sds/mesh.py",),
+    "trimesh": ("sds/formats.py",),
+    "imageio_ffmpeg": ("sds/video.py",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
     "datasets": ("train_scripts/",),
 }
 
 # The core without these costs torch alone; these import accelerate or diffusers.
-FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
+FORBIDDEN = (
+    *("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets"),
+    *("skimage", "trimesh", "imageio_ffmpeg"),
+)
 HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "preflight", "codec", "families", "hub"}
 
 
@@ -171,6 +177,10 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
         (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
         (package_violations, "score/exact.py", "from toyworld.render import render"),
+        (package_violations, "sds/rasterise.py", "from toyworld.camera import orbit"),
+        (library_violations, "sds/level.py", "def f():\n    import skimage.measure"),
+        (library_violations, "sds/mesh.py", "def f():\n    from trimesh import Trimesh"),
+        (library_violations, "sds/export.py", "import imageio_ffmpeg"),
     ],
 )
 def test_the_checks_see_every_way_to_import(check, path, source):
@@ -178,7 +188,7 @@ def test_the_checks_see_every_way_to_import(check, path, source):
 
 
 def test_importing_the_core_imports_no_heavy_library():
-    paths = [path for path in sources("score", "toyworld") if Path(path).stem not in HEAVY]
+    paths = [path for path in sources("score", "toyworld", "sds") if Path(path).stem not in HEAVY]
     modules = [path[:-3].replace("/", ".") for path in paths]
     program = (
         "import importlib, sys\n"

@@ -1,0 +1,1 @@
+"""A scene learns: text-to-3D by score distillation, with geometry that is measured."""
