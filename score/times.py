@@ -102,7 +102,7 @@ def ramp(step: float, start: float, first: float, last: float, end: float) -> fl
         )
     if step >= end:
         return last
-    return first + (last - first) * max(step - start, 0) / (end - start)
+    return first if step <= start else first + (last - first) * (step - start) / (end - start)
 
 
 def _check_progress(progress: float) -> None:

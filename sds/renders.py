@@ -40,16 +40,19 @@ def averaged_gradient(
     Args:
         method: any loss of this package.
         x0: (b, ...) encoded renders; no gradient flows into them here.
-        cond: batch b.
+        cond: batch 1 or b.
         num_draws: K; the variance of the gradient falls as 1 / K.
         generator: draws all times and noises.
 
     Raises:
-        ValueError: num_draws below 1.
+        ValueError: num_draws below 1, conditions of another batch.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
     batch = len(x0)
+    for name, given in cond.items():  # any divisor of K b would repeat, to the wrong renders
+        if len(given) not in (1, batch):
+            raise ValueError(f"cond[{name!r}] must have batch 1 or {batch}; got {tuple(given.shape)}.")
     repeated = x0.detach().repeat(num_draws, *[1] * (x0.ndim - 1))
     drawn = method.gradient(repeated, expand_cond(cond, num_draws * batch), generator=generator)
     value = drawn.value.unflatten(0, (num_draws, batch)).mean(0)
@@ -67,12 +70,12 @@ def distillation_loss(
     Args:
         method: any loss of this package.
         x0: (b, ...) encoded renders, with their graph.
-        cond: batch b.
+        cond: batch 1 or b.
         num_draws: noises and times per render.
         generator: draws them.
 
     Raises:
-        ValueError: num_draws below 1.
+        ValueError: num_draws below 1, conditions of another batch.
     """
     gradient = averaged_gradient(method, x0, cond, num_draws=num_draws, generator=generator)
     return {"loss": inject(x0, gradient.value) / len(x0), **gradient.metrics}
