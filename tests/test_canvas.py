@@ -1,21 +1,16 @@
 """An image as the scene; and the experiment it is for: SDS finds modes, VSD the distribution."""
 
+import canvas_modes
+import numpy as np
 import pytest
 import torch
+from canvas_modes import Config
+from PIL import Image
 
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.metrics import mode_shares
-from score.network import ResidualMLP
-from score.schedule import VariancePreserving
-from score.times import uniform
-from score.training import Phase, train
 from sds.canvas import Canvas
-from sds.losses import sds, vsd
-from sds.renders import distillation_loss
-from sds.vsd import VSD
 
 close = torch.testing.assert_close
+CONFIG = Config()
 
 
 def seeded(seed=0):
@@ -75,102 +70,58 @@ def test_a_bounded_start_out_of_range_raises(value):
         Canvas(torch.full((1, 2), value), bounded=True)
 
 
-# Four modes of unequal weight, far apart. The gradients are drawn at noise levels that do not blur them into one.
-
-STD, SHARES, NUM_PARTICLES, STEPS = 0.3, (0.1, 0.2, 0.3, 0.4), 300, 600
-NOISE = uniform(0.02, 0.15)
+# The experiment: the same particles, teacher and steps. Four modes of unequal weight, far apart.
 
 
 @pytest.fixture(scope="module")
-def truth():
-    angles = torch.arange(4) * torch.pi / 2
-    means = 1.5 * torch.stack([angles.cos(), angles.sin()], 1)
-    return GaussianMixture(means, torch.full((4,), STD), torch.tensor(SHARES), VariancePreserving.scaled_linear())
+def mixture():
+    return canvas_modes.truth()
 
 
-def particles():
-    return Canvas.noise((2,), num_particles=NUM_PARTICLES, generator=seeded())
+def verdict(points, mixture):
+    return canvas_modes.judge(points, mixture)
 
 
-def judge(points, truth):
-    """Share of each mode; spread within modes over the mixture's; largest distance of a cluster's mean."""
-    points = points.detach()
-    nearest = truth.component(points)
-    inside = points - truth.means[nearest]
-    spread = (inside.square().mean()).sqrt() / STD
-    shift = max(inside[nearest == k].mean(0).norm().item() for k in range(4) if (nearest == k).any())
-    return mode_shares(points, truth), spread.item(), shift
+def covers(found):
+    return found.share_error < 0.06 and 0.85 < found.spread < 1.15 and found.shift < 0.15
 
 
-def optimise(method_for, rate=0.03, betas=(0.9, 0.999)):
-    canvas, generator = particles(), seeded(1)
-    optimizer = torch.optim.Adam(canvas.parameters(), rate, betas=betas)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        x0 = canvas()
-        distillation_loss(method_for(x0.detach()), x0, {}, generator=generator)["loss"].backward()
-        optimizer.step()
-        falling.step()
-    return canvas()
+def test_true_samples_pass(mixture):
+    assert covers(verdict(mixture.sample(300, seeded(3)), mixture))
 
 
-def test_true_samples_judge_themselves(truth):
-    """The floor: what 300 draws of the mixture look like to the judge."""
-    shares, spread, shift = judge(truth.sample(NUM_PARTICLES, seeded(3)), truth)
-    assert (shares - torch.tensor(SHARES)).abs().max() < 0.05
-    assert 0.9 < spread < 1.1
-    assert shift < 0.15
+def test_sds_collapses_to_the_modes(mixture):
+    """Each particle ends at the mode in whose basin it started, whatever the mode's weight."""
+    found = verdict(canvas_modes.by_sds(CONFIG, mixture), mixture)
+    assert found.spread < 0.25
+    assert found.shift < 0.1
+    assert found.share_error > 0.07
+    assert not covers(found)
 
 
-def test_sds_collapses_to_the_modes(truth):
-    """Each particle for itself: it ends at the mode whose basin it started in, and their weights do not matter."""
-    shares, spread, shift = judge(optimise(lambda x0: sds(truth, times=NOISE)), truth)
-    assert spread < 0.25
-    assert shift < 0.1
-    assert (shares - torch.tensor(SHARES)).abs().max() > 0.06
+def test_vsd_with_the_particles_own_score_covers_the_mixture(mixture):
+    assert covers(verdict(canvas_modes.by_vsd(CONFIG, mixture), mixture))
 
 
-def test_vsd_with_the_particles_own_score_covers_the_mixture(truth):
-    """Phi in closed form: the score of the particles, each a narrow Gaussian."""
-
-    def method(x0):
-        phi = GaussianMixture(x0, torch.full((len(x0),), 0.12), torch.ones(len(x0)), truth.schedule)
-        return vsd(truth, phi, times=NOISE)
-
-    shares, spread, shift = judge(optimise(method, betas=(0.0, 0.99)), truth)
-    assert (shares - torch.tensor(SHARES)).abs().max() < 0.06
-    assert 0.85 < spread < 1.15
-    assert shift < 0.15
+def test_vsd_with_a_phi_that_learns_covers_the_mixture(mixture, accelerator):
+    assert covers(verdict(canvas_modes.by_learned_vsd(CONFIG, mixture, accelerator), mixture))
 
 
-def test_vsd_with_a_phi_that_learns_covers_the_mixture(truth, accelerator):
-    """As a run has it: two phases, and phi a network that starts from nothing."""
-    canvas = particles()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP((2,), width=64, depth=2, embedding=32)
-    phi = NetworkDenoiser(network, truth.schedule, "v", 1e-3)
-    method = VSD(teacher=truth, phi=phi, times=uniform(0.02, 0.4), phi_times=uniform(0.02, 0.4))
-    optimizers = [
-        torch.optim.Adam(module.parameters(), rate, betas=(0.0, 0.99))
-        for module, rate in ((canvas, 0.03), (network, 2e-3))
-    ]
-    falling = torch.optim.lr_scheduler.LinearLR(optimizers[0], 1.0, 0.0, STEPS)
+def test_the_picture_shows_points_where_they_are(tmp_path):
+    """First axis to the right, second upwards, one panel beside the other."""
+    corners = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    sheet = np.asarray(canvas_modes.picture(list(corners), canvas_modes.truth(), side=100, reach=2.5)).astype(int)
+    assert sheet.shape == (100, 210, 3)
+    red = sheet[..., 0] - sheet[..., 2] > 100
+    centres = [tuple(round(axis.mean()) for axis in part.nonzero()) for part in (red[:, :100], red[:, 110:])]
+    assert np.allclose(centres, [(50, 90), (10, 50)], atol=1.5)
 
-    def scene_loss(batch, rng):
-        return distillation_loss(method, batch["x0"], {}, generator=rng("gradient"))
 
-    phases = [
-        Phase(name="scene", network=canvas, optimizer=optimizers[0], loss=scene_loss, lr_schedule=falling),
-        method.phase(optimizers[1]),
-    ]
-
-    def rollout(batch, due, rng):
-        return {"x0": canvas(), "cond": {}}
-
-    list(train(phases, lambda rng: None, accelerator, steps=STEPS, rollout=rollout))
-    shares, spread, shift = judge(canvas(), truth)
-    assert (shares - torch.tensor(SHARES)).abs().max() < 0.06
-    assert 0.85 < spread < 1.15
-    assert shift < 0.15
+def test_the_benchmark_writes_its_picture_and_its_verdicts(tmp_path, capsys, make_accelerator):
+    make_accelerator()  # a fresh state for the accelerator that the benchmark makes
+    path = tmp_path / "new" / "modes.png"
+    found = canvas_modes.main(Config(steps=2, num_particles=20, out=path))
+    assert Image.open(path).size == (4 * 310 - 10, 300)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{name}: {verdict}" for name, verdict in found.items()]
+    assert list(found) == ["true samples", "SDS", "VSD, phi in closed form", "VSD, phi learned"]
