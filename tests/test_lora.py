@@ -12,7 +12,7 @@ from score.denoiser import NetworkDenoiser, freeze
 from score.families import DiffusersNetwork
 from score.gradient import denoising_loss, prediction_weight
 from score.network import ResidualMLP
-from score.schedule import VariancePreserving
+from score.schedule import RectifiedFlow, VariancePreserving
 from score.times import uniform
 from sds.lora import LowRankTwin, low_rank_denoiser
 
@@ -108,6 +108,19 @@ def test_what_the_twin_learns_leaves_no_trace_in_the_teacher(teacher, inputs):
     after = teacher.network.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_the_transformer_of_stable_diffusion_3_has_a_twin():
+    transformer = DiffusersNetwork(tiny_pipelines.sd3(with_t5=False).transformer)
+    teacher = NetworkDenoiser(freeze(transformer), RectifiedFlow(), "flow", 1000.0)
+    phi = low_rank_denoiser(teacher, camera_at="model.time_text_embed", generator=seeded())
+    x_t, t = torch.randn(2, 8, 8, 8, generator=seeded(1)), torch.tensor([0.2, 0.7])
+    cond = {"encoder_hidden_states": torch.randn(2, 5, 32), "pooled_projections": torch.randn(2, 24)}
+    before, cameras = teacher(x_t, t, cond), {**cond, "camera": CAMERAS[:2]}
+    assert torch.equal(phi(x_t, t, cameras), before)
+    assert any("camera" in name for name in learn(phi, cameras, shape=(8, 8, 8)))
+    assert not torch.allclose(phi(x_t, t, cameras), before)
+    assert torch.equal(teacher(x_t, t, cond), before)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
