@@ -69,7 +69,8 @@ LIBRARIES = {
         "train_scripts/",
         "benchmarks/",
     ),
-    "nerfstudio": ("sds/",),
+    "nerfstudio": ("sds/views.py", "sds/scene.py"),
+    "peft": ("sds/lora.py",),
     "skimage": ("sds/mesh.py",),
     "trimesh": ("sds/formats.py",),
     "imageio_ffmpeg": ("sds/video.py",),
@@ -79,10 +80,22 @@ LIBRARIES = {
 
 # The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = (
-    *("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets"),
+    *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
     *("skimage", "trimesh", "imageio_ffmpeg"),
 )
-HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "preflight", "codec", "families", "hub"}
+HEAVY = {
+    "parts",
+    "lora",
+    "vsd",
+    "training",
+    "ranks",
+    "checkpoint",
+    "pretrained",
+    "preflight",
+    "codec",
+    "families",
+    "hub",
+}
 
 
 def sources(*packages):
@@ -175,6 +188,8 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "score/sampling.py", "import diffusers.schedulers"),
         (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
+        (library_violations, "sds/losses.py", "from nerfstudio.cameras.rays import RayBundle"),
+        (library_violations, "sds/vsd.py", "from peft import LoraConfig"),
         (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
         (package_violations, "score/exact.py", "from toyworld.render import render"),
         (package_violations, "sds/rasterise.py", "from toyworld.camera import orbit"),
