@@ -1,0 +1,1 @@
+"""A scene learns from a frozen diffusion model: score distillation."""
