@@ -40,16 +40,18 @@ class Shading:
 Samples = Float[Tensor, "n s 3"]
 
 
-def shaded(albedo: Samples, normals: Samples, points: Samples, shading: Shading) -> Samples:
+def shaded(albedo: Samples, normals: Samples | None, points: Samples, shading: Shading) -> Samples:
     """Albedo (ambient + diffuse max(0, n . l)) with l towards the light (arXiv 2209.14988, section 3.1).
 
-    Albedo is 1 where textureless. ``shading`` has a row for each of the n rays.
+    Albedo is 1 where textureless. ``shading`` has a row for each of the n rays; without normals nothing is lit.
     """
-    towards = normalised(shading.light.to(points)[:, None] - points)
-    facing = (normals * towards).sum(-1, keepdim=True).clamp(min=0)
     ambient, diffuse = (x.to(points)[:, None, None] for x in (shading.ambient, shading.diffuse))
+    brightness = ambient
+    if normals is not None:
+        towards = normalised(shading.light.to(points)[:, None] - points)
+        brightness = ambient + diffuse * (normals * towards).sum(-1, keepdim=True).clamp(min=0)
     white = shading.textureless.to(points.device)[:, None, None]
-    return torch.where(white, torch.ones_like(albedo), albedo) * (ambient + diffuse * facing)
+    return torch.where(white, torch.ones_like(albedo), albedo) * brightness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +90,14 @@ class ShadingSchedule:
             diffuse=diffuse,
             textureless=(textureless < self.textureless) & (diffuse > 0),
         )
+
+
+def random_background(
+    num_views: int, generator: Generator, probability: float = 0.5
+) -> Float[Tensor, "b 3"] | None:
+    """With this probability a colour in [-1, 1] for each view, uniform; else None, which is the scene's own.
+
+    Matter must then be opaque to look right, and the background cannot take its place.
+    """
+    colours = torch.rand(num_views + 1, 3, generator=generator, device=generator.device)
+    return colours[1:] * 2 - 1 if bool(colours[0, 0] < probability) else None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from sds.field import DenseGrid, Field, cone_blob, gaussian_blob, normalised
+from sds.field import DenseGrid, Field, cone_blob, gaussian_blob, normalised, scaled_softplus
 from sds.scene import background_network, clipped_exp, frequency_network, hash_network, triplane_network
 
 close = torch.testing.assert_close
@@ -73,6 +73,11 @@ def test_matter_is_made_of_raw_numbers():
     close(matter.density, softplus(points[:, 0] / 2 + gaussian_blob()(points)))
     close(matter.albedo, (points / 2).sigmoid())
     assert matter.normals is None
+
+
+def test_a_scaled_softplus_is_a_multiple_of_it():
+    raw = torch.tensor([-3.0, 0.0, 4.0])
+    close(scaled_softplus(7.0)(raw), 7 * torch.log1p(raw.exp()))
 
 
 def test_a_clipped_exponential_is_one_with_a_clipped_slope():

@@ -7,7 +7,7 @@ from torch import nn
 
 from sds import scene as module
 from sds.field import DenseGrid, Field, cone_blob
-from sds.scene import Render, Scene, background_network, frequency_network, ray_weights
+from sds.scene import Render, Scene, background_network, frequency_network, grid_scene, ray_weights
 from sds.shading import Shading
 from sds.views import CameraDistribution, orbit
 from toyworld.camera import FIELD_OF_VIEW, focal_length
@@ -258,7 +258,8 @@ def test_rays_that_miss_the_cube_cost_nothing():
     assert 0 < seen < 64
     assert field.network.counts == [4 * seen]
     away = replace(views, camera_to_world=views.camera_to_world * torch.tensor([-1.0, 1.0, -1.0, 1.0]).double())
-    rendering = Scene(filled(1.0))(away, height=8, width=8, background=-WHITE)
+    rendering = learner()(away, height=8, width=8, background=-WHITE, normals=True)
+    assert rendering.normals.abs().max() == 0
     close(rendering.rgb, -torch.ones(2, 3, 8, 8).double())
 
 
@@ -377,6 +378,16 @@ def test_pictures_lie_on_those_of_the_toy_world(shape):
     # Shifted by a pixel, mirrored or turned, it would fit much worse than it does.
     for wrong in (truth.mask.roll(1, 3), truth.mask.roll(1, 2), truth.mask.flip(3), truth.mask.flip(2)):
         assert ((seen & wrong).sum() / (seen | wrong).sum()).item() < 0.95
+
+
+def test_the_scene_for_a_cpu_starts_as_a_ball_of_matter():
+    scene = grid_scene(num_samples=32)
+    views = CameraDistribution(distance=(2.6, 3.1), focal=(FOCAL, FOCAL), target_jitter=0).draw(3, seeded())
+    with torch.no_grad():
+        rendering = scene(views, height=17, width=17, background=WHITE)
+    assert rendering.opacity[:, 0, 8, 8].min() > 0.99
+    assert rendering.opacity[:, 0, [0, 0, 16, 16], [0, 16, 0, 16]].max() < 0.01
+    assert 0.05 < rendering.opacity.mean() < 0.35
 
 
 def test_a_scene_in_double_precision_is_rendered_in_it():

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 
-from sds.shading import Shading, ShadingSchedule, shaded
+from sds.shading import Shading, ShadingSchedule, random_background, shaded
 from sds.views import CameraDistribution
 
 close = torch.testing.assert_close
@@ -38,6 +39,13 @@ def test_a_point_light_shades_by_the_cosine(textureless):
 def test_without_diffuse_light_the_albedo_is_shown():
     albedo = point(0.8, 0.5, 0.2)
     close(shaded(albedo, point(0.0, 0.0, 1.0), point(0.0, 0.0, 0.0), light(ambient=1.0, diffuse=0.0)), albedo)
+
+
+def test_what_is_not_lit_needs_no_normals():
+    albedo = point(0.8, 0.5, 0.2)
+    dim = light(ambient=0.5, diffuse=0.0)
+    assert not dim.needs_normals
+    close(shaded(albedo, None, point(0.0, 0.0, 0.0), dim), albedo * 0.5)
 
 
 def test_shading_moves_normals():
@@ -104,3 +112,14 @@ def test_the_same_numbers_are_drawn_at_every_step(views):
 def test_what_is_no_probability_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ShadingSchedule(**wrong)
+
+
+def test_random_backgrounds_are_uniform_and_come_as_often_as_asked(generator):
+    drawn = [random_background(3, generator, 0.3) for _ in range(2000)]
+    given = [colours for colours in drawn if colours is not None]
+    assert len(given) / 2000 == pytest.approx(0.3, abs=0.04)
+    colours = torch.cat(given)
+    assert colours.shape[1] == 3
+    assert stats.kstest(colours.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert random_background(2, generator, 0.0) is None
+    assert random_background(2, generator, 1.0) is not None

@@ -69,8 +69,9 @@ def test_pixels_are_seen_along_the_rays_of_the_toy_world(size):
         close(directions.reshape(-1, 3), expected.T, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # why Views has directions of its own
 def test_pixels_are_seen_along_the_rays_of_nerfstudio():
-    views = replace(CameraDistribution().draw(3, seeded()))
+    views = CameraDistribution().draw(3, seeded())
     rays = views.cameras(4, 6).generate_rays(torch.arange(3)[:, None])
     close(views.directions(4, 6), rays.directions.permute(2, 0, 1, 3), rtol=0, atol=1e-6)
     close(views.position[:, None, None].expand(3, 4, 6, 3), rays.origins.permute(2, 0, 1, 3), rtol=0, atol=0)
