@@ -34,7 +34,7 @@ class LowRankTwin(nn.Module):
     the low-rank matrices and the camera's embedding. It starts as the network itself, to the last bit.
 
     Args:
-        network: frozen, on the device where it will stay; its modules are left as they are, its tensors are shared.
+        network: frozen, on the device where it will stay; its modules are left as they are, its tensors shared.
         rank: of the changes.
         targets: names, or ends of names, of the layers to change.
         camera_at: name of the submodule whose output, the embedding of time, the camera's embedding is added to:
