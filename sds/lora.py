@@ -34,7 +34,7 @@ class LowRankTwin(nn.Module):
     the low-rank matrices and the camera's embedding. It starts as the network itself, to the last bit.
 
     Args:
-        network: frozen; its modules are left as they are, its tensors are used in place.
+        network: frozen, on the device where it will stay; its modules are left as they are, its tensors shared.
         rank: of the changes.
         targets: names, or ends of names, of the layers to change.
         camera_at: name of the submodule whose output, the embedding of time, the camera's embedding is added to:
@@ -167,7 +167,7 @@ def _camera_embedding(time_embedding: nn.Module, like: Tensor, generator: Genera
 
 def _twelve(camera: Tensor) -> Tensor:
     # The last row of a homogeneous matrix is always 0 0 0 1.
-    numbers = camera.flatten(1) if camera.ndim > 1 else camera[:, None]
+    numbers = camera.reshape(len(camera), -1)
     if numbers.shape[1] not in (12, 16):
         raise ValueError(f"camera must be (b, 12), (b, 3, 4) or (b, 4, 4); got {tuple(camera.shape)}.")
     return numbers[:, :12]
