@@ -87,14 +87,12 @@ class Field(nn.Module):
         Normals are differentiable with respect to the parameters: the derivative is taken with ``create_graph``.
         """
         if not normals:
-            raw = self._raw(points)
-            return self._matter(raw, None)
+            return self._matter(self._raw(points), None)
         learning = torch.is_grad_enabled()
         with torch.enable_grad():
             points = points.detach().requires_grad_()
             raw = self._raw(points)
             (slope,) = torch.autograd.grad(raw[:, 0].sum(), points, create_graph=learning)
-        raw = raw if learning else raw.detach()
         return self._matter(raw, normalised(-slope))
 
     def _raw(self, points: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def grid_scene(
 ) -> Scene:  # fmt: skip
     """The scene for a CPU, with a blob of matter in its middle; Adam at a learning rate of 0.05 suits it.
 
-    A step with 4 views of 32 x 32 pixels takes 70 ms on one core, twice that with normals.
+    A step with 4 views of 32 x 32 pixels takes about 0.1 s on one core, twice or thrice that with normals.
     """
     grid = DenseGrid(resolutions)
     field = Field(grid, half_size=half_size, blob=cone_blob(), activation=scaled_softplus())

@@ -226,6 +226,16 @@ def test_what_has_no_direction_has_no_normal_and_no_infinite_gradient():
     assert bool((normals == 0).all() and vectors.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["triplane", "hash", "frequency"])
+def test_decoders_bend(name):
+    """A ReLU, or none, has no second derivative."""
+    decoder = NETWORKS[name]()[-1]
+    features = torch.randn(5, decoder.in_dim, generator=seeded(), requires_grad=True)
+    (slope,) = torch.autograd.grad(decoder(features).sum(), features, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), features)
+    assert bend.abs().max() > 1e-4
+
+
 def test_networks_come_from_their_generator_alone(network, request):
     name = request.node.callspec.params["network"]
     state = torch.get_rng_state()

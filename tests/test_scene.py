@@ -314,6 +314,31 @@ def test_moved_points_see_everything_between_them():
     assert moved.mean().item() == pytest.approx(expected, abs=4 * moved.std().item() / 4000**0.5)
 
 
+def test_moved_points_stay_in_the_cube():
+    seen = []
+
+    def everywhere(points):
+        seen.append(points)
+        return torch.ones(len(points), dtype=torch.bool)
+
+    scene = Scene(filled(1.0, everywhere), num_samples=2)
+    scene(around(torch.zeros(500), 0.0), height=1, width=1, background=WHITE, generator=seeded())
+    along = seen[0][:, 0]
+    assert -1 <= along.min() < -0.99
+    assert 0.99 < along.max() <= 1
+
+
+def test_hardly_any_matter_has_neither_depth_nor_normal():
+    views = around([20.0, 200.0], [10.0, 60.0])
+    rendering = Scene(filled(1e-4))(views, height=5, width=5, background=WHITE, normals=False)
+    assert 0 < rendering.opacity.max() < module.EMPTY
+    assert rendering.depth.abs().max() == 0
+    thin = learner()
+    thin.field.activation = lambda raw: 1e-4 * raw.sigmoid()
+    rendering = thin(views, height=5, width=5, normals=True)
+    assert rendering.normals.abs().max() == 0
+
+
 def test_normals_without_light_show_albedo():
     scene, views = learner(), around([30.0, -100.0], 20.0)
     plain = scene(views, height=6, width=6)
