@@ -272,7 +272,7 @@ def test_what_cannot_be_rendered_is_refused():
         ({"background": "red"}, "background must be one of white, .*got 'red'"),
         ({"elevation": 91.0}, "elevation must lie in"),
         ({"distance": 0.9}, "the camera would be in the solid"),
-        ({"distance": float("nan")}, "the camera would be in the solid"),
+        ({"distance": float("nan")}, "must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             scene(**{"shape": "cube", **changes})

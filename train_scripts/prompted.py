@@ -86,7 +86,10 @@ def load_prompted(
     """
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError(f"--prompts must say something; got {list(prompts)}.")
-    teacher = hub.load_teacher(name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle)
+    try:
+        teacher = hub.load_teacher(name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle)
+    except ValueError as error:
+        raise ValueError(f"--model {name}, asked by --prompts: {error}") from error
     if teacher.texts is None:
         if prompts:
             raise ValueError(f"{name} takes no prompts; leave out --prompts.")
