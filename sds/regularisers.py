@@ -1,10 +1,63 @@
 """What keeps matter in one place, out of the empty space and with its faces outside; all per view, none random."""
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from jaxtyping import Float
 from torch import Tensor
 
 PerView = Float[Tensor, " b"]
 PerPixel = Float[Tensor, "b 1 h w"]
+
+
+class Regularised(Protocol):
+    """What is read of a ``sds.scene.Render``."""
+
+    @property
+    def opacity(self) -> PerPixel:
+        """In [0, 1]."""
+
+    @property
+    def distortion(self) -> PerPixel:
+        """:func:`ray_distortion` of each pixel."""
+
+    @property
+    def orientation(self) -> PerPixel | None:
+        """:func:`ray_orientation` of each pixel; needed by its penalty alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """Weights of the regularisers; a call gives their weighted sum, averaged over the views.
+
+    They stand against a score whose gradient is summed over all elements of x0 (see ``sds.renders``), while the
+    regularisers are means over pixels: weights published for other reductions do not carry over.
+    """
+
+    opacity: float = 0.0
+    entropy: float = 0.0
+    orientation: float = 0.0
+    distortion: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight of {name} must be at least 0 and finite; got {weight}.")
+
+    def __call__(self, render: Regularised) -> Float[Tensor, ""]:
+        """The penalty; what has weight 0 is not computed. Raises ``ValueError`` where normals are missing."""
+        total = render.opacity.new_zeros(())
+        if self.opacity:
+            total = total + self.opacity * opacity_loss(render.opacity).mean()
+        if self.entropy:
+            total = total + self.entropy * entropy_loss(render.opacity).mean()
+        if self.orientation:
+            if render.orientation is None:
+                raise ValueError("the orientation penalty needs a render with normals=True.")
+            total = total + self.orientation * orientation_loss(render.orientation).mean()
+        if self.distortion:
+            total = total + self.distortion * distortion_loss(render.distortion).mean()
+        return total
 
 
 def opacity_loss(opacity: PerPixel, floor: float = 0.01) -> PerView:

@@ -1,5 +1,6 @@
 """What the scripts share: a command line from a frozen dataclass, an output folder, a loop that logs."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -56,13 +57,20 @@ class RunOptions:
     """Print the resolved config, parameters, bytes per role and steps, and stop."""
 
 
-def run(main: Callable[[C], Path | None], config_type: type[C], description: str) -> None:
+def run(
+    main: Callable[[C], Path | None], config_type: type[C], description: str,
+    presets: Mapping[str, Callable[[], C]] | None = None,
+) -> None:  # fmt: skip
     """Parse the command line into a config and call ``main``.
 
+    With ``presets`` the option --preset says where all values come from that are not given; the first by default.
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
     stopped because it was not finite exits with 1.
     """
-    config = tyro.cli(config_type, description=description)
+    if presets is None:
+        config = tyro.cli(config_type, description=description)
+    else:
+        config = tyro.cli(config_type, description=description, default=_preset(sys.argv[1:], presets))
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -72,6 +80,14 @@ def run(main: Callable[[C], Path | None], config_type: type[C], description: str
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) -> C:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    chosen = parser.parse_known_args(list(arguments))[0].preset
+    # Tyro itself says which presets there are.
+    return presets.get(chosen, next(iter(presets.values())))()
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -118,10 +118,12 @@ def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor], columns: int,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {},
+    check: Callable[[Report], None] = lambda report: None,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers
+    The main process calls ``watch`` after each step and logs what it returns; all call ``check``, which may raise,
+    before anything is saved. SIGTERM, which is how schedulers
     announce the end, saves a checkpoint first and then exits with 143.
     """
     reports = train(
@@ -131,6 +133,7 @@ def fit(
     stop = False
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
+            check(report)
             stop = asked_to_stop(report.step)
             with accelerator.autocast():
                 figures = watch(report.step) if accelerator.is_main_process else {}
