@@ -52,7 +52,7 @@ Encode = Callable[[Images], Tensor]
 """Images in [-1, 1] of the teacher's size to its x0: ``Teacher.encode``."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Backdrop:
     """What views stand before, and the prompts that go with it.
 
