@@ -4,8 +4,8 @@
 
 A scene learns a solid of the toy world from nothing but scores: those of a narrow Gaussian round the true picture
 from the same camera, a new camera each time. Printed beside baselines that learn nothing, and written to the
-scene's folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled voxels,
-and the PSNR of the exported mesh against the scene's own pictures. Needs the extras ``nerf`` and ``dev``.
+scene's folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled
+voxels, and the PSNR of the exported mesh against the scene's own pictures. Needs the extras ``nerf`` and ``dev``.
 """
 
 import json

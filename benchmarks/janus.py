@@ -38,6 +38,9 @@ from sds.views import Views, word_bins
 KNOWLEDGE = ("exact view", "view words", "no view words")
 """What the teachers know, from all to nothing."""
 
+PICTURE_SIZE = 64
+"""Of the scenes in the picture, in pixels; it is drawn larger."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -63,7 +66,7 @@ class Gap:
 
     Attributes:
         psnr: as it stands.
-        turned: after the best turn about the vertical axis, of 24: a teacher without words cannot know where the
+        turned: after the best turn about the vertical axis, of 12: a teacher without words cannot know where the
             front is to be, and that alone is no fault.
         iou: of interior-filled voxels, as it stands.
     """
@@ -109,7 +112,7 @@ def learn_with(knowledge: str, shape: str, bank: Views, *, seed: int, steps: int
     return learn(teacher, draw, seed=seed, steps=steps, size=size)
 
 
-def gap(shape: str, scene: Scene, size: int = 32, num_turns: int = 24) -> Gap:
+def gap(shape: str, scene: Scene, size: int = 32, num_turns: int = 12) -> Gap:
     """The scene beside the truth, as it stands and turned."""
     views = held_out()
     true = truth(shape, views, size)
@@ -137,7 +140,7 @@ def picture(rows: dict[str, Tensor], side: int = 96, margin: int = 110) -> Image
 def main(config: Config) -> dict[str, list[Gap]]:
     """Learn all scenes, print their gaps, write the picture if wanted."""
     around = ring(torch.arange(8) * 45.0, torch.full((8,), 20.0))
-    rows = {"truth": truth(config.shape, around, 96).rgb}
+    rows = {"truth": truth(config.shape, around, PICTURE_SIZE).rgb}
     gaps: dict[str, list[Gap]] = {knowledge: [] for knowledge in KNOWLEDGE}
     config.out.mkdir(parents=True, exist_ok=True)
     for seed in config.seeds:
@@ -147,7 +150,7 @@ def main(config: Config) -> dict[str, list[Gap]]:
             save_scene(scene, config.out / f"{knowledge.replace(' ', '-')}-{seed}.safetensors")
             found.append(gap(config.shape, scene))
             print(f"{knowledge:14} seed {seed}  {found[-1]}", flush=True)
-            rows.setdefault(knowledge, shown(scene, around, 96))
+            rows.setdefault(knowledge, shown(scene, around, PICTURE_SIZE))
     written = {name: [vars(one) for one in found] for name, found in gaps.items()}
     (config.out / "measures.json").write_text(json.dumps(written, indent=2) + "\n")
     if config.picture is not None:
