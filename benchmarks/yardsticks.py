@@ -1,4 +1,4 @@
-"""The experiment of the geometry tests: a scene learns a solid of the toy world from an exact teacher."""
+"""How well does a scene show a solid of the toy world? Against the truth, beside what needs no learning at all."""
 
 from dataclasses import dataclass
 
@@ -7,41 +7,39 @@ import torch
 from scipy.ndimage import binary_fill_holes
 from torch import Tensor, nn
 
-from score.gradient import ScoreDistillation, inject, noise_weight
-from score.randomness import Rng
-from score.schedule import Schedule, VariancePreserving, per_sample
-from score.times import uniform
 from sds.field import Field
-from sds.regularisers import entropy_loss
 from sds.scene import Scene, grid_scene
-from sds.views import CameraDistribution, Views, orbit
+from sds.views import Views, orbit
 from toyworld.camera import FIELD_OF_VIEW, focal_length
 from toyworld.render import Rendering, render
 from toyworld.scene import Scene as ToyScene
 from toyworld.solids import occupancy
 
 HALF_SIZE = 0.9
+"""Of the cube that scenes are learned in; every solid fits."""
+
+DISTANCE = 2.85
+"""Of the cameras of all measurements, from the origin."""
+
+FOCAL = focal_length(1, FIELD_OF_VIEW)
+
 ISO = 5.0
 """Density of what counts as matter: half of the light is lost within 0.14."""
 
 BACKGROUND = torch.ones(3)
-CAMERAS = CameraDistribution(
-    distance=(2.6, 3.1), elevation=(0.0, 80.0), focal=(focal_length(1, FIELD_OF_VIEW),) * 2,
-    position_jitter=0, target_jitter=0, up_jitter=0,
-)  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class GaussianTeacher:
-    """The exact denoiser of N(mean, std^2) for the mean of each sample in ``cond``."""
+@dataclass(frozen=True)
+class Measures:
+    """What is reported of a scene.
 
-    schedule: Schedule
-    std: float = 0.1
+    Attributes:
+        psnr: in dB, on the object's crop, mean over the held-out views; None for what has no pictures.
+        iou: of interior-filled voxels.
+    """
 
-    def __call__(self, x_t, t, cond):
-        alpha, sigma = (per_sample(f(t), x_t) for f in (self.schedule.alpha, self.schedule.sigma))
-        total = (alpha * self.std) ** 2 + sigma**2
-        return (alpha * self.std**2 * x_t + sigma**2 * cond["mean"]) / total
+    psnr: float | None
+    iou: float
 
 
 def truth(shape: str, views: Views, size: int) -> Rendering:
@@ -55,32 +53,21 @@ def truth(shape: str, views: Views, size: int) -> Rendering:
     return render(scenes, size=size)
 
 
+def ring(azimuth: Tensor, elevation: Tensor) -> Views:
+    """Views (b,) from the distance of all measurements."""
+    many = torch.ones(len(azimuth))
+    return orbit(azimuth, elevation, DISTANCE * many, FOCAL * many)
+
+
 def held_out() -> Views:
     """Twelve views all round, at three heights."""
-    azimuth = torch.arange(12) * 30.0 + 15
-    elevation = torch.tensor([10.0, 30.0, 50.0]).repeat(4)
-    return orbit(azimuth, elevation, torch.full((12,), 2.85), torch.full((12,), focal_length(1, FIELD_OF_VIEW)))
+    return ring(torch.arange(12) * 30.0 + 15, torch.tensor([10.0, 30.0, 50.0]).repeat(4))
 
 
-def learn(shape: str, *, seed: int, steps: int, size: int = 32, num_views: int = 4) -> Scene:
-    """SDS with view-conditioned means: nothing but the score's gradient and an entropy reaches the scene."""
-    scene = grid_scene(half_size=HALF_SIZE)
-    method = ScoreDistillation(
-        teacher=GaussianTeacher(VariancePreserving.scaled_linear()), baseline=None, times=uniform(),
-        weight=noise_weight(lambda t, schedule: schedule.sigma(t) ** 2),
-    )  # fmt: skip
-    optimizer = torch.optim.Adam(scene.parameters(), lr=0.05, betas=(0.9, 0.99), eps=1e-15)
-    for step in range(steps):
-        rng = Rng(seed, step)
-        views = CAMERAS.draw(num_views, rng("views"))
-        mean = truth(shape, views, size).rgb
-        rendering = scene(views, height=size, width=size, background=BACKGROUND, generator=rng("points"))
-        gradient = method.gradient(rendering.rgb, {"mean": mean}, generator=rng("gradient"))
-        loss = inject(rendering.rgb, gradient.value) / num_views + 10 * entropy_loss(rendering.opacity).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return scene
+@torch.no_grad()
+def shown(scene: Scene, views: Views, size: int) -> Tensor:
+    """Pictures (b, 3, size, size) before white."""
+    return scene(views, height=size, width=size, background=BACKGROUND).rgb
 
 
 @torch.no_grad()
@@ -106,20 +93,24 @@ def filled(solid: np.ndarray) -> np.ndarray:
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union."""
     return float((a & b).sum() / (a | b).sum())
 
 
 @torch.no_grad()
 def matter(scene: Scene, points: Tensor) -> np.ndarray:
+    """Where, of these points, the scene is dense."""
     dense = scene.field(points.reshape(-1, 3)).density.view(points.shape[:-1]) > ISO
     return (dense & (points.abs().amax(-1) < HALF_SIZE)).numpy()
 
 
 def hull(shape: str, points: Tensor, size: int = 128) -> np.ndarray:
-    """What 24 true masks leave of space: no teacher of silhouettes can say more."""
+    """What 24 true masks leave of space, by the voxels' centres.
+
+    Masks alone say no more than that. Shading does: a scene that also sees it can do better, in hollows.
+    """
     azimuth, elevation = torch.meshgrid(torch.arange(8) * 45.0, torch.tensor([-20.0, 20.0, 60.0]), indexing="ij")
-    many = torch.ones(24)
-    views = orbit(azimuth.flatten(), elevation.flatten(), 2.85 * many, focal_length(1, FIELD_OF_VIEW) * many)
+    views = ring(azimuth.flatten(), elevation.flatten())
     left = torch.ones(points.shape[:-1], dtype=torch.bool)
     for pose, mask in zip(views.camera_to_world, truth(shape, views, size).mask[:, 0], strict=True):
         x, y, z = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
@@ -139,6 +130,7 @@ class Ellipsoid(nn.Module):
         self.centre, self.radii, self.logits = centre, radii, torch.logit(colour, eps=1e-4)
 
     def forward(self, points: Tensor) -> Tensor:
+        """Raw numbers (n, 4), as :class:`sds.field.Field` takes them: density above 0 inside."""
         inside = 1 - ((points * HALF_SIZE - self.centre) / self.radii).square().sum(1, keepdim=True)
         return torch.cat([inside, self.logits.expand(len(points), 3)], 1)
 
@@ -164,24 +156,38 @@ def best_ellipsoid(solid: np.ndarray, points: Tensor, *, sphere: bool) -> tuple[
     return state[:3], state[3:], best
 
 
-def report(shape: str, scene: Scene, size: int = 32) -> dict[str, tuple[float, float]]:
-    """(PSNR on the crop in dB, interior-filled IoU) of the scene, the baselines and the ceiling."""
+def measured(shape: str, scene: Scene, size: int = 32) -> Measures:
+    """The measures of one scene."""
+    views, points = held_out(), voxels()
+    return Measures(
+        crop_psnr(shown(scene, views, size), truth(shape, views, size)),
+        iou(filled(matter(scene, points)), filled(occupancy(shape, points).numpy())),
+    )
+
+
+def baselines(shape: str, size: int = 32) -> dict[str, Measures]:
+    """What needs no score: nothing, the blob every scene starts as, the best sphere and the best ellipsoid.
+
+    Their place and size are fitted to the true solid by IoU, their colour is the mean of its pixels.
+    """
     views, points = held_out(), voxels()
     true, solid = truth(shape, views, size), filled(occupancy(shape, points).numpy())
-
-    def of_scene(scene: Scene) -> tuple[float, float]:
-        with torch.no_grad():
-            rgb = scene(views, height=size, width=size, background=BACKGROUND).rgb
-        return crop_psnr(rgb, true), iou(filled(matter(scene, points)), solid)
-
-    rows = {"scene": of_scene(scene), "initial blob": of_scene(grid_scene(half_size=HALF_SIZE))}
-    rows["background"] = crop_psnr(BACKGROUND.view(3, 1, 1).expand_as(true.rgb), true), 0.0
+    nothing = BACKGROUND.view(3, 1, 1).expand_as(true.rgb)
+    rows = {
+        "all background": Measures(crop_psnr(nothing, true), 0.0),
+        "initial blob": measured(shape, grid_scene(half_size=HALF_SIZE), size),
+    }
     colour = (true.rgb.transpose(0, 1)[:, true.mask[:, 0]].mean(1) + 1) / 2
     for name, sphere in (("best sphere", True), ("best ellipsoid", False)):
         centre, radii, _ = best_ellipsoid(solid, points, sphere=sphere)
         field = Field(
             Ellipsoid(centre, radii, colour), half_size=HALF_SIZE, activation=lambda raw: 300 * (raw > 0).to(raw)
         )
-        rows[name] = of_scene(Scene(field, num_samples=256))
-    rows["hull of 24 masks"] = float("nan"), iou(filled(hull(shape, points)), solid)
+        rows[name] = measured(shape, Scene(field, num_samples=256), size)
     return rows
+
+
+def ceiling(shape: str) -> Measures:
+    """The visual hull of 24 true masks."""
+    points = voxels()
+    return Measures(None, iou(filled(hull(shape, points)), filled(occupancy(shape, points).numpy())))
