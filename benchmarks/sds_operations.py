@@ -84,7 +84,7 @@ def totals(full: Guide, tiny: Guide) -> dict[str, dict[int, int]]:
     }
     for name, loss in {"threestudio": threestudio(full), "generfacto": generfacto(full)}.items():
         one = step_operations(loss, full)
-        counted[name] = {k: k * one for k in DRAWS}
+        counted[f"{name}, K steps"] = {k: k * one for k in DRAWS}
     return counted
 
 

@@ -208,9 +208,9 @@ def test_a_step_is_the_sum_of_its_parts(configs):
     part, small, found = parts(full), parts(tiny_guide), totals(full, tiny_guide)
     assert found["ours"] == {k: part["encoder"] + k * part["network"] for k in (1, 2, 4)}
     assert found["ours, AutoencoderTiny"] == {k: small["encoder"] + k * small["network"] for k in (1, 2, 4)}
-    assert found["threestudio"][1] == found["ours"][1] + part["decoder"]
-    assert found["generfacto"][1] == part["learning encoder"] + part["network"] > found["ours"][1]
-    assert found["generfacto"][4] == 4 * found["generfacto"][1]
+    assert found["threestudio, K steps"][1] == found["ours"][1] + part["decoder"]
+    assert found["generfacto, K steps"][1] == part["learning encoder"] + part["network"] > found["ours"][1]
+    assert found["generfacto, K steps"][4] == 4 * found["generfacto, K steps"][1]
 
 
 SD21 = {
