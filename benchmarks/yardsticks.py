@@ -71,14 +71,19 @@ def shown(scene: Scene, views: Views, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def crop_psnr(rgb: Tensor, true: Rendering) -> float:
-    """Mean over the views, in dB, of the PSNR within the tight box round the true mask."""
+def crop_psnrs(rgb: Tensor, true: Tensor, mask: Tensor) -> Tensor:
+    """PSNR (b,) in dB within the tight box round each true mask (b, 1, h, w)."""
     values = []
-    for image, target, mask in zip(rgb, true.rgb, true.mask[:, 0], strict=True):
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    for image, target, one in zip(rgb, true, mask[:, 0], strict=True):
+        rows, columns = one.any(1).nonzero(), one.any(0).nonzero()
         box = (slice(None), slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
         values.append(-10 * torch.log10(((image - target)[box] / 2).square().mean()))
-    return float(torch.stack(values).mean())
+    return torch.stack(values)
+
+
+def crop_psnr(rgb: Tensor, true: Rendering) -> float:
+    """Mean over the views, in dB, of :func:`crop_psnrs`."""
+    return float(crop_psnrs(rgb, true.rgb, true.mask).mean())
 
 
 def voxels(resolution: int = 64) -> Tensor:

@@ -60,6 +60,11 @@ class Config(RunOptions):
     """What density and colour are stored in; grid is the fastest on a CPU, hash has the finest detail."""
     half_size: float = 0.9
     """Of the cube that holds all matter."""
+    blob: Pair = (10.0, 0.5)
+    """Strength and radius of the matter that a scene starts with: strength (1 - r / radius), below 0 outside."""
+    initial: float = 0.0
+    """Raw density of a grid at the start, to which the blob is added; -4 leaves a faint cloud, which is carved
+    more easily than a solid."""
     num_samples: int = 48
     """Points on each ray."""
     learning_rate: Pair = (0.05, 0.05)

@@ -120,13 +120,17 @@ def build_scene(config: Config) -> Scene:
     """The scene as it begins: a blob in empty space."""
     seeded = derived_generator("scene", config.seed)
     background = None if config.backdrops else background_network(generator=seeded)
+    blob = cone_blob(*config.blob)
     if config.field == "grid":
-        return grid_scene(half_size=config.half_size, background=background, num_samples=config.num_samples)
+        return grid_scene(
+            half_size=config.half_size, background=background, num_samples=config.num_samples, blob=blob,
+            initial=config.initial,
+        )  # fmt: skip
     build: dict[str, Callable[..., nn.Module]] = {
         "triplane": triplane_network, "hash": hash_network, "frequency": frequency_network,
     }  # fmt: skip
     network = build[config.field](generator=seeded)
-    field = Field(network, half_size=config.half_size, blob=cone_blob(), activation=scaled_softplus())
+    field = Field(network, half_size=config.half_size, blob=blob, activation=scaled_softplus())
     return Scene(field, background=background, num_samples=config.num_samples)
 
 

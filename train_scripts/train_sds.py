@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from sds.guards import check_opacity, num_rollbacks, roll_back, seed_after
 from sds.learning import SceneDistillation
 from sds.probe import Probe
 from sds.scene import Scene
+from sds.video import check_encoder
 
 GUARD_EVERY = 10
 """Steps between looks at the opacity, for which several ranks wait for each other."""
@@ -52,6 +54,10 @@ GUARD_EVERY = 10
 def main(config: Config) -> Path:
     """Learn and export; returns the folder of the export, or the picture of a canvas."""
     check_scene(config)
+    if not config.canvas:
+        with TemporaryDirectory() as folder:
+            check_encoder(Path(folder))
+        export_choices(config)
     accelerator = start(config)
     teacher = load_teacher(config, accelerator.device)
     task = build_task(config, teacher, accelerator)
@@ -142,19 +148,25 @@ def finish(
         return write_canvas(config, network, teacher)
     assert isinstance(network, Scene)
     field_of_view = 2 * math.degrees(math.atan(0.5 / (sum(config.focal) / 2)))
-    choices = Export(
-        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
-    )
     # Seen from where the whole cube is in the picture.
-    distance = max(sum(config.distance) / 2, config.half_size * 2.9)
+    distance = max(
+        sum(config.distance) / 2, config.half_size * (1 + 1 / math.tan(math.radians(field_of_view) / 2))
+    )
     facts = {
         "prompt": config.prompt, "preset": config.preset, "method": config.method, "steps": config.steps,
         "seed": config.seed, "rollbacks": num_rollbacks(optimizer),
     }  # fmt: skip
     scene = exportable(network, distance=distance, field_of_view=field_of_view)
-    report = export(scene, config.out / "export", choices, facts=facts)
+    report = export(scene, config.out / "export", export_choices(config), facts=facts)
     print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
     return config.out / "export"
+
+
+def export_choices(config: Config) -> Export:
+    """How finely, and from how high, the scene is exported."""
+    return Export(
+        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
+    )
 
 
 @torch.no_grad()
