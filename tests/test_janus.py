@@ -120,6 +120,7 @@ def test_an_experiment_leaves_its_measures_and_a_picture(tmp_path):
 def test_the_less_a_teacher_knows_of_the_view_the_worse_the_chair(tmp_path):
     gaps = janus.main(janus.Config(out=tmp_path, seeds=(0,)))
     exact, words, nothing = (gaps[knowledge][0] for knowledge in janus.KNOWLEDGE)
-    assert exact.psnr > words.psnr + 1
-    assert words.psnr > nothing.psnr + 1
+    # Words do not say which way round within their bin, and no words say nothing: the shape alone is compared.
+    assert exact.turned > words.turned + 2
+    assert words.turned > nothing.turned + 2
     assert exact.psnr >= 20
