@@ -69,14 +69,14 @@ def test_commands_exist(words):
 
 def test_named_files_exist():
     linked = re.findall(r"\]\(([^)]+)\)", README)
-    quoted = re.findall(r"`((?:score|distill|toyworld|train_scripts|tests|docs)/[\w./]+)`", README)
+    quoted = re.findall(r"`((?:score|distill|sds|toyworld|train_scripts|tests|docs)/[\w./]+)`", README)
     for path in {*linked, *quoted}:
         assert path.startswith("http") or (ROOT / path).exists(), path
 
 
 def test_the_tree_is_complete():
     tree = next(text for language, text in BLOCKS if not language and "score/" in text)
-    for package in ("score", "distill", "toyworld", "train_scripts"):
+    for package in ("score", "distill", "sds", "toyworld", "train_scripts"):
         section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
         files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
         assert files == set(re.findall(r"\w+\.py", section)), package
