@@ -188,6 +188,18 @@ class CameraDistribution:
 
         return replace(self, azimuth=between(azimuth, self.azimuth), elevation=between(elevation, self.elevation))
 
+    def quarters(self, spread: float) -> list["CameraDistribution"]:
+        """Front, left, back and right, each within ``spread`` times 45 degrees: at 1 they cover all azimuths.
+
+        Away from the middle of their quarters view words are vague, and a scene that begins there turns as it
+        likes. Raises ``ValueError`` unless 0 <= spread <= 1.
+        """
+        if not 0 <= spread <= 1:
+            raise ValueError(f"spread must lie in [0, 1]; got {spread}.")
+        return [
+            replace(self, azimuth=(middle - 45 * spread, middle + 45 * spread)) for middle in range(0, 360, 90)
+        ]
+
     def _elevations(self, num_views: int, generator: Generator) -> Tensor:
         low, high = (math.sin(math.radians(end)) for end in self.elevation)
         by_angle = _uniform(num_views, self.elevation, generator)

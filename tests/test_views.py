@@ -195,6 +195,20 @@ def test_a_part_of_the_views_is_views():
     assert all(torch.equal(a, b) for a, b in zip(vars(joined).values(), vars(views).values(), strict=True))
 
 
+def test_quarters_go_from_four_directions_to_all_round():
+    for middle, cameras in zip((0, 90, 180, 270), STILL.quarters(0.2), strict=True):
+        azimuth = cameras.draw(50, seeded()).azimuth
+        assert float((azimuth - middle).abs().max()) <= 9
+        assert float(azimuth.max() - azimuth.min()) > 15
+    whole = torch.cat([cameras.draw(9, seeded()).azimuth for cameras in STILL.quarters(1.0)])
+    assert sorted(((whole + 45) // 10).long().tolist()) == list(range(36))  # one in each sector of 10 degrees
+    words = [word_bins(cameras.draw(20, seeded())).argmax(1) for cameras in STILL.quarters(0.9)]
+    below = [STILL.quarters(0.9)[0].draw(20, seeded()).elevation <= 60][0]
+    assert [sorted(set(word[below].tolist())) for word in words] == [[0], [1], [2], [1]]
+    with pytest.raises(ValueError, match="spread must lie"):
+        STILL.quarters(1.5)
+
+
 def test_the_range_of_views_widens():
     start, half, end = (STILL.widened(progress, azimuth=0.0, elevation=15.0) for progress in (0.0, 0.5, 1.0))
     views = start.draw(10, seeded())

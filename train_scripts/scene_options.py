@@ -93,6 +93,11 @@ class Config(RunOptions):
     """Share of DreamFusion's random shifts of camera, target and upward direction."""
     widen: float = 0.0
     """Share of the run in which the views widen from the front to their whole range."""
+    quarters: float = 1.0
+    """Share of the front, left, back and right quarters that views come from at first, an equal number from each;
+    all of it after --quarters-until. Below 1 the view words are clear while the scene finds its front."""
+    quarters_until: float = 0.5
+    """Share of the run after which views come from everywhere."""
     words: Literal["bins", "interpolated", "none"] = "bins"
     """View words after the prompt: the nearest, a mixture, or none."""
     backdrops: tuple[str, ...] = ()

@@ -63,6 +63,10 @@ def check_scene(config: Config) -> None:
         if not all(0 <= value < math.inf for value in getattr(config, name)):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be two numbers of at least 0; got {getattr(config, name)}.")
+    for name in ("quarters", "quarters_until", "grow_at"):
+        if not 0 <= getattr(config, name) <= 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must lie in [0, 1]; got {getattr(config, name)}.")
     for name in ("t_low", "t_high", "anneal"):
         if not all(0 <= value <= 1 for value in getattr(config, name)):
             raise ValueError(
@@ -80,6 +84,11 @@ def check_scene(config: Config) -> None:
         raise ValueError(f"--overhead {config.overhead} must be below --batch-size {config.batch_size}.")
     if config.canvas:
         return
+    if config.quarters < 1 and ((config.batch_size - config.overhead) % 4 or config.widen):
+        raise ValueError(
+            "--quarters below 1 need --batch-size less --overhead to be a multiple of 4, and no --widen; got "
+            f"{config.batch_size}, {config.overhead} and {config.widen}."
+        )
     try:
         check_nerfstudio()
     except ImportError as error:
