@@ -74,7 +74,7 @@ class Gap:
     Attributes:
         psnr: as it stands.
         turned: after the best turn about the vertical axis, of 12. A teacher without words cannot know where the
-            front is to be; one with words hardly can, as outlines from the front and the back are alike. That alone
+            front is to be; one with words hardly can: outlines from front and back are alike. That alone
             is no fault.
         iou: of interior-filled voxels, as it stands.
     """
