@@ -10,8 +10,8 @@ bank of cameras, and is asked for
     view words      any picture of its word: front, side, back or overhead, as in view-dependent prompts,
     no view words   any picture at all.
 
-Everything else is the same: cameras, noises, steps. So the gap is what a condition leaves open. All cameras stand at
-about one height and one distance, so that only the azimuth is open, and no view is overhead.
+Everything else is the same: cameras, noises, steps. So the gap is what a condition leaves open. All cameras
+stand at about one height and one distance, so that only the azimuth is open, and no view is overhead.
 """
 
 import json
@@ -73,8 +73,9 @@ class Gap:
 
     Attributes:
         psnr: as it stands.
-        turned: after the best turn about the vertical axis, of 12: a teacher without words cannot know where the
-            front is to be, and one with words only to 45 degrees; that alone is no fault.
+        turned: after the best turn about the vertical axis, of 12. A teacher without words cannot know where the
+            front is to be; one with words hardly can: outlines from front and back are alike. That alone
+            is no fault.
         iou: of interior-filled voxels, as it stands.
     """
 
