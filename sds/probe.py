@@ -17,6 +17,7 @@ from score.randomness import derived_generator, normal_like
 from score.schedule import Images
 from score.times import constant
 from sds.looks import Look
+from sds.lora import CAMERA
 from sds.losses import Distillation
 from sds.vsd import VSD
 
@@ -45,10 +46,11 @@ class Probe:
     @torch.no_grad()
     def residuals(self, x0: Images, cond: Cond) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Root mean square of x0 - E[x0 | x_t] at each fraction and their mean; and what the teacher expects."""
+        known = {name: value for name, value in cond.items() if name != CAMERA}  # which VSD's phi alone is told
         residuals, expected = {}, []
         for fraction, t in self._times(x0):
             noise = normal_like(x0, derived_generator("probe", str(fraction)))
-            answer = self.target(self.target.schedule.diffuse(x0, noise, t), t, cond)
+            answer = self.target(self.target.schedule.diffuse(x0, noise, t), t, known)
             residuals[f"residual/t_{fraction:g}"] = (x0 - answer).float().square().mean().sqrt()
             expected.append(answer)
         residuals["residual"] = torch.stack(list(residuals.values())).mean()

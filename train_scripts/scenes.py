@@ -77,9 +77,10 @@ def check_scene(config: Config) -> None:
             f"--anneal must rise, and --t-low lie below --t-high; got {config.anneal}, {config.t_low} and "
             f"{config.t_high}."
         )
-    for flag, pair, lowest in (("size", config.size, 8), ("learning-rate", config.learning_rate, 0)):
-        if min(pair) < lowest or (flag == "size" and any(value != round(value) for value in pair)):
-            raise ValueError(f"--{flag} must be two whole numbers of at least {lowest}; got {pair}.")
+    if min(config.size) < 8 or any(value != round(value) for value in config.size):
+        raise ValueError(f"--size must be two whole numbers of at least 8; got {config.size}.")
+    if not config.learning_rate[0] > 0:
+        raise ValueError(f"--learning-rate must begin above 0; got {config.learning_rate}.")
     if config.overhead >= config.batch_size and not config.canvas:
         raise ValueError(f"--overhead {config.overhead} must be below --batch-size {config.batch_size}.")
     if config.canvas:
