@@ -163,10 +163,12 @@ def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]
     above = replace(around, elevation=config.overhead_elevation)
     if config.widen:
         around = around.widened(min(1.0, step / (config.widen * config.steps)))
-    return [
-        (around, config.batch_size - config.overhead),
-        *([(above, config.overhead)] if config.overhead else []),
-    ]
+    number = config.batch_size - config.overhead
+    pairs = [(around, number)]
+    if config.quarters < 1:
+        spread = ramp(step, 0, config.quarters, 1.0, config.quarters_until * config.steps)
+        pairs = [(quarter, number // 4) for quarter in around.quarters(spread)]
+    return [*pairs, (above, config.overhead)] if config.overhead else pairs
 
 
 def build_looks(config: Config, scene: Scene, teacher: hub.Teacher, num_ranks: int) -> SceneLooks:
