@@ -23,9 +23,10 @@ from yardsticks import BACKGROUND, DISTANCE, FOCAL, HALF_SIZE, Measures, baselin
 from score.denoiser import Cond, Denoiser
 from score.randomness import Rng
 from score.schedule import Schedule, VariancePreserving, per_sample
+from score.times import TimeSampler
 from sds.export import Export, export
 from sds.finish import exportable, save_scene
-from sds.losses import sds
+from sds.losses import TIMES, sds
 from sds.regularisers import entropy_loss
 from sds.renders import distillation_loss
 from sds.scene import Scene, grid_scene
@@ -72,9 +73,12 @@ class GaussianTeacher:
         return (alpha * self.std**2 * x_t + sigma**2 * cond["mean"]) / total
 
 
-def learn(teacher: Denoiser, draw: Draw, *, seed: int, steps: int, size: int = 32) -> Scene:
+def learn(
+    teacher: Denoiser, draw: Draw, *, seed: int, steps: int, size: int = 32, times: TimeSampler = TIMES,
+    scene: Scene | None = None,
+) -> Scene:  # fmt: skip
     """A scene that has seen no picture: the score and an entropy of the opacity are all that reaches it."""
-    scene, method = grid_scene(half_size=HALF_SIZE), sds(teacher)
+    scene, method = scene or grid_scene(half_size=HALF_SIZE), sds(teacher, times=times)
     optimizer = torch.optim.Adam(scene.parameters(), lr=0.05, betas=(0.9, 0.99), eps=1e-15)
     for step in range(steps):
         rng = Rng(seed, step)

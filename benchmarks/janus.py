@@ -11,7 +11,8 @@ bank of cameras, and is asked for
     no view words   any picture at all.
 
 Everything else is the same: cameras, noises, steps. So the gap is what a condition leaves open. All cameras
-stand at about one height and one distance, so that only the azimuth is open, and no view is overhead.
+stand at about one height and one distance, so that only the azimuth is open, and no view is overhead. As in
+``train_sds.py``, scenes begin as a faint cloud and cameras in the middle of their quarters, where words are clear.
 """
 
 import json
@@ -23,17 +24,19 @@ import tyro
 from geometry import CAMERAS as ALL_CAMERAS
 from geometry import STD, learn
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
-from yardsticks import DISTANCE, crop_psnr, measured, ring, shown, truth
+from yardsticks import DISTANCE, HALF_SIZE, crop_psnr, measured, ring, shown, truth
 
 from score.denoiser import Cond
 from score.exact import LABELS, GaussianMixture
 from score.randomness import Rng, derived_generator
 from score.schedule import Schedule, VariancePreserving
+from score.times import ramp, uniform
+from sds.field import cone_blob
 from sds.finish import save_scene
-from sds.scene import Scene
+from sds.scene import Scene, grid_scene
 from sds.turntable import contact_sheet
 from sds.views import Views, word_bins
 
@@ -44,6 +47,9 @@ ELEVATION = 20.0
 """Of the views that scenes are measured and shown from, in degrees."""
 
 CAMERAS = replace(ALL_CAMERAS, distance=(DISTANCE, DISTANCE), elevation=(ELEVATION - 5, ELEVATION + 5))
+
+TIMES = uniform(0.02, 0.5)
+"""Above, a mixture of whole turns expects a mean of them, which a scene need not become."""
 
 PICTURE_SIZE = 64
 """Of the scenes in the picture, in pixels; it is drawn larger."""
@@ -114,10 +120,21 @@ def learn_with(knowledge: str, shape: str, bank: Views, *, seed: int, steps: int
     teacher = bank_teacher(truth(shape, bank, size).rgb, labels, VariancePreserving.scaled_linear())
 
     def draw(rng: Rng) -> tuple[Views, Cond]:
-        chosen = torch.randperm(len(bank), generator=rng("views"))[:4]
+        chosen = one_of_each_quarter(bank, ramp(rng.step, 0, 0.2, 1.0, steps / 2), rng("views"))
         return Views(*(value[chosen] for value in vars(bank).values())), {LABELS: labels[chosen]}
 
-    return learn(teacher, draw, seed=seed, steps=steps, size=size)
+    scene = grid_scene(half_size=HALF_SIZE, blob=cone_blob(3.0), initial=-4.0)
+    return learn(teacher, draw, seed=seed, steps=steps, size=size, times=TIMES, scene=scene)
+
+
+def one_of_each_quarter(bank: Views, spread: float, generator: Generator) -> Tensor:
+    """Numbers (4,) of a front, left, back and right camera, within ``spread`` times 45 degrees of these."""
+    chosen = []
+    for middle in (0, 90, 180, 270):
+        off = ((bank.azimuth - middle + 180) % 360 - 180).abs()
+        near = (off <= max(45 * spread, float(off.min()))).nonzero()[:, 0]
+        chosen.append(near[torch.randint(len(near), (1,), generator=generator)])
+    return torch.cat(chosen)
 
 
 def gap(shape: str, scene: Scene, size: int = 32, num_turns: int = 12) -> Gap:
