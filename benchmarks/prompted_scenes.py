@@ -35,7 +35,9 @@ SIZE = 64
 TURN = 5
 """Degrees between the rotations that are tried; every third is that of a view."""
 
-SCALES = [0.75 + 0.05 * number for number in range(11)]
+SCALES = [round(0.75 + 0.05 * number, 2) for number in range(11)]
+FINER = [round(0.01 * number, 2) for number in range(-4, 5)]
+"""Scales that are tried first, and what is then added to the best of them."""
 
 BARS = {"cone": 20.0, "torus": 20.0}
 """PSNR wanted, in dB; 16 for all other solids."""
@@ -87,14 +89,15 @@ class Fit:
     truth: Truth
 
 
-def best_fit(rgb: Tensor, views: dict[float, Truth]) -> Fit:
-    """The best of all turns and scales, by mean PSNR on the crop."""
-    fits = [
-        Fit(float(crop_psnrs(rgb, there.rgb, there.mask).mean()), degrees, scale, there)
-        for scale, truth in views.items()
-        for degrees in range(0, 360, TURN)
-        for there in [turned(truth, degrees)]
-    ]
+def best_fit(rgb: Tensor, shape: str, colour: str, scales: list[float]) -> Fit:
+    """The best of all turns at these scales, by mean PSNR on the crop."""
+    fits = []
+    for scale in scales:
+        truth = true_views(shape, colour, scale)
+        for degrees in range(0, 360, TURN):
+            there = turned(truth, degrees)
+            psnr = float(crop_psnrs(rgb, there.rgb, there.mask).mean())
+            fits.append(Fit(psnr, degrees, scale, there))
     return max(fits, key=lambda fit: fit.psnr)
 
 
@@ -141,14 +144,14 @@ def load_run(folder: Path) -> tuple[Scene, Attributes]:
 def evaluate(folder: Path) -> dict[str, Any]:
     """All figures of a run; also written into it."""
     scene, asked = load_run(folder)
-    views = {scale: true_views(asked.shape, asked.colour, scale) for scale in SCALES}
     pictures = turntable(scene)
-    fit = best_fit(pictures.rgb, views)
+    coarse = best_fit(pictures.rgb, asked.shape, asked.colour, SCALES)
+    fit = best_fit(pictures.rgb, asked.shape, asked.colour, [round(coarse.scale + more, 2) for more in FINER])
     judge, said = load_judge(), [Attributes(asked.shape, asked.colour)] * NUM_VIEWS
     ours, true = accuracies(judge, pictures.rgb, said), accuracies(judge, fit.truth.rgb, said)
     white = BACKGROUND.view(3, 1, 1).expand_as(fit.truth.rgb)
-    ellipsoid = turntable(ellipsoid_scene(asked.shape, views[1.0], scene.field.half_size)).rgb
-    at_scale_1 = turned(views[1.0], 0)
+    at_scale_1 = turned(true_views(asked.shape, asked.colour, 1.0), 0)
+    ellipsoid = turntable(ellipsoid_scene(asked.shape, at_scale_1, scene.field.half_size)).rgb
     figures = {
         "shape": ours["shape"],
         "shape_of_true_renders": true["shape"],

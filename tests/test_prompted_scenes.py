@@ -24,8 +24,7 @@ def solid(azimuth, scale=1.0):
 
 def test_a_turned_and_scaled_solid_is_found():
     pictures = render([solid(float(a) + 40, 1.1) for a in range(0, 360, 15)], size=prompted_scenes.SIZE)
-    views = {scale: prompted_scenes.true_views("mug", "red", scale) for scale in (1.0, 1.1)}
-    fit = prompted_scenes.best_fit(pictures.rgb + 1e-3, views)
+    fit = prompted_scenes.best_fit(pictures.rgb + 1e-3, "mug", "red", [1.0, 1.1, 1.12])
     assert (fit.degrees, fit.scale) == (40, 1.1)
     assert fit.psnr == pytest.approx(20 * 3.301, rel=1e-3)  # an error of 1e-3 / 2 everywhere
     close(fit.truth.rgb, pictures.rgb)
@@ -73,7 +72,8 @@ def write_run(folder, **changes):
 
 
 def test_a_run_is_measured_and_the_figures_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompted_scenes, "SCALES", [1.0])
+    monkeypatch.setattr(prompted_scenes, "SCALES", [0.95])
+    monkeypatch.setattr(prompted_scenes, "FINER", [0.0, 0.05])
     scene = write_run(tmp_path / "run")
     figures = prompted_scenes.evaluate(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == pytest.approx(figures)
@@ -81,7 +81,7 @@ def test_a_run_is_measured_and_the_figures_kept(tmp_path, monkeypatch):
     assert figures["psnr_all_background"] < figures["psnr_best_ellipsoid"]
     assert figures["shape_of_true_renders"] > 0.9
     rgb = prompted_scenes.turntable(scene).rgb
-    truth = prompted_scenes.turned(prompted_scenes.true_views("mug", "red", 1.0), figures["degrees"])
+    truth = prompted_scenes.turned(prompted_scenes.true_views("mug", "red", figures["scale"]), figures["degrees"])
     assert figures["psnr"] == pytest.approx(float(crop_psnrs(rgb, truth.rgb, truth.mask).mean()))
     assert BACKGROUND.tolist() == [1, 1, 1]
 
