@@ -153,8 +153,8 @@ def prolificdreamer() -> Config:
 def toyworld() -> Config:
     """Minutes on a CPU with the pipeline that ships; LOG.md says what was tried.
 
-    Cameras are where the pipeline's training had them. Little guidance and no small times: both only harden what is
-    wrong in a scene as small as this.
+    Cameras are where the pipeline's training had them. Guidance is weak and no time small: else what is wrong at
+    first only hardens.
     """
     return Config(
         preset="toyworld", steps=400, batch_size=5, draws=2, guidance=(2.0, 1.0), t_low=(0.3, 0.3),
