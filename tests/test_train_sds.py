@@ -27,7 +27,8 @@ from sds.vsd import VSD
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "size": (8, 8),
-    "num_samples": 8, "save_every": 2, "log_every": 1, "probe_every": 3, "mesh_resolution": 12, "turntable_size": 16,
+    "num_samples": 8, "save_every": 2, "log_every": 1, "probe_every": 3, "mesh_resolution": 12,
+    "turntable_size": 16,
 }  # fmt: skip
 
 
