@@ -3,12 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SEEDS ?= 0 1 2
+SEEDS_3D ?= 0 1
 PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purple letter L" "an orange cube"
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
-
-# One run a prompt and seed: runs/demo-3d/a-red-mug-0 and so on.
-SEEDS_3D ?= 0
 
 .PHONY: demo demo-long demo-3d test test-slow lint clean
 
@@ -19,11 +17,10 @@ demo-long: $(VENV)/demo
 	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
 
 demo-3d: $(VENV)/nerf
-	for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \
-		$(RUN) train_scripts/train_sds.py --prompt "$$prompt" --seed $$seed \
-			--out "runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed" || exit 1; \
-	done; done
-	$(RUN) benchmarks/prompted_scenes.py --runs runs/demo-3d/*
+	runs=; for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \
+		out="runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed"; runs="$$runs $$out"; \
+		$(RUN) train_scripts/train_sds.py --prompt "$$prompt" --seed $$seed --out "$$out" || exit 1; \
+	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
 
 test: $(VENV)/dev
 	$(RUN) -m pytest -m "not slow"
