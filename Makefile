@@ -23,7 +23,7 @@ demo-3d: $(VENV)/nerf
 	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
 
 test: $(VENV)/dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev
 	$(RUN) -m pytest -m slow
