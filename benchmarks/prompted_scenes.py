@@ -10,6 +10,7 @@ the run.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, best_ellipsoid, crop_psnrs, filled, ring, voxels
 
+from score.atomic import whole_file
 from sds.field import Field, cone_blob
 from sds.finish import load_scene
 from sds.scene import Render, Scene, grid_scene
@@ -113,7 +115,7 @@ def ellipsoid_scene(shape: str, truth: Truth, half_size: float) -> Scene:
     points = voxels()
     centre, radii, _ = best_ellipsoid(filled(occupancy(shape, points).numpy()), points, sphere=False)
     colour = (truth.rgb.transpose(0, 1)[:, truth.mask[:, 0]].mean(1) + 1) / 2
-    network = Ellipsoid(centre, radii, colour)
+    network = Ellipsoid(centre, radii, colour, half_size)
     return Scene(
         Field(network, half_size=half_size, activation=lambda raw: 300 * (raw > 0).to(raw)), num_samples=256
     )
@@ -131,7 +133,9 @@ def load_run(folder: Path) -> tuple[Scene, Attributes]:
     if not path.is_file():
         raise ValueError(f"{folder} is no run of train_sds.py: it holds no config.json.")
     config = json.loads(path.read_text())
-    if config.get("field") != "grid" or config.get("canvas") or not config.get("backdrops"):
+    if missing := {"prompt", "field", "backdrops", "half_size", "num_samples", "initial", "blob"} - config.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; expected what train_sds.py writes.")
+    if config["field"] != "grid" or config.get("canvas") or not config["backdrops"]:
         raise ValueError(f"{folder} is no run of the toyworld preset.")
     scene = grid_scene(
         half_size=config["half_size"], num_samples=config["num_samples"], initial=config["initial"],
@@ -165,7 +169,8 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "degrees": fit.degrees,
         "scale": fit.scale,
     }
-    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    with whole_file(folder / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n")
     rows = [pictures.rgb, fit.truth.rgb, pictures.opacity.expand(-1, 3, -1, -1) * 2 - 1]
     shown = torch.cat([row[:: NUM_VIEWS // 8] for row in rows])
     save_image(shown.clamp(-1, 1) / 2 + 0.5, folder / "evaluation.png", nrow=8)
@@ -183,9 +188,9 @@ def reached(figures: dict[str, Any]) -> bool:
 
 
 def main(config: Config) -> None:
-    """Measure and print a table."""
+    """Measure and print a table. Raises ``ValueError`` for runs that cannot be measured."""
     if not config.runs:
-        raise SystemExit("error: --runs needs the folders of finished runs.")
+        raise ValueError("--runs needs the folders of finished runs.")
     print("| run | shape | colour | PSNR dB | bar | white | ellipsoid | opacity outside | all bars |")
     print("|---|---|---|---|---|---|---|---|---|")
     for folder in config.runs:
@@ -200,4 +205,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

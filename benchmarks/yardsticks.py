@@ -128,15 +128,16 @@ def hull(shape: str, points: Tensor, size: int = 128) -> np.ndarray:
 
 
 class Ellipsoid(nn.Module):
-    """A hard ellipsoid of one colour, in the coordinates of its field."""
+    """A hard ellipsoid of one colour, in world units, for a field in a cube of ``half_size``."""
 
-    def __init__(self, centre: Tensor, radii: Tensor, colour: Tensor):
+    def __init__(self, centre: Tensor, radii: Tensor, colour: Tensor, half_size: float):
         super().__init__()
+        self.half_size = half_size
         self.centre, self.radii, self.logits = centre, radii, torch.logit(colour, eps=1e-4)
 
     def forward(self, points: Tensor) -> Tensor:
         """Raw numbers (n, 4), as :class:`sds.field.Field` takes them: density above 0 inside."""
-        inside = 1 - ((points * HALF_SIZE - self.centre) / self.radii).square().sum(1, keepdim=True)
+        inside = 1 - ((points * self.half_size - self.centre) / self.radii).square().sum(1, keepdim=True)
         return torch.cat([inside, self.logits.expand(len(points), 3)], 1)
 
 
@@ -186,8 +187,9 @@ def baselines(shape: str, size: int = 32) -> dict[str, Measures]:
     for name, sphere in (("best sphere", True), ("best ellipsoid", False)):
         centre, radii, _ = best_ellipsoid(solid, points, sphere=sphere)
         field = Field(
-            Ellipsoid(centre, radii, colour), half_size=HALF_SIZE, activation=lambda raw: 300 * (raw > 0).to(raw)
-        )
+            Ellipsoid(centre, radii, colour, HALF_SIZE), half_size=HALF_SIZE,
+            activation=lambda raw: 300 * (raw > 0).to(raw),
+        )  # fmt: skip
         rows[name] = measured(shape, Scene(field, num_samples=256), size)
     return rows
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -55,11 +56,11 @@ def save_scene(scene: nn.Module, path: Path) -> None:
 def load_scene(scene: nn.Module, path: Path) -> None:
     """Read the weights of a scene that was built alike.
 
-    Raises ``ValueError`` where there is no such file, or it is of another kind of scene.
+    Raises ``ValueError`` where there is no such file, or it is damaged or of another kind of scene.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the scene.safetensors of a finished run.")
     try:
         load_model(scene, str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} holds no weights of such a scene: {str(error).splitlines()[0]}") from error

@@ -207,17 +207,6 @@ class CameraDistribution:
         return torch.where(_uniform(num_views, (0, 1), generator) < self.uniform_angle, by_angle, by_area)
 
 
-def size_at(step: int, milestones: Sequence[tuple[int, int]]) -> int:
-    """The resolution that training renders at: that of the last (first step, size) which has begun.
-
-    Raises ``ValueError`` unless the milestones begin at step 0 and their steps rise.
-    """
-    steps = [start for start, _ in milestones]
-    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise ValueError(f"milestones must be (first step, size) pairs from step 0 on, rising; got {milestones}.")
-    return [size for start, size in milestones if start <= step][-1]
-
-
 def view_prompts(prompt: str) -> list[str]:
     """The prompt for each of ``WORDS``: "a red mug" gives "a red mug, front view" and so on.
 

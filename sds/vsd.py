@@ -29,7 +29,7 @@ from score.gradient import (
     time_not_finite,
 )
 from score.randomness import Rng
-from score.schedule import Images
+from score.schedule import Images, PerSample, Schedule
 from score.times import TimeSampler, uniform
 from score.training import Phase
 from sds.lora import CAMERA
@@ -90,6 +90,23 @@ class VSD:
             name="phi", network=self.phi.network, optimizer=optimizer, loss=self.phi_loss, every=every,
             lr_schedule=lr_schedule,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Untold:
+    """A denoiser that is not told some conditions: the teacher as VSD asks it, for ``VSD.phi_only``."""
+
+    denoiser: Denoiser
+    names: tuple[str, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The expected clean image."""
+        return self.denoiser(x_t, t, {name: value for name, value in cond.items() if name not in self.names})
 
 
 def _dropped(camera: Tensor, share: float, generator: Generator) -> Tensor:

@@ -174,3 +174,8 @@ def test_two_ranks_take_the_mean_of_their_gradients(two_ranks):
 def test_two_ranks_look_from_different_sides(two_ranks):
     sectors = [((answer["azimuth"] + 180) / 90).floor().long().tolist() for answer in two_ranks]
     assert sectors == [[0, 2], [1, 3]]
+
+
+def test_two_ranks_go_back_to_the_same_state(two_ranks):
+    """The first writes the lowered rates over what the second, which is slower, has yet to read."""
+    assert [(answer["rate"], answer["rollbacks"]) for answer in two_ranks] == [(0.05, 1)] * 2

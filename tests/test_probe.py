@@ -10,8 +10,10 @@ from score.gradient import ScoreGradient
 from score.schedule import RectifiedFlow, Schedule, VariancePreserving
 from sds.canvas import Canvas
 from sds.looks import Look
+from sds.lora import CAMERA
 from sds.losses import csd, sds
 from sds.probe import FRACTIONS, Probe
+from sds.vsd import Untold
 
 close = torch.testing.assert_close
 MEAN = 0.25
@@ -32,7 +34,7 @@ def make_probe(canvas, schedule, penalty=0.0):
         x0 = canvas()
         return Look(x0, {}, penalty * canvas.pixels.square().sum())
 
-    return Probe(look=look, target=Point(schedule), decode=lambda x0: 2 * x0, network=canvas)
+    return Probe(looks=[look], target=Point(schedule), decode=lambda x0: 2 * x0, network=canvas)
 
 
 @pytest.fixture
@@ -89,6 +91,60 @@ def test_other_losses_have_figures_too(canvas):
     figures, _ = make_probe(canvas, schedule)(0, _Still())
     assert not any(name.startswith("probe/gradient") for name in figures)
     assert math.isfinite(figures["probe/residual"])
+
+
+def views_of(canvas, asked, penalty=0.3):
+    """A look at each particle alone, which writes down whether it was asked for a graph."""
+
+    def look_at(number):
+        def look(step):
+            asked.append((number, step, torch.is_grad_enabled()))
+            x0 = canvas()[number : number + 1]
+            return Look(x0, {CAMERA: torch.ones(1, 3, 4)}, penalty * x0.square().sum())
+
+        return look
+
+    return [look_at(number) for number in range(len(canvas.pixels))]
+
+
+def test_only_the_balance_has_a_graph_and_of_one_view_at_a_time(canvas):
+    asked, shown = [], []
+    schedule = RectifiedFlow()
+    still = sds(Point(schedule), times=lambda n, schedule, generator: torch.full((n,), 0.5))
+
+    def decode(x0):
+        shown.append((len(x0), torch.is_grad_enabled()))
+        return x0
+
+    probe = Probe(looks=views_of(canvas, asked), target=Point(schedule), decode=decode, network=canvas)
+    figures, pictures = probe(3, still)
+    assert asked == [(0, 3, False), (1, 3, False), (0, 3, True), (1, 3, True)]
+    assert set(shown) == {(1, False)}
+    pixels = canvas.pixels.detach()
+    score = 0.25 * (pixels - MEAN)
+    assert figures["probe/score_to_penalty"] == pytest.approx(
+        float(score.norm() / (0.6 * pixels).norm()), rel=1e-4
+    )
+    asked.clear()
+    close(probe.pictures(3), pictures)
+    assert asked == [(0, 3, False), (1, 3, False)]
+    without = Probe(looks=views_of(canvas, asked, 0.0), target=Point(schedule), decode=decode, network=canvas)
+    assert without.balance(3, still) == {}
+
+
+def test_the_target_is_told_what_it_is_not_kept_from(canvas):
+    """What VSD's phi alone is told is for the caller to say: a teacher may know cameras itself."""
+
+    class Told(Point):
+        def __call__(self, x_t, t, cond):
+            told.append(set(cond))
+            return super().__call__(x_t, t, cond)
+
+    told, schedule = [], RectifiedFlow()
+    for target, expected in ((Told(schedule), {CAMERA}), (Untold(Told(schedule), (CAMERA,)), set())):
+        told.clear()
+        Probe(looks=views_of(canvas, []), target=target, decode=lambda x0: x0, network=canvas).pictures(0)
+        assert told == [expected] * len(FRACTIONS)
 
 
 class _Still:

@@ -5,8 +5,9 @@ import json
 import prompted_scenes
 import pytest
 import torch
-from yardsticks import BACKGROUND, DISTANCE, crop_psnrs
+from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs
 
+from sds.field import Field
 from sds.finish import save_scene
 from sds.scene import grid_scene
 from toyworld.render import render
@@ -93,3 +94,24 @@ def test_other_runs_are_refused(tmp_path, changes):
         prompted_scenes.load_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"no config\.json"):
         prompted_scenes.load_run(tmp_path)
+
+
+def test_an_ellipsoid_is_as_large_in_any_cube():
+    points = torch.tensor([[0.39, 0.0, 0.0], [0.41, 0.0, 0.0]])
+    for half_size in (0.5, 0.9, 2.0):
+        network = Ellipsoid(torch.zeros(3), torch.full((3,), 0.4), torch.full((3,), 0.5), half_size)
+        field = Field(network, half_size=half_size, activation=lambda raw: (raw > 0).to(raw))
+        assert field(points).density.flatten().tolist() == [1, 0]
+
+
+def test_a_damaged_run_is_refused_and_no_half_evaluation_is_left(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    weights = tmp_path / "run" / "scene.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="holds no weights of such a scene"):
+        prompted_scenes.load_run(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"field": "grid"}')
+    with pytest.raises(ValueError, match=r"config\.json lacks backdrops, blob"):
+        prompted_scenes.load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="--runs"):
+        prompted_scenes.main(prompted_scenes.Config())

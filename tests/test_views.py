@@ -12,7 +12,6 @@ from sds.views import (
     CameraDistribution,
     concatenated,
     orbit,
-    size_at,
     view_conditions,
     view_prompts,
     word_bins,
@@ -244,14 +243,6 @@ def test_impossible_cameras_are_refused(wrong, said):
 def test_impossible_draws_are_refused(wrong):
     with pytest.raises(ValueError, match="num_views"):
         STILL.draw(wrong[0], seeded(), rank=wrong[1], num_ranks=wrong[2])
-
-
-def test_the_resolution_follows_its_milestones():
-    milestones = [(0, 32), (100, 64), (500, 256)]
-    assert [size_at(step, milestones) for step in (0, 99, 100, 499, 500, 9999)] == [32, 32, 64, 64, 256, 256]
-    for wrong in ([], [(1, 32)], [(0, 32), (0, 64)], [(0, 32), (9, 64), (5, 128)]):
-        with pytest.raises(ValueError, match="milestones"):
-            size_at(0, wrong)
 
 
 def test_prompts_say_the_view_as_captions_do():

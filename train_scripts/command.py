@@ -112,8 +112,9 @@ def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -
 
     ``inputs`` are fingerprints of what the run reads; they stand for the paths, which can be written in many ways.
     """
-    watching = {"log_every", "save_every", "eval_every", "eval_images", "features"}
-    ignored = {"out", "dry_run", *watching, *inputs}
+    watching = {"log_every", "save_every", "eval_every", "eval_images", "features", "probe_every", "max_rollbacks"}
+    export = {"mesh_resolution", "turntable_size"}
+    ignored = {"out", "dry_run", *watching, *export, *inputs}
     fields = {name: value for name, value in resolved(config).items() if name not in ignored}
     return {**fields, **inputs, "num_processes": accelerator.num_processes}
 

@@ -130,11 +130,14 @@ class Config(RunOptions):
 
 
 def dreamfusion() -> Config:
-    """Poole et al. 2022 (arXiv 2209.14988) on Stable Diffusion, with Adam in place of Shampoo."""
+    """Poole et al. 2022 (arXiv 2209.14988) on Stable Diffusion, with Adam in place of Shampoo.
+
+    Weights of penalties are threestudio's, whose reductions are ours; the paper's would do nothing here.
+    """
     return Config(
         preset="dreamfusion", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=15_000, batch_size=4,
         guidance=(101.0, 101.0), field="hash", half_size=1.0, num_samples=128, learning_rate=(0.01, 0.01),
-        shading="dreamfusion", opacity=(1e-3, 1e-3), orientation=(1e-4, 1e-2), anneal=(0.0, 1 / 3),
+        shading="dreamfusion", opacity=(1.0, 1.0), orientation=(10.0, 1000.0), anneal=(0.0, 1 / 3),
         precision="bf16", save_every=500, probe_every=250, mesh_resolution=256, turntable_size=256,
     )  # fmt: skip
 

@@ -1,25 +1,24 @@
 """The parts of a scene's training, built from the options of ``train_sds.py``."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from command import check_numbers, check_run
+from command import fingerprint
 from PIL import ImageColor
 from scene_options import Config, Pair
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import toyworld
-from score import Cond, guided, hub
+from score import Cond, Denoiser, guided, hub
 from score.gradient import TimeWeight
-from score.randomness import derived_generator
+from score.randomness import Rng, derived_generator
 from score.times import ramp, uniform
 from sds.canvas import Canvas
-from sds.extra import check_extra
 from sds.field import Field, cone_blob, scaled_softplus
 from sds.learning import SceneDistillation
 from sds.looks import Backdrop, CanvasLooks, Look, SceneLooks
@@ -38,8 +37,8 @@ from sds.probe import Probe
 from sds.regularisers import Penalties
 from sds.scene import Scene, background_network, frequency_network, grid_scene, hash_network, triplane_network
 from sds.shading import ShadingSchedule
-from sds.views import CameraDistribution, Views, check_nerfstudio, orbit, view_prompts, word_bins, word_weights
-from sds.vsd import VSD
+from sds.views import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
+from sds.vsd import VSD, Untold
 
 WEIGHTS: dict[str, TimeWeight] = {
     "sigma_squared": sigma_squared,
@@ -47,58 +46,6 @@ WEIGHTS: dict[str, TimeWeight] = {
     "alpha_sigma_squared": alpha_sigma_squared,
     "noise_to_signal": noise_to_signal,
 }
-
-
-def check_scene(config: Config) -> None:
-    """Raise ``ValueError`` for options that are out of range, contradict each other, or lack a library."""
-    check_run(config)
-    if not config.prompt.strip():
-        raise ValueError('--prompt is empty; say what the scene should show, for example --prompt "a red mug".')
-    check_numbers(
-        config, positive=("draws", "num_samples", "half_size", "mesh_resolution", "turntable_size", "phi_rank"),
-        not_negative=("rescale", "overhead", "jitter", "widen", "probe_every", "max_rollbacks", "teacher_size"),
-        rates=("background_lr", "phi_lr"),
-    )  # fmt: skip
-    for name in ("guidance", "opacity", "entropy", "orientation", "distortion", "size", "learning_rate"):
-        if not all(0 <= value < math.inf for value in getattr(config, name)):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be two numbers of at least 0; got {getattr(config, name)}.")
-    for name in ("quarters", "quarters_until", "grow_at"):
-        if not 0 <= getattr(config, name) <= 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must lie in [0, 1]; got {getattr(config, name)}.")
-    for name in ("t_low", "t_high", "anneal"):
-        if not all(0 <= value <= 1 for value in getattr(config, name)):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be two shares in [0, 1]; got {getattr(config, name)}."
-            )
-    if config.anneal[0] > config.anneal[1] or any(a > b for a, b in zip(config.t_low, config.t_high, strict=True)):
-        raise ValueError(
-            f"--anneal must rise, and --t-low lie below --t-high; got {config.anneal}, {config.t_low} and "
-            f"{config.t_high}."
-        )
-    if min(config.size) < 8 or any(value != round(value) for value in config.size):
-        raise ValueError(f"--size must be two whole numbers of at least 8; got {config.size}.")
-    if not config.learning_rate[0] > 0:
-        raise ValueError(f"--learning-rate must begin above 0; got {config.learning_rate}.")
-    if config.overhead >= config.batch_size and not config.canvas:
-        raise ValueError(f"--overhead {config.overhead} must be below --batch-size {config.batch_size}.")
-    if config.canvas:
-        return
-    if config.quarters < 1 and ((config.batch_size - config.overhead) % 4 or config.widen):
-        raise ValueError(
-            "--quarters below 1 need --batch-size less --overhead to be a multiple of 4, and no --widen; got "
-            f"{config.batch_size}, {config.overhead} and {config.widen}."
-        )
-    try:
-        check_nerfstudio()
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    check_extra("skimage", "trimesh", "imageio_ffmpeg")
-    for cameras, _ in cameras_at(config, 0):
-        assert isinstance(cameras, CameraDistribution)
-    for name in config.backdrops:
-        colour_of(name)
 
 
 def colour_of(name: str) -> tuple[float, float, float]:
@@ -118,6 +65,29 @@ def load_teacher(config: Config, device: torch.device) -> hub.Teacher:
         name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
         tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
     )  # fmt: skip
+
+
+def read_prompts(config: Config, teacher: hub.Teacher) -> list[Cond]:
+    """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
+    negative = teacher.negative(config.negative)
+    if config.canvas:
+        return [negative, teacher.prompts([config.prompt.strip()])]
+    return [negative, *(conditions(config, teacher, name) for name in config.backdrops or (None,))]
+
+
+def fingerprints(teacher: hub.Teacher, words: list[Cond]) -> dict[str, str]:
+    """What a run reads of its teacher, as inputs of :func:`command.identity`."""
+    codec: list[Tensor] = []
+    if teacher.codec is not None:
+        codec = [
+            *teacher.codec.vae.state_dict().values(),
+            torch.tensor([teacher.codec.scaling, teacher.codec.shift]),
+        ]
+    said = [value for cond in words for _, value in sorted(cond.items())]
+    return {
+        "teacher": fingerprint(teacher.denoiser.network.parameters()), "codec": fingerprint(codec),
+        "conditions": fingerprint(said),
+    }  # fmt: skip
 
 
 def along(config: Config, pair: Pair, step: int) -> float:
@@ -247,21 +217,24 @@ def time_embedding(network: Any) -> str:
 
 
 def build_probe(config: Config, task: SceneDistillation, teacher: hub.Teacher) -> Probe:
-    """Figures at fixed views: front, side, back and overhead before the first backdrop."""
-    subject = task.subject
-    target = guided(teacher.denoiser, config.guidance[1], teacher.negative(config.negative))
+    """Figures at fixed views: front, side, back and overhead before the first backdrop; or of all particles."""
+    subject, method = task.subject, task.method(0)
+    negative = teacher.negative(config.negative)
+    target: Denoiser = guided(teacher.denoiser, config.guidance[1], negative, rescale=config.rescale)
+    if isinstance(method, VSD):
+        target = Untold(target, method.phi_only)
 
-    def look(step: int) -> Look:
-        if not isinstance(subject, SceneLooks):
-            raise TypeError("only scenes are seen from somewhere.")
-        return subject.look_at(fixed_views(config), torch.zeros(4, dtype=torch.long), step, None, None)
+    def look(view: Views, step: int) -> Look:
+        assert isinstance(subject, SceneLooks)
+        return subject.look_at(view, torch.zeros(1, dtype=torch.long), step, None, None)
 
     def look_at_canvas(step: int) -> Look:
-        del step
-        return subject.look(None)  # type: ignore[arg-type]
+        return subject.look(Rng(config.seed, step))
 
+    views = fixed_views(config)
+    looks = [partial(look, views[number : number + 1]) for number in range(len(views))]
     return Probe(
-        look=look_at_canvas if config.canvas else look, target=target, decode=teacher.decode,
+        looks=[look_at_canvas] if config.canvas else looks, target=target, decode=teacher.decode,
         network=subject.network,
     )  # fmt: skip
 

@@ -11,15 +11,16 @@ report.json. With --canvas images learn in place of a scene. Stopped runs resume
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from command import fingerprint, identity, run, show_plan
-from fitting import fit, resume, start
+from command import identity, run, show_plan
+from fitting import fit, open_log, resume, start
+from scene_checks import check_scene, export_choices
 from scene_options import PRESETS, Config
 from scenes import (
     build_canvas,
@@ -28,38 +29,37 @@ from scenes import (
     build_probe,
     build_scene,
     canvas_looks,
-    check_scene,
+    fingerprints,
     load_teacher,
     optimizers,
+    read_prompts,
 )
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from score import checkpoint, hub
-from score.training import Phase, Report
+from score.ranks import check_same
+from score.training import Phase
 from sds.canvas import Canvas
-from sds.export import Export, export
+from sds.export import export
 from sds.finish import exportable, save_scene
-from sds.guards import check_opacity, num_rollbacks, roll_back, seed_after
+from sds.guards import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
 from sds.learning import SceneDistillation
 from sds.probe import Probe
 from sds.scene import Scene
-from sds.video import check_encoder
 
 GUARD_EVERY = 10
-"""Steps between looks at the opacity, for which several ranks wait for each other."""
+"""Steps between looks at the opacity; every step that is about to be saved has one, too."""
 
 
 def main(config: Config) -> Path:
     """Learn and export; returns the folder of the export, or the picture of a canvas."""
     check_scene(config)
-    if not config.canvas:
-        with TemporaryDirectory() as folder:
-            check_encoder(Path(folder))
-        export_choices(config)
     accelerator = start(config)
     teacher = load_teacher(config, accelerator.device)
+    inputs = fingerprints(teacher, read_prompts(config, teacher))
+    teacher = teacher.without_text_encoders()  # before anything else can hold on to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
     phases = task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
@@ -67,9 +67,7 @@ def main(config: Config) -> Path:
         roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
         show_plan(config, roles, {phase.name: config.steps for phase in phases})
         return config.out
-    inputs = {"teacher": fingerprint(teacher.denoiser.network.parameters())}
     own = identity(config, accelerator, inputs)
-    teacher = teacher.without_text_encoders()
     first = resume(config, phases, accelerator, own)
     if first == 0 and accelerator.is_main_process:
         checkpoint.save(config.out / "checkpoints", 0, phases, own)  # the first state to go back to
@@ -95,29 +93,28 @@ def learn(
     config: Config, task: SceneDistillation, phases: Sequence[Phase], probe: Probe, accelerator: Accelerator,
     own: Mapping[str, Any], first: int,
 ) -> None:  # fmt: skip
-    """Train to the end; a scene that is lost goes back to its last checkpoint, up to --max-rollbacks times."""
-    guard = Guard(accelerator, watched=not config.canvas)
-    columns = len(probe.look(0).x0)
+    """Train to the end; a scene that is lost goes back to a checkpoint, up to --max-rollbacks times."""
+    watcher = Watcher(config, task, probe, phases[0].optimizer)
 
-    def watch(step: int) -> Mapping[str, float]:
-        if not config.probe_every or (step % config.probe_every and step != config.steps):
-            return {}
-        return probe(step - 1, task.method(step - 1))[0]
+    def guard(step: int, saving: bool) -> None:
+        scene = task.subject.network
+        if isinstance(scene, Scene) and (saving or step % GUARD_EVERY == 0):
+            check_opacity(opacity_all_round(scene), step)
 
     while True:
         rollbacks = num_rollbacks(phases[0].optimizer)
         try:
             fit(
                 replace(config, seed=seed_after(config.seed, rollbacks)), phases, task.batches, accelerator,
-                own=own, first=first, rollout=task.rollout, watch=watch, check=guard, columns=columns,
-                preview=lambda: probe(config.steps - 1, task.method(config.steps - 1))[1],
+                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=guard,
+                preview=watcher.pictures if config.probe_every else None,
+                columns=config.batch_size if config.canvas else len(probe.looks),
             )  # fmt: skip
             return
         except FloatingPointError as error:
             if rollbacks >= config.max_rollbacks:
                 raise
-            first = roll_back(config.out / "checkpoints", phases, own, write=accelerator.is_main_process)
-            accelerator.wait_for_everyone()
+            first = go_back(config, phases, accelerator, own)
             if accelerator.is_main_process:
                 tqdm.write(
                     f"{error}\nrolled back to step {first}, from where the learning rate is half of what it was "
@@ -125,17 +122,49 @@ def learn(
                 )  # fmt: skip
 
 
-class Guard:
-    """Raises, on all ranks at once, when a scene is empty or full."""
+def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
+    """Roll back on all ranks, and draw the curves again from there; the step to go on from."""
+    first = roll_back(
+        config.out / "checkpoints", phases, own, write=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
+    fix = "Let --out be a folder that all machines share."
+    check_same("the step to go back to", first, fix, accelerator)
+    check_same("the number of rollbacks", num_rollbacks(phases[0].optimizer), fix, accelerator)
+    with suppress(OSError):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    open_log(accelerator, first)
+    return first
 
-    def __init__(self, accelerator: Accelerator, *, watched: bool) -> None:
-        self.accelerator, self.watched = accelerator, watched
 
-    def __call__(self, report: Report) -> None:
-        """Look at every tenth step."""
-        if self.watched and report.step % GUARD_EVERY == 0:
-            opacity = self.accelerator.reduce(report.metrics["scene/opacity"].float(), "mean")
-            check_opacity(float(opacity), report.step)
+class Watcher:
+    """Figures of a step, and its pictures; where both are due, they are made together."""
+
+    def __init__(
+        self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.config, self.task, self.probe, self.optimizer = config, task, probe, optimizer
+        self.step, self.shown = 0, torch.empty(0)
+
+    def figures(self, step: int) -> Mapping[str, float]:
+        """What is logged of this step beside the loss."""
+        self.step, self.shown = step, torch.empty(0)
+        figures: dict[str, float] = {}
+        if self._due(step, self.config.log_every):
+            rate, rollbacks = self.optimizer.param_groups[0]["lr"], num_rollbacks(self.optimizer)
+            figures = {"scene/learning_rate": rate, "scene/rollbacks": rollbacks}
+        if self.config.probe_every and self._due(step, self.config.probe_every):
+            probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
+            figures |= probed
+        return figures
+
+    def pictures(self) -> Tensor:
+        """Of the last step that figures were asked of."""
+        return self.shown if len(self.shown) else self.probe.pictures(self.step - 1)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.steps
 
 
 def finish(
@@ -160,13 +189,6 @@ def finish(
     report = export(scene, config.out / "export", export_choices(config), facts=facts)
     print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
     return config.out / "export"
-
-
-def export_choices(config: Config) -> Export:
-    """How finely, and from how high, the scene is exported."""
-    return Export(
-        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
-    )
 
 
 @torch.no_grad()

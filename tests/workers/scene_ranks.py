@@ -1,14 +1,20 @@
-"""A step of a scene on each of two ranks; run by torchrun, and imported by test_learning for one rank's answer."""
+"""A step of a scene, and a rollback, on each of two ranks.
+
+Run by torchrun, and imported by test_learning for one rank's answer.
+"""
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from score import checkpoint
 from score.randomness import Rng
 from score.schedule import Schedule, VariancePreserving
-from score.training import train
+from score.training import Phase, train
+from sds.guards import num_rollbacks, roll_back
 from sds.learning import SceneDistillation
 from sds.looks import Backdrop, SceneLooks
 from sds.losses import sds
@@ -64,13 +70,28 @@ def one_step(accelerator):
     return {"step": before - after, "azimuth": azimuth}
 
 
+def one_rollback(accelerator, folder):
+    """Learning rate and count after a rollback in which the second rank is slow to read."""
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    phases = [Phase(name="scene", network=network, optimizer=optimizer, loss=lambda batch, rng: {})]
+    if accelerator.is_main_process:
+        checkpoint.save(folder, 0, phases, {})
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        time.sleep(1)
+    roll_back(folder, phases, {}, write=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    return {"rate": optimizer.param_groups[0]["lr"], "rollbacks": num_rollbacks(optimizer)}
+
+
 def main(folder):
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
     accelerator = Accelerator()
     assert accelerator.num_processes == 2, "torchrun started separate runs"
-    torch.save(one_step(accelerator), folder / f"rank{accelerator.process_index}.pt")
+    answer = {**one_step(accelerator), **one_rollback(accelerator, folder / "checkpoints")}
+    torch.save(answer, folder / f"rank{accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":
