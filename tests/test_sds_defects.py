@@ -205,7 +205,7 @@ def test_a_curve_falls_when_training_works():
     subject = CanvasLooks(canvas=Canvas(torch.zeros(4, 3)), conditions={})
     method = sds(teacher)
     probe = Probe(
-        look=lambda step: subject.look(Rng(0, step)), target=teacher, decode=lambda x0: x0,
+        looks=[lambda step: subject.look(Rng(0, step))], target=teacher, decode=lambda x0: x0,
         network=subject.network,
     )  # fmt: skip
     optimizer = torch.optim.Adam(subject.network.parameters(), 0.05)
