@@ -32,7 +32,8 @@ def run(code, folder):
 
 
 def test_the_library_example_draws_eight_modes(tmp_path):
-    printed = run(PYTHON[0], tmp_path)
+    # Its networks and points are drawn anew each time, and now and then a hundredth more lies between the modes.
+    printed = run("import torch\ntorch.manual_seed(0)\n" + PYTHON[0], tmp_path)
     assert printed.splitlines()[-1].startswith("1000 {'student/loss'")
     counts = Image.open(tmp_path / "eight_modes.png").convert("L")
     assert counts.size == (256, 256)
