@@ -173,7 +173,7 @@ class DMD:
         metrics = {**gradient.metrics, "x0_mean": x0.mean(), "x0_std": x0.std()}
         if self.gan is not None:
             fake_cond = {**cond, **batch["fake_cond"]}
-            t, x_t = self._noisy(x0, fake_cond, self.gan.times, rng("adversarial"))
+            t, x_t = self.noisy(x0, fake_cond, self.gan.times, rng("adversarial"))
             metrics["adversarial"] = generator_loss(logits_alone(self.fake.unwrapped(), x_t, t, fake_cond))
             loss = loss + self.gan.generator_weight * metrics["adversarial"]
         if self.regression is not None:
@@ -185,7 +185,7 @@ class DMD:
         """Denoising of the student's images; the critic's loss from the same pass and one of the real images."""
         x0, cond = batch["x0"].detach(), {**batch["cond"], **batch["fake_cond"]}
         images = x0 if self.gan is None else torch.cat([x0, batch["real"]])
-        t, x_t = self._noisy(images, cond, self.fake_times, rng("fake"))
+        t, x_t = self.noisy(images, cond, self.fake_times, rng("fake"))
         n = len(x0)
         prediction, extras = self.fake.with_extras(x_t[:n], t[:n], cond)
         weight = self.fake_weight or prediction_weight(self.fake.kind)
@@ -219,7 +219,8 @@ class DMD:
         )  # fmt: skip
         return [student, fake]
 
-    def _noisy(self, x0: Images, cond: Cond, times: TimeSampler, generator: Generator) -> tuple[PerSample, Images]:
+    def noisy(self, x0: Images, cond: Cond, times: TimeSampler, generator: Generator) -> tuple[PerSample, Images]:
+        """Times, drawn first, and x0 noised to them."""
         schedule = self.fake.schedule
         t = times(len(x0), schedule, generator).to(x0.device)
         return t, schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)

@@ -126,7 +126,11 @@ class ScoreDistillation:
 
 def weighted_gap(weight: Tensor, gap: Images, t: PerSample) -> ScoreGradient:
     """The gradient ``weight * gap`` and what is worth logging of it; ``weight`` broadcasts against the gap."""
-    value = weight * gap
+    return described(weight * gap, gap, t)
+
+
+def described(value: Images, gap: Images, t: PerSample) -> ScoreGradient:
+    """A gradient and what is worth logging of it: its size, that of the gap between two denoisers, the times."""
     metrics = {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()}
     return ScoreGradient(value, {**metrics, TIME_NOT_FINITE: time_not_finite(value, t)})
 
