@@ -26,9 +26,13 @@ class Critic(nn.Module):
 
     def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
         super().__init__()
-        names = [name for name, _ in network.named_modules() if name]
-        if bottleneck not in names:
-            raise ValueError(f"the network has no submodule {bottleneck!r}; it has {', '.join(names[:12])}, ...")
+        try:
+            network.get_submodule(bottleneck)  # also finds what a property returns, such as a twin's backbone
+        except AttributeError as error:
+            names = [name for name, _ in network.named_modules() if name]
+            raise ValueError(
+                f"the network has no submodule {bottleneck!r}; it has {', '.join(names[:12])}, ..."
+            ) from error
         self.network, self.bottleneck, self.head = network, bottleneck, head
 
     def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:

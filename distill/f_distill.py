@@ -61,7 +61,7 @@ class FDistill(DMD):
 
     @torch.no_grad()
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """DMD's times h(r), at the same draw of t and noise. Raises ``ValueError`` for a fake score without critic."""
+        """DMD's times h(r), at one draw of t and noise. Raises ``ValueError`` for a fake score without critic."""
         t, x_t = self.noisy(x0, cond, self.times, generator)
         fake, extras = self.fake.unwrapped().with_extras(x_t, t, {**cond, **fake_cond})
         if not extras:

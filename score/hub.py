@@ -190,6 +190,12 @@ def load_teacher(
     )
 
 
+def pipeline_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a pipeline that :func:`load_teacher` loaded. Raises ``ValueError`` as it does."""
+    reader = PartReader(torch.float32, torch.device("cpu"), allow_pickle=True)
+    return find_pipeline(name, _weights_of, reader, revision)
+
+
 def _check_parts(
     reader: PartReader, family: Family, index: Mapping[str, Any], folder: Path, parts: Mapping[str, Path],
     size: int | tuple[int, int] | None, tiling: bool,

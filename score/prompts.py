@@ -57,6 +57,11 @@ class PromptEncoder:
                 warnings.warn(f"the prompt {prompt!r} is too long: its last {cut} tokens are cut.", stacklevel=3)
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
+    def num_cut(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens at the end of each prompt the text encoders do not read; encodes what is new."""
+        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
+        return [max(0, int(entry.get(CUT, 0))) for entry in entries]
+
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""
         return replace(self, load=None)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from command import fingerprint
@@ -17,10 +17,25 @@ from torch import Tensor, nn
 from unet import UNet
 
 from distill.student import TIMES
-from score import Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
+from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from score.network import ResidualMLP
 from score.pretrained import PartReader, read_json, read_schedule
 from score.storage import describe_schedule, load_denoiser, read_facts
+
+
+class Probed(Protocol):
+    """What a teacher of classes and one of prompts have in common: see :class:`Teacher`."""
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """Network, schedule and prediction kind."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of x0."""
+
+    def cond(self, labels: Tensor) -> Cond:
+        """The condition of labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +155,7 @@ def _is_diffusers(config: Path) -> bool:
         return False
 
 
-def probe_bottleneck(teacher: Teacher, name: str | None) -> tuple[str, int, int]:
+def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int]:
     """Name, channels and side of the activations a critic reads; side 1 means no space.
 
     Raises ``ValueError`` where there is no such submodule, or none is known and none is named.
@@ -160,9 +175,11 @@ def probe_bottleneck(teacher: Teacher, name: str | None) -> tuple[str, int, int]
     hook = modules[name].register_forward_hook(
         lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
     )
-    t = torch.full((1,), teacher.denoiser.schedule.t_max)
+    device = next(network.parameters()).device
+    t = torch.full((1,), teacher.denoiser.schedule.t_max, device=device)
+    labels = torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
-        teacher.denoiser(torch.zeros(1, *teacher.shape), t, teacher.cond(torch.zeros(1, dtype=torch.long)))
+        teacher.denoiser(torch.zeros(1, *teacher.shape, device=device), t, teacher.cond(labels))
     hook.remove()
     return name, kept[0].shape[1], kept[0].shape[-1] if kept[0].ndim == 4 else 1
 

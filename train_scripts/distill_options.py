@@ -1,0 +1,179 @@
+"""What ``train_dmd.py`` can be told, and the presets: numbers of papers, which PAPERS.md quotes, and our own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from command import RunOptions, check_numbers, check_run
+from images import DataOptions
+from monitoring import EvalOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, DataOptions, EvalOptions):
+    """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
+
+    preset: Literal[
+        "digits", "toyworld-1step", "toyworld-4step", "toyworld-1step-lora", "sd15-1step", "sdxl-4step-lora"
+    ] = "digits"
+    """Where all other values come from unless they are given."""
+    teacher: str = "runs/teacher/teacher"
+    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function. With
+    --prompts: name or folder of a diffusers text-to-image pipeline, or "toyworld", the one that ships."""
+    out: Path = Path("runs/student")
+    """Folder for checkpoints, TensorBoard logs and the finished student."""
+    steps: int = 2000
+    """Iterations: updates of the fake score. The student takes one in --student-every."""
+    student_every: int = 2
+    """Fake-score updates per student update (DMD2: 5). The smallest that stays stable learns fastest."""
+    num_steps: int = 1
+    """Steps of the student: 1, or a few with backward simulation."""
+    times: tuple[float, ...] = ()
+    """Times the student is asked at, noisiest first; none: evenly spaced, and as diffusers' LCM schedulers have
+    them where there are prompts."""
+    student_lr: float = 3e-4
+    """Peak learning rate of the student: 100 updates of warm-up, then cosine to zero."""
+    fake_lr: float = 3e-4
+    """Peak learning rate of the fake score, whose cosine ends at a tenth."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance of the teacher; 1 means none."""
+    alpha_in_gradient: bool = False
+    """Keep the factor alpha(t) of the DMD paper's gradient, which its code drops. No difference for EDM."""
+    gan_weight: float = 0.01
+    """Weight of the student's adversarial term; 0: the student never sees real images."""
+    critic_weight: float = 0.01
+    """Weight of the critic's loss beside the fake score's."""
+    warmup_steps: int = 500
+    """Steps of regression on teacher pairs before the distillation; 0 means none. One-step students only."""
+    warmup_lr: float = 1e-3
+    """Peak learning rate of the warm-up."""
+    regression_weight: float = 0.0
+    """Weight of DMD's regression on teacher pairs beside the distillation; 0 means none."""
+    num_pairs: int = 5000
+    """Teacher pairs for the regressions."""
+    pair_steps: int = 50
+    """DDIM steps of each pair."""
+    ema_decay: float = 0.99
+    """Of the student's moving average, ticked on student updates; it is what is saved."""
+    bottleneck: str | None = None
+    """Submodule whose output the critic reads. None: the network's own choice, or its mid_block."""
+    offload: bool = False
+    """Keep the optimisers' state in the computer's memory between their steps."""
+
+    # Text-to-image teachers
+    prompts: str = ""
+    """What the student learns to draw: a text file with a prompt a line; a jsonl file with "prompt" (or "text",
+    "caption") and, for the GAN term, the path of an "image" (or "file_name"); a folder or name that `datasets`
+    loads, with such columns; or "toyworld". Given, the teacher is a text-to-image pipeline."""
+    num_prompts: int = 0
+    """How many of them to use, the first; 0: all, 4,000 of the toy world's."""
+    long_prompts: Literal["stop", "skip", "cut"] = "stop"
+    """What to do about prompts that are longer than the text encoders read."""
+    negative: str = ""
+    """What guidance moves away from."""
+    teacher_size: int = 0
+    """Height and width of the teacher's images in pixels; 0 is its own."""
+    allow_pickle: bool = False
+    """Read weights that are no safetensors. They can run code of whoever made them."""
+    lora: bool = False
+    """Student and fake score are LoRAs on the teacher's one copy of the weights, in place of copies."""
+    lora_rank: int = 64
+    """Rank of both."""
+    lora_alpha: float = 0.0
+    """peft's lora_alpha: the changes are scaled by alpha / rank; 0 is the rank."""
+    validation_prompts: tuple[str, ...] = ()
+    """What is drawn for TensorBoard every --save-every iterations; none: the first eight prompts."""
+
+
+TEXT_ONLY = (
+    "num_prompts", "negative", "teacher_size", "allow_pickle", "lora", "validation_prompts", "lora_alpha",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that are out of range or contradict each other."""
+    check_run(config)
+    check_numbers(
+        config,
+        positive=("student_every", "num_steps", "num_pairs", "pair_steps", "lora_rank"),
+        rates=("student_lr", "fake_lr", "warmup_lr"),
+        not_negative=(
+            "guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight", "num_prompts",
+            "teacher_size", "lora_alpha",
+        ),
+        shares=("ema_decay",),
+    )  # fmt: skip
+    if config.steps < config.student_every:
+        raise ValueError(
+            f"--steps {config.steps} end before the student's first update, which comes at --student-every "
+            f"{config.student_every}."
+        )
+    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
+        raise ValueError(
+            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
+            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
+        )
+    if config.times and len(config.times) != config.num_steps:
+        raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
+    if not config.prompts:
+        for name in TEXT_ONLY:
+            if getattr(config, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for text-to-image teachers: pass --prompts, too.")
+
+
+def toyworld_1step() -> Config:
+    """The pipeline that ships, in minutes on a CPU; LOG.md says what was tried."""
+    return Config(
+        preset="toyworld-1step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step"), steps=1200,
+        batch_size=32, student_every=2, student_lr=2e-4, fake_lr=2e-4, guidance=3.0, gan_weight=3e-3,
+        warmup_steps=300, warmup_lr=5e-4, num_pairs=640, pair_steps=16, ema_decay=0.98, precision="bf16",
+        save_every=200, log_every=20,
+    )  # fmt: skip
+
+
+def toyworld_4step() -> Config:
+    """As :func:`toyworld_1step` in four steps, without the warm-up, which needs one step."""
+    return Config(
+        preset="toyworld-4step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-4step"), steps=1200,
+        batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=3.0,
+        gan_weight=3e-3, warmup_steps=0, ema_decay=0.98, precision="bf16", save_every=200, log_every=20,
+    )  # fmt: skip
+
+
+def toyworld_1step_lora() -> Config:
+    """As :func:`toyworld_1step` on one copy of the weights."""
+    return Config(
+        preset="toyworld-1step-lora", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step-lora"),
+        steps=1200, batch_size=32, student_every=2, student_lr=1e-3, fake_lr=1e-3, guidance=3.0, gan_weight=3e-3,
+        warmup_steps=300, warmup_lr=2e-3, num_pairs=640, pair_steps=16, ema_decay=0.98, lora=True, lora_rank=8,
+        precision="bf16", save_every=200, log_every=20,
+    )  # fmt: skip
+
+
+def sd15_1step() -> Config:
+    """DMD2's one-step student of Stable Diffusion 1.5, of its first stage; its batch of 2,048 is 64 x 32.
+
+    The paper trains 40,000 iterations without the GAN term at 1e-5 and 5,000 with it at 5e-7; the weight here is
+    that of the second. Prompts, and images for the GAN term, are the user's: --prompts.
+    """
+    return Config(
+        preset="sd15-1step", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", out=Path("runs/sd15-1step"),
+        steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5, guidance=1.75,
+        gan_weight=1e-3, critic_weight=1e-2, warmup_steps=0, precision="bf16", gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+def sdxl_4step_lora() -> Config:
+    """DMD2's four-step LoRA of SDXL; its batch of 128 is 64 x 2."""
+    return Config(
+        preset="sdxl-4step-lora", teacher="stabilityai/stable-diffusion-xl-base-1.0",
+        out=Path("runs/sdxl-4step-lora"), steps=16_000, batch_size=2, student_every=5, num_steps=4,
+        student_lr=5e-5, fake_lr=5e-5, guidance=8.0, gan_weight=5e-3, critic_weight=1e-2, warmup_steps=0,
+        lora=True, lora_rank=64, lora_alpha=8.0, precision="bf16", gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "digits": Config, "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step,
+    "toyworld-1step-lora": toyworld_1step_lora, "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora,
+}  # fmt: skip

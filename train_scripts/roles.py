@@ -1,0 +1,145 @@
+"""The parts of a distillation, built from the options of ``train_dmd.py``."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from distill_options import Config
+from fitting import adamw, cosine, progress
+from networks import Teacher, build_network, probe_bottleneck
+from prompted import PromptedTeacher
+from torch import nn
+from torch.optim import Optimizer
+
+from distill.adversarial import Critic, discriminator_head
+from distill.backbone import offload_state, shared_backbone
+from distill.dmd import DMD, GAN, dmd_weight
+from distill.export import lcm_times
+from distill.regression import Regression, make_pairs
+from distill.student import Student, even_times
+from score import Denoiser
+from score.gradient import karras_weight
+from score.randomness import derived_generator
+from score.sampling import grid
+from score.training import EMA, Phase, train
+
+
+def plan_of_pairs(config: Config) -> str:
+    """What ``--dry-run`` says about regression."""
+    if not config.warmup_steps and not config.regression_weight:
+        return ""
+    pairs = f"{config.num_pairs:,} teacher pairs of {config.pair_steps} network calls each"
+    return f"{pairs}, {config.warmup_steps:,} warm-up updates of the student" if config.warmup_steps else pairs
+
+
+def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
+    """Student and fake score as copies of the teacher, dropout off.
+
+    The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
+    """
+    student = copy.deepcopy(teacher.denoiser.network).eval()
+    fake = build_network(teacher.facts, num_steps=fake_steps(config, teacher.facts)).eval()
+    lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
+    if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
+        raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
+    if config.gan_weight > 0:
+        name, channels, size = probe_bottleneck(teacher, config.bottleneck)
+        fake = Critic(fake, name, discriminator_head(channels, size))
+    return student.requires_grad_(True), fake.requires_grad_(True)
+
+
+def build_text_roles(config: Config, teacher: PromptedTeacher) -> tuple[nn.Module, nn.Module]:
+    """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights."""
+    network, device = teacher.denoiser.network, teacher.source.device
+    name, head = None, None
+    if config.gan_weight > 0:
+        name, channels, size = probe_bottleneck(teacher, config.bottleneck)
+        head = discriminator_head(channels, size).to(device)
+    if config.lora:
+        student, fake = shared_backbone(
+            teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None, bottleneck=name, head=head,
+            checkpointing=config.gradient_checkpointing, generator=derived_generator("lora", config.seed),
+        )  # fmt: skip
+        return student.network, fake.network
+    # Weights that learn are float32, whatever the teacher's precision.
+    copies = [copy.deepcopy(network).float().requires_grad_(True) for _ in range(2)]
+    return copies[0], copies[1] if name is None or head is None else Critic(copies[1], name, head)
+
+
+def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
+    """Steps that the fake score can be told, 0 where its network cannot be told."""
+    return config.num_steps if config.num_steps > 1 and facts.get("network") == "mlp" else 0
+
+
+def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn.Module, fake: nn.Module) -> DMD:
+    """The recipe of this script as a :class:`distill.dmd.DMD`."""
+    target = teacher.guided(config.guidance)
+    gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
+    facts = teacher.facts if isinstance(teacher, Teacher) else {}
+    sigma_data = facts.get("sigma_data")
+    return DMD(
+        teacher=target,
+        student=Student(replace(teacher.denoiser, network=student), student_times(config, teacher)),
+        fake=replace(teacher.denoiser, network=fake),
+        shape=teacher.shape,
+        fake_weight=karras_weight(sigma_data) if sigma_data else None,
+        step_key="step" if fake_steps(config, facts) else None,
+        student_every=config.student_every,
+        weight=dmd_weight(config.alpha_in_gradient),
+        gan=gan if config.gan_weight > 0 else None,
+        regression=teacher_pairs(config, target, teacher) if config.regression_weight > 0 else None,
+    )
+
+
+def student_times(config: Config, teacher: Teacher | PromptedTeacher) -> tuple[float, ...]:
+    """When the student is asked: as it is told, or evenly, as its kind is sampled."""
+    spread = lcm_times if isinstance(teacher, PromptedTeacher) else even_times
+    return config.times or spread(teacher.denoiser.schedule, config.num_steps)
+
+
+def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher) -> Regression:
+    """Pairs of the (guided) teacher in 50 DDIM steps, all classes alike."""
+    labels = teacher.cond(torch.arange(config.num_pairs) % max(1, teacher.num_classes))
+    times = grid(target.schedule, config.pair_steps)
+    device = next(teacher.denoiser.network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+        pairs = make_pairs(
+            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
+        )
+    return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
+
+
+def warm_up(config: Config, method: DMD, accelerator: Accelerator, teacher: Teacher | PromptedTeacher) -> None:
+    """Start the student from regression on teacher pairs: it then only has to be moved, not found."""
+    network = method.student.denoiser.network
+    regression = method.regression or teacher_pairs(config, method.teacher, teacher)
+    optimizer = adamw(network, config.warmup_lr)
+    phase = Phase(
+        name="warm-up", network=network, optimizer=optimizer, ema=EMA(network, config.ema_decay),
+        loss=lambda batch, rng: {"loss": regression.loss(method.student, rng)},
+        lr_schedule=cosine(optimizer, config.warmup_steps, warmup=20),
+    )  # fmt: skip
+    reports = train([phase], lambda rng: None, accelerator, steps=config.warmup_steps, seed=config.seed)
+    for _ in progress(reports, "warm-up", config.warmup_steps, accelerator):
+        pass
+    assert phase.ema is not None
+    phase.ema.source.load_state_dict(phase.ema.network.state_dict())
+
+
+def build_phases(config: Config, method: DMD) -> list[Phase]:
+    """AdamW without first-moment memory (beta1 = 0), as the gradient's direction changes under the student."""
+    student: Optimizer = adamw(
+        method.student.denoiser.network, config.student_lr, betas=(0.0, 0.99), kind=config.optimizer
+    )
+    fake: Optimizer = adamw(method.fake.network, config.fake_lr, betas=(0.0, 0.99), kind=config.optimizer)
+    for optimizer in (student, fake) if config.offload else ():
+        offload_state(optimizer)
+    updates = max(1, config.steps // config.student_every)
+    return method.phases(
+        student, fake, student_ema=EMA(method.student.denoiser.network, config.ema_decay),
+        student_lr=cosine(student, updates), fake_lr=cosine(fake, config.steps, floor=0.1),
+    )  # fmt: skip
