@@ -1,0 +1,255 @@
+"""What is exported gives the training-time image in stock diffusers, in another process, for the same noise."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from diffusers import LCMScheduler
+
+from distill.backbone import shared_backbone
+from distill.export import LORA, export_lora, export_pipeline, lcm_times, read_student_facts, scheduler_for
+from distill.student import Student, even_times
+from score.denoiser import NetworkDenoiser
+from score.hub import load_teacher
+from score.network import ResidualMLP
+from score.schedule import RectifiedFlow, VariancePreserving
+from toyworld import pipeline_folder
+
+FAMILIES = {"sd": tiny.sd, "sd2": lambda: tiny.sd("v_prediction"), "sdxl": tiny.sdxl, "sd3": tiny.sd3}
+PROMPTS = ["a red mug", "a blue chair"]
+
+# Nothing of this package: only torch, diffusers and the folder.
+PROGRAM = """
+import json, sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler
+
+answers = {}
+for name, job in json.load(open(sys.argv[1])).items():
+    pipe = DiffusionPipeline.from_pretrained(job["pipeline"], local_files_only=True)
+    if job["lora"]:
+        pipe.load_lora_weights(job["lora"])
+        kinds = {kind.__name__: kind for kind in (FlowMatchLCMScheduler, LCMScheduler)}
+        pipe.scheduler = kinds[job["scheduler"]].from_pretrained(job["lora"], subfolder="scheduler")
+    if job["fuse"]:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.load(job["noise"], weights_only=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(noise))]
+    images = pipe(
+        job["prompts"], latents=noise, generator=generators, num_inference_steps=job["steps"], guidance_scale=1.0,
+        output_type="np",
+    ).images
+    answers[name] = images
+assert not any(module.split(".")[0] in ("score", "distill") for module in sys.modules)
+np.savez(sys.argv[2], **answers)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, make in FAMILIES.items():
+        make().save_pretrained(root / name)
+    return {**{name: root / name for name in FAMILIES}, "toyworld": pipeline_folder()}
+
+
+def changed(network, strength):
+    """Weights that differ from the teacher's, as training makes them."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        spread = strength * (parameter.std(correction=0) + (0.05 if parameter.ndim > 1 else 0))
+        parameter.data += spread * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def make_student(teacher, num_steps, lora):
+    import copy
+
+    denoiser = teacher.denoiser
+    if lora:
+        alpha = 2.0  # a scale of its own has to be exported, too
+        role = shared_backbone(denoiser, rank=4, alpha=alpha, generator=torch.Generator().manual_seed(0))[0]
+        changed(role.network, 0.5)
+    else:
+        role = replace(denoiser, network=changed(copy.deepcopy(denoiser.network), 0.2))
+    return Student(role, lcm_times(denoiser.schedule, num_steps))
+
+
+CASES = [
+    (family, steps, kind)
+    for family in (*FAMILIES, "toyworld")
+    for steps in (1, 4)
+    for kind in ("full", "lora", "fused", "merged")
+    if steps == 4 or kind in ("full", "lora")
+]
+
+
+@pytest.fixture(scope="module")
+def answers(folders, tmp_path_factory):
+    """For every case the training-time images and those of a fresh process."""
+    import numpy as np
+
+    root = tmp_path_factory.mktemp("exported")
+    wanted, jobs, teachers = {}, {}, {}
+    for family, steps, kind in CASES:
+        source, name = folders[family], f"{family}-{steps}-{kind}"
+        if family not in teachers:
+            teachers[family] = load_teacher(source, cache=root / "cache")
+        teacher = teachers[family]
+        student = make_student(teacher, steps, kind != "full")
+        noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
+        torch.save(noise, root / f"{name}.pt")
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        cond = teacher.prompts(PROMPTS)
+        with torch.no_grad():
+            x0 = student.sample(noise, cond, generator=generators)
+            wanted[name] = (teacher.decode(x0).clamp(-1, 1) / 2 + 0.5, teacher.decode(x0).std())
+        lora = kind in ("lora", "fused")
+        out = (export_lora if lora else export_pipeline)(student, source, root / name)
+        scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+        jobs[name] = {
+            "pipeline": str(source if lora else out), "lora": str(out) if lora else "", "fuse": kind == "fused",
+            "scheduler": scheduler, "noise": str(root / f"{name}.pt"), "steps": steps, "prompts": PROMPTS,
+        }  # fmt: skip
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    (root / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(root / "program.py"), str(root / "jobs.json"), str(root / "answers.npz")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = np.load(root / "answers.npz")
+    return root, wanted, {name: torch.from_numpy(found[name]).permute(0, 3, 1, 2) for name in found}
+
+
+@pytest.mark.parametrize(("family", "steps", "kind"), CASES)
+def test_stock_diffusers_gives_the_image_of_the_training(answers, family, steps, kind):
+    _, wanted, found = answers
+    name = f"{family}-{steps}-{kind}"
+    images, spread = wanted[name]
+    assert (found[name] - images).abs().max() <= 2 / 255
+    assert spread > 0.01, "a flat picture would prove nothing"
+    # It is the prompt, the noise and the weights that made it.
+    assert (images[0] - images[1]).abs().max() > 8 / 255
+
+
+def test_another_kind_of_student_gives_another_image(answers):
+    _, wanted, _ = answers
+    assert (wanted["toyworld-4-full"][0] - wanted["toyworld-1-full"][0]).abs().max() > 16 / 255
+    assert (wanted["toyworld-4-lora"][0] - wanted["toyworld-4-full"][0]).abs().max() > 16 / 255
+
+
+def test_the_index_says_how_to_sample(answers):
+    root, _, _ = answers
+    index = json.loads((root / "sd-4-full" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+    facts = {
+        "dmd2_denoising_timesteps": [999.0, 749.0, 499.0, 249.0], "dmd2_num_inference_steps": 4,
+        "dmd2_guidance_scale": 1.0,
+    }  # fmt: skip
+    assert {name: index[name] for name in facts} == facts
+    assert read_student_facts(root / "sd-4-full") == read_student_facts(root / "sd-4-lora") == facts
+    flow = read_student_facts(root / "sd3-4-full")
+    assert flow["dmd2_denoising_timesteps"] == [1000.0, 750.0, 500.0, 250.0]
+    assert flow["dmd2_scheduler_shift"] == 1.0
+    assert not read_student_facts(pipeline_folder())
+
+
+def test_the_card_says_how_to_load(answers):
+    root, _, _ = answers
+    card = (root / "sd-4-full" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers")
+    assert "num_inference_steps=4, guidance_scale=1" in card
+    assert "999, 749, 499, 249" in card
+    card = (root / "sd-1-lora" / "README.md").read_text()
+    assert "load_lora_weights" in card
+    assert 'LCMScheduler.from_pretrained("this folder", subfolder="scheduler")' in card
+    assert (root / "sd-1-lora" / LORA).is_file()
+
+
+def test_an_export_is_a_model_that_our_own_hub_reads(answers):
+    root, wanted, _ = answers
+    teacher = load_teacher(root / "toyworld-1-full", cache=root / "cache")
+    noise = torch.load(root / "toyworld-1-full.pt", weights_only=True)
+    with torch.no_grad():
+        image = teacher.decode(Student(teacher.denoiser, (999.0,)).sample(noise, teacher.prompts(PROMPTS)))
+    assert (image.clamp(-1, 1) / 2 + 0.5 - wanted["toyworld-1-full"][0]).abs().max() < 1e-4
+
+
+# Times.
+
+SETTINGS = {"beta_start": 8.5e-4, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def student_at(times, schedule=None, scale=1.0):
+    kind = "flow" if isinstance(schedule, RectifiedFlow) else "eps"
+    network = ResidualMLP((2,), num_classes=2)
+    return Student(NetworkDenoiser(network, schedule or VariancePreserving.scaled_linear(), kind, scale), times)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8, 50])
+def test_the_schedulers_ask_at_lcm_times(number):
+    for schedule, scale in ((VariancePreserving.scaled_linear(), 1.0), (RectifiedFlow(), 1000.0)):
+        times = lcm_times(schedule, number)
+        scheduler = scheduler_for(student_at(times, schedule, scale), SETTINGS)
+        scheduler.set_timesteps(number)
+        assert scheduler.timesteps.tolist() == pytest.approx([scale * t for t in times], abs=1e-2)
+
+
+def test_lcm_times_are_those_of_the_paper():
+    assert lcm_times(VariancePreserving.scaled_linear(), 4) == (999.0, 749.0, 499.0, 249.0)
+    assert lcm_times(VariancePreserving.scaled_linear(), 1) == (999.0,)
+    assert lcm_times(RectifiedFlow(), 4) == even_times(RectifiedFlow(), 4)
+    with pytest.raises(ValueError, match="takes 1 to 1000 steps; got 1001"):
+        lcm_times(VariancePreserving.scaled_linear(), 1001)
+
+
+@pytest.mark.parametrize("times", [(399.0,), (999.0, 749.0, 500.0, 250.0), (999.0, 500.0), (999.5,)])
+def test_times_that_no_scheduler_has_are_refused_with_those_that_one_has(times):
+    if times == (999.5,):
+        times = (998.5,)
+    with pytest.raises(ValueError, match=r"no LCMScheduler asks at the times .* in \d step.*; expected 999"):
+        scheduler_for(student_at(times), SETTINGS)
+
+
+def test_uneven_times_of_a_flow_are_refused():
+    with pytest.raises(ValueError, match=r"no FlowMatchLCMScheduler asks at the times 1, 0\.9, 0\.25 in 3"):
+        scheduler_for(student_at((1.0, 0.9, 0.25), RectifiedFlow(), 1000.0), {})
+
+
+def test_the_scheduler_has_the_teachers_betas_and_prediction():
+    scheduler = scheduler_for(
+        student_at((999.0,)), {**SETTINGS, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    )
+    assert isinstance(scheduler, LCMScheduler)
+    assert (scheduler.config.beta_end, scheduler.config.prediction_type) == (0.02, "v_prediction")
+    assert scheduler.config.clip_sample is False
+
+
+# What cannot be exported.
+
+
+def test_networks_that_diffusers_does_not_have_are_refused(folders, tmp_path):
+    student = student_at((999.0,))
+    with pytest.raises(ValueError, match="a pipeline holds a network of diffusers; got a ResidualMLP"):
+        export_pipeline(student, folders["sd"], tmp_path / "out")
+    with pytest.raises(ValueError, match="a LoRA is made of a score.lora.Twin; got ResidualMLP"):
+        export_lora(student, folders["sd"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_replaces_an_older_one_as_a_whole(folders, tmp_path):
+    teacher = load_teacher(folders["sd"], cache=tmp_path / "cache")
+    for steps in (4, 1):
+        out = export_pipeline(make_student(teacher, steps, False), folders["sd"], tmp_path / "out")
+    assert read_student_facts(out)["dmd2_num_inference_steps"] == 1
+    assert (
+        sorted(path.name for path in Path(tmp_path).iterdir()) == ["cache", "out"]
+        or not (tmp_path / "cache").exists()
+    )

@@ -1,0 +1,450 @@
+"""train_dmd.py with text-to-image teachers: what it writes, resumes, caches and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import command
+import distill_options
+import evaluate_students
+import numpy as np
+import psutil
+import pytest
+import sample
+import texts
+import tiny_pipelines as tiny
+import torch
+import train_dmd
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from distill_options import PRESETS, Config
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill.export import read_student_facts
+from score import hub
+from toyworld.parts import make_scheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "steps": 4, "batch_size": 4, "student_every": 2, "save_every": 2, "log_every": 1, "warmup_steps": 2,
+    "num_pairs": 4, "pair_steps": 2, "guidance": 3.0,
+}  # fmt: skip
+PROMPTS = ("a red mug", "a blue chair", "cone", "two mugs", "a sea", "a tree")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    before, folder = os.environ.get("XDG_CACHE_HOME"), tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder / "scorefield"
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Tiny models, prompts with and without images."""
+    root = tmp_path_factory.mktemp("texts")
+    tiny.sd().save_pretrained(root / "sd")
+    tiny.sdxl().save_pretrained(root / "sdxl")
+    tiny.pixels().save_pretrained(root / "pixels")
+    (root / "prompts.txt").write_text("\n".join([*PROMPTS, "", "  "]))
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        pixels = np.random.default_rng(number).integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+        rows.append(json.dumps({"text": prompt, "file_name": f"{number}.png"}))
+    (root / "pairs.jsonl").write_text("\n".join(rows))
+    return root
+
+
+def config_of(root, out, **changes):
+    prompts = "pairs.jsonl" if changes.get("gan_weight", 0.01) else "prompts.txt"
+    return Config(**{"teacher": str(root / "sd"), "prompts": str(root / prompts), "out": out, **TINY, **changes})
+
+
+KINDS = {
+    "full": {}, "lora": {"lora": True, "lora_rank": 2, "lora_alpha": 1.0, "gradient_checkpointing": True},
+    "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run of each kind without interruption."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: train_dmd.main(config_of(root, folder / kind, **changes)) for kind, changes in KINDS.items()}
+
+
+def test_a_run_writes_what_diffusers_loads(finished):
+    for kind, steps in (("full", 1), ("four", 4)):
+        pipe = StableDiffusionPipeline.from_pretrained(finished[kind], local_files_only=True)
+        assert isinstance(pipe.scheduler, LCMScheduler)
+        pipe.scheduler.set_timesteps(steps)
+        assert pipe.scheduler.timesteps.tolist() == {1: [999], 4: [999, 749, 499, 249]}[steps]
+        assert read_student_facts(finished[kind])["dmd2_num_inference_steps"] == steps
+    names = {path.name for path in finished["lora"].iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md"}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "four"])
+def test_the_average_is_what_is_exported_and_it_learned(root, finished, kind):
+    average = load_file(finished[kind].parent / "checkpoints" / "step-000000004" / "student.ema.safetensors")
+    if kind == "lora":
+        exported = load_file(finished[kind] / "pytorch_lora_weights.safetensors")
+        assert len(exported) == len(average)
+        name = next(name for name in average if name.endswith("to_q/lora_B/default/weight"))
+        place = name.removeprefix("changes.model/").replace("/default/", ".").replace("/", ".")
+        assert torch.equal(exported[f"unet.{place}"], average[name] * 0.5)  # alpha 1 of rank 2
+        assert average[name].abs().max() > 0
+        size = sum(p.numel() for p in average.values())
+        assert size < 0.5 * sum(x.numel() for x in load_file(finished["full"] / "unet" / WEIGHTS).values())
+        return
+    exported, before = (load_file(folder / "unet" / WEIGHTS) for folder in (finished[kind], root / "sd"))
+    assert exported.keys() == before.keys()
+    assert all(torch.equal(exported[name], average[f"model.{name}"]) for name in exported)
+    assert sum(not torch.equal(exported[name], before[name]) for name in exported) > 0.9 * len(exported)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_tensorboard_shows_losses_and_the_validation_pictures(finished):
+    events = EventAccumulator(str(finished["full"].parent / "logs")).Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"student/gradient_rms", "student/adversarial", "fake/denoising", "fake/critic_accuracy"} <= names
+    (tag,) = events.Tags()["images"]
+    assert [event.step for event in events.Images(tag)] == [2, 4]
+
+
+def test_validation_prompts_are_what_is_drawn(root, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        sys.modules["distill_texts"], "fit", lambda *args, **options: shown.append(options["preview"]())
+    )
+    train_dmd.main(config_of(root, tmp_path / "run", validation_prompts=("x", "y", "a red mug"), warmup_steps=0))
+    assert shown[0].shape == (3, 3, 16, 16)
+    teacher = hub.load_teacher(root / "sd")
+    noise = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    x0 = teacher.denoiser(noise, torch.full((3,), 999.0), teacher.prompts(["x", "y", "a red mug"]))
+    torch.testing.assert_close(shown[0], teacher.decode(x0).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_sdxl_teaches(root, tmp_path):
+    for lora in (False, True):
+        config = config_of(root, tmp_path / str(lora), teacher=str(root / "sdxl"), lora=lora, lora_rank=2)
+        assert read_student_facts(train_dmd.main(config))
+
+
+# Prompts and caches.
+
+
+def test_every_prompt_is_encoded_once_and_every_image_too(root, finished, cache, tmp_path, monkeypatch):
+    count = len(list((cache / "latents").rglob("*.safetensors")))
+    assert count >= 1
+
+    def refuse(*args, **options):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(hub.Teacher, "encode", refuse)
+    monkeypatch.setattr("score.families.StableDiffusionPipeline.encode_prompt", refuse)
+    train_dmd.main(config_of(root, tmp_path / "again", steps=2, warmup_steps=0))
+
+
+def test_the_latents_are_of_the_images_in_their_order(root):
+    teacher = hub.load_teacher(root / "sd")
+    found = texts.encode_images(texts.read_texts(str(root / "pairs.jsonl")), teacher)
+    with Image.open(root / "3.png") as picture:
+        pixels = np.array(picture.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(found[3:4], teacher.encode(image).detach(), rtol=1e-4, atol=1e-4)
+    assert found.shape == (6, 4, 8, 8)
+
+
+def test_prompts_that_do_not_fit_into_memory_are_read_when_needed(root, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["distill_texts"], "IN_MEMORY", 0)
+    stored = train_dmd.main(config_of(root, tmp_path / "run"))
+    one, other = (load_file(folder / "unet" / WEIGHTS) for folder in (finished["full"], stored))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_prompts_of_a_data_set(tmp_path):
+    from datasets import Dataset
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Dataset.from_dict({"caption": ["a mug", " a chair "]}).to_parquet(folder / "train.parquet")
+    assert texts.read_texts(str(folder)).prompts == ("a mug", "a chair")
+
+
+def test_prompts_of_the_toy_world_have_their_renders(cache):
+    found = texts.read_texts("toyworld", 30)
+    assert found.images.shape == (30, 3, 64, 64)
+    assert any("view" not in prompt for prompt in found.prompts)
+    assert any("background" not in prompt for prompt in found.prompts)
+    assert texts.read_texts("toyworld", 30, seed=1).prompts != found.prompts
+    assert texts.read_texts("toyworld", 3).prompts == found.prompts[:3]
+
+
+def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys):
+    path = tmp_path / "long.txt"
+    path.write_text("a mug\n" + "far too long for this\n" + "cone\n")
+    config = config_of(root, tmp_path / "run", prompts=str(path), gan_weight=0.0, steps=2, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"1 of 3 prompts are longer .* 'far too long for this' by \d+ tokens"):
+        train_dmd.main(config)
+    assert not (tmp_path / "run").exists()
+    train_dmd.main(replace(config, long_prompts="skip"))
+    assert "1 of 3 prompts are too long and skipped" in capsys.readouterr().err
+    train_dmd.main(replace(config, long_prompts="cut", out=tmp_path / "cut"))
+    path.write_text("far too long for this\n")
+    with pytest.raises(ValueError, match="none is left"):
+        train_dmd.main(replace(config, long_prompts="skip"))
+
+
+# Resuming.
+
+
+def options_of(config):
+    for name, value in {**TINY, "teacher": config.teacher, "prompts": config.prompts, "out": config.out}.items():
+        yield from (f"--{name.replace('_', '-')}", str(value))
+
+
+class Run:
+    """The script as a process of its own, on one or two ranks."""
+
+    def __init__(self, config, ranks=1, flags=()):
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        self.command = [*launcher, str(ROOT / "train_scripts" / "train_dmd.py"), *options_of(config), *flags]
+        self.log = config.out.with_suffix(".log")
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "TQDM_DISABLE": "1",
+            "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def kill(self):
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+
+def weights_of(folder):
+    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for file, tensors in one.items():
+        assert all(torch.equal(value, other[file][name]) for name, value in tensors.items())
+
+
+def test_a_killed_run_ends_in_the_same_student(root, finished, tmp_path, capsys):
+    config = config_of(root, tmp_path / "cut")
+    run = Run(config)
+    deadline = time.monotonic() + 240
+    while not any(config.out.glob("checkpoints/step-00000000*")):
+        assert run.process.poll() is None, run.log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    run.kill()
+    newest = max(int(path.name[5:]) for path in config.out.glob("checkpoints/step-*"))
+    capsys.readouterr()
+    student = train_dmd.main(config)
+    assert f"resumed from step {newest}" in capsys.readouterr().out
+    assert_equal(weights_of(student), weights_of(finished["full"]))
+
+
+def test_a_lora_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch, capsys):
+    class StopError(Exception):
+        pass
+
+    config = config_of(root, tmp_path / "cut", **KINDS["lora"])
+    fit = sys.modules["distill_texts"].fit
+
+    def stopping(config, *args, **options):
+        def check(step, saving):
+            if step == 3:
+                raise StopError
+
+        fit(config, *args, **options, check=check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["distill_texts"], "fit", stopping)
+        with pytest.raises(StopError):
+            train_dmd.main(config)
+    student = train_dmd.main(config)
+    assert "resumed from step 2" in capsys.readouterr().out
+    assert_equal(weights_of(student), weights_of(finished["lora"]))
+
+
+def test_two_ranks_share_one_lora(root, tmp_path):
+    config = config_of(root, tmp_path / "two", gan_weight=0.01)
+    run = Run(config, ranks=2, flags=("--lora", "--lora-rank", "2"))
+    assert run.process.wait(timeout=300) == 0, run.log.read_text()
+    assert (config.out / "student" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_another_prompt_file_is_another_run(root, finished, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text((root / "pairs.jsonl").read_text().replace("a red mug", "a red cup"))
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes((root / f"{number}.png").read_bytes())
+    with pytest.raises(ValueError, match="belongs to another config .*prompts"):
+        train_dmd.main(config_of(root, finished["full"].parent, prompts=str(other)))
+
+
+# Refusals.
+
+
+def bad_files(folder):
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80")
+    (folder / "cut.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
+    (folder / "list.jsonl").write_text("[1]\n")
+    (folder / "blank.jsonl").write_text('{"prompt": "  "}\n')
+    (folder / "none.jsonl").write_text('{"label": 3}\n')
+    (folder / "some.jsonl").write_text('{"prompt": "a", "image": "0.png"}\n{"prompt": "b"}\n')
+    (folder / "lost.jsonl").write_text('{"prompt": "a", "image": "lost.png"}\n')
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"prompts": "{bad}/empty.txt"}, "holds no prompt"), ({"prompts": "{bad}/bytes.txt"}, "cannot be read as text"),
+    ({"prompts": "{bad}/cut.jsonl"}, "line 2, is no JSON"), ({"prompts": "{bad}/list.jsonl"}, "must be an object"),
+    ({"prompts": "{bad}/blank.jsonl"}, "row 1 has no prompt"), ({"prompts": "{bad}/none.jsonl"}, "has no prompt"),
+    ({"prompts": "{bad}/some.jsonl"}, "1 of 2 prompts have an image"),
+    ({"prompts": "{bad}/lost.jsonl"}, "lost.png cannot be used"), ({"prompts": "{bad}/gone.txt"}, "no such file"),
+    ({"prompts": "{root}/prompts.txt"}, "holds no images, which the GAN term needs"),
+    ({"teacher": "{root}/pixels"}, "takes no prompts"), ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
+    ({"teacher": "{student}"}, "is a student"),
+    ({"lora": True, "lora_rank": 0}, "--lora-rank must be above 0; got 0"),
+    ({"lora": True, "lora_alpha": -1.0}, "--lora-alpha must be at least 0"),
+    ({"times": (399.0,)}, "no LCMScheduler asks at the times 399 in 1 step"),
+    ({"times": (1200.0,)}, r"times must lie in \["), ({"times": (999.0, 499.0)}, "--times must be --num-steps 1"),
+    ({"num_steps": 1001, "warmup_steps": 0}, "takes 1 to 1000 steps; got 1001"),
+    ({"num_steps": 4}, "needs --num-steps 1"), ({"num_prompts": -1}, "--num-prompts must be at least 0"),
+    ({"validation_prompts": ("a", " ")}, "--validation-prompts must say something"),
+    ({"lora": True, "compile": True}, "--compile is not for --lora"), ({"guidance": -1.0}, "--guidance"),
+    ({"prompts": "", "lora": True}, "--lora is for text-to-image teachers"),
+    ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"teacher_size": 15}, "multiples of"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_path, changes, message):
+    places = {"{bad}": str(bad_files(tmp_path)), "{root}": str(root), "{student}": str(finished["full"])}
+    for place, path in places.items():
+        changes = {k: v.replace(place, path) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        train_dmd.main(replace(config_of(root, tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_family_that_cannot_teach_is_named(root, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="unsupported pipeline class 'FluxPipeline'; expected one of"):
+        train_dmd.main(config_of(root, tmp_path / "run", teacher=str(folder)))
+
+
+def test_the_command_line_exits_with_2_and_one_line(root, tmp_path, monkeypatch, capsys):
+    line = ["train_dmd.py", "--teacher", str(root / "sd"), "--prompts", "gone.txt", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(train_dmd.main, Config, "", presets=PRESETS)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --prompts gone.txt: no such file")
+
+
+def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys, "argv", ["train_dmd.py", "--preset", "sdxl-4step-lora", "--prompts", "x", "--steps", "9"]
+    )
+    command.run(seen.append, Config, "", presets=PRESETS)
+    assert seen == [replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)]
+    monkeypatch.setattr(sys, "argv", ["train_dmd.py"])
+    command.run(seen.append, Config, "", presets=PRESETS)
+    assert seen[1] == Config()
+    assert all(PRESETS[name]().preset == name for name in PRESETS)
+
+
+def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys):
+    for lora in (False, True):
+        train_dmd.main(config_of(root, tmp_path / "run", lora=lora, lora_rank=1, dry_run=True, gan_weight=0.0))
+    said = capsys.readouterr().out.split('"preset"')
+    size = sum(p.numel() for p in hub.load_teacher(root / "sd").denoiser.network.parameters())
+    assert (
+        f"student: {size:,} parameters, {4 * size:,} bytes of weights, {12 * size:,} bytes of gradients" in said[1]
+    )
+    learned = [
+        int(line.split()[1].replace(",", "")) for line in said[2].splitlines() if line.startswith("student:")
+    ]
+    assert 0 < learned[0] < size / 2
+    assert not (tmp_path / "run").exists()
+
+
+# What reads the result.
+
+
+def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
+    config = sample.Config(model=str(finished["four"]), prompts=PROMPTS[:2], num_images=2, out=tmp_path / "a.npz")
+    images = np.load(sample.main(config))["images"]
+    teacher = hub.load_teacher(finished["four"])
+    pipe = StableDiffusionPipeline.from_pretrained(finished["four"], local_files_only=True)
+    generators = [sample.derived_generator(0, "sample", number) for number in range(2)]
+    noise = torch.stack([torch.randn(teacher.shape, generator=generator) for generator in generators])
+    expected = pipe(
+        list(PROMPTS[:2]), latents=noise, generator=generators, num_inference_steps=4, guidance_scale=1,
+        output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(images - (255 * expected).round().transpose(0, 3, 1, 2)).max() <= 2
+    with pytest.raises(ValueError, match="--guidance must be 1 here, since a student has it built in"):
+        sample.main(replace(config, guidance=2.0))
+
+
+def test_students_are_measured_beside_their_teacher(cache, tmp_path):
+    """On a pipeline of the toy world's shape, since the judge sees 64 x 64 pixels."""
+    settings = {
+        **TINY,
+        "teacher": "toyworld",
+        "prompts": "toyworld",
+        "num_prompts": 8,
+        "steps": 2,
+        "eval_every": 2,
+    }
+    students = [
+        train_dmd.main(Config(out=tmp_path / str(lora), lora=lora, lora_rank=2, eval_images=4, **settings))
+        for lora in (False, True)
+    ]
+    events = EventAccumulator(str(tmp_path / "False" / "logs")).Reload()
+    assert {"eval/frechet_distance", "eval/shape"} <= set(events.Tags()["scalars"])
+    config = evaluate_students.Config(
+        students=tuple(students), out=tmp_path / "figures", num_prompts=4, num_renders=20, steps=2, device="cpu"
+    )
+    figures = json.loads((evaluate_students.main(config) / "figures.json").read_text())
+    assert figures["teacher"]["frechet_distance"] > 0
+    for folder in students:
+        own = figures[str(folder)]
+        assert own["frechet_ratio"] == own["frechet_distance"] / figures["teacher"]["frechet_distance"]
+    assert figures[str(students[0])]["frechet_distance"] != figures[str(students[1])]["frechet_distance"]
+    with Image.open(tmp_path / "figures" / "contact_sheet.png") as sheet:
+        assert sheet.size[1] >= 3 * 64
+    with pytest.raises(ValueError, match="is no folder that train_dmd.py wrote"):
+        evaluate_students.main(replace(config, students=(tmp_path,)))
+
+
+def test_the_toy_worlds_teacher_has_the_betas_that_students_get():
+    assert make_scheduler().config.prediction_type == "v_prediction"

@@ -1,0 +1,144 @@
+"""How near are few-step students to their teacher? The judge's answers, Fréchet distances, a contact sheet.
+
+    python train_scripts/evaluate_students.py --students runs/text-1step/student runs/text-4step/student
+
+Teacher and students are loaded and called as any program would that imports diffusers alone. The teacher's pictures
+are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import check_device, check_numbers, check_out, fingerprint, run
+from diffusers import FlowMatchLCMScheduler, LCMScheduler, StableDiffusionPipeline
+from evaluate_toyworld import Config as Drawing
+from evaluate_toyworld import draw
+from judged import Bench, make_bench
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+import toyworld
+from distill.export import FACTS, read_student_facts
+from score.cache import TensorCache
+from score.pretrained import read_json
+from score.prompts import default_cache_folder
+
+SCHEDULERS = {kind.__name__: kind for kind in (LCMScheduler, FlowMatchLCMScheduler)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure students of the toy world's pipeline beside it."""
+
+    students: tuple[Path, ...]
+    """Folders that train_dmd.py wrote: pipelines, or LoRAs."""
+    teacher: Path = toyworld.pipeline_folder()
+    """Folder of the pipeline they learned from."""
+    out: Path = Path("runs/students")
+    """Folder for figures.json and the contact sheet."""
+    num_prompts: int = 500
+    """Captions of scenes that nothing was trained on."""
+    num_renders: int = 2000
+    """Renders to compare with."""
+    guidance: float = 3.0
+    """Of the teacher."""
+    steps: int = 50
+    """DDIM steps of the teacher."""
+    batch_size: int = 50
+    """Pictures at a time."""
+    seed: int = 0
+    """Of scenes and noise; trainings watch themselves on those of seed 1."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to draw."""
+
+
+def main(config: Config) -> Path:
+    """Measure, print and write the figures."""
+    check(config)
+    bench = make_bench(config.num_prompts, config.num_renders, config.seed)
+    drawn = {"teacher": teacher_pictures(config, bench)}
+    drawn |= {str(folder): student_pictures(config, folder, bench) for folder in config.students}
+    figures: dict[str, Any] = {name: bench.figures(pictures) for name, pictures in drawn.items()}
+    teacher = figures["teacher"]
+    for folder in config.students:
+        own = figures[str(folder)]
+        own["frechet_ratio"] = own["frechet_distance"] / teacher["frechet_distance"]
+        own["shape_gap"] = own["shape"] - teacher["shape"]
+        own["num_steps"] = read_student_facts(folder)["dmd2_num_inference_steps"]
+    settings = {
+        name: getattr(config, name) for name in ("num_prompts", "num_renders", "guidance", "steps", "seed")
+    }
+    figures["settings"] = settings
+    print(json.dumps(figures, indent=2))
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    sheet = make_grid(torch.cat([pictures[:16] for pictures in drawn.values()]), nrow=16, padding=2)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(config.out / "contact_sheet.png")
+    print(f"figures and contact sheet (a row each: {', '.join(drawn)}) in {config.out}")
+    return config.out
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that cannot work, before anything is drawn."""
+    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
+    check_out(config.out)
+    check_device(config.device)
+    if min(config.num_prompts, config.num_renders) < 2:
+        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    for folder in config.students:
+        if not read_student_facts(folder):
+            raise ValueError(
+                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher."
+            )
+
+
+def teacher_pictures(config: Config, bench: Bench) -> Tensor:
+    """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
+    pipeline = load(config.teacher, config.device)
+    weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
+    cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
+    key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
+    entry = cache.load(key)
+    if entry is None:
+        made = draw(drawing(config, config.steps, config.guidance), pipeline, bench.prompts)
+        entry = cache.store(key, {"pictures": ((made + 1) * 127.5).round().to(torch.uint8)})
+    return entry["pictures"].float() / 127.5 - 1
+
+
+def student_pictures(config: Config, folder: Path, bench: Bench) -> Tensor:
+    """A student's pictures, at its own number of steps."""
+    facts = read_student_facts(folder)
+    pipeline = load_student(config, folder)
+    steps, guidance = facts["dmd2_num_inference_steps"], facts["dmd2_guidance_scale"]
+    return draw(drawing(config, steps, guidance), pipeline, bench.prompts)
+
+
+def load_student(config: Config, folder: Path) -> Any:
+    """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
+    if not (folder / FACTS).is_file():
+        return load(folder, config.device)
+    pipeline = load(config.teacher, config.device)
+    pipeline.load_lora_weights(folder)
+    kind = SCHEDULERS[read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]]
+    pipeline.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    return pipeline
+
+
+def load(folder: Path, device: str) -> Any:
+    """A pipeline of diffusers."""
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return pipeline.to(device)
+
+
+def drawing(config: Config, steps: int, guidance: float) -> Drawing:
+    """How to draw: each prompt from noise of its own, the same for teacher and students."""
+    return Drawing(steps=steps, guidance=guidance, batch_size=config.batch_size, seed=config.seed)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
