@@ -4,17 +4,22 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SEEDS ?= 0 1 2
 SEEDS_3D ?= 0 1
+SEEDS_TEXT ?= 0
 PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purple letter L" "an orange cube"
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-long demo-3d test test-slow lint clean
+.PHONY: demo demo-long demo-3d demo-text test test-slow lint clean
 
 demo: $(VENV)/demo
 	$(RUN) train_scripts/quickstart.py --out runs/demo
 
 demo-long: $(VENV)/demo
 	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
+
+demo-text: $(VENV)/demo
+	for seed in $(SEEDS_TEXT); do $(RUN) train_scripts/train_dmd.py --preset toyworld-1step --seed $$seed --out runs/demo-text/1step-$$seed || exit 1; done
+	$(RUN) train_scripts/evaluate_students.py --students $(SEEDS_TEXT:%=runs/demo-text/1step-%/student) --out runs/demo-text/figures
 
 demo-3d: $(VENV)/nerf
 	runs=; for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \

@@ -50,7 +50,8 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
     """The scheduler of diffusers that asks at the student's times, in as many steps as it has.
 
     LCMScheduler for variance-preserving teachers, FlowMatchLCMScheduler for flows: between two steps both draw new
-    noise on the clean image, as :meth:`distill.student.Student.sample` does.
+    noise on the clean image, as :meth:`distill.student.Student.sample` does. SD3's pipeline does not hand its
+    ``generator`` on to the scheduler: there that noise is of torch's global generator.
 
     Args:
         student: times and schedule are read of it.

@@ -1,11 +1,12 @@
 """What is exported gives the training-time image in stock diffusers, in another process, for the same noise."""
 
+import copy
 import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -43,6 +44,7 @@ for name, job in json.load(open(sys.argv[1])).items():
     pipe.set_progress_bar_config(disable=True)
     noise = torch.load(job["noise"], weights_only=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(noise))]
+    torch.manual_seed(7)
     images = pipe(
         job["prompts"], latents=noise, generator=generators, num_inference_steps=job["steps"], guidance_scale=1.0,
         output_type="np",
@@ -71,8 +73,6 @@ def changed(network, strength):
 
 
 def make_student(teacher, num_steps, lora):
-    import copy
-
     denoiser = teacher.denoiser
     if lora:
         alpha = 2.0  # a scale of its own has to be exported, too
@@ -95,8 +95,6 @@ CASES = [
 @pytest.fixture(scope="module")
 def answers(folders, tmp_path_factory):
     """For every case the training-time images and those of a fresh process."""
-    import numpy as np
-
     root = tmp_path_factory.mktemp("exported")
     wanted, jobs, teachers = {}, {}, {}
     for family, steps, kind in CASES:
@@ -108,6 +106,8 @@ def answers(folders, tmp_path_factory):
         noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
         torch.save(noise, root / f"{name}.pt")
         generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        if family == "sd3":  # whose pipeline draws between steps from the global generator, whatever it is given
+            generators = torch.Generator().manual_seed(7)
         cond = teacher.prompts(PROMPTS)
         with torch.no_grad():
             x0 = student.sample(noise, cond, generator=generators)
@@ -210,10 +210,8 @@ def test_lcm_times_are_those_of_the_paper():
         lcm_times(VariancePreserving.scaled_linear(), 1001)
 
 
-@pytest.mark.parametrize("times", [(399.0,), (999.0, 749.0, 500.0, 250.0), (999.0, 500.0), (999.5,)])
+@pytest.mark.parametrize("times", [(399.0,), (999.0, 749.0, 500.0, 250.0), (999.0, 500.0), (998.5,)])
 def test_times_that_no_scheduler_has_are_refused_with_those_that_one_has(times):
-    if times == (999.5,):
-        times = (998.5,)
     with pytest.raises(ValueError, match=r"no LCMScheduler asks at the times .* in \d step.*; expected 999"):
         scheduler_for(student_at(times), SETTINGS)
 
@@ -239,7 +237,7 @@ def test_networks_that_diffusers_does_not_have_are_refused(folders, tmp_path):
     student = student_at((999.0,))
     with pytest.raises(ValueError, match="a pipeline holds a network of diffusers; got a ResidualMLP"):
         export_pipeline(student, folders["sd"], tmp_path / "out")
-    with pytest.raises(ValueError, match="a LoRA is made of a score.lora.Twin; got ResidualMLP"):
+    with pytest.raises(ValueError, match=r"a LoRA is made of a score\.lora\.Twin; got ResidualMLP"):
         export_lora(student, folders["sd"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -249,7 +247,4 @@ def test_an_export_replaces_an_older_one_as_a_whole(folders, tmp_path):
     for steps in (4, 1):
         out = export_pipeline(make_student(teacher, steps, False), folders["sd"], tmp_path / "out")
     assert read_student_facts(out)["dmd2_num_inference_steps"] == 1
-    assert (
-        sorted(path.name for path in Path(tmp_path).iterdir()) == ["cache", "out"]
-        or not (tmp_path / "cache").exists()
-    )
+    assert not list(tmp_path.glob(".*"))

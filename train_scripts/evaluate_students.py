@@ -2,8 +2,8 @@
 
     python train_scripts/evaluate_students.py --students runs/text-1step/student runs/text-4step/student
 
-Teacher and students are loaded and called as any program would that imports diffusers alone. The teacher's pictures
-are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
+Teacher and students are loaded and called as any program would that imports diffusers alone. The teacher's
+pictures are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
 """
 
 import json
@@ -76,7 +76,8 @@ def main(config: Config) -> Path:
     print(json.dumps(figures, indent=2))
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
-    sheet = make_grid(torch.cat([pictures[:16] for pictures in drawn.values()]), nrow=16, padding=2)
+    columns = min(16, config.num_prompts)
+    sheet = make_grid(torch.cat([pictures[:columns] for pictures in drawn.values()]), nrow=columns, padding=2)
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(config.out / "contact_sheet.png")
     print(f"figures and contact sheet (a row each: {', '.join(drawn)}) in {config.out}")

@@ -18,6 +18,9 @@ from toyworld.captions import Attributes, caption, describe
 from toyworld.data import HELD_OUT, draw_scenes
 from toyworld.judge import Judge, accuracies, as_pictures, load_judge
 
+NUM_RENDERS = 2000
+"""Renders that a training compares its student's pictures with."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bench:
@@ -66,7 +69,7 @@ def text_watch(config: Any, student: Student, source: hub.Teacher) -> Callable[[
     """
     if not config.eval_every or not is_first_rank():
         return lambda step: {}
-    bench = make_bench(config.eval_images, 2000, seed=1)
+    bench = make_bench(config.eval_images, NUM_RENDERS, seed=1)
     device = source.device
     # The prompts are new to a teacher whose text encoders are gone, so it is loaded again for a moment.
     cond = {name: value.to(device) for name, value in encoded(config, bench.prompts).items()}

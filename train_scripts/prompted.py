@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.export import read_student_facts
 from score import Cond, Denoiser, NetworkDenoiser, guided, hub
 
 
@@ -28,6 +29,7 @@ class PromptedTeacher:
     negative: Cond | None
     num_classes: int
     times: tuple[float, ...] = ()
+    """Conditioning times, for a student that ``distill.export`` wrote; empty for a teacher."""
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -48,6 +50,8 @@ class PromptedTeacher:
         """The denoiser under classifier-free guidance, 1 for none. Raises ``ValueError`` without prompts."""
         if scale == 1:
             return self.denoiser
+        if self.times:
+            raise ValueError(f"--guidance must be 1 here, since a student has it built in; got {scale}.")
         if self.negative is None:
             raise ValueError(f"--guidance must be 1 here, since this model takes no prompts; got {scale}.")
         return guided(self.denoiser, scale, self.negative)
@@ -97,4 +101,6 @@ def load_prompted(
     if not prompts:
         raise ValueError(f'{name} draws what --prompts ask for, such as "a red mug"; got none.')
     conds, away = teacher.prompts(prompts), teacher.negative(negative)
-    return PromptedTeacher(teacher.without_text_encoders(), conds, away, len(prompts))
+    asked = read_student_facts(hub.pipeline_folder(name)).get("dmd2_denoising_timesteps", ())
+    times = tuple(t / teacher.denoiser.time_scale for t in asked)
+    return PromptedTeacher(teacher.without_text_encoders(), conds, away, len(prompts), times)

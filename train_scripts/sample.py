@@ -158,7 +158,7 @@ def make(config: Config, model: Teacher | PromptedTeacher, part: Tensor, labels:
     noise = torch.stack([torch.randn(model.shape, generator=generator) for generator in generators]).to(device)
     cond = model.cond(labels.to(device))
     if model.times:
-        return Student(model.denoiser, model.times).sample(noise, cond, generator=generators).cpu()
+        return model.decode(Student(model.denoiser, model.times).sample(noise, cond, generator=generators)).cpu()
     denoiser = model.guided(config.guidance)
     times = grid(denoiser.schedule, config.steps, shift=model.shift)
     x_t = initial_noise(denoiser.schedule, noise, float(times[0]))

@@ -179,5 +179,5 @@ def as_bytes(images: Sequence[Any] | Tensor, size: tuple[int, int]) -> Tensor:
             pixels = square(picture.convert("RGB"), size[0], size[0])
         except (OSError, ValueError) as error:
             raise ValueError(f"the image {image} cannot be used: {error}") from error
-        made.append(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+        made.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
     return torch.stack(made)
