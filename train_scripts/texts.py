@@ -108,7 +108,8 @@ def load_rows(source: str) -> Any:
     """A data set of ``datasets``: its "train" part. Raises ``ValueError`` if there is none."""
     import datasets
 
-    if not Path(source).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    is_file = Path(source).suffix in (".txt", ".jsonl", ".json", ".csv")
+    if not Path(source).exists() and (is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
         raise ValueError(f"--prompts {source}: no such file; expected a text or jsonl file, or a data set.")
     try:
         return datasets.load_dataset(source, split="train")
