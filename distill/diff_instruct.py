@@ -24,10 +24,13 @@ def unit(t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def integral_kl(w: TimeWeight = unit) -> Weight:
-    """w(t) (alpha / sigma)^2, for ``DMD.weight``; w = (sigma / alpha)^2 weighs all gaps in x0 the same."""
+    """w(t) (alpha / sigma)^2, for ``DMD.weight``; w = (sigma / alpha)^2 weighs all gaps in x0 the same.
+
+    At sigma = 0, where both networks read x0 off the image, it is finite and the gap is 0.
+    """
 
     def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
         del target
-        return per_sample(w(t, schedule) / schedule.ratio(t) ** 2, x0)
+        return per_sample(w(t, schedule) / schedule.ratio(t).clamp(min=1e-5) ** 2, x0)
 
     return weight

@@ -118,12 +118,16 @@ class DMD:
                 f"student_every must be at least 1; got {self.student_every}. 5 means five fake-score updates for "
                 "each student update."
             )
+        self._difference(self.fake)  # or it says why not
 
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
         """Weight * (fake - teacher) at one draw of t and noise; ``fake_cond`` adds to or overrides ``cond``."""
         baseline = Conditioned(self.fake.unwrapped(), fake_cond)
-        method = ScoreDistillation(teacher=self.teacher, baseline=baseline, times=self.times, weight=self.weight)
-        return method.gradient(x0, cond, generator=generator)
+        return self._difference(baseline).gradient(x0, cond, generator=generator)
+
+    def _difference(self, baseline: Denoiser) -> ScoreDistillation:
+        """Raises ``ValueError`` for a teacher on another schedule."""
+        return ScoreDistillation(teacher=self.teacher, baseline=baseline, times=self.times, weight=self.weight)
 
     @torch.no_grad()
     def check(self, batch: Mapping[str, Any]) -> None:

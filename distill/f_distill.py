@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from distill.dmd import DMD
 from score.denoiser import Cond
-from score.gradient import ScoreGradient, weighted_gap
+from score.gradient import ScoreGradient, check_shapes, weighted_gap
 from score.schedule import Images, per_sample
 
 Divergence = Callable[[Float[Tensor, " b"]], Float[Tensor, " b"]]
@@ -42,9 +42,13 @@ neyman: (1 - r)^2 / r.
 class FDistill(DMD):
     """DMD whose gradient is weighted by h(r) of each sample; its fake score is, or holds, a critic.
 
+    The critic is that of ``gan``, which trains it; ``GAN(generator_weight=0)`` gives the student no term of its own from it.
+
     Args:
         divergence: one of ``DIVERGENCES``, or another function of log r.
-        normalise: divide h by its mean over the batch, which keeps the learning rate's meaning (section 4).
+        normalise: divide h by its mean, which keeps the learning rate's meaning (section 4). The mean is that of
+            the micro-batch on this rank: unlike a running mean for each range of t it knows nothing of t, so a
+            batch should hold a dozen samples or more.
         log_ratio_limit: log r is clamped to this, since a critic that is sure would give one sample all weight.
     """
 
@@ -58,10 +62,19 @@ class FDistill(DMD):
             raise ValueError(
                 f"log_ratio_limit must be above 0; got {self.log_ratio_limit}. 8 is a ratio of 3,000."
             )
+        if self.gan is None:
+            raise ValueError(
+                "f-distill reads the ratio of densities off a critic, which nothing trains with gan=None. Pass a GAN."
+            )
 
     @torch.no_grad()
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """DMD's times h(r), at one draw of t and noise. Raises ``ValueError`` for a fake score without critic."""
+        """DMD's times h(r), at one draw of t and noise.
+
+        Raises ``ValueError`` for a fake score without critic, and for one sample, whose h is its own mean.
+        """
+        if self.normalise and len(x0) < 2:
+            raise ValueError("h divided by the mean of one sample is 1. Pass two or more, or normalise=False.")
         t, x_t = self.noisy(x0, cond, self.times, generator)
         fake, extras = self.fake.unwrapped().with_extras(x_t, t, {**cond, **fake_cond})
         if not extras:
@@ -69,6 +82,7 @@ class FDistill(DMD):
                 "f-distill reads the ratio of densities off a critic; the fake score returns no logits."
             )
         target = self.teacher(x_t, t, cond)
+        check_shapes(x0, {"teacher": target, "fake score": fake})
         h = self.divergence(extras[0].to(x0).clamp(-self.log_ratio_limit, self.log_ratio_limit))
         h = h / h.mean() if self.normalise else h
         weight = per_sample(h, x0) * self.weight(x0, target, t, self.fake.schedule)

@@ -15,7 +15,7 @@ from torch import Generator
 
 from distill.dmd import DMD
 from score.denoiser import Cond
-from score.gradient import ScoreGradient, described
+from score.gradient import ScoreGradient, check_shapes, described
 from score.schedule import Images
 from score.times import TimeSampler, uniform
 
@@ -46,6 +46,7 @@ class SiD(DMD):
         with torch.enable_grad():
             t, x_t = self.noisy(x, cond, self.times, generator)
             real, fake = self.teacher(x_t, t, cond), self.fake.unwrapped()(x_t, t, {**cond, **fake_cond})
+            check_shapes(x, {"teacher": real, "fake score": fake})
             weight = self.weight(x.detach(), real.detach(), t, self.fake.schedule)
             gap = real - fake
             loss = (weight * gap * (real - x - self.mixture * gap)).sum()

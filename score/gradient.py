@@ -108,11 +108,7 @@ class ScoreDistillation:
         t = self.times(len(x0), schedule, generator).to(x0.device)
         x_t = schedule.diffuse(x0, self.noise(x0, cond, t, generator), t)
         baseline, target = self._ends(x0, x_t, t, cond)
-        for name, image in (("teacher", target), ("baseline", baseline)):
-            if image.shape != x0.shape:
-                raise ValueError(
-                    f"{name} must return the shape of x0 {tuple(x0.shape)}; got {tuple(image.shape)}."
-                )
+        check_shapes(x0, {"teacher": target, "baseline": baseline})
         return weighted_gap(self.weight(x0, target, t, schedule), baseline - target, t)
 
     def _ends(self, x0: Images, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, Tensor]:
@@ -122,6 +118,13 @@ class ScoreDistillation:
             baseline, target = under_each(self.teacher, x_t, t, ({**cond, **one.cond}, cond))
             return baseline, target
         return x0 if one is None else one(x_t, t, cond), self.teacher(x_t, t, cond)
+
+
+def check_shapes(x0: Images, answers: Mapping[str, Images]) -> None:
+    """Raise ``ValueError`` naming the denoiser whose answer has not the shape of x0."""
+    for name, image in answers.items():
+        if image.shape != x0.shape:
+            raise ValueError(f"{name} must return the shape of x0 {tuple(x0.shape)}; got {tuple(image.shape)}.")
 
 
 def weighted_gap(weight: Tensor, gap: Images, t: PerSample) -> ScoreGradient:

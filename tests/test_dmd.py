@@ -7,8 +7,11 @@ import torch
 from torch.nn.functional import softplus
 
 from distill.adversarial import Critic, critic_accuracy, critic_loss, discriminator_head
+from distill.diff_instruct import integral_kl
 from distill.dmd import DMD, GAN, dmd_weight
+from distill.f_distill import FDistill
 from distill.regression import Pairs, Regression, squared_error
+from distill.sid import SiD
 from distill.student import Student, even_times
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser
 from score.gradient import denoising_loss, karras_weight, prediction_weight
@@ -48,20 +51,24 @@ def make_pairs(dtype):
 
 
 def make_dmd(schedule, method="DMD", dtype=torch.float32, **settings):
-    """DMD, DMD + GAN, DMD + regression, or a two-step student whose fake score is told the step."""
+    """DMD, DMD + GAN, DMD + regression, a two-step student whose fake score is told the step, or a relative."""
     num_steps = 2 if method == "few-step" else 1
+    listens = method in WITH_GAN
     parts = {
         "teacher": make_denoiser(schedule, 0, dtype=dtype),
         "student": Student(make_denoiser(schedule, 1, dtype=dtype), even_times(schedule, num_steps)),
-        "fake": make_denoiser(schedule, 2, method == "GAN", 2 if num_steps == 2 else 0, dtype),
-        "gan": GAN(generator_weight=0.3, critic_weight=0.2) if method == "GAN" else None,
+        "fake": make_denoiser(schedule, 2, listens, 2 if num_steps == 2 else 0, dtype),
+        "gan": GAN(generator_weight=0.3, critic_weight=0.2) if listens else None,
         "regression": Regression(pairs=make_pairs(dtype), batch=4) if method == "regression" else None,
         "step_key": "step" if num_steps == 2 else None,
     }
-    return DMD(shape=(2,), **{**parts, **settings})
+    parts |= {"weight": integral_kl()} if method == "Diff-Instruct" else {}
+    kind = {"SiD": SiD, "f-distill": FDistill}.get(method, DMD)
+    return kind(shape=(2,), **{**parts, **settings})
 
 
-METHODS = ["DMD", "GAN", "regression", "few-step"]
+METHODS = ["DMD", "GAN", "regression", "few-step", "SiD", "f-distill", "Diff-Instruct"]
+WITH_GAN = ("GAN", "f-distill")
 
 
 def make_batch(dtype=torch.float64, seed=5, grad=True):
@@ -398,13 +405,11 @@ def test_check_refuses_a_gan_whose_fake_score_is_no_critic(schedule):
         dmd.check(batch_of(RNG))
 
 
-def test_check_refuses_schedules_that_differ(schedules):
-    dmd = make_dmd(schedules["karras"], teacher=make_denoiser(schedules["flow"], 0))
-    with pytest.raises(ValueError, match="must share a schedule"):
-        dmd.check(batch_of(RNG))
-    dmd = make_dmd(Karras(), teacher=make_denoiser(Karras(t_max=70.0), 0))
-    with pytest.raises(ValueError, match="must share a schedule"):
-        dmd.check(batch_of(RNG))
+@pytest.mark.parametrize("method", METHODS)
+def test_schedules_that_differ_are_refused(schedules, method):
+    for schedule, teachers in ((schedules["karras"], schedules["flow"]), (Karras(), Karras(t_max=70.0))):
+        with pytest.raises(ValueError, match="must share a schedule"):
+            make_dmd(schedule, method, teacher=make_denoiser(teachers, 0))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher", "fake"])
@@ -458,7 +463,7 @@ def test_contract_shape_dtype_finite_and_reproducible(schedule, method, end):
     if end != "drawn":
         times = constant(getattr(schedule, end))
         settings = {"times": times, "fake_times": times}
-        settings |= {"gan": GAN(times=times)} if method == "GAN" else {}
+        settings |= {"gan": GAN(times=times)} if method in WITH_GAN else {}
     dmd = make_dmd(schedule, method, **settings)
     x0, losses = one_iteration(dmd, RNG)
     assert (x0.shape, x0.dtype) == ((B, 2), torch.float32)

@@ -16,6 +16,7 @@ from distill.sid import SiD
 from distill.student import Student, even_times
 from score.denoiser import NetworkDenoiser
 from score.exact import GaussianMixture
+from score.gradient import inject
 from score.guidance import guided
 from score.network import ResidualMLP
 from score.randomness import Rng
@@ -52,7 +53,8 @@ def exact(kind, schedule, t, **settings):
     real, fake = gaussian(M, S, schedule), gaussian(B, A, schedule)
     network = NetworkDenoiser(Told(fake, real), schedule, "x0")
     student = Student(network, even_times(schedule, 1))
-    return kind(teacher=real, student=student, fake=network, shape=(1,), times=constant(t), **settings)
+    gan = GAN() if kind is FDistill else None
+    return kind(teacher=real, student=student, fake=network, shape=(1,), times=constant(t), gan=gan, **settings)
 
 
 def by_quadrature(method, monkeypatch, nodes):
@@ -183,6 +185,7 @@ def make(kind, schedule, dtype=torch.float64, **settings):
         "student": Student(make_denoiser(schedule, 1, dtype=dtype), even_times(schedule, 1)),
         "fake": make_denoiser(schedule, 2, kind is FDistill, dtype=dtype),
         "times": uniform(0.1, 0.7),
+        "gan": GAN(generator_weight=0.1, critic_weight=0.1) if kind is FDistill else None,
     }
     return kind(shape=(2,), **{**parts, **settings})
 
@@ -255,22 +258,52 @@ def test_f_distill_needs_a_critic(schedule):
     method = make(FDistill, schedule, fake=make_denoiser(schedule, 2))
     with pytest.raises(ValueError, match="reads the ratio of densities off a critic"):
         method.gradient(make_batch()["x0"].detach(), LABELS, {}, generator=RNG("gradient"))
+    with pytest.raises(ValueError, match="which nothing trains with gan=None"):
+        replace(make(FDistill, schedule), gan=None)
+
+
+def test_the_mean_of_one_h_is_refused(schedule):
+    method, one = make(FDistill, schedule), {"class_labels": torch.tensor([1])}
+    x0 = make_batch()["x0"].detach()[:1]
+    with pytest.raises(ValueError, match="h divided by the mean of one sample is 1"):
+        method.gradient(x0, one, {}, generator=RNG("gradient"))
+    assert replace(method, normalise=False).gradient(x0, one, {}, generator=RNG("gradient")).value.isfinite().all()
+
+
+@pytest.mark.parametrize("role", ["teacher", "fake"])
+@pytest.mark.parametrize("kind", [SiD, FDistill])
+def test_answers_of_another_shape_are_refused(schedules, kind, role):
+    """A flow of (6, 2) would broadcast against one of (6, 1), silently."""
+
+    class Narrow(NetworkDenoiser):
+        def with_extras(self, x_t, t, cond):
+            x0, extras = super().with_extras(x_t, t, cond)
+            return x0[:, :1], extras
+
+        def __call__(self, x_t, t, cond):
+            return self.with_extras(x_t, t, cond)[0]
+
+    own = make_denoiser(schedules["flow"], 0, critic=kind is FDistill)
+    narrow = Narrow(own.network, own.schedule, own.kind)
+    name = {"teacher": "teacher", "fake": "fake score"}[role]
+    with pytest.raises(ValueError, match=rf"{name} must return the shape of x0 \(6, 2\); got \(6, 1\)"):
+        method = make(kind, schedules["flow"], **{role: narrow})
+        method.gradient(make_batch()["x0"].detach(), LABELS, {}, generator=RNG("gradient"))
 
 
 @pytest.mark.parametrize("kind", [SiD, FDistill])
 def test_no_weight_of_teacher_or_fake_score_gets_a_gradient(schedule, kind):
     method = make(kind, schedule)
-    batch = make_batch()
-    method.student_loss(batch, RNG)["loss"].backward()
-    assert bool((batch["x0"].grad != 0).all())
+    x0 = make_batch()["x0"]
+    inject(x0, method.gradient(x0, LABELS, {}, generator=RNG("gradient")).value).backward()
+    assert bool((x0.grad != 0).all())
     networks = (method.teacher.denoiser.network, method.fake.network)
     assert all(p.grad is None for network in networks for p in network.parameters())
 
 
 @pytest.mark.parametrize("kind", [SiD, FDistill])
 def test_the_relatives_train_and_stop_at_a_bad_batch_like_dmd(schedule, accelerator, kind):
-    gan = GAN(generator_weight=0.1, critic_weight=0.1) if kind is FDistill else None
-    method = make(kind, schedule, torch.float32, gan=gan, student_every=1)
+    method = make(kind, schedule, torch.float32, student_every=1)
 
     def batches(rng):
         return {"cond": LABELS, "real": torch.randn(N, 2, generator=rng("real"))}
