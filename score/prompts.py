@@ -19,6 +19,9 @@ Encode = Callable[[list[str]], Cond]
 CUT = "num_tokens_cut"
 """Name of the (n,) integers that say how many tokens at the end of each prompt were not read."""
 
+BATCH = 16
+"""Prompts that are encoded at a time."""
+
 
 def default_cache_folder() -> Path:
     """Where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``, or in $XDG_CACHE_HOME."""
@@ -58,9 +61,15 @@ class PromptEncoder:
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
     def num_cut(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens at the end of each prompt the text encoders do not read; encodes what is new."""
-        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
-        return [max(0, int(entry.get(CUT, 0))) for entry in entries]
+        """How many tokens at the end of each prompt the text encoders do not read; encodes what is new.
+
+        Only the numbers are kept: the conditions of a long list need not fit into memory.
+        """
+        cache, counts = TensorCache(self.folder, self.identify()), []
+        for start in range(0, len(prompts), BATCH):
+            entries = cache.fetch(prompts[start : start + BATCH], self._encode, BATCH)
+            counts += [max(0, int(entry.get(CUT, 0))) for entry in entries]
+        return counts
 
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""
