@@ -1,5 +1,6 @@
 """What ``train_dmd.py`` can be told, and the presets: numbers of papers, which PAPERS.md quotes, and our own."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,15 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
 
     preset: Literal[
-        "digits", "toyworld-1step", "toyworld-4step", "toyworld-1step-lora", "sd15-1step", "sdxl-4step-lora"
+        "digits",
+        "text",
+        "toyworld-1step",
+        "toyworld-4step",
+        "toyworld-1step-lora",
+        "sd15-1step",
+        "sdxl-4step-lora",
     ] = "digits"
-    """Where all other values come from unless they are given."""
+    """Where all other values come from unless they are given; the usual one is digits, with --prompts text."""
     teacher: str = "runs/teacher/teacher"
     """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function. With
     --prompts: name or folder of a diffusers text-to-image pipeline, or "toyworld", the one that ships."""
@@ -32,9 +39,14 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Times the student is asked at, noisiest first; none: evenly spaced, and as diffusers' LCM schedulers have
     them where there are prompts."""
     student_lr: float = 3e-4
-    """Peak learning rate of the student: 100 updates of warm-up, then cosine to zero."""
+    """Peak learning rate of the student, after 100 updates of warm-up."""
     fake_lr: float = 3e-4
-    """Peak learning rate of the fake score, whose cosine ends at a tenth."""
+    """Peak learning rate of the fake score."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a half cosine to zero, for the fake score to a tenth, or the peak to the end (DMD2)."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """Of AdamW. Without first-moment memory, as the gradient's direction changes under the student; DMD2 has
+    0 and 0.999 on ImageNet, 0.9 and 0.999 on Stable Diffusion."""
     guidance: float = 1.0
     """Scale of classifier-free guidance of the teacher; 1 means none."""
     alpha_in_gradient: bool = False
@@ -54,7 +66,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     pair_steps: int = 50
     """DDIM steps of each pair."""
     ema_decay: float = 0.99
-    """Of the student's moving average, ticked on student updates; it is what is saved."""
+    """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
     bottleneck: str | None = None
     """Submodule whose output the critic reads. None: the network's own choice, or its mid_block."""
     offload: bool = False
@@ -86,8 +98,11 @@ class Config(RunOptions, DataOptions, EvalOptions):
 
 
 TEXT_ONLY = (
-    "num_prompts", "negative", "teacher_size", "allow_pickle", "lora", "validation_prompts", "lora_alpha",
+    "num_prompts", "long_prompts", "negative", "teacher_size", "allow_pickle", "lora", "lora_rank", "lora_alpha",
+    "validation_prompts",
 )  # fmt: skip
+IMAGES_ONLY = ("data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
+LORA_ONLY = ("lora_rank", "lora_alpha")
 
 
 def check(config: Config) -> None:
@@ -99,7 +114,7 @@ def check(config: Config) -> None:
         rates=("student_lr", "fake_lr", "warmup_lr"),
         not_negative=(
             "guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight", "num_prompts",
-            "teacher_size", "lora_alpha",
+            "teacher_size", "lora_alpha", "eval_every",
         ),
         shares=("ema_decay",),
     )  # fmt: skip
@@ -115,10 +130,60 @@ def check(config: Config) -> None:
         )
     if config.times and len(config.times) != config.num_steps:
         raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
-    if not config.prompts:
-        for name in TEXT_ONLY:
-            if getattr(config, name):
-                raise ValueError(f"--{name.replace('_', '-')} is for text-to-image teachers: pass --prompts, too.")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
+    if config.gan_weight > 0 and not config.critic_weight:
+        raise ValueError("--critic-weight 0 trains no critic for the GAN term. Pass 0.01, or --gan-weight 0.")
+    if config.prompts:
+        check_texts(config)
+    else:
+        check_no_texts(config)
+
+
+def check_texts(config: Config) -> None:
+    """Raise ``ValueError`` for options that contradict ``--prompts``."""
+    if config.preset == "digits":
+        raise ValueError(
+            "--preset digits has numbers for small images, which would spoil a text-to-image teacher. With "
+            "--prompts pass --preset text, or leave it out."
+        )
+    refuse_given(config, IMAGES_ONLY, "is for teachers of images: leave it out with --prompts.")
+    if not config.lora:
+        refuse_given(config, LORA_ONLY, "is for LoRAs: pass --lora, too.")
+    if config.lora and config.compile:
+        raise ValueError("--compile is not for --lora, whose networks listen to one another's weights.")
+    if any(not prompt.strip() for prompt in config.validation_prompts):
+        raise ValueError(f"--validation-prompts must say something; got {list(config.validation_prompts)}.")
+    if config.negative and config.guidance == 1:
+        raise ValueError("--negative is what guidance moves away from: pass --guidance above 1, too.")
+    if config.eval_every and config.eval_images < 2:
+        raise ValueError(f"--eval-images must be at least 2; got {config.eval_images}.")
+
+
+def check_no_texts(config: Config) -> None:
+    """Raise ``ValueError`` for options that need ``--prompts``."""
+    if config.preset != "digits":
+        raise ValueError(f"--preset {config.preset} is for text-to-image teachers: pass --prompts, too.")
+    refuse_given(config, TEXT_ONLY, "is for text-to-image teachers: pass --prompts, too.")
+
+
+def refuse_given(config: Config, names: Sequence[str], why: str) -> None:
+    """Raise ``ValueError`` for the first of some options that is not as the preset has it."""
+    usual = PRESETS[config.preset]()
+    for name in names:
+        if getattr(config, name) != getattr(usual, name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def text() -> Config:
+    """Any text-to-image teacher, with care: what --prompts has unless a preset is named. Not from a paper.
+
+    No GAN term, which needs images, and no warm-up, which would move all weights of a large teacher far.
+    """
+    return Config(
+        preset="text", steps=10_000, batch_size=4, student_every=5, student_lr=1e-5, fake_lr=1e-5, guidance=3.0,
+        gan_weight=0.0, warmup_steps=0, precision="bf16", gradient_checkpointing=True,
+    )  # fmt: skip
 
 
 def toyworld_1step() -> Config:
@@ -132,7 +197,11 @@ def toyworld_1step() -> Config:
 
 
 def toyworld_4step() -> Config:
-    """As :func:`toyworld_1step` in four steps, without the warm-up, which needs one step."""
+    """As :func:`toyworld_1step` in four steps, without the warm-up, which needs one step.
+
+    The fake score is not told which step an image is of, since networks of diffusers cannot be; nor is DMD2's.
+    LOG.md has a mixture of modes on which being told made the last step two to six times better.
+    """
     return Config(
         preset="toyworld-4step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-4step"), steps=1200,
         batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=3.0,
@@ -151,29 +220,42 @@ def toyworld_1step_lora() -> Config:
 
 
 def sd15_1step() -> Config:
-    """DMD2's one-step student of Stable Diffusion 1.5, of its first stage; its batch of 2,048 is 64 x 32.
+    """DMD2's one-step student of Stable Diffusion 1.5, its first stage alone; its batch of 2,048 is 64 x 32.
 
-    The paper trains 40,000 iterations without the GAN term at 1e-5 and 5,000 with it at 5e-7; the weight here is
-    that of the second. Prompts, and images for the GAN term, are the user's: --prompts.
+    The paper's second stage, 5,000 iterations at 5e-7 with a GAN term of weight 1e-3, starts from the first one's
+    student, which this script cannot. Other than there: 100 updates of warm-up in place of 500. Prompts are the
+    user's: --prompts.
     """
     return Config(
         preset="sd15-1step", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", out=Path("runs/sd15-1step"),
-        steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5, guidance=1.75,
-        gan_weight=1e-3, critic_weight=1e-2, warmup_steps=0, precision="bf16", gradient_checkpointing=True,
+        steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5, lr_schedule="constant",
+        betas=(0.9, 0.999), guidance=1.75, gan_weight=0.0, warmup_steps=0, ema_decay=0.0, precision="bf16",
+        gradient_checkpointing=True,
     )  # fmt: skip
 
 
 def sdxl_4step_lora() -> Config:
-    """DMD2's four-step LoRA of SDXL; its batch of 128 is 64 x 2."""
+    """DMD2's four-step LoRA of SDXL; its batch of 128 is 64 x 2. Needs images for the GAN term: --prompts.
+
+    Other than in the paper's code the fake score is a LoRA, too, of the student's rank and scale, 8 / 64, where
+    DMD2 trains all its weights; and 100 updates of warm-up in place of 500.
+    """
     return Config(
         preset="sdxl-4step-lora", teacher="stabilityai/stable-diffusion-xl-base-1.0",
         out=Path("runs/sdxl-4step-lora"), steps=16_000, batch_size=2, student_every=5, num_steps=4,
-        student_lr=5e-5, fake_lr=5e-5, guidance=8.0, gan_weight=5e-3, critic_weight=1e-2, warmup_steps=0,
-        lora=True, lora_rank=64, lora_alpha=8.0, precision="bf16", gradient_checkpointing=True,
+        student_lr=5e-5, fake_lr=5e-5, lr_schedule="constant", betas=(0.9, 0.999), guidance=8.0, gan_weight=5e-3,
+        critic_weight=1e-2, warmup_steps=0, ema_decay=0.0, lora=True, lora_rank=64, lora_alpha=8.0,
+        precision="bf16", gradient_checkpointing=True,
     )  # fmt: skip
 
 
-PRESETS = {
-    "digits": Config, "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step,
+PRESETS: Mapping[str, Callable[[], Config]] = {
+    "digits": Config, "text": text, "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step,
     "toyworld-1step-lora": toyworld_1step_lora, "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora,
 }  # fmt: skip
+
+
+def presets_for(arguments: Sequence[str]) -> Mapping[str, Callable[[], Config]]:
+    """The presets, first the one that some command line means where it names none."""
+    texts = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
+    return {"text": text, **PRESETS} if texts else PRESETS

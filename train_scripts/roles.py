@@ -13,7 +13,6 @@ from fitting import adamw, cosine, progress
 from networks import Teacher, build_network, probe_bottleneck
 from prompted import PromptedTeacher
 from torch import nn
-from torch.optim import Optimizer
 
 from distill.adversarial import Critic, discriminator_head
 from distill.backbone import offload_state, shared_backbone
@@ -25,6 +24,7 @@ from score import Denoiser
 from score.gradient import karras_weight
 from score.randomness import derived_generator
 from score.sampling import grid
+from score.schedule import Schedule
 from score.training import EMA, Phase, train
 
 
@@ -80,10 +80,10 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
     target = teacher.guided(config.guidance)
     gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
     facts = teacher.facts if isinstance(teacher, Teacher) else {}
-    sigma_data = facts.get("sigma_data")
+    sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
     return DMD(
         teacher=target,
-        student=Student(replace(teacher.denoiser, network=student), student_times(config, teacher)),
+        student=Student(replace(teacher.denoiser, network=student), student_times(config, schedule)),
         fake=replace(teacher.denoiser, network=fake),
         shape=teacher.shape,
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
@@ -95,15 +95,17 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
     )
 
 
-def student_times(config: Config, teacher: Teacher | PromptedTeacher) -> tuple[float, ...]:
+def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
     """When the student is asked: as it is told, or evenly, as its kind is sampled."""
-    spread = lcm_times if isinstance(teacher, PromptedTeacher) else even_times
-    return config.times or spread(teacher.denoiser.schedule, config.num_steps)
+    spread = lcm_times if config.prompts else even_times
+    return config.times or spread(schedule, config.num_steps)
 
 
 def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher) -> Regression:
     """Pairs of the (guided) teacher in 50 DDIM steps, all classes alike."""
-    labels = teacher.cond(torch.arange(config.num_pairs) % max(1, teacher.num_classes))
+    numbers = torch.arange(config.num_pairs) % max(1, teacher.num_classes)
+    parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
+    labels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     times = grid(target.schedule, config.pair_steps)
     device = next(teacher.denoiser.network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
@@ -131,15 +133,18 @@ def warm_up(config: Config, method: DMD, accelerator: Accelerator, teacher: Teac
 
 
 def build_phases(config: Config, method: DMD) -> list[Phase]:
-    """AdamW without first-moment memory (beta1 = 0), as the gradient's direction changes under the student."""
-    student: Optimizer = adamw(
-        method.student.denoiser.network, config.student_lr, betas=(0.0, 0.99), kind=config.optimizer
-    )
-    fake: Optimizer = adamw(method.fake.network, config.fake_lr, betas=(0.0, 0.99), kind=config.optimizer)
+    """Student and fake score under AdamW, the student followed by its average."""
+    student, fake = (
+        adamw(network, rate, betas=config.betas, kind=config.optimizer)
+        for network, rate in (
+            (method.student.denoiser.network, config.student_lr), (method.fake.network, config.fake_lr),
+        )
+    )  # fmt: skip
     for optimizer in (student, fake) if config.offload else ():
         offload_state(optimizer)
-    updates = max(1, config.steps // config.student_every)
+    updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
     return method.phases(
         student, fake, student_ema=EMA(method.student.denoiser.network, config.ema_decay),
-        student_lr=cosine(student, updates), fake_lr=cosine(fake, config.steps, floor=0.1),
+        student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
+        fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
     python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
     accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
-    accelerate launch train_scripts/train_dmd.py --teacher <name or folder> --prompts prompts.txt --guidance 7.5
+    accelerate launch train_scripts/train_dmd.py --teacher <name or folder> --prompts prompts.txt
 
 The student and the fake score start from the teacher. In each step the fake score learns the student's images; in
 every --student-every-th the student follows the difference of teacher and fake score first. With --prompts the
@@ -11,13 +11,14 @@ with --lora. Stopped runs resume: run the same command again.
 """
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from command import fingerprint, identity, run, show_plan
-from distill_options import PRESETS, Config, check
+from distill_options import Config, check, presets_for
 from distill_texts import distil_texts
 from fitting import fit, prepare, resume, start
 from images import load_images
@@ -109,4 +110,4 @@ def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__, presets=PRESETS)
+    run(main, Config, __doc__, presets=presets_for(sys.argv[1:]))
