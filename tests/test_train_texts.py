@@ -1,5 +1,7 @@
 """train_dmd.py with text-to-image teachers: what it writes, resumes, caches and refuses."""
 
+import functools
+import gc
 import json
 import os
 import signal
@@ -16,17 +18,20 @@ import numpy as np
 import psutil
 import pytest
 import sample
-import texts
 import tiny_pipelines as tiny
 import torch
 import train_dmd
 from diffusers import LCMScheduler, StableDiffusionPipeline
-from distill_options import PRESETS, Config
+from distill_options import Config, presets_for
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTextModel
 
+import toyworld
+from distill.backbone import shared_backbone
 from distill.export import read_student_facts
+from distill.student import Student
 from score import hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +39,7 @@ TINY = {
     "steps": 4, "batch_size": 4, "student_every": 2, "save_every": 2, "log_every": 1, "warmup_steps": 2,
     "num_pairs": 4, "pair_steps": 2, "guidance": 3.0,
 }  # fmt: skip
+PLAIN = {"gan_weight": 0.0}
 PROMPTS = ("a red mug", "a blue chair", "cone", "two mugs", "a sea", "a tree")
 
 
@@ -67,12 +73,13 @@ def root(tmp_path_factory):
 
 def config_of(root, out, **changes):
     prompts = "pairs.jsonl" if changes.get("gan_weight", 0.01) else "prompts.txt"
-    return Config(**{"teacher": str(root / "sd"), "prompts": str(root / prompts), "out": out, **TINY, **changes})
+    own = {"preset": "text", "teacher": str(root / "sd"), "prompts": str(root / prompts), "out": out}
+    return Config(**{**own, **TINY, **changes})
 
 
 KINDS = {
-    "full": {}, "lora": {"lora": True, "lora_rank": 2, "lora_alpha": 1.0, "gradient_checkpointing": True},
-    "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0},
+    "full": {}, "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0},
+    "lora": {"lora": True, "lora_rank": 2, "lora_alpha": 1.0, "gradient_checkpointing": True, "offload": True},
 }  # fmt: skip
 
 
@@ -137,72 +144,70 @@ def test_validation_prompts_are_what_is_drawn(root, tmp_path, monkeypatch):
     torch.testing.assert_close(shown[0], teacher.decode(x0).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_sdxl_teaches(root, tmp_path):
-    for lora in (False, True):
-        config = config_of(root, tmp_path / str(lora), teacher=str(root / "sdxl"), lora=lora, lora_rank=2)
-        assert read_student_facts(train_dmd.main(config))
+def test_sdxl_teaches_a_lora(root, tmp_path):
+    changes = {"teacher": str(root / "sdxl"), "lora": True, "lora_rank": 2, "steps": 2}
+    assert read_student_facts(train_dmd.main(config_of(root, tmp_path / "run", **changes)))
+
+
+def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch):
+    """New prompts, so that they were there."""
+    (tmp_path / "new.txt").write_text("never seen\nnor this\n")
+    alive = []
+
+    def spy(*args, **options):
+        gc.collect()
+        alive.append(sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects()))
+
+    monkeypatch.setattr(sys.modules["distill_texts"], "fit", spy)
+    encoded = count_calls(monkeypatch, "score.families.StableDiffusionPipeline.encode_prompt")
+    config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "new.txt"), gan_weight=0.0, warmup_steps=0)
+    gc.collect()
+    before = sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects())
+    train_dmd.main(config)
+    assert encoded
+    assert alive == [before]
+
+
+def test_a_size_of_its_own_is_exported(root, tmp_path):
+    """At 24 x 24 in place of 16 x 16."""
+    out = train_dmd.main(config_of(root, tmp_path / "run", teacher_size=24, steps=2, warmup_steps=0, **PLAIN))
+    facts = read_student_facts(out)
+    assert (facts["dmd2_height"], facts["dmd2_width"]) == (24, 24)
+    assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
+    assert hub.load_teacher(out).size == (24, 24)
 
 
 # Prompts and caches.
 
 
-def test_every_prompt_is_encoded_once_and_every_image_too(root, finished, cache, tmp_path, monkeypatch):
-    count = len(list((cache / "latents").rglob("*.safetensors")))
-    assert count >= 1
+def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root, finished, tmp_path, monkeypatch):
+    """Prompts and latents one by one where they do not fit into memory; what is drawn changes nothing."""
 
     def refuse(*args, **options):
-        raise AssertionError("encoded again")
+        raise AssertionError("encoded, or decoded, again")
 
     monkeypatch.setattr(hub.Teacher, "encode", refuse)
     monkeypatch.setattr("score.families.StableDiffusionPipeline.encode_prompt", refuse)
-    train_dmd.main(config_of(root, tmp_path / "again", steps=2, warmup_steps=0))
+    monkeypatch.setattr("latents.open_image", refuse)
+    for module in ("distill_texts", "latents"):
+        monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
+    shown = {"validation_prompts": ("a red mug", "cone")}
+    stored = train_dmd.main(config_of(root, tmp_path / "run", **shown))
+    assert_equal(weights_of(stored), weights_of(finished["full"]))
 
 
-def test_the_latents_are_of_the_images_in_their_order(root):
-    teacher = hub.load_teacher(root / "sd")
-    found = texts.encode_images(texts.read_texts(str(root / "pairs.jsonl")), teacher)
-    with Image.open(root / "3.png") as picture:
-        pixels = np.array(picture.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS))
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-    torch.testing.assert_close(found[3:4], teacher.encode(image).detach(), rtol=1e-4, atol=1e-4)
-    assert found.shape == (6, 4, 8, 8)
-
-
-def test_prompts_that_do_not_fit_into_memory_are_read_when_needed(root, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["distill_texts"], "IN_MEMORY", 0)
-    stored = train_dmd.main(config_of(root, tmp_path / "run"))
-    one, other = (load_file(folder / "unet" / WEIGHTS) for folder in (finished["full"], stored))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_prompts_of_a_data_set(tmp_path):
-    from datasets import Dataset
-
-    folder = tmp_path / "set"
-    folder.mkdir()
-    Dataset.from_dict({"caption": ["a mug", " a chair "]}).to_parquet(folder / "train.parquet")
-    assert texts.read_texts(str(folder)).prompts == ("a mug", "a chair")
-
-
-def test_prompts_of_the_toy_world_have_their_renders(cache):
-    found = texts.read_texts("toyworld", 30)
-    assert found.images.shape == (30, 3, 64, 64)
-    assert any("view" not in prompt for prompt in found.prompts)
-    assert any("background" not in prompt for prompt in found.prompts)
-    assert texts.read_texts("toyworld", 30, seed=1).prompts != found.prompts
-    assert texts.read_texts("toyworld", 3).prompts == found.prompts[:3]
-
-
-def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys):
+def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_accelerator):
     path = tmp_path / "long.txt"
     path.write_text("a mug\n" + "far too long for this\n" + "cone\n")
-    config = config_of(root, tmp_path / "run", prompts=str(path), gan_weight=0.0, steps=2, warmup_steps=0)
+    config = config_of(root, tmp_path / "run", prompts=str(path), steps=2, warmup_steps=0, **PLAIN)
     with pytest.raises(ValueError, match=r"1 of 3 prompts are longer .* 'far too long for this' by \d+ tokens"):
         train_dmd.main(config)
     assert not (tmp_path / "run").exists()
     train_dmd.main(replace(config, long_prompts="skip"))
     assert "1 of 3 prompts are too long and skipped" in capsys.readouterr().err
-    train_dmd.main(replace(config, long_prompts="cut", out=tmp_path / "cut"))
+    load = sys.modules["distill_texts"].load_inputs
+    kept = load(replace(config, long_prompts="cut"), make_accelerator())
+    assert kept.teacher.num_classes == len(kept.texts.prompts) == 3
     path.write_text("far too long for this\n")
     with pytest.raises(ValueError, match="none is left"):
         train_dmd.main(replace(config, long_prompts="skip"))
@@ -241,6 +246,31 @@ class Run:
         self.process.wait(timeout=60)
 
 
+def killed_after_its_first_checkpoint(run, config):
+    """The newest checkpoint's step."""
+    deadline = time.monotonic() + 240
+    while not any(config.out.glob("checkpoints/step-00000000*")):
+        assert run.process.poll() is None, run.log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    run.kill()
+    return max(int(path.name[5:]) for path in config.out.glob("checkpoints/step-*"))
+
+
+def count_calls(monkeypatch, name):
+    """Replace a function by itself and a note of each call."""
+    module, _, attribute = name.rpartition(".")
+    owner = functools.reduce(getattr, module.split(".")[2:], sys.modules[".".join(module.split(".")[:2])])
+    function, calls = getattr(owner, attribute), []
+
+    def noted(*args, **options):
+        calls.append(1)  # arguments would keep what they hold
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, attribute, noted)
+    return calls
+
+
 def weights_of(folder):
     return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
@@ -251,16 +281,10 @@ def assert_equal(one, other):
         assert all(torch.equal(value, other[file][name]) for name, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_student(root, finished, tmp_path, capsys):
     config = config_of(root, tmp_path / "cut")
-    run = Run(config)
-    deadline = time.monotonic() + 240
-    while not any(config.out.glob("checkpoints/step-00000000*")):
-        assert run.process.poll() is None, run.log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    run.kill()
-    newest = max(int(path.name[5:]) for path in config.out.glob("checkpoints/step-*"))
+    newest = killed_after_its_first_checkpoint(Run(config), config)
     capsys.readouterr()
     student = train_dmd.main(config)
     assert f"resumed from step {newest}" in capsys.readouterr().out
@@ -290,14 +314,24 @@ def test_a_lora_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatc
     assert_equal(weights_of(student), weights_of(finished["lora"]))
 
 
-@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_ranks_learn_one_student(root, tmp_path, lora):
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+def test_two_ranks_learn_one_student_and_resume_it(root, tmp_path, lora):
     """With GAN term and warm-up; that both hold the same weights is asked by the loop, and of the LoRA in
     test_backbone."""
-    config = config_of(root, tmp_path / "two")
-    run = Run(config, ranks=2, flags=("--lora", "--lora-rank", "2") if lora else ())
+    flags = ("--lora", "--lora-rank", "2") if lora else ()
+    whole, cut = (config_of(root, tmp_path / name) for name in ("whole", "cut"))
+    run = Run(whole, ranks=2, flags=flags)
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
-    assert read_student_facts(config.out / "student")
+    assert run.log.read_text().count("student: ") == 1
+    killed_after_its_first_checkpoint(Run(cut, ranks=2, flags=flags), cut)
+    run = Run(cut, ranks=2, flags=flags)
+    assert run.process.wait(timeout=300) == 0, run.log.read_text()
+    assert "resumed from step " in run.log.read_text()
+    assert_equal(weights_of(cut.out / "student"), weights_of(whole.out / "student"))
+    alone = train_dmd.main(config_of(root, tmp_path / "alone", lora=lora, **({"lora_rank": 2} if lora else {})))
+    one, other = (next(iter(weights_of(folder).values())) for folder in (alone, whole.out / "student"))
+    assert any(not torch.equal(value, other[name]) for name, value in one.items()), "both ranks' prompts count"
 
 
 def test_another_prompt_file_is_another_run(root, finished, tmp_path):
@@ -312,24 +346,8 @@ def test_another_prompt_file_is_another_run(root, finished, tmp_path):
 # Refusals.
 
 
-def bad_files(folder):
-    (folder / "empty.txt").write_text("\n \n")
-    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80")
-    (folder / "cut.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
-    (folder / "list.jsonl").write_text("[1]\n")
-    (folder / "blank.jsonl").write_text('{"prompt": "  "}\n')
-    (folder / "none.jsonl").write_text('{"label": 3}\n')
-    (folder / "some.jsonl").write_text('{"prompt": "a", "image": "0.png"}\n{"prompt": "b"}\n')
-    (folder / "lost.jsonl").write_text('{"prompt": "a", "image": "lost.png"}\n')
-    return folder
-
-
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"prompts": "{bad}/empty.txt"}, "holds no prompt"), ({"prompts": "{bad}/bytes.txt"}, "be read as text"),
-    ({"prompts": "{bad}/cut.jsonl"}, "line 2, is no JSON"), ({"prompts": "{bad}/list.jsonl"}, "must be an object"),
-    ({"prompts": "{bad}/blank.jsonl"}, "row 1 has no prompt"), ({"prompts": "{bad}/none.jsonl"}, "has no prompt"),
-    ({"prompts": "{bad}/some.jsonl"}, "1 of 2 prompts have an image"),
-    ({"prompts": "{bad}/lost.jsonl"}, "lost.png cannot be used"), ({"prompts": "{bad}/gone.txt"}, "no such file"),
+    ({"prompts": "{root}/gone.txt"}, "no such file"),
     ({"prompts": "{root}/prompts.txt"}, "holds no images, which the GAN term needs"),
     ({"teacher": "{root}/pixels"}, "takes no prompts"), ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"teacher": "{student}"}, "is a student"),
@@ -339,13 +357,12 @@ def bad_files(folder):
     ({"times": (1200.0,)}, r"times must lie in \["), ({"times": (999.0, 499.0)}, "--times must be --num-steps 1"),
     ({"num_steps": 1001, "warmup_steps": 0}, "takes 1 to 1000 steps; got 1001"),
     ({"num_steps": 4}, "needs --num-steps 1"), ({"num_prompts": -1}, "--num-prompts must be at least 0"),
-    ({"validation_prompts": ("a", " ")}, "--validation-prompts must say something"),
-    ({"lora": True, "compile": True}, "--compile is not for --lora"), ({"guidance": -1.0}, "--guidance"),
-    ({"prompts": "", "lora": True}, "--lora is for text-to-image teachers"),
     ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"teacher_size": 15}, "multiples of"),
+    ({"eval_every": 2}, r"sees pictures of \(64, 64\); .* draws \(16, 16\)"),
+    ({"num_prompts": 7}, "holds 6 prompts; got --num-prompts 7"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_path, changes, message):
-    places = {"{bad}": str(bad_files(tmp_path)), "{root}": str(root), "{student}": str(finished["full"])}
+    places = {"{root}": str(root), "{student}": str(finished["full"])}
     for place, path in places.items():
         changes = {k: v.replace(place, path) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=message):
@@ -362,30 +379,25 @@ def test_a_family_that_cannot_teach_is_named(root, tmp_path):
 
 
 def test_the_command_line_exits_with_2_and_one_line(root, tmp_path, monkeypatch, capsys):
-    line = ["train_dmd.py", "--teacher", str(root / "sd"), "--prompts", "gone.txt", "--out", str(tmp_path / "run")]
+    line = ["train_dmd.py", "--teacher", str(root / "sd"), "--prompts", "gone.txt", "--precision", "no"]
+    line += ["--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as stopped:
-        command.run(train_dmd.main, Config, "", presets=PRESETS)
+        command.run(train_dmd.main, Config, "", presets=presets_for(line))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: --prompts gone.txt: no such file")
 
 
-def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        sys, "argv", ["train_dmd.py", "--preset", "sdxl-4step-lora", "--prompts", "x", "--steps", "9"]
-    )
-    command.run(seen.append, Config, "", presets=PRESETS)
-    assert seen == [replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)]
-    monkeypatch.setattr(sys, "argv", ["train_dmd.py"])
-    command.run(seen.append, Config, "", presets=PRESETS)
-    assert seen[1] == Config()
-    assert all(PRESETS[name]().preset == name for name in PRESETS)
+def test_prompts_without_images_need_no_option_more(root, make_accelerator):
+    found = replace(distill_options.text(), teacher=str(root / "sd"), prompts=str(root / "prompts.txt"))
+    assert sys.modules["distill_texts"].load_inputs(found, make_accelerator()).teacher.num_classes == 6
 
 
-def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys):
-    for lora in (False, True):
-        train_dmd.main(config_of(root, tmp_path / "run", lora=lora, lora_rank=1, dry_run=True, gan_weight=0.0))
+def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for changes in ({}, {"lora": True, "lora_rank": 1}):
+        train_dmd.main(config_of(root, tmp_path / "run", dry_run=True, gan_weight=0.01, **changes))
+    assert not (tmp_path / "cache").exists()
     said = capsys.readouterr().out.split('"preset"')
     size = sum(p.numel() for p in hub.load_teacher(root / "sd").denoiser.network.parameters())
     assert (
@@ -417,25 +429,34 @@ def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
         sample.main(replace(config, guidance=2.0))
 
 
-def test_students_are_measured_beside_their_teacher(cache, tmp_path, monkeypatch):
-    """On a pipeline of the toy world's shape, since the judge sees 64 x 64 pixels."""
-    monkeypatch.setattr("judged.NUM_RENDERS", 20)
-    settings = {
-        **TINY,
-        "teacher": "toyworld",
-        "prompts": "toyworld",
-        "num_prompts": 8,
-        "steps": 2,
-        "eval_every": 2,
-    }
-    students = [
-        train_dmd.main(Config(out=tmp_path / str(lora), lora=lora, lora_rank=2, eval_images=4, **settings))
-        for lora in (False, True)
-    ]
-    events = EventAccumulator(str(tmp_path / "False" / "logs")).Reload()
+def test_a_lora_is_not_sampled_alone(finished, tmp_path):
+    config = sample.Config(model=str(finished["lora"]), prompts=PROMPTS[:1], out=tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="is a LoRA, which needs its teacher: load it in diffusers"):
+        sample.main(config)
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    """Of the toy world's pipeline, since the judge sees 64 x 64 pixels: a trained one, and a LoRA as it begins."""
+    root = tmp_path_factory.mktemp("students")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("judged.NUM_RENDERS", 20)
+    settings = {**TINY, **PLAIN, "teacher": "toyworld", "prompts": "toyworld", "num_prompts": 8, "warmup_steps": 0}
+    watched = {"steps": 2, "eval_every": 2, "eval_images": 4}
+    full = train_dmd.main(Config(preset="text", out=root / "full", **{**settings, **watched}))
+    patch.undo()
+    teacher = hub.load_teacher(toyworld.pipeline_folder())
+    twin = shared_backbone(teacher.denoiser, rank=2, generator=torch.Generator().manual_seed(0))[0]
+    for parameter in twin.network.parameters():
+        parameter.data += 0.05
+    return full, Student(twin, (999.0,)).export(toyworld.pipeline_folder(), root / "lora")
+
+
+def test_students_are_measured_beside_their_teacher(students, tmp_path):
+    events = EventAccumulator(str(students[0].parent / "logs")).Reload()
     assert {"eval/frechet_distance", "eval/shape"} <= set(events.Tags()["scalars"])
     config = evaluate_students.Config(
-        students=tuple(students), out=tmp_path / "figures", num_prompts=4, num_renders=20, steps=2, device="cpu"
+        students=students, out=tmp_path / "figures", num_prompts=4, num_renders=20, steps=2, device="cpu"
     )
     figures = json.loads((evaluate_students.main(config) / "figures.json").read_text())
     assert figures["teacher"]["frechet_distance"] > 0

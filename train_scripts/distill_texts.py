@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,22 @@ from accelerate import Accelerator
 from command import fingerprint, identity, show_plan
 from distill_options import Config
 from fitting import fit, prepare, resume, start
-from judged import text_watch
+from judged import SIZE, text_watch
+from latents import IN_MEMORY, Latents, encode_images
+from networks import find_bottleneck
 from prompted import PromptedTeacher
 from roles import build_method, build_phases, build_text_roles, plan_of_pairs, student_times, warm_up
-from texts import Texts, encode_images, read_texts
+from texts import Texts, read_texts
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import toyworld
 from distill.dmd import DMD
-from distill.export import export_lora, export_pipeline, read_student_facts, scheduler_for
+from distill.export import read_student_facts, scheduler_for
 from distill.student import Student
 from score import Cond, hub
 from score.pretrained import read_json
 from score.randomness import Rng, shuffled
-
-IN_MEMORY = 2**30
-"""Bytes of encoded prompts up to which all of them are kept in memory; more are read from the cache each time."""
 
 WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
 """Options that change no number of a run."""
@@ -48,21 +49,28 @@ class StoredPrompts(PromptedTeacher):
         return self.source.prompts([self.prompts[number] for number in labels.tolist()])
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        teacher: its classes are the prompts; its text encoders are gone.
+        texts: the prompts.
+        latents: of their images, or None without a GAN term.
+        shown: conditions of the prompts that are drawn for TensorBoard.
+    """
+
+    teacher: PromptedTeacher
+    texts: Texts
+    latents: Latents | None
+    shown: Cond
+
+
 def distil_texts(config: Config) -> Path:
     """Distil and return the folder of the finished student."""
     accelerator = start(config)
-    source = load_source(config, accelerator.device)
-    texts = fitting_texts(config, read_texts(config.prompts, config.num_prompts), source)
-    teacher = prompted(config, texts, source)
-    folder = hub.pipeline_folder(teacher_name(config))
-    times = student_times(config, teacher)
-    scheduler_for(Student(teacher.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
-    latents = encode_images(texts, source) if config.gan_weight > 0 else None
-    if config.gan_weight > 0 and latents is None:
-        raise ValueError(
-            f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add them, "
-            "or pass --gan-weight 0."
-        )
+    inputs = load_inputs(config, accelerator)
+    teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
     torch.manual_seed(config.seed)
     networks = build_text_roles(config, teacher)
     if config.dry_run:
@@ -72,37 +80,76 @@ def distil_texts(config: Config) -> Path:
 
     def batches(rng: Rng) -> dict[str, Any]:
         chosen = shuffled(len(texts.prompts), config.batch_size, rng)
-        real = {} if latents is None else {"real": latents[chosen].to(accelerator.device)}
+        real = {} if latents is None else {"real": latents(chosen).to(accelerator.device)}
         return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    average = learn(config, teacher, method, batches, accelerator, inputs_of(teacher, texts, latents))
+    average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
-        save(config, average, folder, out)
+        save(config, average, teacher, out)
         print(f"student: {out}")
     return out
 
 
-def learn(
-    config: Config, teacher: PromptedTeacher, method: DMD, batches: Any, accelerator: Accelerator,
-    inputs: dict[str, str],
-) -> Student:  # fmt: skip
+def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
+    """Everything that a run reads, refused or encoded; of a dry run only as much as shows the plan.
+
+    The text encoders are freed on return, since nothing that is returned holds them.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:
+        source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
+        texts = read_texts(config.prompts, config.num_prompts)
+        check_inputs(config, texts, source)
+        texts = Texts(texts.prompts[:1]) if config.dry_run else fitting_texts(config, texts, source)
+        negative = source.negative(config.negative)
+        shown = source.prompts(config.validation_prompts or texts.prompts[:8])
+        teacher = prompted(texts.prompts, negative, source)
+    latents = None
+    if config.gan_weight > 0 and not config.dry_run:
+        latents = encode_images(texts.images, teacher.source, accelerator)
+    return Inputs(teacher, texts, latents, shown)
+
+
+def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
+    """Raise ``ValueError`` for what teacher and prompts cannot do, before the long work of encoding them."""
+    folder = hub.pipeline_folder(teacher_name(config))
+    times = student_times(config, source.denoiser.schedule)
+    scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
+    if config.eval_every and source.size != SIZE:
+        raise ValueError(
+            f"--eval-every asks the toy world's judge, who sees pictures of {SIZE}; --teacher {config.teacher} "
+            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
+        )
+    if config.gan_weight > 0:
+        find_bottleneck(source.denoiser.network, config.bottleneck)
+        if not len(texts.images):
+            raise ValueError(
+                f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
+                "them, or pass --gan-weight 0."
+            )
+
+
+def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
     """Train to the end; the student's moving average."""
+    teacher = inputs.teacher
     phases = build_phases(config, method)
     ema = phases[0].ema
     assert ema is not None
-    own = {name: value for name, value in identity(config, accelerator, inputs).items() if name not in WATCHING}
+    own = {
+        name: value
+        for name, value in identity(config, accelerator, hashes_of(inputs)).items()
+        if name not in WATCHING
+    }
     first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
         warm_up(config, method, accelerator, teacher)
         ema.reset()
     average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
-    shown = validation(config, teacher)
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout, columns=4,
-        preview=lambda: draw(average, teacher, shown), watch=text_watch(config, average, teacher.source),
+        preview=lambda: draw(average, teacher, inputs.shown), watch=text_watch(config, average, teacher.source),
     )  # fmt: skip
     return average
 
@@ -112,8 +159,8 @@ def teacher_name(config: Config) -> str | Path:
     return toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
 
 
-def load_source(config: Config, device: torch.device) -> hub.Teacher:
-    """The teacher on its device, in bf16 where the run is and there is a GPU.
+def load_source(config: Config, device: torch.device, cache: Path | None = None) -> hub.Teacher:
+    """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
 
     Raises ``ValueError`` for what ``score.hub.load_teacher`` refuses, a model without prompts, and a student.
     """
@@ -121,7 +168,7 @@ def load_source(config: Config, device: torch.device) -> hub.Teacher:
     half = config.precision == "bf16" and device.type != "cpu"
     source = hub.load_teacher(
         name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        allow_pickle=config.allow_pickle,
+        allow_pickle=config.allow_pickle, cache=cache,
     )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
@@ -152,39 +199,24 @@ def fitting_texts(config: Config, texts: Texts, source: hub.Teacher) -> Texts:
     if not kept:
         raise ValueError(f"all prompts of {config.prompts} are too long, such as {first}: none is left.")
     print(f"warning: {len(long)} of {len(cut)} prompts are too long and skipped", file=sys.stderr)
-    images = texts.images
-    some = images[kept] if isinstance(images, Tensor) else [images[number] for number in kept if images]
-    return Texts(tuple(texts.prompts[number] for number in kept), some)
+    images: Any = Subset(texts.images, kept) if len(texts.images) else ()  # type: ignore[arg-type]
+    return Texts(tuple(texts.prompts[number] for number in kept), images)
 
 
-def prompted(config: Config, texts: Texts, source: hub.Teacher) -> PromptedTeacher:
-    """The teacher whose classes are the prompts, the shown ones last; its text encoders are freed."""
-    shown = config.validation_prompts or texts.prompts[:8]
-    if any(not prompt.strip() for prompt in shown):
-        raise ValueError(f"--validation-prompts must say something; got {list(shown)}.")
-    prompts = (*texts.prompts, *shown)
-    negative = source.negative(config.negative)
-    source.prompts(shown)
-    teacher = source.without_text_encoders()
+def prompted(prompts: tuple[str, ...], negative: Cond, source: hub.Teacher) -> PromptedTeacher:
+    """The teacher whose classes are the prompts, without its text encoders; their conditions are on the CPU."""
     size = sum(value.nbytes for value in negative.values()) * len(prompts)
     if size > IN_MEMORY:
-        return StoredPrompts(teacher, {}, negative, len(prompts), prompts=prompts)
-    return PromptedTeacher(teacher, teacher.prompts(prompts), negative, len(prompts))
+        return StoredPrompts(source.without_text_encoders(), {}, negative, len(prompts), prompts=prompts)
+    starts = range(0, len(prompts), 250)
+    parts = [source.prompts(prompts[start : start + 250]) for start in starts]
+    conds = {name: torch.cat([part[name].cpu() for part in parts]) for name in negative}
+    return PromptedTeacher(source.without_text_encoders(), conds, negative, len(prompts))
 
 
 def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
     """A copy of the teacher as ``fitting.prepare`` wraps it; a LoRA, which is not wrapped, on its device."""
-    if not config.lora:
-        return prepare(network, config, accelerator)
-    if config.compile:
-        raise ValueError("--compile is not for --lora, whose networks listen to one another's weights.")
-    return network.to(accelerator.device)
-
-
-def validation(config: Config, teacher: PromptedTeacher) -> Cond:
-    """Conditions of the prompts that are shown: the last ones."""
-    count = len(config.validation_prompts) or min(8, teacher.num_classes // 2)
-    return teacher.cond(torch.arange(teacher.num_classes - count, teacher.num_classes))
+    return network.to(accelerator.device) if config.lora else prepare(network, config, accelerator)
 
 
 @torch.no_grad()
@@ -196,13 +228,14 @@ def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
     return teacher.decode(student.sample(noise, cond, generator=generator)).float().cpu()
 
 
-def inputs_of(teacher: PromptedTeacher, texts: Texts, latents: Tensor | None) -> dict[str, str]:
+def hashes_of(inputs: Inputs) -> dict[str, str]:
     """What a run reads, as inputs of :func:`command.identity`."""
-    words = hashlib.sha256("\n".join(texts.prompts).encode()).hexdigest()[:16]
+    teacher, latents = inputs.teacher, inputs.latents
+    words = hashlib.sha256("\n".join(inputs.texts.prompts).encode()).hexdigest()[:16]
     negative = [] if teacher.negative is None else [teacher.negative[name] for name in sorted(teacher.negative)]
     return {
         "teacher": fingerprint([*teacher.denoiser.network.parameters(), *negative]), "prompts": words,
-        "data": fingerprint([] if latents is None else [latents]),
+        "data": "" if latents is None else latents.identity(),
     }  # fmt: skip
 
 
@@ -215,12 +248,13 @@ def show(config: Config, teacher: PromptedTeacher, networks: tuple[nn.Module, nn
     show_plan(config, roles, updates, before=plan_of_pairs(config))
 
 
-def save(config: Config, student: Student, pipeline: Path, folder: Path) -> Path:
+def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Path) -> Path:
     """Export the student: a pipeline, or a LoRA."""
     card = (
         f"Distilled from {config.teacher} (guidance {config.guidance:g}) by `train_scripts/train_dmd.py`, preset "
         f"{config.preset}: {config.steps:,} iterations of batch {config.batch_size}, "
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )
-    export = export_lora if config.lora else export_pipeline
-    return export(student, pipeline, folder, card=card)
+    base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
+    pipeline = hub.pipeline_folder(teacher_name(config))
+    return student.export(pipeline, folder, card=card, base_model=base, size=teacher.source.size)

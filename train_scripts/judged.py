@@ -18,6 +18,9 @@ from toyworld.captions import Attributes, caption, describe
 from toyworld.data import HELD_OUT, draw_scenes
 from toyworld.judge import Judge, accuracies, as_pictures, load_judge
 
+SIZE = (64, 64)
+"""Height and width that the judge sees."""
+
 NUM_RENDERS = 2000
 """Renders that a training compares its student's pictures with."""
 

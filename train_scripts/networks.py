@@ -155,12 +155,11 @@ def _is_diffusers(config: Path) -> bool:
         return False
 
 
-def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int]:
-    """Name, channels and side of the activations a critic reads; side 1 means no space.
+def find_bottleneck(network: nn.Module, name: str | None) -> str:
+    """Name of the submodule a critic reads: ``name``, the network's own choice, or its mid_block.
 
     Raises ``ValueError`` where there is no such submodule, or none is known and none is named.
     """
-    network = teacher.denoiser.network
     modules = dict(network.named_modules())
     if name is None:
         owners = [(prefix, module) for prefix, module in modules.items() if hasattr(module, "bottleneck")]
@@ -171,8 +170,15 @@ def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int
             f"the GAN term needs a submodule to listen to; got --bottleneck {name}. The network has "
             f"{', '.join(list(modules)[1:8])}, ... Or pass --gan-weight 0."
         )
+    return name
+
+
+def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int]:
+    """Name, channels and side of the activations of :func:`find_bottleneck`; side 1 means no space."""
+    network = teacher.denoiser.network
+    name = find_bottleneck(network, name)
     kept: list[Tensor] = []
-    hook = modules[name].register_forward_hook(
+    hook = network.get_submodule(name).register_forward_hook(
         lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
     )
     device = next(network.parameters()).device

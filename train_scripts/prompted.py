@@ -59,7 +59,8 @@ class PromptedTeacher:
     def cond(self, labels: Tensor) -> Cond:
         """The condition of the prompts, or of the classes, with these numbers."""
         if self.conds:
-            return {name: value[labels.to(value.device)] for name, value in self.conds.items()}
+            device = self.source.device
+            return {name: value[labels.to(value.device)].to(device) for name, value in self.conds.items()}
         return self.source.classes(labels) if self.num_classes else {}
 
     def decode(self, x0: Tensor) -> Tensor:

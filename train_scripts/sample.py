@@ -25,6 +25,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from distill.export import FACTS
 from distill.student import Student
 from score.atomic import whole_folder
 from score.randomness import derived_generator
@@ -99,6 +100,10 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
 
     Raises ``ValueError`` for a model that cannot be read, or that the other options are not for.
     """
+    if (Path(config.model) / FACTS).is_file():
+        raise ValueError(
+            f"{config.model} is a LoRA, which needs its teacher: load it in diffusers, as its README.md says."
+        )
     if config.prompts or is_hub_model(config.model):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
