@@ -1,8 +1,8 @@
 """A student as what diffusers loads: a pipeline's folder, or a LoRA, with the scheduler that its times need.
 
-A distilled network asked at another timestep, or under guidance, gives poor images and no error. So the scheduler
-is exported with the weights, such that a plain ``pipe(prompt, num_inference_steps=n, guidance_scale=1)`` asks at
-exactly the student's times, and :func:`scheduler_for` refuses times for which there is no such scheduler.
+A distilled network asked at another timestep, or under guidance, gives poor images and seldom an error. So the
+scheduler is exported with the weights, such that a plain ``pipe(prompt, num_inference_steps=n, guidance_scale=1)``
+asks at exactly the student's times, and :func:`scheduler_for` refuses times for which there is none.
 """
 
 import copy
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchLCMScheduler, LCMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill.student import Student, even_times
 from score.atomic import whole_folder
+from score.codec import read_codec_config
 from score.families import DiffusersNetwork, family_of
 from score.lora import Twin, adapter_weights, merged
 from score.pretrained import INDEX, NOISE_SETTINGS, part_folder, read_json
@@ -64,7 +65,8 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
     if isinstance(student.denoiser.schedule, VariancePreserving):
         own = {name: settings[name] for name in NOISE_SETTINGS if settings.get(name) is not None}
         kind = {"prediction_type": settings.get("prediction_type", "epsilon"), "clip_sample": False}
-        scheduler: Any = LCMScheduler(**own, **kind, original_inference_steps=number)
+        # steps_offset changes none of its times; stock pipelines complain of any but 1.
+        scheduler: Any = LCMScheduler(**own, **kind, original_inference_steps=number, steps_offset=1)
     else:
         # The last noise level stretches all those between it and 1, which are evenly spaced without a shift.
         last = {"shift_terminal": student.times[-1]} if number > 1 else {}
@@ -83,15 +85,21 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def export_pipeline(student: Student, pipeline: Path, folder: Path, *, card: str = "") -> Path:
+def export_pipeline(
+    student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
+    size: tuple[int, int] | None = None,
+) -> Path:  # fmt: skip
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
     Args:
         student: its network is a :class:`score.families.DiffusersNetwork`, or a twin of one, whose changes are
             added to the weights. Stored in the precision it has.
-        pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied.
+        pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied. Text
+            encoders in half precision become float32, else the folder would not run when it is loaded plainly.
         folder: replaced as a whole.
         card: text of the model card, above how to use it.
+        base_model: name or folder of the teacher's pipeline, for the card.
+        size: height and width in pixels that the student learned, if they are not the teacher's own.
 
     Raises:
         ValueError: another network, or times that the scheduler cannot be asked at.
@@ -100,30 +108,32 @@ def export_pipeline(student: Student, pipeline: Path, folder: Path, *, card: str
     family = family_of(index)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     model = _model(student.unwrapped().denoiser.network)
-    facts = _facts(student, scheduler)
+    facts = _facts(student, scheduler, size)
+    if size is not None:
+        _, _, factor = read_codec_config(part_folder(pipeline, "vae"))
+        height, width = (side // factor for side in size)
+        model.register_to_config(sample_size=height if height == width else [height, width])
+    text = card + (" The teacher's safety checker is not part of it." if _checks_safety(index) else "")
     with whole_folder(folder) as temporary:
         for part, value in index.items():
-            if (
-                isinstance(value, list)
-                and value[0] is not None
-                and part not in (family.part, "scheduler", *UNUSED)
-            ):
+            copied = part not in (family.part, "scheduler", *UNUSED)
+            if copied and isinstance(value, list) and value[0] is not None:
                 shutil.copytree(pipeline / part, temporary / part)
+                if part.startswith("text_encoder"):
+                    _to_float32(temporary / part)
         model.save_pretrained(temporary / family.part, safe_serialization=True)
         scheduler.save_pretrained(temporary / "scheduler")
-        index = {name: value for name, value in index.items() if name not in UNUSED}
-        index |= {"scheduler": ["diffusers", type(scheduler).__name__], **facts}
-        index |= {name: [None, None] for name in UNUSED} | {"requires_safety_checker": False}
-        if family.texts and index["_class_name"] != "StableDiffusionPipeline":
-            index = {
-                name: value for name, value in index.items() if name not in (*UNUSED, "requires_safety_checker")
-            }
+        index = _student_index(index, scheduler, facts)
         (temporary / INDEX).write_text(json.dumps(index, indent=2))
-        (temporary / "README.md").write_text(_card(card, _PIPELINE_USE, facts, index["_class_name"]))
+        use = _card(text, _PIPELINE_USE, facts, index["_class_name"], base_model, "")
+        (temporary / "README.md").write_text(use)
     return folder
 
 
-def export_lora(student: Student, pipeline: Path, folder: Path, *, card: str = "") -> Path:
+def export_lora(
+    student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
+    size: tuple[int, int] | None = None,
+) -> Path:  # fmt: skip
     """Write the changes of a :class:`score.lora.Twin` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
 
     Args:
@@ -131,6 +141,8 @@ def export_lora(student: Student, pipeline: Path, folder: Path, *, card: str = "
         pipeline: folder of the teacher's.
         folder: replaced as a whole; its scheduler has to be given to the pipeline, too, as its card says.
         card: text of the model card, above how to use it.
+        base_model: name or folder of the teacher's pipeline, for the card.
+        size: height and width in pixels that the student learned, for the card.
 
     Raises:
         ValueError: another network, or times that the scheduler cannot be asked at.
@@ -140,7 +152,7 @@ def export_lora(student: Student, pipeline: Path, folder: Path, *, card: str = "
         raise ValueError(f"a LoRA is made of a score.lora.Twin; got {type(twin).__name__}. Use export_pipeline.")
     index = read_json(pipeline / INDEX)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
-    facts = _facts(student, scheduler)
+    facts = _facts(student, scheduler, size)
     part = family_of(index).part
     with whole_folder(folder) as temporary:
         weights = {f"{part}.{name}": value for name, value in adapter_weights(twin).items()}
@@ -148,7 +160,8 @@ def export_lora(student: Student, pipeline: Path, folder: Path, *, card: str = "
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / FACTS).write_text(json.dumps(facts, indent=2))
         use = _LORA_USE.replace("SCHEDULER", type(scheduler).__name__)
-        (temporary / "README.md").write_text(_card(card, use, facts, index["_class_name"]))
+        use = _card(card, use, facts, index["_class_name"], base_model, "lora")
+        (temporary / "README.md").write_text(use)
     return folder
 
 
@@ -160,14 +173,38 @@ def read_student_facts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in read_json(file).items() if name.startswith("dmd2_")}
 
 
-def _facts(student: Student, scheduler: Any) -> dict[str, Any]:
+def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> dict[str, Any]:
     facts = {
         "dmd2_denoising_timesteps": [t * student.denoiser.time_scale for t in student.times],
         "dmd2_num_inference_steps": student.num_steps,
         "dmd2_guidance_scale": 1.0,
     }  # fmt: skip
+    facts |= {} if size is None else {"dmd2_height": size[0], "dmd2_width": size[1]}
     shift = scheduler.config.get("shift")
     return facts if shift is None else {**facts, "dmd2_scheduler_shift": shift}
+
+
+def _student_index(index: Mapping[str, Any], scheduler: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in index.items() if name not in (*UNUSED, "requires_safety_checker")}
+    own |= {"scheduler": ["diffusers", type(scheduler).__name__], **facts}
+    if index["_class_name"] == "StableDiffusionPipeline":  # which asks for them by name
+        own |= {name: [None, None] for name in UNUSED} | {"requires_safety_checker": False}
+    return own
+
+
+def _checks_safety(index: Mapping[str, Any]) -> bool:
+    return (index.get("safety_checker") or [None])[0] is not None
+
+
+def _to_float32(part: Path) -> None:
+    for file in part.glob("*.safetensors"):
+        weights = load_file(file)
+        if any(value.dtype in (torch.float16, torch.bfloat16) for value in weights.values()):
+            whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+            save_file(whole, file, metadata={"format": "pt"})
+    config = read_json(part / "config.json")
+    stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
+    (part / "config.json").write_text(json.dumps({**config, **stored}, indent=2))
 
 
 def _scheduler_settings(pipeline: Path) -> dict[str, Any]:
@@ -185,34 +222,40 @@ _PIPELINE_USE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("this folder")
-pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1).images[0]
+pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1SIZE).images[0]
 ```
 """
 
 _LORA_USE = """```python
 from diffusers import DiffusionPipeline, SCHEDULER
 
-pipe = DiffusionPipeline.from_pretrained("the teacher")
+pipe = DiffusionPipeline.from_pretrained("BASE")
 pipe.load_lora_weights("this folder")
 pipe.scheduler = SCHEDULER.from_pretrained("this folder", subfolder="scheduler")
-pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1).images[0]
+pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1SIZE).images[0]
 ```
 """
 
 
-def _card(text: str, use: str, facts: Mapping[str, Any], pipeline: str) -> str:
+def _card(text: str, use: str, facts: Mapping[str, Any], pipeline: str, base_model: str, tag: str) -> str:
     steps = facts["dmd2_num_inference_steps"]
     times = ", ".join(f"{t:g}" for t in facts["dmd2_denoising_timesteps"])
+    size = f", height={facts['dmd2_height']}, width={facts['dmd2_width']}" if "dmd2_height" in facts else ""
+    use = use.replace("PROMPT", '"a prompt"').replace("STEPS", str(steps)).replace("SIZE", size)
+    base = f"base_model: {base_model}\n" if base_model else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [text-to-image, diffusion, distillation, dmd2]
+{base}license: other
+license_name: that-of-the-base-model
+tags: [text-to-image, diffusion, distillation, dmd2{f", {tag}" if tag else ""}]
 ---
 # A student of {steps} step{"s" if steps > 1 else ""}
 
 {text or "Distilled by distribution matching (DMD2, arXiv 2405.14867)."}
 
-{use.replace("PROMPT", '"a prompt"').replace("STEPS", str(steps))}
+{use.replace("BASE", base_model or "the teacher's folder or name")}
 A {pipeline} asked at timestep{"s" if steps > 1 else ""} {times}. Guidance is built in: `guidance_scale` must be 1,
-and `num_inference_steps` {steps}; other values give poor images and no error.
+and `num_inference_steps` {steps}. Other values give an error at best, and else poor images. Its license is that of
+the base model.
 """

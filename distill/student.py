@@ -72,6 +72,22 @@ class Student:
         """Images from standard normal ``noise`` in all steps; ``generator`` serves the noise between steps."""
         return self.unwrapped().simulate(noise, cond, steps=self.num_steps, generator=generator)
 
+    def export(
+        self, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
+        size: tuple[int, int] | None = None,
+    ) -> Path:  # fmt: skip
+        """Write what diffusers loads: a LoRA where the network is a ``score.lora.Twin``, else a pipeline.
+
+        See :func:`distill.export.export_lora` and :func:`distill.export.export_pipeline`.
+        """
+        # Here, since students need no diffusers until they leave.
+        from distill.export import export_lora, export_pipeline
+        from score.lora import Twin
+
+        lora = isinstance(self.unwrapped().denoiser.network, Twin)
+        write = export_lora if lora else export_pipeline
+        return write(self, pipeline, folder, card=card, base_model=base_model, size=size)
+
     def unwrapped(self) -> "Student":
         """The same student without a DDP wrapper, for calls that its reducer must not see."""
         return replace(self, denoiser=self.denoiser.unwrapped())
