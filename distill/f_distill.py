@@ -42,7 +42,8 @@ neyman: (1 - r)^2 / r.
 class FDistill(DMD):
     """DMD whose gradient is weighted by h(r) of each sample; its fake score is, or holds, a critic.
 
-    The critic is that of ``gan``, which trains it; ``GAN(generator_weight=0)`` gives the student no term of its own from it.
+    The critic is that of ``gan``, which trains it; under ``GAN(generator_weight=0)`` the student hears of it only
+    through h.
 
     Args:
         divergence: one of ``DIVERGENCES``, or another function of log r.
@@ -63,9 +64,7 @@ class FDistill(DMD):
                 f"log_ratio_limit must be above 0; got {self.log_ratio_limit}. 8 is a ratio of 3,000."
             )
         if self.gan is None:
-            raise ValueError(
-                "f-distill reads the ratio of densities off a critic, which nothing trains with gan=None. Pass a GAN."
-            )
+            raise ValueError("f-distill reads h off a critic, which nothing trains with gan=None. Pass a GAN.")
 
     @torch.no_grad()
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:

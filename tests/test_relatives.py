@@ -286,8 +286,8 @@ def test_answers_of_another_shape_are_refused(schedules, kind, role):
     own = make_denoiser(schedules["flow"], 0, critic=kind is FDistill)
     narrow = Narrow(own.network, own.schedule, own.kind)
     name = {"teacher": "teacher", "fake": "fake score"}[role]
+    method = make(kind, schedules["flow"], **{role: narrow})
     with pytest.raises(ValueError, match=rf"{name} must return the shape of x0 \(6, 2\); got \(6, 1\)"):
-        method = make(kind, schedules["flow"], **{role: narrow})
         method.gradient(make_batch()["x0"].detach(), LABELS, {}, generator=RNG("gradient"))
 
 
