@@ -57,7 +57,7 @@ def stored_size(resolution: int, crop: str) -> int:
 def square(image: Image.Image, size: int, resolution: int) -> np.ndarray:
     """The central square, resized to ``size``. Raises ``ValueError`` below half the resolution."""
     if min(image.size) * 2 < resolution:
-        raise ValueError(f"is {image.width} x {image.height}, smaller than half of --resolution {resolution}.")
+        raise ValueError(f"is {image.width} x {image.height}, smaller than half of {resolution} x {resolution}.")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Resizing with box= would let the filter see beyond the square.

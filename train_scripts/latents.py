@@ -24,7 +24,7 @@ PIXELS = 2**20
 """Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
 
 IN_MEMORY = 2**30
-"""Bytes of latents up to which all are kept in memory."""
+"""Bytes of latents, or of encoded prompts, up to which all are kept in memory; more are read from the disk."""
 
 
 @dataclass(frozen=True, eq=False)
