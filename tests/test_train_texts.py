@@ -217,18 +217,32 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
 
 
 def options_of(config):
-    for name, value in {**TINY, "teacher": config.teacher, "prompts": config.prompts, "out": config.out}.items():
-        yield from (f"--{name.replace('_', '-')}", str(value))
+    """A command line that means a config; what it does not say is the preset's."""
+    for name, usual in vars(distill_options.text()).items():
+        flag, value = name.replace("_", "-"), getattr(config, name)
+        if value != usual:
+            yield from (
+                (f"--{'' if value else 'no-'}{flag}",) if isinstance(value, bool) else (f"--{flag}", str(value))
+            )
+
+
+def test_a_process_is_told_the_same_config(root, tmp_path, monkeypatch):
+    """So that what is compared below is one run in two ways."""
+    config, seen = config_of(root, tmp_path / "run", lora=True, lora_rank=2), []
+    words = list(options_of(config))
+    monkeypatch.setattr(sys, "argv", ["train_dmd.py", *words])
+    command.run(seen.append, Config, "", presets=presets_for(words))
+    assert seen == [config]
 
 
 class Run:
     """The script as a process of its own, on one or two ranks."""
 
-    def __init__(self, config, ranks=1, flags=()):
+    def __init__(self, config, ranks=1):
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        self.command = [*launcher, str(ROOT / "train_scripts" / "train_dmd.py"), *options_of(config), *flags]
+        self.command = [*launcher, str(ROOT / "train_scripts" / "train_dmd.py"), *options_of(config)]
         self.log = config.out.with_suffix(".log")
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "TQDM_DISABLE": "1",
@@ -319,18 +333,19 @@ def test_a_lora_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatc
 def test_two_ranks_learn_one_student_and_resume_it(root, tmp_path, lora):
     """With GAN term and warm-up; that both hold the same weights is asked by the loop, and of the LoRA in
     test_backbone."""
-    flags = ("--lora", "--lora-rank", "2") if lora else ()
-    whole, cut = (config_of(root, tmp_path / name) for name in ("whole", "cut"))
-    run = Run(whole, ranks=2, flags=flags)
+    changes = {"lora": True, "lora_rank": 2} if lora else {}
+    whole, cut, alone = (config_of(root, tmp_path / name, **changes) for name in ("whole", "cut", "alone"))
+    run = Run(whole, ranks=2)
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
     assert run.log.read_text().count("student: ") == 1
-    killed_after_its_first_checkpoint(Run(cut, ranks=2, flags=flags), cut)
-    run = Run(cut, ranks=2, flags=flags)
+    killed_after_its_first_checkpoint(Run(cut, ranks=2), cut)
+    run = Run(cut, ranks=2)
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
     assert "resumed from step " in run.log.read_text()
     assert_equal(weights_of(cut.out / "student"), weights_of(whole.out / "student"))
-    alone = train_dmd.main(config_of(root, tmp_path / "alone", lora=lora, **({"lora_rank": 2} if lora else {})))
-    one, other = (next(iter(weights_of(folder).values())) for folder in (alone, whole.out / "student"))
+    one, other = (
+        next(iter(weights_of(folder).values())) for folder in (train_dmd.main(alone), whole.out / "student")
+    )
     assert any(not torch.equal(value, other[name]) for name, value in one.items()), "both ranks' prompts count"
 
 
