@@ -45,9 +45,23 @@ class Codec:
         Raises:
             ValueError: images of another shape.
         """
+        mean, std = self.posterior(images)
+        return mean if generator is None else mean + std * normal_like(mean, generator)
+
+    def posterior(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of ``images``, for :meth:`encode` without the autoencoder.
+
+        A latent is mean + std noise. An AutoencoderTiny has std 0. Raises as :meth:`encode` does.
+        """
         self._check(images, "images", 3, self.factor)
         output: Any = self.vae.encode(images.to(self._dtype()))  # type: ignore[operator]
-        return (self._latents(output, generator) - self.shift) * self.scaling
+        if hasattr(output, "latents"):
+            z: Tensor = output.latents
+            mean, std = z.to(_precise(z)), torch.zeros_like(z, dtype=_precise(z))
+        else:
+            z = output.latent_dist.mean
+            mean, std = z.to(_precise(z)), output.latent_dist.std.to(_precise(z))
+        return (mean - self.shift) * self.scaling, std * self.scaling
 
     def decode(self, latents: Images) -> Tensor:
         """(b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
@@ -58,14 +72,6 @@ class Codec:
         z = latents.to(_precise(latents)) / self.scaling + self.shift
         images: Tensor = self.vae.decode(z.to(self._dtype())).sample  # type: ignore[operator]
         return images.to(_precise(images))
-
-    def _latents(self, output: Any, generator: Generators | None) -> Tensor:
-        if hasattr(output, "latents"):
-            z: Tensor = output.latents
-            return z.to(_precise(z))
-        mean: Tensor = output.latent_dist.mean
-        mean, std = mean.to(_precise(mean)), output.latent_dist.std
-        return mean if generator is None else mean + std.to(mean) * normal_like(mean, generator)
 
     def _dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype

@@ -43,6 +43,7 @@ MODULES = {
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
     "metrics": {"schedule", "denoiser", "exact"},
     "atomic": set(),
+    "pictures": set(),
     "ranks": set(),
     "training": {"randomness", "ranks"},
     "checkpoint": {"atomic", "training"},
@@ -63,7 +64,7 @@ LIBRARIES = {
     "transformers": ("score/families.py", "score/hub.py", "toyworld/parts.py", "train_scripts/", "benchmarks/"),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
-    "datasets": ("train_scripts/",),
+    "datasets": ("controlnet/sources.py", "train_scripts/"),
 }
 
 # The core without these costs torch alone; these import accelerate or diffusers.

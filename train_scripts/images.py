@@ -18,7 +18,6 @@ from arrays import (
     check_values,
     is_idx,
     number_classes,
-    open_image,
     read_idx,
     read_npz,
     resized,
@@ -29,6 +28,8 @@ from digits import Labelled, load_digits
 from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
+
+from score.pictures import open_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 Item = tuple[str, Any, Any]
