@@ -15,8 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from controlnet.pictures import as_floats
-from score.cache import Content, Entry, TensorCache, content_key
-from score.codec import Codec
+from score.cache import Content, Entry, TensorCache
 from score.prompts import PromptEncoder
 from score.randomness import derived_generator, normal_like
 
@@ -30,8 +29,8 @@ def share_work(
 ) -> int:  # fmt: skip
     """Do what is not done yet, this rank's share first, then what is left of the others'.
 
-    When it returns, everything is stored. What another rank holds in its hands just then is done twice, at most
-    a batch of each.
+    When it returns, everything is stored. What others hold in their hands meanwhile may be done twice, about a
+    batch of each of them.
 
     Args:
         items: the same on all ranks.
@@ -87,26 +86,22 @@ class Memory(Generic[Key]):
                 self.used += size
 
 
-def codec_identity(codec: Codec) -> str:
-    """A hash of the autoencoder's weights and of what scales its latents."""
-    tensors = [part for name, value in sorted(codec.vae.state_dict().items()) for part in (name, value)]
-    return content_key(type(codec.vae).__name__, repr((codec.scaling, codec.shift)), *tensors)
-
-
 @dataclass(frozen=True, eq=False)
 class Latents:
     """Images to the x0 of a latent model: encoded once each, drawn anew each time.
 
+        Latents(codec.posterior, TensorCache(folder, codec.identity()))
+
     The encoder's mean and standard deviation are what is kept, not one sample of its Gaussian.
 
     Attributes:
-        codec: of the model.
-        cache: of mean and std; its identity must be :func:`codec_identity`'s. None encodes every time.
+        encode: images in [-1, 1] to mean and standard deviation of their latents.
+        cache: of both, its identity that of the encoder; None encodes every time.
         memory: in front of the cache.
         batch_size: images encoded at a time when entries are missing.
     """
 
-    codec: Codec
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     cache: TensorCache | None = None
     memory: Memory[str] = field(default_factory=lambda: Memory(0))
     batch_size: int = 16
@@ -119,10 +114,10 @@ class Latents:
             images: (b, 3, h, w), uint8.
             generators: one a sample, for the noise of the Gaussian.
         """
-        mean, std = self.posterior(names, images)
+        mean, std = self.moments(names, images)
         return mean + std * normal_like(mean, generators)
 
-    def posterior(self, names: Sequence[str], images: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, names: Sequence[str], images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (b, c, h, w) each; encoded and stored if they are not there."""
         if self.cache is None:
             return self._encode(images)
@@ -146,7 +141,7 @@ class Latents:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.codec.posterior(as_floats(images))
+        return self.encode(as_floats(images))
 
 
 def share_prompts(texts: PromptEncoder, prompts: Sequence[str], *, rank: int = 0, num_ranks: int = 1) -> int:

@@ -42,6 +42,8 @@ COLOURS = tuple(
 )  # fmt: skip
 """CSS names, split into words; aqua and cyan, fuchsia and magenta are the same colours."""
 
+_BYTES = {name: ImageColor.getrgb(name.replace(" ", "")) for name in COLOURS}
+
 CENTRES, RADII, STROKE = (96 / 512, 416 / 512), (64 / 512, 256 / 512), 5 / 512
 """Ranges, uniform, and the outline's width, in units of the picture's side."""
 
@@ -94,18 +96,18 @@ def draw_circle(index: int, seed: int = 0, colours: Sequence[str] = COLOURS, *, 
 
 def colour_values(names: Iterable[str]) -> Float[Tensor, "n 3"]:
     """Colours of :data:`COLOURS`, in [-1, 1]."""
-    return torch.tensor([ImageColor.getrgb(name.replace(" ", "")) for name in names]).reshape(-1, 3) / 127.5 - 1
+    return torch.tensor([_BYTES[name] for name in names]).reshape(-1, 3) / 127.5 - 1
 
 
 def masks(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 1 size size"]:
     """1 at pixels whose centre lies in the circle, else 0."""
-    return (_distances(circles, size) <= _radii(circles, size)).float()
+    return torch.stack([_inside(circle, size)[None] for circle in circles]).float()
 
 
 def outlines(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 1 size size"]:
     """1 at pixels whose centre is within half a stroke of the circle's line, else 0; no stroke below one pixel."""
-    stroke = max(1.0, STROKE * size)
-    return ((_distances(circles, size) - _radii(circles, size)).abs() <= stroke / 2).float()
+    half = max(1.0, STROKE * size) / size / 2
+    return torch.stack([(_inside(c, size, half) ^ _inside(c, size, -half))[None] for c in circles]).float()
 
 
 def pictures(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 3 size size"]:
@@ -117,15 +119,10 @@ def pictures(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 3 size si
     return torch.where(masks(circles, size) > 0, colour, background)
 
 
-def _distances(circles: Sequence[Circle], size: int) -> Tensor:
-    middle = torch.arange(size, dtype=torch.float64) + 0.5
-    x, y = (torch.tensor([getattr(circle, name) for circle in circles], dtype=torch.float64) for name in "xy")
-    across, down = middle - size * x[:, None, None], middle[:, None] - size * y[:, None, None]
-    return torch.hypot(across, down)[:, None]
-
-
-def _radii(circles: Sequence[Circle], size: int) -> Tensor:
-    return size * torch.tensor([circle.radius for circle in circles], dtype=torch.float64)[:, None, None, None]
+def _inside(circle: Circle, size: int, wider: float = 0.0) -> Tensor:
+    middle = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    radius = max(0.0, circle.radius + wider)
+    return (middle - circle.x).square() + (middle - circle.y).square()[:, None] <= radius**2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from controlnet.caching import Latents, share_work
+from controlnet.caching import Latents, Memory, share_work
 from controlnet.hints import Hint, annotate, check_source, hint_generators
 from controlnet.pictures import as_floats, as_values, choose_view
 from controlnet.samples import THREADS, Samples
@@ -34,7 +34,7 @@ class Loaded:
     Attributes:
         indices: of the samples.
         epochs: how often each was seen before.
-        names: what identifies each image as it was cut.
+        names: what identifies each image as it was cut; empty for models of pixels.
         pictures: (b, c, h, w) on the CPU, by name.
     """
 
@@ -61,6 +61,7 @@ class ControlBatches:
         flip: mirror half of the samples.
         crop: the middle of each sample, or a random part.
         device: of the batches.
+        memory: for samples that were read.
     """
 
     samples: Samples
@@ -75,6 +76,7 @@ class ControlBatches:
     flip: bool = False
     crop: Literal["center", "random"] = "center"
     device: torch.device | str = "cpu"
+    memory: Memory[int] = field(default_factory=lambda: Memory(2**30))
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,9 @@ class ControlBatches:
                 f"prompt_drop and hint_drop must lie in [0, 1]; got {self.prompt_drop} and {self.hint_drop}."
             )
         if self.crop == "random" and self.latents is not None and self.latents.cache is not None:
-            raise ValueError("latents of random crops cannot be kept. Crop the center, or use Latents(codec).")
+            raise ValueError(
+                "latents of random crops cannot be kept. Crop the center, or use Latents without one."
+            )
 
     def __call__(self, rng: Rng) -> dict[str, Any]:
         """Batch ``rng.index`` of shuffled epochs, end to end.
@@ -145,11 +149,11 @@ class ControlBatches:
         """
         latents = self.latents
         if latents is None or latents.cache is None:
-            raise ValueError("there is no cache to fill: pass latents=Latents(codec, TensorCache(...)).")
+            raise ValueError("there is no cache to fill: pass latents=Latents(codec.posterior, TensorCache(...)).")
 
         def store(some: list[tuple[int, bool]]) -> None:
             images = [part["image"] for part in self._pool.map(lambda item: self._cut(*item), some)]
-            latents.posterior([self._name(*item) for item in some], torch.stack(images).to(self.device))
+            latents.moments([self._name(*item) for item in some], torch.stack(images).to(self.device))
 
         return share_work(
             [(index, mirrored) for index in range(len(self.samples)) for mirrored in sorted({False, self.flip})],
@@ -176,13 +180,17 @@ class ControlBatches:
         generators: Sequence[Generator] | None = None,
     ) -> Loaded:  # fmt: skip
         parts = list(self._pool.map(self._cut, indices, mirrored, generators or [None] * len(indices)))
-        names = [self._name(index, turned) for index, turned in zip(indices, mirrored, strict=True)]
+        names = [
+            self._name(index, turned) for index, turned in zip(indices, mirrored, strict=True) if self.latents
+        ]
         return Loaded(
             indices, epochs, names, {name: _stacked([part[name] for part in parts]) for name in parts[0]}
         )
 
     def _cut(self, index: int, mirrored: bool, generator: Generator | None = None) -> dict[str, Tensor]:
-        sample = self.samples.load(index)
+        if (sample := self.memory.get(index)) is None:
+            sample = self.samples.load(index)
+            self.memory.keep(index, sample)
         height, width = sample["image"].shape[1:]
         view = choose_view(height, width, self.size, mirrored=mirrored, generator=generator)
         return {name: view.cut(picture, self.samples.kinds[name]) for name, picture in sample.items()}

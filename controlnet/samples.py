@@ -11,14 +11,14 @@ What cannot be used is named with its path, and stops the run or is left out.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from controlnet.caching import Memory, share_work
+from controlnet.caching import share_work
 from controlnet.pictures import ROOM, Kind, check_kind, covering, read_picture, resized
 from controlnet.rows import Row, read_rows
 from score.cache import TensorCache
@@ -65,7 +65,6 @@ class Pictures:
         room: factor by which stored pictures are larger than ``size``, for random crops.
         convert: unusual modes are converted.
         bad: what was left out, and why.
-        memory: for pictures that were read.
     """
 
     rows: Sequence[Row]
@@ -76,7 +75,6 @@ class Pictures:
     room: float = 1.0
     convert: bool = False
     bad: tuple[str, ...] = ()
-    memory: Memory[int] = field(default_factory=lambda: Memory(0))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,14 +94,10 @@ class Pictures:
 
         Raises ``ValueError`` for a file that has changed into something unusable.
         """
-        if (kept := self.memory.get(index)) is not None:
-            return kept
         pictures = _read(self.rows[index], self.kinds, self.channels, self.convert)
         height, width = pictures["image"].shape[1:]
         fitting = covering(height, width, self._stored())
-        sample = {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
-        self.memory.keep(index, sample)
-        return sample
+        return {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
 
     def _stored(self) -> tuple[int, int]:
         return round(self.size[0] * self.room), round(self.size[1] * self.room)
@@ -112,8 +106,8 @@ class Pictures:
 def load_pictures(
     data: Any, size: tuple[int, int], *, text: str | None = "text", image: str | None = None,
     maps: Mapping[str, Kind] | None = None, channels: int = 3, crop: Literal["center", "random"] = "center",
-    convert: bool = False, on_bad_data: OnBadData = "stop", memory: int = 2**30, cache: Path | None = None,
-    rank: int = 0, num_ranks: int = 1,
+    convert: bool = False, on_bad_data: OnBadData = "stop", cache: Path | None = None, rank: int = 0,
+    num_ranks: int = 1,
 ) -> Pictures:  # fmt: skip
     """Samples of a folder or a data set, all of them checked.
 
@@ -129,7 +123,6 @@ def load_pictures(
         convert: take pictures of unusual modes; see :func:`controlnet.pictures.read_picture`.
         on_bad_data: stop, or skip unusable samples: pictures missing, damaged, of another mode, smaller than half
             of ``size``, or of another size than their image; captions missing or empty.
-        memory: bytes of pictures to keep.
         cache: folder in which verdicts are kept, by path, size and time of change: ranks then share the work,
             and a second start is fast.
         rank: of this process.
@@ -159,7 +152,7 @@ def load_pictures(
         )
     return Pictures(
         [rows[number] for number in good], [outcomes[number][0] for number in good], size, kinds, channels,
-        ROOM if crop == "random" else 1.0, convert, tuple(bad[number] for number in sorted(bad)), Memory(memory),
+        ROOM if crop == "random" else 1.0, convert, tuple(bad[number] for number in sorted(bad)),
     )  # fmt: skip
 
 

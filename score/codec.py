@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from score.cache import content_key
 from score.pretrained import PartReader, read_json
 from score.randomness import Generators, normal_like
 from score.schedule import Images
@@ -72,6 +73,11 @@ class Codec:
         z = latents.to(_precise(latents)) / self.scaling + self.shift
         images: Tensor = self.vae.decode(z.to(self._dtype())).sample  # type: ignore[operator]
         return images.to(_precise(images))
+
+    def identity(self) -> str:
+        """A hash of weights and scaling: latents kept under it are those of this autoencoder."""
+        weights = [part for item in sorted(self.vae.state_dict().items()) for part in item]
+        return content_key(type(self.vae).__name__, repr((self.scaling, self.shift)), *weights)
 
     def _dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype

@@ -14,16 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from arrays import (
-    check_values,
-    is_idx,
-    number_classes,
-    read_idx,
-    read_npz,
-    resized,
-    square,
-    stored_size,
-)
+from arrays import check_values, is_idx, number_classes, read_idx, read_npz, resized, square, stored_size
 from digits import Labelled, load_digits
 from PIL import Image
 from torch import Generator, Tensor
