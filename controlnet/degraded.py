@@ -79,7 +79,7 @@ def _by_factor(
 
 
 def _tiles(x: Tensor, factor: int) -> Tensor:
-    small = avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+    small = avg_pool2d(x, factor, ceil_mode=True)
     large = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return large[:, :, : x.shape[2], : x.shape[3]]
 

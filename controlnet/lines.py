@@ -39,7 +39,7 @@ class SoftEdge:
     """
 
     scales: tuple[float, ...] = (0.0, 2.0, 4.0)
-    gain: Range = (2.0, 6.0)
+    gain: Range = (1.0, 4.0)
     levels: int = 3
     channels: ClassVar[int] = 1
     source: ClassVar[str] = "image"
