@@ -35,7 +35,7 @@ MODULES = {
     "exact": {"schedule", "denoiser"},
     "pretrained": {"schedule", "denoiser"},
     "preflight": {"pretrained"},
-    "codec": {"randomness", "schedule", "pretrained"},
+    "codec": {"cache", "randomness", "schedule", "pretrained"},
     "prompts": {"cache", "denoiser"},
     "families": {"denoiser", "prompts"},
     "hub": {"randomness", "schedule", "denoiser", "pretrained", "preflight", "codec", "prompts", "families"},
@@ -44,6 +44,7 @@ MODULES = {
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
     "metrics": {"schedule", "denoiser", "exact"},
     "atomic": set(),
+    "pictures": set(),
     "ranks": set(),
     "training": {"randomness", "ranks"},
     "checkpoint": {"atomic", "training"},
@@ -71,11 +72,24 @@ LIBRARIES = {
     ),
     "nerfstudio": ("sds/",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
-    "datasets": ("train_scripts/",),
+    "datasets": ("controlnet/rows.py", "train_scripts/"),
 }
 
 # The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = ("diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "datasets")
+CONTROL = {
+    "caching",
+    "canny",
+    "circles",
+    "data",
+    "degraded",
+    "geometry",
+    "hints",
+    "lines",
+    "pictures",
+    "rows",
+    "samples",
+}
 HEAVY = {"parts", "training", "ranks", "checkpoint", "pretrained", "preflight", "codec", "families", "hub"}
 
 
@@ -188,6 +202,21 @@ def test_importing_the_core_imports_no_heavy_library():
         f"for name in {[m.removesuffix('.__init__') for m in modules]}:\n"
         "    importlib.import_module(name)\n"
         "    assert not heavy(), f'{name} imports {heavy()}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_what_control_needs_imports_neither_annotators_nor_data_sets():
+    names = [path[:-3].replace("/", ".") for path in sources("controlnet") if "__init__" not in path]
+    light = [name for name in names if name.split(".")[1] in CONTROL]
+    assert len(light) == len(CONTROL)
+    program = (
+        "import importlib, sys\n"
+        f"for name in {light}:\n"
+        "    importlib.import_module(name)\n"
+        f"    found = [m for m in {FORBIDDEN} if m in sys.modules]\n"
+        "    assert not found, f'{name} imports {found}'\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
