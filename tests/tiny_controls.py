@@ -1,7 +1,10 @@
 """Small bases of every kind that takes control, with inputs, and an adapter that is no ControlNet."""
 
+import functools
+
 import tiny_pipelines as tiny
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from controlnet.adapter import ControlledDenoiser, copy_encoder
@@ -13,18 +16,22 @@ from score.schedule import VariancePreserving
 BASES = {"sd": (8, 3, "eps"), "sdxl": (8, 1, "eps"), "toyworld": (4, 1, "v"), "pixels": (1, 2, "v")}
 
 
+@functools.cache
+def _sdxl_config():
+    return {**tiny.sdxl().unet.config}
+
+
 def make_unet(name):
-    if name in ("sd", "sdxl"):
-        return getattr(tiny, name)().unet
-    channels = {"in_channels": 4, "out_channels": 4} if name == "toyworld" else {"in_channels": 3, "out_channels": 3}
-    return tiny.text_unet(**channels)
+    if name == "sdxl":
+        return UNet2DConditionModel(**_sdxl_config())
+    return tiny.text_unet(**({"in_channels": 3, "out_channels": 3} if name == "pixels" else {}))
 
 
 def make_base(name="sd", dtype=torch.float32):
     """A frozen base; its weights are perturbed, since fresh biases and norms are too regular to tell things apart."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = make_unet(name)
+        unet = make_unet(name).eval()
         with torch.no_grad():
             for parameter in unet.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -37,7 +44,8 @@ def make_adapter(base, name="sd", trained=False, dtype=torch.float32):
     factor, channels, _ = BASES[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        adapter = copy_encoder(base, hint_channels=channels, factor=factor).to(dtype)
+        widths = (4, 8, 8, 12)[: factor.bit_length()]
+        adapter = copy_encoder(base, hint_channels=channels, factor=factor, widths=widths).to(dtype)
         if trained:
             with torch.no_grad():
                 for parameter_name, parameter in adapter.named_parameters():
@@ -115,8 +123,6 @@ SDXL = {
 
 def meta_controlled(settings):
     """A public model with a fresh ControlNet, all shapes and no numbers, and inputs for one image."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
         unet = UNet2DConditionModel(in_channels=4, out_channels=4, **settings)
     base = NetworkDenoiser(DiffusersNetwork(freeze(unet)), VariancePreserving.scaled_linear())
