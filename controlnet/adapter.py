@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +29,24 @@ UNKNOWN_TO_CONTROLNET = (
     "center_input_sample", "time_cond_proj_dim", "timestep_post_act", "class_embeddings_concat",
     "mid_block_only_cross_attention", "dual_cross_attention",
 )  # fmt: skip
+
+
+class HintEmbedding(ControlNetConditioningEmbedding):
+    """diffusers' embedding of the hint, which can also be recomputed in the backward pass as its blocks can.
+
+    It works at the hint's full size: for Stable Diffusion it keeps more than a quarter of what is left to keep
+    when all else is recomputed, for 0.4 % of the work.
+    """
+
+    gradient_checkpointing = False  # diffusers sets this, and the function, where it sees the attribute
+    _gradient_checkpointing_func: Any = None
+
+    def forward(self, conditioning: Tensor) -> Tensor:
+        """(b, channels, h, w) to the features of x_t."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            embedded: Tensor = self._gradient_checkpointing_func(super().forward, conditioning)
+            return embedded
+        return super().forward(conditioning)
 
 
 class EncoderCopy(nn.Module):
@@ -45,6 +64,7 @@ class EncoderCopy(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        model.controlnet_cond_embedding.__class__ = HintEmbedding  # the same weights under the same names
         self.model = model
         self.channels = int(model.config.conditioning_channels)
         self.factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""The adapter: a fresh one changes nothing, to the last bit; a copy is a copy; diffusers agrees on all the rest."""
+"""The adapter: a fresh one changes nothing, to the last bit; a copy is a copy; diffusers agrees on the rest."""
 
 from dataclasses import replace
 
@@ -123,7 +123,9 @@ def test_a_copy_of_a_base_in_bf16_learns_in_float32():
     assert torch.equal(adapter.model.conv_in.weight, base.network.model.conv_in.weight.float())
 
 
-@pytest.mark.parametrize(("factor", "widths"), [(1, (16,)), (4, (16, 32, 96)), (8, (16, 32, 96, 256)), (2, (5, 7))])
+@pytest.mark.parametrize(
+    ("factor", "widths"), [(1, (16,)), (4, (16, 32, 96)), (8, (16, 32, 96, 256)), (2, (5, 7))]
+)
 @pytest.mark.parametrize("channels", [1, 3, 12])
 def test_hints_of_any_channels_and_sizes_are_embedded(channels, factor, widths):
     base, inputs = make_base(), make_inputs()
@@ -199,9 +201,7 @@ class Counting(nn.Module):
 def test_guidance_is_one_call_of_the_base_and_one_of_the_adapter(guess, asked):
     controlled, inputs = make_controlled(trained=True), make_inputs()
     adapter, network = Counting(controlled.adapter), Counting(controlled.base.network)
-    counted = replace(
-        controlled, adapter=adapter, base=replace(controlled.base, network=network), guess=guess
-    )
+    counted = replace(controlled, adapter=adapter, base=replace(controlled.base, network=network), guess=guess)
     guided(counted, 2.0, first_row(inputs["cond"]))(inputs["x_t"], inputs["t"], inputs["cond"])
     assert (adapter.batches, network.batches) == (asked, [8])
 

@@ -126,5 +126,7 @@ def test_a_sample_does_not_see_its_neighbours(name):
 
 @pytest.mark.parametrize("score", [edge_f1, mask_iou, ssim, rmse, centre_error])
 def test_maps_of_different_shapes_are_refused(score):
-    with pytest.raises(ValueError, match=r"share a shape \(b, c, h, w\); got \(1, 1, 16, 16\) and \(1, 1, 16, 15\)"):
+    with pytest.raises(
+        ValueError, match=r"share a shape \(b, c, h, w\); got \(1, 1, 16, 16\) and \(1, 1, 16, 15\)"
+    ):
         score(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 15))

@@ -28,7 +28,7 @@ def make_unet(name):
 
 
 def make_base(name="sd", dtype=torch.float32):
-    """A frozen base; its weights are perturbed, since fresh biases and norms are too regular to tell things apart."""
+    """A frozen base, its weights perturbed, since fresh biases and norms are too regular to tell things apart."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = make_unet(name).eval()

@@ -1,4 +1,4 @@
-"""What two ranks do to an adapter; run by torchrun, and imported by test_control_training for the expected answer."""
+"""What two ranks do to an adapter; run by torchrun, imported by test_control_training for what is expected."""
 
 import sys
 from dataclasses import replace
@@ -10,16 +10,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_controls import make_adapter, make_base, make_inputs  # noqa: E402
+from tiny_controls import make_adapter, make_base, make_inputs
 
-from controlnet.adapter import ControlledDenoiser  # noqa: E402
-from controlnet.evidence import Probe, Validation, hint_judge, paired_gap  # noqa: E402
-from controlnet.scores import MASK_SCORES  # noqa: E402
-from controlnet.training import control_phase, unlock  # noqa: E402
-from score.randomness import Rng  # noqa: E402
-from score.ranks import shared_rows, unwrap, verify_weights  # noqa: E402
-from score.times import uniform  # noqa: E402
-from score.training import train  # noqa: E402
+from controlnet.adapter import ControlledDenoiser
+from controlnet.evidence import Probe, Validation, hint_judge, paired_gap
+from controlnet.scores import MASK_SCORES
+from controlnet.training import control_phase, unlock
+from score.randomness import Rng
+from score.ranks import shared_rows, unwrap, verify_weights
+from score.times import uniform
+from score.training import train
 
 STEPS, BATCH, NAME = 2, 2, "pixels"
 
