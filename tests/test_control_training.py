@@ -450,6 +450,23 @@ def test_a_network_that_cannot_recompute_is_named():
     lighten(HintPyramid(3), recompute=False)
 
 
+def test_a_base_in_bf16_teaches_an_adapter_in_float32(make_accelerator):
+    """As large models are trained: what is frozen is cast, what learns computes in bf16 and recomputes."""
+    batch, losses = make_batch(batch=8), {}
+    for precision in ("no", "bf16"):
+        base = make_base("pixels")
+        adapter = make_adapter(base, "pixels", trained=True)
+        freeze(base.network, torch.bfloat16 if precision == "bf16" else None)
+        controlled = lightened(ControlledDenoiser(base, adapter), True, True)
+        phase = control_phase(controlled, adamw(adapter, 1e-3))
+        reports = list(train([phase], lambda rng: batch, make_accelerator(mixed_precision=precision), steps=4))
+        losses[precision] = torch.stack([report.metrics["control/loss"].float() for report in reports])
+        assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    close(losses["bf16"], losses["no"], rtol=0.02, atol=0)
+    assert not torch.equal(losses["bf16"], losses["no"])
+    assert losses["no"][-1] < losses["no"][0]
+
+
 def test_recomputing_adapters_can_be_averaged():
     adapter = make_adapter(make_base())
     lighten(adapter)
@@ -469,7 +486,7 @@ def flops_and_bytes(settings):
 
 
 def test_work_and_memory_of_a_step_at_the_size_of_stable_diffusion():
-    """GFLOP of one image forth and back, latents cached; the VAE would add 1,117 (LOG.md)."""
+    """GFLOP of one image forth and back, latents cached; encoding it would add 1,117."""
     work, size, light = flops_and_bytes(SD15)
     assert 2200 <= work <= 2300
     assert light < 0.08 * size
