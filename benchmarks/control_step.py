@@ -38,7 +38,8 @@ from score.training import train
 from toyworld.parts import LENGTH, SIZE, make_text_encoder, make_unet, make_vae
 
 VOCABULARY, LEARNING_RATE, CLIP_NORM = 256, 1e-5, 1.0
-NAMES = ("diffusers", "ours", "ours, adapter recomputed", "ours, nothing recomputed")
+NAMES = ("diffusers", "ours", "ours, one level", "ours, hint alone", "ours, nothing recomputed")
+LEVELS = {"ours, one level": 1, "ours, hint alone": 0}
 TOLERANCE = 1e-9
 GOALS = {"time": ">= 1.50", "saved bytes": "<= 0.70"}
 
@@ -166,10 +167,12 @@ def diffusers(config: Config, roles: Roles) -> Iterator[float]:
         yield loss.detach().item()
 
 
-def ours(config: Config, roles: Roles, accelerator: Accelerator, base: bool, adapter: bool) -> Iterator[float]:
-    """The library: posteriors and text states from a cache, fused updates; ``base``, ``adapter``: recomputed."""
-    lighten(roles.base.network, recompute=base)
-    lighten(roles.adapter, recompute=adapter)
+def ours(
+    config: Config, roles: Roles, accelerator: Accelerator, recompute: bool = True, levels: int | None = None
+) -> Iterator[float]:
+    """The library: posteriors and text states from a cache, fused updates; see :func:`lighten`."""
+    for network in (roles.base.network, roles.adapter):
+        lighten(network, recompute=recompute, levels=levels)
     with torch.no_grad():
         cached = roles.vae.encode(roles.images.to(roles.vae.dtype)).latent_dist
         states = roles.text_encoder(input_ids=roles.tokens).last_hidden_state
@@ -200,7 +203,7 @@ def start(name: str, config: Config, roles: Roles, accelerator: Accelerator) -> 
     """The contender's training, at its first step."""
     if name == "diffusers":
         return diffusers(config, roles)
-    return ours(config, roles, accelerator, base=name == "ours", adapter="nothing" not in name)
+    return ours(config, roles, accelerator, recompute="nothing" not in name, levels=LEVELS.get(name))
 
 
 def loss_error(config: Config, steps: int = 3) -> float:
@@ -255,10 +258,10 @@ def work(configs: Path, unet: str, vae: str) -> dict[str, float]:
         return counter.get_total_flops() / 1e9
 
     counted = {"nothing recomputed": step()}
-    lighten(adapter, channels_last=False)
-    counted["adapter recomputed"] = step()
-    lighten(base.network, channels_last=False)
-    counted["both recomputed"] = step()
+    for name, levels in (("hint alone", 0), ("one level", 1), ("all", None)):
+        for network in (base.network, adapter):
+            lighten(network, levels=levels, channels_last=False)
+        counted[name] = step()
     counted["encoding the image"] = operations(lambda: codec.encode(hint)) / 1e9
     return counted
 

@@ -113,7 +113,9 @@ def adamw(
     return small
 
 
-def lighten(network: nn.Module, *, recompute: bool = True, channels_last: bool = True) -> None:
+def lighten(
+    network: nn.Module, *, recompute: bool = True, levels: int | None = None, channels_last: bool = True
+) -> None:
     """Let a base or an adapter use less memory and time, in place; its results stay the same up to rounding.
 
     Both need it: a frozen decoder keeps as much for the way back as the adapter does (its encoder keeps nothing).
@@ -121,10 +123,13 @@ def lighten(network: nn.Module, *, recompute: bool = True, channels_last: bool =
     Args:
         network: a diffusers model, or a module that holds one.
         recompute: block by block in the backward pass, what then need not be kept.
+        levels: of resolution, from the finest, whose blocks are recomputed, beside the embedding of the hint; all
+            by default. The finest hold most of the memory and little of the work: for Stable Diffusion 1.5 one
+            level halves the memory for 9 % more work, all make it a sixth for 26 %.
         channels_last: the order of memory that convolutions are fastest in.
 
     Raises:
-        ValueError: recompute for a network that cannot.
+        ValueError: recompute for a network that cannot, or a negative number of levels.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)
@@ -133,7 +138,17 @@ def lighten(network: nn.Module, *, recompute: bool = True, channels_last: bool =
     able: list[Any] = [part for part in network.modules() if hasattr(part, "enable_gradient_checkpointing")]
     if not able:
         raise ValueError(f"a {type(network).__name__} cannot recompute activations. Pass recompute=False.")
-    able[0].enable_gradient_checkpointing(_recomputed)
+    model = able[0]
+    model.enable_gradient_checkpointing(_recomputed)
+    if levels is None:
+        return
+    if levels < 0:
+        raise ValueError(f"levels must be at least 0; got {levels}. None means all.")
+    up = list(getattr(model, "up_blocks", ()))  # coarsest first, and none in a ControlNet
+    for block in (*model.down_blocks[levels:], model.mid_block, *up[: max(len(up) - levels, 0)]):
+        for part in block.modules():
+            if hasattr(part, "gradient_checkpointing"):
+                part.gradient_checkpointing = False
 
 
 def unlock(denoiser: ControlledDenoiser) -> nn.Module:

@@ -444,6 +444,32 @@ def test_the_hints_embedding_is_recomputed_too():
     assert without < 0.6 * saved_bytes(lambda: loss_of(controlled, batch), networks)[0]
 
 
+def test_levels_are_recomputed_from_the_finest():
+    sizes, gradients = [], []
+    batch = make_batch("sd", 2)
+    for levels in (0, 1, 2, None):
+        controlled = make_controlled("sd", trained=True)
+        networks = (controlled.base.network, controlled.adapter)
+        for network in networks:
+            lighten(network, levels=levels)
+        size, loss = saved_bytes(lambda it=controlled: loss_of(it, batch), networks)
+        loss.backward()
+        sizes.append(size)
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in controlled.adapter.parameters()]))
+        up, down = controlled.base.network.model.up_blocks, controlled.adapter.model.down_blocks
+        recomputed = [block.gradient_checkpointing for block in (*reversed(up), *down)]
+        assert recomputed == [(levels is None or level < levels) for level in (0, 1)] * 2
+        assert controlled.adapter.model.controlnet_cond_embedding.gradient_checkpointing
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3], "the middle block is the last"
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_levels_are_counted_from_zero():
+    with pytest.raises(ValueError, match=r"levels must be at least 0; got -1\. None means all"):
+        lighten(make_base().network, levels=-1)
+
+
 def test_a_network_that_cannot_recompute_is_named():
     with pytest.raises(ValueError, match=r"a HintPyramid cannot recompute activations\. Pass recompute=False"):
         lighten(HintPyramid(3))
