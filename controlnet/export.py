@@ -1,0 +1,163 @@
+"""A finished adapter as a folder that stock diffusers loads, with a card that says what it can and cannot do."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from controlnet.adapter import EncoderCopy
+from controlnet.evidence import Probe
+from controlnet.verdict import Evidence
+from score.atomic import whole_folder
+from score.pretrained import PartReader, find_model
+from score.ranks import unwrap
+
+SAMPLES = "samples.png"
+
+
+def save_adapter(
+    adapter: nn.Module, folder: Path, card: str, *, samples: Tensor | None = None, unet: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
+    """Write an :class:`EncoderCopy` so that ``ControlNetModel.from_pretrained(folder)`` loads it, without loss.
+
+    Args:
+        adapter: or its average, wrapped in DDP or not.
+        folder: replaced as a whole, from a temporary name.
+        card: Markdown, kept as README.md; :func:`model_card`.
+        samples: (1, 3, h, w) in [0, 1], kept as samples.png; :func:`contact_sheet`.
+        unet: what an unlocked decoder belongs to, kept in the folder ``unet``: the adapter is of no use without.
+        dtype: of the weights on disk; as they are by default.
+
+    Raises:
+        ValueError: another adapter, which diffusers has no class for.
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
+    inner = unwrap(adapter)
+    if not isinstance(inner, EncoderCopy):
+        raise ValueError(
+            f"diffusers' ControlNetModel is the form of an EncoderCopy; got {type(inner).__name__}. Save "
+            "its state_dict with safetensors."
+        )
+    parts = [inner.model] if unet is None else [inner.model, unet]
+    if not all(bool(p.isfinite().all()) for part in parts for p in part.parameters()):
+        raise FloatingPointError("the adapter has weights that are not finite. Save an earlier checkpoint.")
+    with whole_folder(folder) as temporary:
+        for part, place in zip(parts, (temporary, temporary / "unet"), strict=False):
+            part = part if dtype is None else copy.deepcopy(part).to(dtype)
+            part.save_pretrained(place, safe_serialization=True)
+        (temporary / "README.md").write_text(card)
+        if samples is not None:
+            save_image(samples, temporary / SAMPLES)
+    return folder
+
+
+def load_adapter(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> EncoderCopy:
+    """A frozen adapter from a folder of ``save_adapter`` or diffusers, or a model's name (downloaded once).
+
+    To train it on, ``requires_grad_(True)``. Raises ``ValueError`` for weights that are missing, pickled, damaged
+    or of another class.
+    """
+    reader = PartReader(dtype, torch.device(device))
+    return EncoderCopy(reader.read(ControlNetModel, find_model(name)))
+
+
+def model_card(
+    *, base: str, hint: str, look: Evidence | None, learned: int | None, training: Mapping[str, Any],
+    limits: str, licence: str = "apache-2.0",
+) -> str:  # fmt: skip
+    """The README of an exported folder, in the form of model hubs.
+
+    Args:
+        base: the pipeline that the adapter belongs to.
+        hint: what it follows, and how hints are made.
+        look: the last evidence; None if none was taken.
+        learned: step of the event, None if it has not come.
+        training: JSON-able facts: data, steps, batch, learning rate, seed.
+        limits: what the figures do not show.
+        licence: of the weights, for the hub's header.
+    """
+    header = f"license: {licence}\nlibrary_name: diffusers\nbase_model: {json.dumps(base)}\ntags: [controlnet]"
+    facts = "\n".join(f"- {name}: {value}" for name, value in training.items())
+    event = "was not learned by the criterion" if learned is None else f"was learned at step {learned:,}"
+    return f"""---
+{header}
+---
+# ControlNet: {hint}
+
+    from diffusers import ControlNetModel
+    controlnet = ControlNetModel.from_pretrained("path/of/this/folder")
+
+For {base}. Control {event} (half-way from floor to ceiling in two looks running).
+
+{_table(look)}
+
+![hints, real images, samples]({SAMPLES})
+
+## Training
+
+{facts}
+
+## Limits
+
+{limits}
+"""
+
+
+def _table(look: Evidence | None) -> str:
+    if look is None:
+        return "No evidence was taken."
+    rows = [
+        f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {one.relative:.2f} |"
+        for name, one in look.standings.items()
+    ]
+    gap = look.gap
+    return "\n".join(
+        [
+            f"| step {look.step:,} | samples | floor: hints of other samples | ceiling: real images | relative |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Loss under the right hint {gap.right:.5f}, under another sample's {gap.shuffled:.5f} "
+            f"(difference {gap.value:.5f} +- {gap.error:.5f}).",
+        ]
+    )
+
+
+def contact_sheet(probe: Probe, images: Tensor, columns: int = 16) -> Tensor:
+    """(1, 3, H, W) in [0, 1]: rows of hints, real images and samples, in turn.
+
+    Args:
+        probe: of n samples.
+        images: (n, 3, h, w) in [-1, 1].
+        columns: samples in a row.
+    """
+    hints = nn.functional.interpolate(_as_colours(probe.hint.cpu().float()), images.shape[2:], mode="nearest")
+    rows = [hints, *((many.cpu().float().clamp(-1, 1) + 1) / 2 for many in (probe.images, images))]
+    parts = [many for start in range(0, len(probe), columns) for many in _padded(rows, start, columns)]
+    return make_grid(torch.cat(parts), nrow=min(columns, len(probe)), padding=1, pad_value=0.5)[None]
+
+
+def _padded(rows: list[Tensor], start: int, columns: int) -> list[Tensor]:
+    # Only a last row that is not the first can be shorter than the others; it is filled up with grey.
+    width = min(columns, len(rows[0]))
+    parts = [many[start : start + width] for many in rows]
+    return [
+        torch.cat([part, torch.full((width - len(part), *part.shape[1:]), 0.5)]) if len(part) < width else part
+        for part in parts
+    ]
+
+
+def _as_colours(hint: Tensor) -> Tensor:
+    # One channel is grey, three are colours, any other number are classes, shown as shades.
+    if hint.shape[1] not in (1, 3):
+        hint = hint.argmax(1, keepdim=True) / (hint.shape[1] - 1)
+    return hint.expand(-1, 3, -1, -1)
