@@ -99,12 +99,15 @@ class Latents:
         cache: of both, its identity that of the encoder; None encodes every time.
         memory: in front of the cache.
         batch_size: images encoded at a time when entries are missing.
+        sampled: False for a base that was trained on the means: a weak KL term leaves large deviations in what
+            the decoder does not look at, and such a base has never seen them.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     cache: TensorCache | None = None
     memory: Memory[str] = field(default_factory=lambda: Memory(0))
     batch_size: int = 16
+    sampled: bool = True
 
     def __call__(self, names: Sequence[str], images: Tensor, generators: Sequence[Generator]) -> Tensor:
         """(b, c, h, w) latents on the device of ``images``.
@@ -115,7 +118,7 @@ class Latents:
             generators: one a sample, for the noise of the Gaussian.
         """
         mean, std = self.moments(names, images)
-        return mean + std * normal_like(mean, generators)
+        return mean + std * normal_like(mean, generators) if self.sampled else mean
 
     def moments(self, names: Sequence[str], images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (b, c, h, w) each; encoded and stored if they are not there."""

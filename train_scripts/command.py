@@ -1,5 +1,6 @@
 """What the scripts share: a command line from a frozen dataclass, an output folder, a loop that logs."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -56,13 +57,21 @@ class RunOptions:
     """Print the resolved config, parameters, bytes per role and steps, and stop."""
 
 
-def run(main: Callable[[C], Path | None], config_type: type[C], description: str) -> None:
-    """Parse the command line into a config and call ``main``.
+def run(
+    main: Callable[[C], Path | None],
+    config_type: type[C],
+    description: str,
+    presets: Mapping[str, C] | None = None,
+) -> None:
+    """Parse the command line into a config and call ``main``; ``--preset`` chooses the defaults among ``presets``.
 
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
     stopped because it was not finite exits with 1.
     """
-    config = tyro.cli(config_type, description=description)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="")
+    default = (presets or {}).get(early.parse_known_args()[0].preset)  # what is no preset, tyro explains
+    config = tyro.cli(config_type, description=description, default=default)
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -116,13 +116,16 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
 
 def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
-    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor], columns: int,
-    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {},
+    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
+    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns. SIGTERM, which is how schedulers
-    announce the end, saves a checkpoint first and then exits with 143.
+    The main process calls ``watch`` after each step and logs what it returns; with ``all_watch`` every rank calls
+    it, so that they can share its work. ``finish`` is called on every rank after the last step, while they can
+    still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then
+    exits with 143.
     """
     reports = train(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
@@ -133,15 +136,18 @@ def fit(
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             with accelerator.autocast():
-                figures = watch(report.step) if accelerator.is_main_process else {}
-            if figures:
+                figures = watch(report.step) if accelerator.is_main_process or all_watch else {}
+            if figures and accelerator.is_main_process:
                 log(accelerator, report.step, figures)
             due = report.step % config.save_every == 0 or report.step == config.steps or stop
             if due and accelerator.is_main_process:
                 checkpoint.save(config.out / "checkpoints", report.step, phases, own)
-                log(accelerator, report.step, {}, as_grid(preview(), columns))
+                if preview is not None:
+                    log(accelerator, report.step, {}, as_grid(preview(), columns))
             if stop:
                 break
+    if not stop:
+        finish()
     with suppress(OSError):
         accelerator.end_training()
     if stop:

@@ -1,0 +1,397 @@
+"""The script that trains adapters: tiny runs from a folder, kills, two ranks, bad input, presets."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import command
+import control_tasks
+import pytest
+import tiny_pipelines as tiny
+import torch
+import train_controlnet
+from accelerate.state import AcceleratorState
+from control_tasks import nearest_colour, silhouettes
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_pil_image
+
+from controlnet import circles
+from controlnet.adapter import ControlledDenoiser
+from controlnet.evidence import Probe, Standing
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A pipeline, a folder of ten circles with their outlines, and a cache for all tests of this file."""
+    folder = tmp_path_factory.mktemp("control")
+    tiny.sd().save_pretrained(folder / "model")
+    write_samples(folder / "data", 10)
+    return folder
+
+
+def write_samples(folder, number, caption=None):
+    folder.mkdir(parents=True)
+    data, lines = circles.Circles(2 * SIZE, number), []
+    for index in range(number):
+        sample = data.load(index)
+        to_pil_image(sample["image"]).save(folder / f"{index}.png")
+        to_pil_image(sample["outline"]).save(folder / f"{index}_outline.png")
+        text = data.caption(index) if caption is None else caption
+        line = {"file_name": f"{index}.png", "text": text, "outline_file_name": f"{index}_outline.png"}
+        lines.append(json.dumps(line))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def make_config(place, out, **changes):
+    settings = {
+        "base": str(place / "model"), "data": str(place / "data"), "size": SIZE, "steps": 6, "batch_size": 2,
+        "eval_every": 3, "eval_samples": 2, "test_samples": 2, "sampling_steps": 2, "guidance": 2.0, "save_every": 2,
+        "learning_rate": 1e-3, "cache": place / "cache", "ema_decay": 0.5, "log_every": 1,
+    }  # fmt: skip
+    return train_controlnet.Config(out=out, **{**settings, **changes})
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run that nobody disturbed."""
+    return train_controlnet.main(make_config(place, place / "whole"))
+
+
+def test_a_run_writes_what_diffusers_loads_a_card_samples_and_a_report(place, whole):
+    model = ControlNetModel.from_pretrained(whole)
+    assert model.config.conditioning_channels == 1
+    assert any(bool((p != 0).any()) for p in model.controlnet_mid_block.parameters())
+    report = json.loads((place / "whole" / "report.json").read_text())
+    assert report == json.loads((whole / "report.json").read_text())
+    assert report["step"] == 6
+    assert report["num_samples"] == 2
+    scores = report["scores"]["edge_f1_1px"]
+    assert set(scores) == {"value", "floor", "ceiling", "relative"}
+    assert report["gap"]["residual_rms"] > 0
+    assert "accuracy" not in report
+    assert "# ControlNet: canny" in (whole / "README.md").read_text()
+    assert Image.open(whole / "samples.png").size == Image.open(place / "whole" / "samples.png").size
+    looks = [json.loads(line) for line in (place / "whole" / "evidence.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [3, 6]
+
+
+def test_the_log_holds_scalars_and_validation_images(place, whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((place / "whole").rglob("events.out*")).parent)).Reload()
+    tags = events.Tags()
+    assert {"control/loss", "control/gap", "control/edge_f1_1px", "control/edge_f1_1px_floor"} <= set(
+        tags["scalars"]
+    )
+    assert [event.step for event in events.Scalars("control/edge_f1_1px")] == [3, 6]
+    assert tags["images"] == ["samples"]
+
+
+def test_without_control_the_report_is_of_the_base_itself(place, whole):
+    """Its scores are of samples that stock diffusers draws too, whatever the adapter became."""
+    report = json.loads((whole / "report.json").read_text())
+    assert report["scores_without_control"] != report["scores"]
+    floor = report["scores_without_control"]["edge_f1_1px"]["ceiling"]
+    assert floor == report["scores"]["edge_f1_1px"]["ceiling"]
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+def test_a_killed_run_ends_in_the_same_weights_and_evidence(place, tmp_path, whole, monkeypatch, capsys, kill_at):
+    real = train_controlnet.control_phase
+
+    def mortal(*arguments, **options):
+        phase = real(*arguments, **options)
+        count = 0
+
+        def loss(batch, rng):
+            nonlocal count
+            count += 1
+            if count > kill_at:
+                raise KeyboardInterrupt
+            return phase.loss(batch, rng)
+
+        return replace(phase, loss=loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_controlnet, "control_phase", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            train_controlnet.main(make_config(place, tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    folder = train_controlnet.main(make_config(place, tmp_path))
+    said = f"resumed from step {kill_at - kill_at % 2}"
+    assert (said in capsys.readouterr().out) == (kill_at > 1)
+    assert equal(weights(whole), weights(folder))
+    assert (tmp_path / "evidence.jsonl").read_text() == (place / "whole" / "evidence.jsonl").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["resumed"] == (kill_at > 1)
+
+
+def test_kills_fall_between_steps_in_mid_accumulation_too(place, tmp_path, monkeypatch):
+    options = {"accumulate": 3, "steps": 4, "eval_every": 0}
+    expected = weights(train_controlnet.main(make_config(place, tmp_path / "whole", **options)))
+    real, count = train_controlnet.ControlBatches.finish, 0
+
+    def mortal(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 3 * 2 + 2:  # the second micro-batch of the third step
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_controlnet.ControlBatches, "finish", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            train_controlnet.main(make_config(place, tmp_path / "cut", **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert equal(expected, weights(train_controlnet.main(make_config(place, tmp_path / "cut", **options))))
+
+
+def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, monkeypatch):
+    from score.codec import Codec
+
+    def forgotten(self, images):
+        raise AssertionError("encoded again")
+
+    calls, real = [], Codec.posterior
+
+    def counted(self, images):
+        calls.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(Codec, "posterior", counted)
+    config = make_config(place, tmp_path / "run", learning_rate=3e-4, eval_every=0, steps=2)
+    train_controlnet.main(config)
+    assert sum(calls) == 2, "the ceiling of the two samples of the report; all latents were kept"
+
+
+def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):
+    folder = train_controlnet.main(make_config(place, tmp_path, unlocked=True, steps=3))
+    ours = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    before = load_file(place / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], before[name])}
+    assert changed == {"up_blocks", "conv_norm_out", "conv_out"}
+
+
+def test_stock_diffusers_draws_with_the_result(place, whole):
+    from diffusers import StableDiffusionControlNetPipeline
+
+    parts = StableDiffusionPipeline.from_pretrained(place / "model").components
+    for name in ("image_encoder",):
+        parts.pop(name, None)
+    pipeline = StableDiffusionControlNetPipeline(
+        **{**parts, "safety_checker": None, "feature_extractor": None}, requires_safety_checker=False,
+        controlnet=ControlNetModel.from_pretrained(whole),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    hint = torch.zeros(1, 1, SIZE, SIZE)
+    images = pipeline("red circle", image=hint, num_inference_steps=2, height=SIZE, width=SIZE).images
+    assert images[0].size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint_channels", "score"),
+    [
+        ({"hint": "outline", "hint_kind": "lines"}, 1, "likeness"),
+        ({"hint": "softedge"}, 1, "ssim"),
+        ({"hint": "inpaint", "min_snr": 5.0, "prompt_drop": 1.0}, 4, "ssim"),
+        ({"gradient_checkpointing": True, "recompute_levels": 1, "flip": True, "lr_floor": 0.0}, 1, "edge_f1_1px"),
+        ({"crop": "random", "precision": "bf16", "test_samples": 0, "hint_drop": 0.5}, 1, "edge_f1_1px"),
+    ],
+)
+def test_options_lead_to_a_finite_result(place, tmp_path, changes, hint_channels, score):
+    folder = train_controlnet.main(make_config(place, tmp_path, **{"steps": 2, "eval_every": 0, **changes}))
+    assert ControlNetModel.from_pretrained(folder).config.conditioning_channels == hint_channels
+    assert next(iter(json.loads((tmp_path / "report.json").read_text())["scores"])) == score
+
+
+def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys):
+    train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True))
+    said = capsys.readouterr().out
+    assert '"hint": "canny"' in said
+    assert "6 samples encoded, 4 held out" in said
+    for role in ("base: ", "adapter: ", "its average: "):
+        assert role in said
+    assert said.count("gradients and optimiser state") == 1
+    assert "6 of the adapter" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank_changes", [{}, {"unlocked": True}], ids=["adapter", "unlocked"])
+def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_changes):
+    options = {
+        "--base": place / "model", "--data": place / "data", "--size": SIZE, "--steps": 3, "--batch-size": 2,
+        "--eval-every": 2, "--eval-samples": 3, "--sampling-steps": 2, "--guidance": 1, "--out": tmp_path / "two",
+        "--cache": tmp_path / "cache", "--learning-rate": "1e-3",
+    }  # fmt: skip
+    flags = [f"--{name}" for name in rank_changes]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [str(word) for item in options.items() for word in item]
+    result = subprocess.run(
+        [*launcher, str(ROOT / "train_scripts" / "train_controlnet.py"), *words, *flags],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    checkpoint = json.loads(next((tmp_path / "two").glob("checkpoints/step-*/config.json")).read_text())
+    assert checkpoint["num_processes"] == 2
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["num_samples"] == 3
+    # The same images per step on one rank: gradients are means of the ranks', evidence is of the same samples.
+    single = make_config(
+        place, tmp_path / "one", steps=3, batch_size=2, accumulate=2, eval_every=2, eval_samples=3, test_samples=0,
+        guidance=1.0, cache=tmp_path / "cache", ema_decay=0.999, **rank_changes,
+    )  # fmt: skip
+    train_controlnet.main(single)
+    alone = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert alone["scores"].keys() == report["scores"].keys()
+    assert alone["scores_without_control"] == report["scores_without_control"], "bit by bit: the base is the same"
+
+
+BAD = [
+    ([], ["--base and --data are needed"]),
+    (["--base", "{place}/nothing", "--data", "{place}/data"], ["nothing"]),
+    (["--base", "{place}/model", "--data", "{place}/nothing"], ["nothing", "metadata.jsonl"]),
+    (["--base", "{place}/model", "--data", "{place}/data", "--hint", "depth"], ["depth_file_name"]),
+    (
+        ["--base", "{place}/model", "--data", "{place}/data", "--eval-samples", "10"],
+        ["held out", "--eval-samples"],
+    ),
+    (["--base", "{place}/model", "--data", "{place}/data", "--eval-samples", "1"], ["at least 2"]),
+    (["--base", "{place}/model", "--data", "{place}/data", "--prompt-drop", "1.5"], ["--prompt-drop", "[0, 1]"]),
+    (["--base", "{place}/model", "--data", "{place}/data", "--lr-floor", "2"], ["--lr-floor"]),
+    (["--base", "{place}/model", "--data", "{place}/data", "--learning-rate", "0"], ["--learning-rate", "(0, 1]"]),
+    (["--base", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
+    (["--base", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
+    (["--preset", "toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
+    (["--preset", "sd15"], ["invalid choice", "toyworld-canny"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD, ids=[" ".join(words[-2:]) for words, _ in BAD])
+def test_bad_input_exits_with_2_and_writes_nothing(place, tmp_path, monkeypatch, capsys, arguments, expected):
+    (tmp_path / "file").write_text("a file")
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    small = [] if "--preset" in arguments else ["--size", str(SIZE), "--cache", str(tmp_path / "cache")]
+    words = [word.format(place=place, file=tmp_path / "file") for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["train_controlnet.py", *small, *words, *out])
+    with pytest.raises(SystemExit) as stopped:
+        command.run(
+            train_controlnet.main, train_controlnet.Config, train_controlnet.__doc__, train_controlnet.PRESETS
+        )
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    for word in expected:
+        assert word in said.err + said.out
+    assert not (tmp_path / "out").exists()
+
+
+SPOILT = {
+    "rgba": lambda path: Image.new("RGBA", (32, 32), (255, 0, 0, 128)).save(path),
+    "grey": lambda path: Image.new("L", (32, 32)).save(path),
+    "16 bits": lambda path: Image.new("I;16", (32, 32)).save(path),
+    "corrupt": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "missing": lambda path: path.unlink(),
+    "small": lambda path: Image.new("RGB", (7, 7)).save(path),
+}
+
+
+@pytest.mark.parametrize("fault", list(SPOILT))
+def test_bad_data_are_named_and_stop_or_are_skipped(place, tmp_path, capsys, fault):
+    data = write_samples(tmp_path / "data", 6)
+    SPOILT[fault](data / "2.png")
+    config = make_config(place, tmp_path / "out", data=str(data), steps=1, test_samples=0)
+    with pytest.raises(ValueError, match=r"2\.png"):
+        train_controlnet.main(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_controlnet.main(replace(config, on_bad_data="skip"))
+    assert f"skipped: {data / '2.png'}" in capsys.readouterr().err
+
+
+def test_empty_captions_are_named(place, tmp_path):
+    data = write_samples(tmp_path / "data", 4, caption=" ")
+    with pytest.raises(ValueError, match=r"0\.png has an empty caption"):
+        train_controlnet.main(make_config(place, tmp_path / "out", data=str(data)))
+
+
+def test_presets_are_defaults_that_flags_override(monkeypatch, tmp_path):
+    seen = []
+    arguments = ["--preset", "toyworld-canny", "--steps", "7", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_controlnet.py", *arguments])
+    command.run(seen.append, train_controlnet.Config, "", train_controlnet.PRESETS)
+    assert seen == [replace(train_controlnet.PRESETS["toyworld-canny"], steps=7, out=tmp_path)]
+
+
+def test_every_preset_is_named_and_its_numbers_are_possible():
+    names = set(train_controlnet.Config.__dataclass_fields__["preset"].type.__args__) - {""}
+    assert names == set(train_controlnet.PRESETS)
+    for name, config in train_controlnet.PRESETS.items():
+        assert config.preset == name
+        train_controlnet.check(config)
+
+
+def test_silhouettes_and_colours_of_true_circles_are_found():
+    data = circles.Circles(32, 200, colours=control_tasks.PALETTE, distinct=True)
+    drawn = [data.circle(index) for index in range(200)]
+    images, masks = circles.pictures(drawn, 32), circles.masks(drawn, 32)
+    found = silhouettes(images)
+    assert torch.equal(found, masks)
+    wanted = torch.tensor([control_tasks.PALETTE.index(circle.colour) for circle in drawn])
+    assert torch.equal(nearest_colour(images, found), wanted)
+    noisy = silhouettes(images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)))
+    assert (noisy == masks).float().mean() > 0.99
+    plain = torch.zeros(3, 3, 32, 32)
+    assert not silhouettes(plain).any()
+    assert nearest_colour(plain, silhouettes(plain)).tolist() == [-1, -1, -1]
+
+
+def test_likeness_prefers_the_own_image():
+    images = circles.pictures([circles.draw_circle(n) for n in range(8)], 32)
+    probe = Probe(x0=images, hint=images, cond={}, images=images)
+    own = control_tasks.judge_likeness(images, probe)["likeness"]
+    assert torch.allclose(own, torch.ones(8))
+    assert (control_tasks.judge_likeness(images, probe.shuffled())["likeness"] < 0.95).all()
+
+
+def test_a_standing_in_full():
+    from control_watch import in_full
+
+    assert in_full(Standing(0.5, 0.25, 0.75)) == {"value": 0.5, "floor": 0.25, "ceiling": 0.75, "relative": 0.5}
+
+
+def test_a_look_without_control_is_that_of_the_base(place):
+    from control_bases import load_base
+
+    base = load_base(str(place / "model"), size=SIZE, cache=place / "cache")
+    adapter = train_controlnet.copy_encoder(base.denoiser, hint_channels=1, factor=base.factor)
+    for parameter in adapter.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    x_t, t = torch.randn(2, 4, SIZE // base.factor, SIZE // base.factor), torch.full((2,), 500.0)
+    hint, cond = torch.ones(2, 1, SIZE, SIZE), base.prompts(["a", "b"])
+    free = ControlledDenoiser(base.denoiser, adapter, hint, scale=0.0)
+    assert torch.equal(free(x_t, t, cond), base.denoiser(x_t, t, cond))
+    assert not torch.equal(replace(free, scale=1.0)(x_t, t, cond), base.denoiser(x_t, t, cond))

@@ -1,0 +1,263 @@
+"""What an adapter is taught: samples, the hint that is made of them, and the judge of whether it is obeyed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from control_bases import PALETTE
+from torch import Tensor
+
+from controlnet.canny import Canny
+from controlnet.circles import HELD_OUT, Circles, colour_values
+from controlnet.data import ControlBatches
+from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
+from controlnet.evidence import Judge, Probe, hint_judge
+from controlnet.geometry import Depth, Segmentation
+from controlnet.hints import Hint, Precomputed, hint_generators
+from controlnet.lines import LineArt, Scribble, SoftEdge
+from controlnet.pictures import Kind
+from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
+from controlnet.scores import DENSE_SCORES, EDGE_SCORES, MASK_SCORES, ssim
+from score.cache import content_key
+from toyworld import data as toyworld
+from toyworld.render import render
+
+ANNOTATORS: Mapping[str, Hint] = {
+    "canny": Canny(), "softedge": SoftEdge(), "lineart": LineArt(), "scribble": Scribble(Canny()), "tile": Tile(),
+    "lowres": LowResolution(), "blur": Blur(), "inpaint": Inpaint(), "palette": Palette(),
+}  # fmt: skip
+"""Hints that are made of the image, by the names of --hint."""
+
+SOFT = SoftEdge(gain=(2.0, 2.0), levels=0)
+"""By whose strengths two images are compared where a hint cannot be read off an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What is learned, from what."""
+
+    data: str = ""
+    """Folder with metadata.jsonl, Hugging Face data set or its name, "toyworld" or "circles"."""
+    hint: str = "canny"
+    """canny, softedge, lineart, scribble, tile, lowres, blur, inpaint or palette, made of the image; or a map of
+    the samples: column depth_file_name for depth, or depth, normals, mask, edges (toyworld), outline (circles)."""
+    hint_kind: Kind = "image"
+    """What the pictures of a map mean: it decides how they are resized and mirrored."""
+    hint_channels: int = 1
+    """Of a map that is an image; classes of a map of labels."""
+    size: int = 0
+    """Pixels of a side to train at; 0: the base's own."""
+    num_samples: int = 50_000
+    """Of toyworld and circles."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of an image that is not square; latents of random crops cannot be kept."""
+    flip: bool = False
+    """Mirror half of the samples."""
+    latents: Literal["sampled", "mean"] = "sampled"
+    """Of the autoencoder's posterior: draw from it, or take its mean if the base was trained so (toyworld)."""
+    prompt_drop: float = 0.5
+    """Share of samples whose prompt is dropped, drawn anew in each epoch."""
+    hint_drop: float = 0.0
+    """Share of samples whose hint is dropped."""
+    on_bad_data: OnBadData = "stop"
+    """Unusable samples of a folder: stop, or skip them."""
+    convert: bool = False
+    """Take pictures with transparency, of 16 bits, or grey ones among coloured."""
+    cache: Path | None = None
+    """Folder of latents, prompts and what was checked; None: ~/.cache/scorefield."""
+
+
+@dataclass(frozen=True)
+class ToyWorld:
+    """Rendered solids as ``controlnet.samples.Samples``, each drawn when it is asked for.
+
+    Attributes:
+        num_samples: in all.
+        start: number of the first scene; ``toyworld.data.HELD_OUT`` for tests.
+        seed: of the scenes.
+    """
+
+    num_samples: int
+    start: int = 0
+    seed: int = 0
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "image": "image", "depth": "image", "normals": "normals", "mask": "mask", "edges": "lines",
+    }  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def caption(self, index: int) -> str:
+        """The prompt."""
+        return toyworld.captions_of([toyworld.draw_scene(self.start + index, self.seed)])[0]
+
+    def identity(self, index: int) -> str:
+        """All that the picture follows from."""
+        return f"toyworld {toyworld.draw_scene(self.start + index, self.seed)}"
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """Picture and maps, (c, 64, 64) of bytes."""
+        rendering = render([toyworld.draw_scene(self.start + index, self.seed)])
+        image = toyworld.as_bytes((rendering.rgb + 1) / 2)
+        return {name: part[0] for name, part in {"image": image, **toyworld.hint_images(rendering)}.items()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """What an adapter is taught.
+
+    Attributes:
+        training: samples to learn from.
+        held_out: samples to judge by, none of which is trained on.
+        hint: what the adapter sees.
+        source: the data as --data names them.
+        bad: what was left out, and why.
+    """
+
+    training: Samples
+    held_out: Samples
+    hint: Hint
+    source: str
+    bad: Sequence[str] = field(default=())
+
+    def captions(self) -> list[str]:
+        """All prompts."""
+        return [some.caption(index) for some in (self.training, self.held_out) for index in range(len(some))]
+
+    def identity(self) -> str:
+        """Hash of what is trained on: images, captions, and the files of a map."""
+        maps = self.hint.source if isinstance(self.training, Pictures) and self.hint.source != "image" else ""
+        parts: list[str | bytes] = [repr(self.hint)]
+        for index in range(len(self.training)):
+            parts += [self.training.identity(index), self.training.caption(index)]
+            if maps and isinstance(self.training, Pictures):
+                parts.append(self.training.rows[index].read(maps))
+        return content_key(*parts)[:16]
+
+
+def make_hint(options: TaskOptions) -> Hint:
+    """The hint that --hint names."""
+    if options.hint in ANNOTATORS:
+        return ANNOTATORS[options.hint]
+    if options.hint_kind == "labels":
+        return Segmentation(options.hint_channels, source=options.hint)
+    if options.hint_kind == "depth":
+        return Depth(source=options.hint)
+    own = options.data in ("toyworld", "circles")
+    channels = 3 if "normals" in (options.hint_kind, options.hint if own else "") else options.hint_channels
+    return Precomputed(options.hint, channels)
+
+
+def load_task(
+    options: TaskOptions, size: tuple[int, int], num_held_out: int, rank: int = 0, num_ranks: int = 1
+) -> Task:
+    """Samples for training and, apart from them, ``num_held_out`` for judging; all files are checked.
+
+    Raises ``ValueError`` for data that are not there, unusable, of another size than the toy world's pictures, or
+    too few, and for a hint that they do not hold.
+    """
+    hint = make_hint(options)
+    if options.data == "circles":
+        circles = Circles(size[0], options.num_samples, colours=PALETTE, distinct=True)
+        held_out = replace(circles, start=HELD_OUT, num_samples=num_held_out)
+        return Task(training=circles, held_out=held_out, hint=hint, source=options.data)
+    if options.data == "toyworld":
+        if size != (64, 64):
+            raise ValueError(f"the toy world's pictures are 64 x 64; --base draws {size[1]} x {size[0]}.")
+        world = ToyWorld(options.num_samples)
+        held = ToyWorld(num_held_out, toyworld.HELD_OUT)
+        return Task(training=world, held_out=held, hint=hint, source=options.data)
+    if not options.data:
+        raise ValueError("--data is missing: a folder with metadata.jsonl, a data set, toyworld or circles.")
+    maps: dict[str, Kind] = {} if options.hint in ANNOTATORS else {options.hint: options.hint_kind}
+    pictures = load_pictures(
+        options.data, size, maps=maps, crop=options.crop, convert=options.convert,
+        on_bad_data=options.on_bad_data, cache=options.cache, rank=rank, num_ranks=num_ranks,
+    )  # fmt: skip
+    first = len(pictures) - num_held_out
+    if first < 1:
+        raise ValueError(
+            f"{options.data} has {len(pictures)} usable samples, {num_held_out} of which are held out: none is "
+            "left. Lower --eval-samples and --test-samples."
+        )
+    parts = (slice(0, first), slice(first, None))
+    training, held_out_ = (
+        replace(pictures, rows=pictures.rows[part], digests=pictures.digests[part]) for part in parts
+    )
+    return Task(training=training, held_out=held_out_, hint=hint, source=options.data, bad=pictures.bad)
+
+
+def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
+    """Held-out samples to judge by; the truth about circles and solids comes along."""
+    examples = batches.examples(list(indices))
+    truth: dict[str, Tensor] = {}
+    if "mask" in task.held_out.kinds:
+        masks = torch.stack([task.held_out.load(index)["mask"] for index in indices])
+        truth["mask"] = masks.float().to(batches.device) / 255
+    if isinstance(task.held_out, Circles):
+        names = [task.held_out.circle(index).colour for index in indices]
+        truth["colour"] = torch.tensor([PALETTE.index(name) for name in names], device=batches.device)
+    parts: dict[str, Any] = {name: examples[name] for name in ("x0", "hint", "cond", "images")}
+    return Probe(**parts, truth=truth)
+
+
+def make_judge(task: Task, indices: range) -> Judge:
+    """How obedience is read off images: see the functions below."""
+    if task.source in ("toyworld", "circles") and task.hint.source != "image":
+        return judge_silhouettes
+    if task.hint.source != "image":
+        return judge_likeness
+    dense = not isinstance(task.hint, Canny | Scribble)
+    scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
+    return hint_judge(annotator(task.hint, indices), scores)
+
+
+def annotator(hint: Hint, indices: range) -> Callable[[Tensor], Tensor]:
+    """Hints of images by the parameters that the held-out samples ``indices`` had drawn."""
+    return lambda images: hint(images, hint_generators(0, indices, [0] * len(indices), "hint 0"))
+
+
+def judge_likeness(images: Tensor, probe: Probe) -> dict[str, Tensor]:
+    """Of hints that cannot be read off an image: are its soft edges those of the image that the hint is of?"""
+    generators = hint_generators(0, range(len(images)), [0] * len(images))
+    made, wanted = (SOFT(some.cpu(), generators) for some in (images, probe.images))
+    return {name: score(made, wanted) for name, score in {"likeness": ssim, "rmse": DENSE_SCORES["rmse"]}.items()}
+
+
+def judge_silhouettes(images: Tensor, probe: Probe) -> dict[str, Tensor]:
+    """Of one object on a plain ground: does it cover what it should, and has a circle its colour?"""
+    made = silhouettes(images)
+    wanted = probe.truth["mask"].to(made.device)
+    scores = {name: score(made, wanted) for name, score in MASK_SCORES.items()}
+    if "colour" in probe.truth:
+        scores["colour_right"] = (nearest_colour(images, made) == probe.truth["colour"].to(made.device)).float()
+    return scores
+
+
+def silhouettes(images: Tensor, least: float = 0.1) -> Tensor:
+    """(b, 1, h, w): 1 where an image in [-1, 1] differs from its ground, the median colour of its corners.
+
+    A pixel differs if it is nearer to the largest difference of the image than to none; smaller ones than
+    ``least``, of a range of 1, are noise. A circle of ``controlnet.circles`` covers one corner at most.
+    """
+    pixels = (images.clamp(-1, 1).float() + 1) / 2
+    corners = torch.stack(_corners(pixels))
+    ground = corners.median(0).values
+    distance = (pixels - ground[:, :, None, None]).square().mean(1, keepdim=True).sqrt()
+    largest = distance.flatten(1).quantile(0.95, dim=1).clamp(min=2 * least)
+    return (distance > largest[:, None, None, None] / 2).float()
+
+
+def _corners(pixels: Tensor, side: int = 2) -> list[Tensor]:
+    rows = pixels[:, :, :side], pixels[:, :, -side:]
+    return [part.mean((2, 3)) for row in rows for part in (row[..., :side], row[..., -side:])]
+
+
+def nearest_colour(images: Tensor, mask: Tensor) -> Tensor:
+    """(b,) number in ``PALETTE`` of the mean colour within a mask (b, 1, h, w); -1 where that is empty."""
+    area = mask.flatten(1).sum(1)
+    mean = (images.clamp(-1, 1).float() * mask).flatten(2).sum(2) / area.clamp(min=1)[:, None]
+    nearest = torch.cdist(mean, colour_values(PALETTE).to(mean)).argmin(1)
+    return torch.where(area > 0, nearest, -1)

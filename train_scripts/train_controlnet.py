@@ -1,0 +1,257 @@
+"""Teach a frozen text-to-image model to follow hints such as edges, by an adapter beside it (ControlNet).
+
+    python train_scripts/train_controlnet.py --preset toyworld-canny --out runs/control
+    accelerate launch train_scripts/train_controlnet.py --base <pipeline> --data images/ --hint canny
+
+The adapter is a copy of the encoder behind convolutions that start at zero. Held-out hints are judged while it
+learns: "control learned at step n" is printed when it has. The result, in --out/controlnet, loads in stock
+diffusers. Stopped runs resume: run the same command again.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
+from control_bases import Base, load_base
+from control_tasks import Task, TaskOptions, load_task
+from control_watch import NOT_WEIGHTS, ControlWatch, WatchOptions, check_watch, make_report, make_validation
+from fitting import cosine, fit, resume, start
+from torch import Tensor
+from torchvision.utils import save_image
+
+from controlnet.adapter import ControlledDenoiser, EncoderCopy, copy_encoder, unet_of
+from controlnet.caching import Latents, Memory
+from controlnet.data import ControlBatches, read_ahead
+from controlnet.export import contact_sheet, model_card, save_adapter
+from controlnet.training import adamw, control_phase, lighten, unlock, with_weights
+from controlnet.verdict import Evidence, EvidenceLog
+from score.cache import TensorCache
+from score.denoiser import freeze
+from score.gradient import min_snr_weight
+from score.prompts import default_cache_folder
+from score.training import EMA, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions, TaskOptions, WatchOptions):
+    """Train a ControlNet, and prove that control was learned."""
+
+    preset: Literal["", "circles", "toyworld-canny", "toyworld-depth", "sd15-canny", "sdxl-canny"] = ""
+    """Values for all other options; those given beside it win."""
+    base: str = ""
+    """Folder or name of a text-to-image pipeline, folder of train_circles.py, or "toyworld"."""
+    out: Path = Path("runs/controlnet")
+    """Folder for checkpoints, TensorBoard logs, report.json and the finished adapter."""
+    steps: int = 10_000
+    """Iterations in all."""
+    batch_size: int = 4
+    """Images per micro-batch and process."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (ControlNet: 1e-5, and 2e-6 with --unlocked; small models want far more)."""
+    new_factor: float = 1.0
+    """Times the learning rate for what is no copy: zero convolutions and the hint's embedding."""
+    warmup: int = 100
+    """Updates of linear warm-up, a tenth of --steps at most."""
+    lr_floor: float = 1.0
+    """Where a cosine of the learning rate ends, in units of its peak; 1: constant (ControlNet)."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down."""
+    min_snr: float = 0.0
+    """Gamma of min-SNR weighting of the loss; 0: none (ControlNet)."""
+    ema_decay: float = 0.999
+    """Of the averaged weights, which are judged and saved."""
+    unlocked: bool = False
+    """Train the base's decoder too (sd_locked=False); it is saved beside the adapter."""
+    recompute_levels: int | None = None
+    """Levels of resolution, from the finest, that --gradient-checkpointing recomputes; None: all."""
+
+
+STABLE = Config(
+    data="images", size=512, base="stable-diffusion-v1-5/stable-diffusion-v1-5", batch_size=4, accumulate=8,
+    precision="bf16", gradient_checkpointing=True, recompute_levels=1, flip=True,
+)  # fmt: skip
+TOY = Config(
+    base="toyworld", data="toyworld", latents="mean", num_samples=3000, steps=600, batch_size=32,
+    learning_rate=5e-4, new_factor=4.0, warmup=30, lr_floor=0.0, ema_decay=0.98, prompt_drop=0.1, eval_every=150,
+    eval_samples=48, test_samples=128, guidance=3.0, save_every=200, log_every=10,
+)  # fmt: skip
+PRESETS: Mapping[str, Config] = {
+    "circles": replace(
+        TOY, preset="circles", base="runs/circles/base", data="circles", hint="outline", num_samples=50_000,
+    ),
+    "toyworld-canny": replace(TOY, preset="toyworld-canny"),
+    "toyworld-depth": replace(TOY, preset="toyworld-depth", hint="depth"),
+    "sd15-canny": replace(STABLE, preset="sd15-canny"),
+    "sdxl-canny": replace(
+        STABLE, preset="sdxl-canny", base="stabilityai/stable-diffusion-xl-base-1.0", size=1024, batch_size=1,
+        accumulate=32, recompute_levels=None, guidance=5.0,
+    ),
+}  # fmt: skip
+"""Settings by name; PAPERS.md puts those of the papers beside them."""
+
+
+def main(config: Config) -> Path:
+    """Train, judge, and return the folder of the finished adapter."""
+    check(config)
+    began = time.perf_counter()
+    torch.manual_seed(config.seed)
+    accelerator = None if config.dry_run else start(config)
+    config = replace(config, cache=config.cache or default_cache_folder().parent)
+    base, task = load(config, accelerator)
+    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
+    if accelerator is None:
+        followed = freeze(copy.deepcopy(adapter))
+        roles = {"base": base.denoiser.network, "adapter": adapter, "its average": followed}
+        before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
+        show_plan(config, roles, {"adapter": config.steps}, before)
+        return config.out
+    base = base.without_text_encoders(task.captions, accelerator.process_index, accelerator.num_processes)
+    batches, held_out = make_batches(config, base, task, accelerator)
+    denoiser = make_denoiser(config, base, adapter, accelerator)
+    phase = make_phase(config, denoiser)
+    assert phase.ema is not None
+    averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
+    inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
+    own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
+    log = EvidenceLog(config.out / "evidence.jsonl")
+    looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
+    validation = make_validation(config, base, task, held_out, looked)
+    first = resume(config, [phase], accelerator, own)
+    if first == 0 and accelerator.is_main_process:
+        log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
+    images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+    watch = ControlWatch(
+        config=config, validation=validation, denoiser=averaged, accelerator=accelerator, log=log,
+        images_per_step=images_per_step,
+    )  # fmt: skip
+
+    def finish() -> None:
+        indices = tested or looked
+        judged = make_validation(config, base, task, held_out, indices) if tested else validation
+        report, look, images = make_report(task, judged, averaged, log, indices, config.steps, accelerator)
+        report |= {"seed": config.seed, "seconds": round(time.perf_counter() - began, 1), "resumed": first > 0}
+        if accelerator.is_main_process:
+            export(config, task, report, look, averaged, contact_sheet(judged.probe, images))
+
+    fit(
+        config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
+        watch=watch, all_watch=True, finish=finish,
+    )  # fmt: skip
+    return config.out / "controlnet"
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that are out of range or missing."""
+    check_run(config)
+    check_watch(config)
+    check_numbers(
+        config, positive=("new_factor", "hint_channels"), rates=("learning_rate",),
+        not_negative=("warmup", "min_snr"), shares=("ema_decay",),
+    )  # fmt: skip
+    for name, value in {"prompt-drop": config.prompt_drop, "hint-drop": config.hint_drop}.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name} must lie in [0, 1]; got {value}.")
+    if not 0 <= config.lr_floor <= 1:
+        raise ValueError(f"--lr-floor must lie in [0, 1]; got {config.lr_floor}.")
+    if not config.base or not config.data:
+        raise ValueError("--base and --data are needed, or a --preset that names them.")
+
+
+def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
+    """Base and samples, on the device of the ranks, which share the check of the files."""
+    rank, num_ranks, device = 0, 1, torch.device("cpu")
+    if accelerator is not None:
+        rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    assert config.cache is not None
+    base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
+    task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
+    for fault in task.bad:
+        print(f"skipped: {fault}", file=sys.stderr)
+    return base, task
+
+
+def make_batches(
+    config: Config, base: Base, task: Task, accelerator: Accelerator
+) -> tuple[ControlBatches, ControlBatches]:
+    """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
+    kept = base.teacher is not None and config.crop == "center"
+    cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
+    latents = Latents(base.posterior, cache, Memory(2**30), sampled=config.latents == "sampled")
+    training, held_out = (
+        ControlBatches(
+            samples=samples, hints=[task.hint], size=base.size, batch_size=config.batch_size, prompts=base.prompts,
+            null=base.null, latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
+            flip=config.flip, crop=config.crop, device=accelerator.device,
+        )
+        for samples in (task.training, task.held_out)
+    )  # fmt: skip
+    if cache is not None:
+        training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    return training, held_out
+
+
+def make_denoiser(
+    config: Config, base: Base, adapter: EncoderCopy, accelerator: Accelerator
+) -> ControlledDenoiser:
+    """The base frozen, in bf16 if that is what is computed in, and the adapter, wrapped for several ranks."""
+    network = base.denoiser.network
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+    for part in (network, adapter):
+        lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
+        if config.compile:
+            part.compile()  # in place: names of weights stay as they are
+    # What is unlocked beside it is no part of a wrapped adapter; the loop averages its gradients.
+    prepared = adapter.to(accelerator.device) if config.unlocked else accelerator.prepare(adapter)
+    return ControlledDenoiser(base.denoiser, prepared)
+
+
+def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
+    """ControlNet's: AdamW, the base's own loss."""
+    network = unlock(denoiser) if config.unlocked else denoiser.adapter
+    optimizer = adamw(
+        network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
+    )
+    return control_phase(
+        denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
+        weight=min_snr_weight(config.min_snr) if config.min_snr else None,
+        lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
+    )  # fmt: skip
+
+
+def export(
+    config: Config, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser, sheet: Tensor
+) -> None:
+    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    training = {
+        "data": f"{task.source}, {len(task.training):,} samples", "steps": config.steps,
+        "batch": config.batch_size * config.accumulate, "learning rate": config.learning_rate,
+        "prompts dropped": config.prompt_drop, "seed": config.seed, "seconds": report["seconds"],
+    }  # fmt: skip
+    card = model_card(
+        base=config.base, hint=config.hint, look=look, learned=report["learned_at"], training=training,
+        limits=f"Judged on {report['num_samples']} held-out samples of the same data, by the annotator that made "
+        f"the hints, guidance {config.guidance:g}, {config.sampling_steps} DDIM steps. Other data may differ.",
+    )  # fmt: skip
+    folder = config.out / "controlnet"
+    unet = unet_of(denoiser.base) if config.unlocked else None
+    save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet)
+    for place in (config.out, folder):
+        (place / "report.json").write_text(json.dumps(report, indent=2))
+    save_image(sheet, config.out / "samples.png")
+    name, standing = next(iter(look.standings.items()))
+    print(
+        f"{name} {standing.value:.3f}: {standing.relative:.2f} of the way from floor {standing.floor:.3f} to "
+        f"ceiling {standing.ceiling:.3f}\nadapter: {folder}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__, PRESETS)
