@@ -6,13 +6,21 @@ SEEDS ?= 0 1 2
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-long test test-slow lint clean
+.PHONY: demo demo-long demo-control demo-circles test test-slow lint clean
 
 demo: $(VENV)/demo
 	$(RUN) train_scripts/quickstart.py --out runs/demo
 
 demo-long: $(VENV)/demo
 	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
+
+# Figures in runs/demo-control/*/report.json, hints above truth above samples in samples.png beside it.
+demo-control: $(VENV)/demo
+	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset toyworld-canny --seed $$seed --out runs/demo-control/$$seed || exit 1; done
+
+demo-circles: $(VENV)/demo
+	$(RUN) train_scripts/train_circles.py --out runs/circles
+	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset circles --seed $$seed --out runs/demo-circles/$$seed || exit 1; done
 
 test: $(VENV)/dev
 	$(RUN) -m pytest -m "not slow"

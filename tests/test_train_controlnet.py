@@ -12,9 +12,12 @@ import control_tasks
 import pytest
 import tiny_pipelines as tiny
 import torch
+import train_circles
 import train_controlnet
 from accelerate.state import AcceleratorState
+from control_bases import encode_captions, load_base
 from control_tasks import nearest_colour, silhouettes
+from control_watch import in_full
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,6 +26,7 @@ from torchvision.transforms.functional import to_pil_image
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Probe, Standing
+from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16
@@ -377,15 +381,61 @@ def test_likeness_prefers_the_own_image():
     assert (control_tasks.judge_likeness(images, probe.shuffled())["likeness"] < 0.95).all()
 
 
-def test_a_standing_in_full():
-    from control_watch import in_full
+def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_path, capsys):
+    options = {"size": 16, "batch_size": 4, "num_samples": 20, "save_every": 2, "log_every": 1}
+    painter = train_circles.main(train_circles.Config(out=tmp_path / "painter", steps=2, **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert equal(
+        weights(painter),
+        weights(train_circles.main(train_circles.Config(out=tmp_path / "painter", steps=2, **options))),
+    )
+    assert "resumed from step 2" in capsys.readouterr().out
+    base = load_base(str(painter))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(base.decode(base.encode(images)), images)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = replace(
+        train_controlnet.PRESETS["circles"], base=str(painter), num_samples=20, steps=2, batch_size=4, eval_samples=4,
+        test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control", cache=tmp_path / "cache",
+    )  # fmt: skip
+    train_controlnet.main(config)
+    report = json.loads((tmp_path / "control" / "report.json").read_text())
+    assert list(report["scores"]) == ["mask_iou", "centre_error", "colour_right"]
+    assert report["scores"]["mask_iou"]["ceiling"] == 1
+    assert report["scores"]["colour_right"]["ceiling"] == 1
+    with pytest.raises(ValueError, match=r"draws 16 pixels a side; got --size 32"):
+        train_controlnet.main(replace(config, size=32, out=tmp_path / "other"))
 
+
+def test_captions_of_circles_become_two_tokens():
+    states = encode_captions(["red circle with pale green background", "", "lime circle with red background"])
+    states = states["encoder_hidden_states"]
+    assert states.shape == (3, 2, 2 * len(circles.COLOURS))
+    assert states.sum((1, 2)).tolist() == [2, 0, 2]
+    red = circles.COLOURS.index("red")
+    assert states[0, 0, red] == 1 and states[2, 1, len(circles.COLOURS) + red] == 1
+    with pytest.raises(ValueError, match="expected a caption such as"):
+        encode_captions(["red square with blue background"])
+
+
+@pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
+def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
+    config = replace(
+        train_controlnet.PRESETS[preset], num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
+        sampling_steps=2, out=tmp_path / "out", cache=tmp_path / "cache",
+    )  # fmt: skip
+    train_controlnet.main(config)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["accuracy"].keys() == report["accuracy_without_control"].keys() == ANSWERS.keys()
+    assert next(iter(report["scores"])) == {"toyworld-canny": "edge_f1_1px", "toyworld-depth": "mask_iou"}[preset]
+    assert next(iter(report["scores"].values()))["ceiling"] > 0.9
+
+
+def test_a_standing_in_full():
     assert in_full(Standing(0.5, 0.25, 0.75)) == {"value": 0.5, "floor": 0.25, "ceiling": 0.75, "relative": 0.5}
 
 
 def test_a_look_without_control_is_that_of_the_base(place):
-    from control_bases import load_base
-
     base = load_base(str(place / "model"), size=SIZE, cache=place / "cache")
     adapter = train_controlnet.copy_encoder(base.denoiser, hint_channels=1, factor=base.factor)
     for parameter in adapter.parameters():

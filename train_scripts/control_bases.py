@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from controlnet.caching import share_prompts
@@ -106,9 +106,9 @@ def make_circles_unet(size: int) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def circles_denoiser(unet: Any) -> NetworkDenoiser:
+def circles_denoiser(network: nn.Module) -> NetworkDenoiser:
     """The network on Stable Diffusion's noise levels."""
-    return NetworkDenoiser(DiffusersNetwork(unet), VariancePreserving.scaled_linear(), "v")
+    return NetworkDenoiser(network, VariancePreserving.scaled_linear(), "v")
 
 
 def encode_captions(captions: Sequence[str]) -> Cond:
@@ -147,8 +147,7 @@ def load_circles(folder: Path, device: torch.device | str) -> Base:
     """A folder of :func:`save_circles`."""
     unet = PartReader(torch.float32, torch.device(device)).read(UNet2DConditionModel, folder)
     size = int(json.loads((folder / FACTS).read_text())["size"])
-    denoiser = circles_denoiser(unet)
-    freeze(denoiser.network)
+    denoiser = circles_denoiser(freeze(DiffusersNetwork(unet)))
 
     def prompts(captions: Sequence[str]) -> Cond:
         return {name: value.to(device) for name, value in encode_captions(captions).items()}
