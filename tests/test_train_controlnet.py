@@ -65,8 +65,8 @@ def write_samples(folder, number, caption=None):
 def make_config(place, out, **changes):
     settings = {
         "base": str(place / "model"), "data": str(place / "data"), "size": SIZE, "steps": 6, "batch_size": 2,
-        "eval_every": 3, "eval_samples": 2, "test_samples": 2, "sampling_steps": 2, "guidance": 2.0, "save_every": 2,
-        "learning_rate": 1e-3, "cache": place / "cache", "ema_decay": 0.5, "log_every": 1,
+        "eval_every": 3, "eval_samples": 2, "test_samples": 2, "sampling_steps": 2, "guidance": 2.0,
+        "save_every": 2, "learning_rate": 1e-3, "cache": place / "cache", "ema_decay": 0.5, "log_every": 1,
     }  # fmt: skip
     return train_controlnet.Config(out=out, **{**settings, **changes})
 
@@ -395,8 +395,9 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
     assert torch.equal(base.decode(base.encode(images)), images)
     AcceleratorState._reset_state(reset_partial_state=True)
     config = replace(
-        train_controlnet.PRESETS["circles"], base=str(painter), num_samples=20, steps=2, batch_size=4, eval_samples=4,
-        test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control", cache=tmp_path / "cache",
+        train_controlnet.PRESETS["circles"], base=str(painter), num_samples=20, steps=2, batch_size=4,
+        eval_samples=4, test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control",
+        cache=tmp_path / "cache",
     )  # fmt: skip
     train_controlnet.main(config)
     report = json.loads((tmp_path / "control" / "report.json").read_text())
@@ -413,7 +414,8 @@ def test_captions_of_circles_become_two_tokens():
     assert states.shape == (3, 2, 2 * len(circles.COLOURS))
     assert states.sum((1, 2)).tolist() == [2, 0, 2]
     red = circles.COLOURS.index("red")
-    assert states[0, 0, red] == 1 and states[2, 1, len(circles.COLOURS) + red] == 1
+    assert states[0, 0, red] == 1
+    assert states[2, 1, len(circles.COLOURS) + red] == 1
     with pytest.raises(ValueError, match="expected a caption such as"):
         encode_captions(["red square with blue background"])
 
