@@ -26,6 +26,7 @@ from torchvision.transforms.functional import to_pil_image
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Probe, Standing
+from score.codec import Codec
 from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,11 +177,6 @@ def test_kills_fall_between_steps_in_mid_accumulation_too(place, tmp_path, monke
 
 
 def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, monkeypatch):
-    from score.codec import Codec
-
-    def forgotten(self, images):
-        raise AssertionError("encoded again")
-
     calls, real = [], Codec.posterior
 
     def counted(self, images):
@@ -190,7 +186,7 @@ def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, m
     monkeypatch.setattr(Codec, "posterior", counted)
     config = make_config(place, tmp_path / "run", learning_rate=3e-4, eval_every=0, steps=2)
     train_controlnet.main(config)
-    assert sum(calls) == 2, "the ceiling of the two samples of the report; all latents were kept"
+    assert sum(calls) == 4, "the ceilings of two samples watched and two reported; all latents were kept"
 
 
 def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):

@@ -91,9 +91,10 @@ def main(config: Config) -> Path:
 
     own = identity(config, accelerator, {"data": f"circles of {len(PALETTE)} colours"})
     first = resume(config, [phase], accelerator, own)
+    captions = [data.caption(index) for index in range(min(32, len(data)))]
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=8,
-        preview=lambda: preview(config, averaged, [data.caption(index) for index in range(32)]),
+        preview=lambda: preview(config, averaged, captions),
     )  # fmt: skip
     folder = config.out / "base"
     if accelerator.is_main_process:
