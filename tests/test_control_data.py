@@ -384,6 +384,13 @@ def test_what_is_kept_is_the_posterior_not_a_sample(tmp_path):
     assert (standard.mean(0).abs() < 5 / 20).all()  # independent in every pixel and epoch
 
 
+def test_a_base_that_was_trained_on_means_gets_means():
+    loader = batches(Circles(16, 1), batch_size=1, latents=Latents(halve, sampled=False))
+    mean, _ = halve(Circles(16, 1).load(0)["image"][None] / 127.5 - 1)
+    assert torch.equal(loader(rng(0))["x0"], mean)
+    assert torch.equal(loader(rng(7))["x0"], mean)
+
+
 def test_the_cache_is_filled_before_training_and_by_all_ranks(tmp_path):
     cache = TensorCache(tmp_path, "halve")
     counts, loaders = [], []
