@@ -79,9 +79,9 @@ STABLE = Config(
     precision="bf16", gradient_checkpointing=True, recompute_levels=1, flip=True,
 )  # fmt: skip
 TOY = Config(
-    base="toyworld", data="toyworld", latents="mean", num_samples=3000, steps=600, batch_size=32,
-    learning_rate=5e-4, new_factor=4.0, warmup=30, lr_floor=0.0, ema_decay=0.98, prompt_drop=0.1, eval_every=150,
-    eval_samples=48, test_samples=128, guidance=3.0, save_every=200, log_every=10,
+    base="toyworld", data="toyworld", latents="mean", num_samples=2000, steps=250, batch_size=32,
+    learning_rate=5e-4, new_factor=4.0, warmup=25, lr_floor=0.0, ema_decay=0.98, prompt_drop=0.1, eval_every=50,
+    eval_samples=32, test_samples=128, guidance=3.0, save_every=50, log_every=10,
 )  # fmt: skip
 PRESETS: Mapping[str, Config] = {
     "circles": replace(
@@ -137,7 +137,10 @@ def main(config: Config) -> Path:
         indices = tested or looked
         judged = make_validation(config, base, task, held_out, indices) if tested else validation
         report, look, images = make_report(task, judged, averaged, log, indices, config.steps, accelerator)
-        report |= {"seed": config.seed, "seconds": round(time.perf_counter() - began, 1), "resumed": first > 0}
+        report |= {
+            "seed": config.seed, "resumed": first > 0, "seconds": round(time.perf_counter() - began, 1),
+            "cpu_seconds": round(time.process_time(), 1),
+        }  # fmt: skip
         if accelerator.is_main_process:
             export(config, task, report, look, averaged, contact_sheet(judged.probe, images))
 
