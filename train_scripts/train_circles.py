@@ -46,7 +46,7 @@ class Config(RunOptions):
     """Pixels of a side."""
     num_samples: int = 50_000
     """Different circles."""
-    steps: int = 2000
+    steps: int = 1200
     """Iterations in all."""
     batch_size: int = 64
     """Pictures per micro-batch."""
@@ -58,7 +58,7 @@ class Config(RunOptions):
     """Of the averaged weights, which are what is saved."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    save_every: int = 500
+    save_every: int = 200
     """Iterations between checkpoints and sample grids."""
 
 

@@ -86,6 +86,7 @@ TOY = Config(
 PRESETS: Mapping[str, Config] = {
     "circles": replace(
         TOY, preset="circles", base="runs/circles/base", data="circles", hint="outline", num_samples=50_000,
+        eval_every=25,
     ),
     "toyworld-canny": replace(TOY, preset="toyworld-canny"),
     "toyworld-depth": replace(TOY, preset="toyworld-depth", hint="depth"),
