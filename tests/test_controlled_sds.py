@@ -17,7 +17,7 @@ from score.times import uniform
 from toyworld.data import HELD_OUT, captions_of, draw_scenes
 from toyworld.render import render
 
-NUM, STEPS = 12, 300
+NUM, STEPS = 8, 200
 
 
 def distilled(denoiser, base, cond):
@@ -54,4 +54,4 @@ def test_score_distillation_under_control_follows_the_hint(tmp_path):
         scores[name] = float(edge_f1(made, edges, 1).mean())
         scores[f"{name}, others"] = float(edge_f1(made, edges.roll(1, 0), 1).mean())
     assert scores["controlled"] > scores["free"] + 0.1, scores
-    assert scores["controlled"] > scores["controlled, others"] + 0.2, scores
+    assert scores["controlled"] > scores["controlled, others"] + 0.3, scores
