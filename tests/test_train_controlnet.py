@@ -261,7 +261,7 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     assert checkpoint["num_processes"] == 2
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["num_samples"] == 3
-    # The same images per step on one rank: gradients are means of the ranks', evidence is of the same samples.
+    # One rank draws the same samples without control, unless the decoder has learned from other noise.
     single = make_config(
         place, tmp_path / "one", steps=3, batch_size=2, accumulate=2, eval_every=2, eval_samples=3, test_samples=0,
         guidance=1.0, cache=tmp_path / "cache", ema_decay=0.999, **rank_changes,
@@ -269,7 +269,8 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     train_controlnet.main(single)
     alone = json.loads((tmp_path / "one" / "report.json").read_text())
     assert alone["scores"].keys() == report["scores"].keys()
-    assert alone["scores_without_control"] == report["scores_without_control"], "bit by bit: the base is the same"
+    same = alone["scores_without_control"] == report["scores_without_control"]
+    assert same == (not rank_changes)
 
 
 BAD = [

@@ -70,8 +70,11 @@ def run(
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="")
-    default = (presets or {}).get(early.parse_known_args()[0].preset)  # what is no preset, tyro explains
-    config = tyro.cli(config_type, description=description, default=default)
+    chosen = (presets or {}).get(early.parse_known_args()[0].preset)  # what is no preset, tyro explains
+    if chosen is None:
+        config = tyro.cli(config_type, description=description)
+    else:
+        config = tyro.cli(config_type, description=description, default=chosen)
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:

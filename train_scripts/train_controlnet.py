@@ -239,8 +239,9 @@ def export(
         "batch": config.batch_size * config.accumulate, "learning rate": config.learning_rate,
         "prompts dropped": config.prompt_drop, "seed": config.seed, "seconds": report["seconds"],
     }  # fmt: skip
+    base = "toyworld/pipeline" if config.base == "toyworld" else config.base
     card = model_card(
-        base="toyworld/pipeline" if config.base == "toyworld" else config.base, hint=config.hint, look=look, learned=report["learned_at"], training=training,
+        base=base, hint=config.hint, look=look, learned=report["learned_at"], training=training,
         limits=f"Judged on {report['num_samples']} held-out samples of the same data, by the annotator that made "
         f"the hints, guidance {config.guidance:g}, {config.sampling_steps} DDIM steps. Other data may differ.",
     )  # fmt: skip
