@@ -3,16 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SEEDS ?= 0 1 2
+SEEDS_3D ?= 0 1
+PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purple letter L" "an orange cube"
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-long demo-control demo-circles test test-slow lint clean
+.PHONY: demo demo-long demo-3d demo-control demo-circles test test-slow lint clean
 
 demo: $(VENV)/demo
 	$(RUN) train_scripts/quickstart.py --out runs/demo
 
 demo-long: $(VENV)/demo
 	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
+
+demo-3d: $(VENV)/nerf
+	runs=; for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \
+		out="runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed"; runs="$$runs $$out"; \
+		$(RUN) train_scripts/train_sds.py --prompt "$$prompt" --seed $$seed --out "$$out" || exit 1; \
+	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
 
 # Figures in runs/demo-control/*/report.json, hints above truth above samples in samples.png beside it.
 demo-control: $(VENV)/demo
@@ -23,7 +31,7 @@ demo-circles: $(VENV)/demo
 	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset circles --seed $$seed --out runs/demo-circles/$$seed || exit 1; done
 
 test: $(VENV)/dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev
 	$(RUN) -m pytest -m slow
@@ -45,6 +53,10 @@ $(VENV)/python-ready:
 # uv takes seconds where pip takes minutes. It reads setup.cfg through setuptools.
 $(VENV)/demo: $(VENV)/python-ready setup.cfg
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[demo]"
+	touch $@
+
+$(VENV)/nerf: $(VENV)/python-ready setup.cfg
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[nerf]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/python-ready setup.cfg

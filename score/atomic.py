@@ -45,6 +45,7 @@ def whole_file(final: Path) -> Iterator[Path]:
     After an error ``final`` is as before. Processes that write one file at once do not disturb each other: one of
     them is last.
     """
+    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".writing-{os.getpid()}-{threading.get_ident()}-{final.name}")
     try:
         yield temporary

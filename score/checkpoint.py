@@ -39,9 +39,7 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1; got {keep}: this checkpoint would be thrown away.")
-    for phase in phases:
-        if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
-            raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
+    check_finite(step, phases)
     final = folder / f"step-{step:09d}"
     for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
         shutil.rmtree(unfinished)
@@ -54,6 +52,16 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
         if path not in kept:
             shutil.rmtree(path)
     return final
+
+
+def check_finite(step: int, phases: Sequence[Phase]) -> None:
+    """Raise ``FloatingPointError`` for weights that are not finite.
+
+    :func:`save` does so on the one process that calls it. Where a run goes on after the error, all call this.
+    """
+    for phase in phases:
+        if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
+            raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
 
 
 def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any]) -> None:
@@ -72,33 +80,43 @@ def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
 
 
-def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any]) -> int:
-    """Restore the newest whole checkpoint into ``phases`` and return its step; 0 if there is none.
+def newest(folder: Path, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint, of a step below ``before`` if that is given; None if there is none.
 
     A damaged checkpoint is named in a warning and the one before it used.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if before is not None and path.name >= f"step-{before:09d}":
+            continue
+        damage = _damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=3)
+    return None
+
+
+def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], before: int | None = None) -> int:
+    """Restore the :func:`newest` whole checkpoint into ``phases`` and return its step; 0 if there is none.
 
     Raises:
         ValueError: the checkpoint belongs to another config, naming the fields that differ, or to other phases.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        damage = _damage(path)
-        if damage:
-            warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=2)
-            continue
-        _check_config(path, config)
-        _check_networks(path, phases)
-        state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-        for phase in phases:
-            for name, network in phase.networks().items():
-                load_model(network, str(path / f"{name}.safetensors"))
-            own = state["phases"][phase.name]
-            phase.optimizer.load_state_dict(own["optimizer"])
-            if phase.lr_schedule is not None:
-                phase.lr_schedule.load_state_dict(own["lr_schedule"])
-            if phase.ema is not None:
-                phase.ema.num_updates = own["ema_updates"]
-        return int(state["step"])
-    return 0
+    path = newest(folder, before)
+    if path is None:
+        return 0
+    _check_config(path, config)
+    _check_networks(path, phases)
+    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    for phase in phases:
+        for name, network in phase.networks().items():
+            load_model(network, str(path / f"{name}.safetensors"))
+        own = state["phases"][phase.name]
+        phase.optimizer.load_state_dict(own["optimizer"])
+        if phase.lr_schedule is not None:
+            phase.lr_schedule.load_state_dict(own["lr_schedule"])
+        if phase.ema is not None:
+            phase.ema.num_updates = own["ema_updates"]
+    return int(state["step"])
 
 
 def _damage(path: Path) -> str | None:

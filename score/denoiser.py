@@ -4,7 +4,7 @@ A network of any prediction kind, a Gaussian mixture, a guided or a ControlNet t
 thing to the methods built on this package: ``denoiser(x_t, t, cond) -> x0``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -176,11 +176,45 @@ class Conditioned:
 
 
 def expand_cond(cond: Cond, batch: int) -> Cond:
-    """Repeat entries of batch 1 to ``batch``; raises ``ValueError`` for any other batch."""
+    """Repeat entries of batch 1 to ``batch``, and whole entries of b rows where ``batch`` is a multiple of b.
+
+    Whoever enlarges a batch of b (guidance, several noises an image) joins whole batches end to end, so that what
+    was given for each of the b samples repeats with them. Raises ``ValueError`` for any other batch.
+    """
     for name, value in cond.items():
-        if len(value) not in (1, batch):
+        if not len(value) or batch % len(value):
             raise ValueError(f"cond[{name!r}] must have batch 1 or {batch}; got {tuple(value.shape)}.")
-    return {name: value.expand(batch, *value.shape[1:]) for name, value in cond.items()}
+    return {name: _repeat(value, batch // len(value)) for name, value in cond.items()}
+
+
+def _repeat(value: Tensor, times: int) -> Tensor:
+    # A single row is not copied.
+    rest = value.shape[1:]
+    return value.expand(times, *rest) if len(value) == 1 else value.repeat(times, *[1] * len(rest))
+
+
+def under_each(denoiser: Denoiser, x_t: Images, t: PerSample, conds: Sequence[Cond]) -> tuple[Tensor, ...]:
+    """The clean images under each of several conditions, from one call on a batch of ``len(conds)`` b.
+
+    Args:
+        denoiser: of any kind.
+        x_t: noisy images, the same for all conditions.
+        t: their times.
+        conds: each of batch b, or as :func:`expand_cond` takes it; all with the keys of the last.
+
+    Raises:
+        ValueError: other keys, another batch.
+    """
+    *others, last = conds
+    for cond in others:
+        if cond.keys() != last.keys():
+            raise ValueError(
+                f"the negative condition must have the keys of cond {sorted(last)}; got {sorted(cond)}."
+            )
+    whole = [expand_cond(cond, len(x_t)) for cond in conds]
+    joined = {name: torch.cat([cond[name].to(value) for cond in whole]) for name, value in last.items()}
+    n = len(conds)
+    return denoiser(x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n), joined).chunk(n)
 
 
 def freeze(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

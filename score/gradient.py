@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from score.denoiser import Cond, Denoiser
+from score.denoiser import Cond, Conditioned, Denoiser, under_each
 from score.randomness import normal_like
 from score.schedule import Images, Kind, PerSample, Schedule, check_kind, per_sample
 from score.times import TimeSampler
@@ -107,27 +107,40 @@ class ScoreDistillation:
         schedule = self.teacher.schedule
         t = self.times(len(x0), schedule, generator).to(x0.device)
         x_t = schedule.diffuse(x0, self.noise(x0, cond, t, generator), t)
-        target = self.teacher(x_t, t, cond)
-        baseline = x0 if self.baseline is None else self.baseline(x_t, t, cond)
+        baseline, target = self._ends(x0, x_t, t, cond)
         for name, image in (("teacher", target), ("baseline", baseline)):
             if image.shape != x0.shape:
                 raise ValueError(
                     f"{name} must return the shape of x0 {tuple(x0.shape)}; got {tuple(image.shape)}."
                 )
-        gap = baseline - target
-        value = self.weight(x0, target, t, schedule) * gap
-        metrics = {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()}
-        return ScoreGradient(value, {**metrics, TIME_NOT_FINITE: time_not_finite(value, t)})
+        return weighted_gap(self.weight(x0, target, t, schedule), baseline - target, t)
+
+    def _ends(self, x0: Images, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, Tensor]:
+        one = self.baseline
+        if isinstance(one, Conditioned) and one.denoiser is self.teacher and one.cond.keys() <= cond.keys():
+            # One network at both ends, as in CSD: one call on 2b, which costs less than two on b.
+            baseline, target = under_each(self.teacher, x_t, t, ({**cond, **one.cond}, cond))
+            return baseline, target
+        return x0 if one is None else one(x_t, t, cond), self.teacher(x_t, t, cond)
+
+
+def weighted_gap(weight: Tensor, gap: Images, t: PerSample) -> ScoreGradient:
+    """The gradient ``weight * gap`` and what is worth logging of it; ``weight`` broadcasts against the gap."""
+    value = weight * gap
+    metrics = {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()}
+    return ScoreGradient(value, {**metrics, TIME_NOT_FINITE: time_not_finite(value, t)})
 
 
 def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """A scalar whose gradient with respect to x0 is exactly ``gradient``.
+    """A scalar whose gradient with respect to x0 is exactly ``gradient``; the scalar is float32 or better.
 
     An inner product: the usual ``0.5 * (x0 - (x0 - gradient).detach())**2`` rounds the gradient away in low
     precision (80 % error in bf16 where it is a thousandth of x0). The value itself means nothing; log the
     gradient's norm. Divide by the batch (SDS) or by numel (DMD) as the published learning rates assume.
     """
-    return (x0 * gradient.detach().to(x0.dtype)).sum()
+    # In half precision the sum itself would overflow to inf, which a watch on losses takes for a failure.
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    return (x0.to(dtype) * gradient.detach().to(dtype)).sum()
 
 
 def prediction_weight(kind: Kind) -> TimeWeight:

@@ -76,9 +76,38 @@ def annealed(progress: float, low: float = 0.02, high: tuple[float, float] = (0.
 
     ProlificDreamer's two stages and DreamFusion follow-ups anneal so (arXiv 2305.16213, section 3.4).
     """
+    _check_progress(progress)
+    return uniform(low, high[0] + progress * (high[1] - high[0]))
+
+
+def sqrt_annealed(progress: float, low: float = 0.02, high: float = 0.98) -> TimeSampler:
+    """One time for all samples, which falls from high to low with the root of progress: fast at first.
+
+    t = high - (high - low) sqrt(progress): HiFA's annealing (Zhu et al. 2023, arXiv 2305.18766).
+    """
+    _check_progress(progress)
+    fraction = high - (high - low) * progress**0.5
+    return uniform(fraction, fraction)
+
+
+def ramp(step: float, start: float, first: float, last: float, end: float) -> float:
+    """``first`` until step ``start``, then linear, ``last`` from step ``end``: threestudio's (start, v0, v1, end).
+
+    For either end of :func:`uniform`, and for the weights of regularisers:
+    ``uniform(0.02, ramp(step, 5_000, 0.98, 0.5, 10_000))``. Raises ``ValueError`` unless start <= end.
+    """
+    if not start <= end:
+        raise ValueError(
+            f"a ramp needs start <= end; got {start} and {end}. The order is start, first, last, end."
+        )
+    if step >= end:
+        return last
+    return first if step <= start else first + (last - first) * (step - start) / (end - start)
+
+
+def _check_progress(progress: float) -> None:
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must lie in [0, 1]; got {progress}. Pass step / num_steps.")
-    return uniform(low, high[0] + progress * (high[1] - high[0]))
 
 
 def _rand(n: int, generator: Generator) -> Tensor:

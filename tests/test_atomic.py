@@ -1,4 +1,4 @@
-"""A folder that is replaced is the old one or the new one, whenever the process dies."""
+"""A folder or file that is replaced is the old one or the new one, whenever the process dies."""
 
 import os
 
@@ -59,15 +59,39 @@ def test_an_error_inside_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    final = tmp_path / "weights"
-    for content in ("one", "two"):
-        with whole_file(final) as temporary:
-            temporary.write_text(content)
-    with pytest.raises(FileNotFoundError), whole_file(final) as temporary:
-        (temporary.parent / "nothing here").read_text()
-    assert final.read_text() == "two"
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+def write_file(final, text):
+    with whole_file(final) as path:
+        assert path.suffix == final.suffix  # writers choose the format by it
+        path.write_text(text)
+
+
+def test_a_file_appears_whole_in_a_new_folder_and_is_replaced(tmp_path):
+    final = tmp_path / "new" / "a.txt"
+    for text in ("old", "new"):
+        write_file(final, text)
+        assert final.read_text() == text
+    assert [path.name for path in final.parent.iterdir()] == ["a.txt"]
+
+
+def test_an_error_leaves_the_older_file_and_no_other(tmp_path, monkeypatch):
+    final = tmp_path / "a.txt"
+    write_file(final, "old")
+
+    def half():
+        with whole_file(final) as path:
+            path.write_text("half")
+            raise Killed
+
+    def failing(*paths):
+        raise Killed
+
+    with pytest.raises(Killed):
+        half()
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(Killed):
+        write_file(final, "new")
+    assert final.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_files_in_subfolders_reach_the_disk_too(tmp_path, monkeypatch):

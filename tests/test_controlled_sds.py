@@ -38,7 +38,7 @@ def distilled(denoiser, base, cond):
 
 @pytest.mark.slow
 def test_score_distillation_under_control_follows_the_hint(tmp_path):
-    config = train_controlnet.PRESETS["toyworld-canny"]
+    config = train_controlnet.PRESETS["toyworld-canny"]()
     config = train_controlnet.replace(config, out=tmp_path / "out", cache=tmp_path / "cache", eval_every=0)
     folder = train_controlnet.main(config)
     base, scenes = load_base("toyworld"), draw_scenes(range(2 * HELD_OUT, 2 * HELD_OUT + NUM))

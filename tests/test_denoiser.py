@@ -207,6 +207,8 @@ def test_conditions_of_batch_one_expand_and_others_raise():
     cond = expand_cond({"text": torch.randn(1, 3, 4), "class_labels": torch.arange(5)}, 5)
     assert {name: value.shape for name, value in cond.items()} == {"text": (5, 3, 4), "class_labels": (5,)}
     assert torch.equal(cond["text"][0], cond["text"][4])
+    repeated = expand_cond({"class_labels": torch.arange(3)}, 6)["class_labels"]
+    assert torch.equal(repeated, torch.tensor([0, 1, 2, 0, 1, 2]))
     with pytest.raises(ValueError, match=r"cond\['text'\] must have batch 1 or 5; got \(2, 4\)"):
         expand_cond({"text": torch.zeros(2, 4)}, 5)
 

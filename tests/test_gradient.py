@@ -76,6 +76,19 @@ def test_gradient_does_not_depend_on_schedule_or_prediction_kind(
     close(gradient(*networks), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_one_network_at_both_ends_is_one_call(schedule, ratios, problem, generator, make_mixture, exact_network):
+    x0, cond, noise = problem
+    mixture = make_mixture(schedule)
+    denoiser = NetworkDenoiser(exact_network(mixture, "eps"), schedule)
+    joined = method("csd", denoiser, None, at_ratios(ratios), noise).gradient(x0, cond, generator=generator)
+    assert [len(x) for x, _, _ in denoiser.network.calls] == [2 * len(x0)]
+    apart = ScoreDistillation(
+        teacher=denoiser, baseline=Conditioned(make_mixture(schedule), NULL), times=at_ratios(ratios),
+        weight=WEIGHTS["csd"], noise=fixed_noise(noise),
+    )  # fmt: skip
+    close(joined.value, apart.gradient(x0, cond, generator=generator).value, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_is_the_weighted_gap_from_baseline_to_target(
     name, schedule, ratios, problem, generator, make_mixture
@@ -260,6 +273,17 @@ def test_injected_gradient_is_exact_in_low_precision(dtype, generator):
     scalar = inject(x0, g)
     scalar.backward()
     assert scalar.shape == ()
+    assert torch.equal(x0.grad, g)
+
+
+def test_injected_scalar_of_a_half_precision_image_is_finite():
+    """A sum over a large latent overflows float16, though its gradient does not."""
+    x0 = torch.full((1, 4, 64, 64), 8.0, dtype=torch.float16, requires_grad=True)
+    g = torch.full_like(x0, 2.0)
+    scalar = inject(x0, g)
+    scalar.backward()
+    assert scalar.dtype == torch.float32
+    assert scalar.item() == 4 * 64 * 64 * 16
     assert torch.equal(x0.grad, g)
 
 

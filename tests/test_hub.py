@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
-import transformers
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, SD3Transformer2DModel
 from transformers import CLIPTextModel
 
-from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
+from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided, hub
 from score.gradient import ratio_weight
 from score.hub import load_teacher
 from score.prompts import CUT, PromptEncoder
@@ -511,7 +510,7 @@ def test_identity_knows_variant_pipeline_width_tokenizer_and_version(tmp_path, m
     (folder / "model_index.json").write_text(json.dumps(changed))
     seen.append(print_of().texts.identify())
     (folder / "model_index.json").write_text(json.dumps(index))
-    monkeypatch.setattr(transformers, "__version__", "0")
+    monkeypatch.setattr(hub.transformers, "__version__", "0")  # the module that it looks at
     seen.append(print_of().texts.identify())
     monkeypatch.undo()
     config = {"caption_projection_dim": 16, "pooled_projection_dim": 24, "joint_attention_dim": 40}

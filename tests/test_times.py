@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import annealed, constant, log_normal, logit_normal, shifted, uniform
+from score.times import annealed, constant, log_normal, logit_normal, ramp, shifted, sqrt_annealed, uniform
 
 close = torch.testing.assert_close
 N = 20_000
@@ -32,6 +32,7 @@ ALL = {
     "logit_normal": logit_normal(),
     "shifted": shifted(uniform(), 3.0),
     "annealed": annealed(0.5),
+    "sqrt_annealed": sqrt_annealed(0.37),
     "constant": constant(0.5),
 }
 
@@ -140,6 +141,22 @@ def test_annealing_lowers_the_upper_end(schedule, progress, high):
     close(custom, uniform(0.1, 0.9 - 0.6 * progress)(1000, schedule, seeded()))
 
 
+@pytest.mark.parametrize(("progress", "fraction"), [(0.0, 0.98), (0.25, 0.5), (1.0, 0.02)])
+def test_root_annealing_has_one_time_for_all_which_falls_fast_at_first(schedule, progress, fraction):
+    """high - (high - low) sqrt(progress): half of the way is gone after a quarter of the run."""
+    t = sqrt_annealed(progress)(5, schedule, seeded())
+    close(t, schedule.at(torch.full((5,), fraction, dtype=torch.float64)).float())
+    custom = sqrt_annealed(progress, low=0.1, high=0.7)(5, schedule, seeded())
+    expected = schedule.at(torch.full((5,), 0.7 - 0.6 * progress**0.5, dtype=torch.float64)).float()
+    close(custom, expected)
+
+
+def test_a_ramp_is_flat_before_and_after():
+    values = [ramp(step, 100, 0.98, 0.5, 300) for step in (0, 100, 150, 200, 300, 10_000)]
+    close(torch.tensor(values), torch.tensor([0.98, 0.98, 0.86, 0.74, 0.5, 0.5]))
+    assert (ramp(99, 100, 1.0, 2.0, 100), ramp(100, 100, 1.0, 2.0, 100)) == (1.0, 2.0)
+
+
 def test_constant_is_constant(schedule):
     assert torch.equal(constant(0.25)(3, schedule, seeded()), torch.full((3,), 0.25))
 
@@ -154,6 +171,9 @@ def test_constant_is_constant(schedule):
         (lambda: shifted(uniform(), -3.0), "shift must be above 0; got -3.0"),
         (lambda: annealed(1.01), r"progress must lie in \[0, 1\]; got 1.01"),
         (lambda: annealed(-1.0), r"progress must lie in \[0, 1\]; got -1.0"),
+        (lambda: sqrt_annealed(1.01), r"progress must lie in \[0, 1\]; got 1.01"),
+        (lambda: sqrt_annealed(0.0, high=1.5), "got low=1.5, high=1.5"),
+        (lambda: ramp(0, 10, 1.0, 2.0, 5), "start <= end; got 10 and 5"),
     ],
 )
 def test_impossible_samplers_raise(build, message):

@@ -344,13 +344,14 @@ def test_presets_are_defaults_that_flags_override(monkeypatch, tmp_path):
     arguments = ["--preset", "toyworld-canny", "--steps", "7", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train_controlnet.py", *arguments])
     command.run(seen.append, train_controlnet.Config, "", train_controlnet.PRESETS)
-    assert seen == [replace(train_controlnet.PRESETS["toyworld-canny"], steps=7, out=tmp_path)]
+    assert seen == [replace(train_controlnet.PRESETS["toyworld-canny"](), steps=7, out=tmp_path)]
 
 
 def test_every_preset_is_named_and_its_numbers_are_possible():
-    names = set(train_controlnet.Config.__dataclass_fields__["preset"].type.__args__) - {""}
+    names = set(train_controlnet.Config.__dataclass_fields__["preset"].type.__args__)
     assert names == set(train_controlnet.PRESETS)
-    for name, config in train_controlnet.PRESETS.items():
+    for name in names - {""}:
+        config = train_controlnet.PRESETS[name]()
         assert config.preset == name
         train_controlnet.check(config)
 
@@ -392,7 +393,7 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
     assert torch.equal(base.decode(base.encode(images)), images)
     AcceleratorState._reset_state(reset_partial_state=True)
     config = replace(
-        train_controlnet.PRESETS["circles"], base=str(painter), num_samples=20, steps=2, batch_size=4,
+        train_controlnet.PRESETS["circles"](), base=str(painter), num_samples=20, steps=2, batch_size=4,
         eval_samples=4, test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control",
         cache=tmp_path / "cache",
     )  # fmt: skip

@@ -58,23 +58,19 @@ class RunOptions:
 
 
 def run(
-    main: Callable[[C], Path | None],
-    config_type: type[C],
-    description: str,
-    presets: Mapping[str, C] | None = None,
-) -> None:
-    """Parse the command line into a config and call ``main``; ``--preset`` chooses the defaults among ``presets``.
+    main: Callable[[C], Path | None], config_type: type[C], description: str,
+    presets: Mapping[str, Callable[[], C]] | None = None,
+) -> None:  # fmt: skip
+    """Parse the command line into a config and call ``main``.
 
+    With ``presets`` the option --preset says where all values come from that are not given; the first by default.
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
     stopped because it was not finite exits with 1.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="")
-    chosen = (presets or {}).get(early.parse_known_args()[0].preset)  # what is no preset, tyro explains
-    if chosen is None:
+    if presets is None:
         config = tyro.cli(config_type, description=description)
     else:
-        config = tyro.cli(config_type, description=description, default=chosen)
+        config = tyro.cli(config_type, description=description, default=_preset(sys.argv[1:], presets))
     try:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -84,6 +80,14 @@ def run(
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) -> C:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    chosen = parser.parse_known_args(list(arguments))[0].preset
+    # Tyro itself says which presets there are.
+    return presets.get(chosen, next(iter(presets.values())))()
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -108,8 +112,9 @@ def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -
 
     ``inputs`` are fingerprints of what the run reads; they stand for the paths, which can be written in many ways.
     """
-    watching = {"log_every", "save_every", "eval_every", "eval_images", "features"}
-    ignored = {"out", "dry_run", *watching, *inputs}
+    watching = {"log_every", "save_every", "eval_every", "eval_images", "features", "probe_every", "max_rollbacks"}
+    export = {"mesh_resolution", "turntable_size"}
+    ignored = {"out", "dry_run", *watching, *export, *inputs}
     fields = {name: value for name, value in resolved(config).items() if name not in ignored}
     return {**fields, **inputs, "num_processes": accelerator.num_processes}
 

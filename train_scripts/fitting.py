@@ -118,13 +118,15 @@ def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
-    finish: Callable[[], None] = lambda: None,
+    check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Train to the end behind a progress bar; sample grids and checkpoints every ``save_every`` steps.
+    """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
     The main process calls ``watch`` after each step and logs what it returns; with ``all_watch`` every rank calls
-    it, so that they can share its work. ``finish`` is called on every rank after the last step, while they can
-    still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then
+    it, so that they can share its work. All call ``check`` with the step and whether it is about to be saved, and
+    it may raise. So do weights that are not finite, on all processes and before anything is saved. ``finish`` is
+    called on every rank after the last step, while they can still speak to each other. SIGTERM, which is how
+    schedulers announce the end, saves a checkpoint first and then
     exits with 143.
     """
     reports = train(
@@ -135,11 +137,14 @@ def fit(
     with sigterm(accelerator) as asked_to_stop:
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
+            due = report.step % config.save_every == 0 or report.step == config.steps or stop
+            check(report.step, due)
+            if due:
+                checkpoint.check_finite(report.step, phases)
             with accelerator.autocast():
                 figures = watch(report.step) if accelerator.is_main_process or all_watch else {}
             if figures and accelerator.is_main_process:
                 log(accelerator, report.step, figures)
-            due = report.step % config.save_every == 0 or report.step == config.steps or stop
             if due and accelerator.is_main_process:
                 checkpoint.save(config.out / "checkpoints", report.step, phases, own)
                 if preview is not None:
@@ -158,7 +163,8 @@ def fit(
 def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
     """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step.
 
-    Several ranks ask each other in every tenth step only, since each time they wait for one another.
+    Several ranks ask each other in every tenth step only, since each time they wait for one another. A step that
+    ends in ``FloatingPointError`` has nothing to save: the process that was asked exits with 143 instead.
     """
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
@@ -166,12 +172,18 @@ def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
     def answer(step: int) -> bool:
         if accelerator.num_processes == 1:
             return bool(asked)
-        return step % 10 == 0 and bool(
-            accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum")
-        )
+        if step % 10 or not accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"):
+            return False
+        asked.append(signal.SIGTERM)
+        return True
 
     try:
         yield answer
+    except FloatingPointError as error:
+        if not asked:
+            raise
+        tqdm.write(f"asked to end by SIGTERM, in a step that is not saved: {error}", file=sys.stderr)
+        sys.exit(143)
     finally:
         signal.signal(signal.SIGTERM, before)
 

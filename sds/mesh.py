@@ -1,0 +1,199 @@
+"""Surfaces and points of a density: marching cubes on a lattice, closed, with a colour at every vertex."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from sds.exportable import CHUNK, Corner, Exportable
+
+Query = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Triangles with coloured corners, in the world's coordinates (z up).
+
+    Attributes:
+        vertices: (v, 3).
+        faces: (f, 3), numbers of vertices, counter-clockwise seen from outside.
+        colours: (v, 3) in [0, 1], in display values.
+    """
+
+    vertices: Float[Tensor, "v 3"]
+    faces: Int[Tensor, "f 3"]
+    colours: Float[Tensor, "v 3"]
+
+    @property
+    def volume(self) -> float:
+        """Enclosed, in cubic world units; negative if the triangles face inwards."""
+        a, b, c = self.vertices.double()[self.faces].unbind(1)
+        return float((a * torch.linalg.cross(b, c)).sum() / 6)
+
+    @property
+    def areas(self) -> Float[Tensor, " f"]:
+        """Of the triangles, float64."""
+        a, b, c = self.vertices.double()[self.faces].unbind(1)
+        return torch.linalg.cross(b - a, c - a).norm(dim=1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """A density at the points ``lower + spacing * (i, j, k)``.
+
+    Attributes:
+        values: (i, j, k).
+        lower: corner of the box.
+        upper: corner of the box, at most a spacing before the last points.
+        spacing: in world units.
+    """
+
+    values: Float[Tensor, "i j k"]
+    lower: Corner
+    upper: Corner
+    spacing: float
+
+    @property
+    def border(self) -> Tensor:
+        """The values on the six faces of the box, one after the other."""
+        return torch.cat([self.values.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
+
+
+def sample_lattice(scene: Exportable, resolution: int = 128) -> Lattice:
+    """The density in the scene's box with ``resolution`` cubes along its longest side.
+
+    Raises ``ValueError`` for a resolution below 2, and for a density that is not finite.
+    """
+    if resolution < 2:
+        raise ValueError(f"resolution must be at least 2 cubes; got {resolution}.")
+    extents = [high - low for low, high in zip(scene.lower, scene.upper, strict=True)]
+    spacing = max(extents) / resolution
+    axes = [
+        low + spacing * torch.arange(math.ceil(extent / spacing - 1e-6) + 1)
+        for low, extent in zip(scene.lower, extents, strict=True)
+    ]
+    x, y, z = axes
+    layers = x.split(max(CHUNK // (len(y) * len(z)), 1))  # the points of all of them may not fit in memory
+    values = torch.cat([scene.densities(torch.cartesian_prod(layer, y, z)) for layer in layers])
+    return Lattice(values.view(len(x), len(y), len(z)), scene.lower, scene.upper, spacing)
+
+
+def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: float = 0.01) -> Mesh | None:
+    """The surface where the density passes ``level``; None if it nowhere does.
+
+    The box ends the object: what is cut by its faces is closed there.
+
+    Args:
+        lattice: the density.
+        colours: (v, 3) of the vertices (v, 3), such as ``Exportable.colours``.
+        level: the density of the surface, positive.
+        min_part: parts that fill less than this share of the largest part's volume are dropped: floaters. 0 keeps
+            every part, 1 the largest alone. A part is what hangs together, by corners too, above the level.
+    """
+    from skimage.measure import marching_cubes
+
+    if not 0 < level < math.inf or not 0 <= min_part <= 1:
+        raise ValueError(f"level must be positive and min_part lie in [0, 1]; got {level} and {min_part}.")
+    values = _without_floaters(lattice.values.numpy(), level, min_part)
+    if not (values > level).any():
+        return None
+    # Zeros round the box close the surface. "ascent" turns the triangles outwards where the inside is denser.
+    found, faces, _, _ = marching_cubes(
+        np.pad(values, 1), level, spacing=(lattice.spacing,) * 3, gradient_direction="ascent",
+        allow_degenerate=False,
+    )  # fmt: skip
+    low, high = torch.tensor(lattice.lower), torch.tensor(lattice.upper)
+    vertices = torch.from_numpy(np.ascontiguousarray(found)) - lattice.spacing + low
+    vertices = vertices.float().minimum(high).maximum(low)
+    return Mesh(vertices, torch.from_numpy(faces.astype(np.int64)), colours(vertices))
+
+
+def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.ndarray:
+    from skimage.measure import label
+
+    parts = label(values > level, connectivity=3)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    # Only what is above the level is taken away: what is below it shapes the surface of the parts that stay.
+    return np.where((parts > 0) & (sizes < min_part * sizes.max())[parts], 0, values)
+
+
+def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8) -> Mesh:
+    """The mesh with the colours that a ray sees which comes in along the normal, as pictures do.
+
+    The colour just at the surface is poorly known: little of what a picture shows comes from there. For a field
+    that has become opaque this gains half a dB; for one that is still foggy it loses as much, because the pale
+    colour of its skin stands for its transparency. So compare both.
+
+    Args:
+        mesh: a surface of the scene.
+        scene: for its density and colours.
+        reach: the ray starts this far outside of the surface, and ends twice as far inside of it.
+        num_samples: on the ray.
+    """
+    step = 3 * reach / num_samples
+    offsets = reach - step * (torch.arange(num_samples) + 0.5)
+    rays = mesh.vertices[:, None] + offsets[:, None] * _vertex_normals(mesh)[:, None]
+    low, high = torch.tensor(scene.lower), torch.tensor(scene.upper)
+    points = rays.flatten(0, 1).minimum(high).maximum(low)
+    depth = (scene.densities(points).view(len(rays), num_samples).clamp(min=0) * step).double()
+    passed = torch.exp(depth - depth.cumsum(1))  # what is left of a ray before each of its samples
+    weights = passed * -torch.expm1(-depth)
+    total = weights.sum(1, keepdim=True)
+    colours = scene.colours(points).view(len(rays), num_samples, 3)
+    seen = (weights[..., None] * colours).sum(1) / total.clamp(min=1e-12)
+    return replace(mesh, colours=torch.where(total > 1e-6, seen, mesh.colours).float())
+
+
+def _vertex_normals(mesh: Mesh) -> Tensor:
+    a, b, c = mesh.vertices[mesh.faces].unbind(1)
+    normals = torch.zeros_like(mesh.vertices)
+    for corner in range(3):
+        normals.index_add_(0, mesh.faces[:, corner], torch.linalg.cross(b - a, c - a))
+    return torch.nn.functional.normalize(normals, dim=1)
+
+
+def surface_points(mesh: Mesh, num_points: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Points (n, 3) spread evenly over the surface, and their colours (n, 3) between those of the corners."""
+    _check_points(num_points)
+    face = _draw(mesh.areas, num_points, generator)
+    u, v = torch.rand(2, num_points, 1, generator=generator)
+    # A square folded along its diagonal is a triangle, evenly covered.
+    u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
+    weights = torch.cat([1 - u - v, u, v], dim=1)[..., None]
+    corners = mesh.faces[face]
+    return (weights * mesh.vertices[corners]).sum(1), (weights * mesh.colours[corners]).sum(1)
+
+
+def density_points(
+    lattice: Lattice, colours: Query, num_points: int, *, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Points (n, 3) spread as the opacity of the lattice's cubes is, without any level; and their colours (n, 3).
+
+    Raises ``ValueError`` for a density that is nowhere positive.
+    """
+    _check_points(num_points)
+    opacity = -torch.expm1(-lattice.values.double().clamp(min=0) * lattice.spacing).flatten()
+    if not bool(opacity.any()):
+        raise ValueError("the scene is empty: its density is nowhere positive in the box.")
+    cube = torch.stack(torch.unravel_index(_draw(opacity, num_points, generator), lattice.values.shape), dim=1)
+    within = torch.rand(num_points, 3, generator=generator) - 0.5
+    low, high = torch.tensor(lattice.lower), torch.tensor(lattice.upper)
+    points = (low + lattice.spacing * (cube + within)).minimum(high).maximum(low)
+    return points, colours(points)
+
+
+def _draw(weights: Tensor, num: int, generator: Generator) -> Tensor:
+    # torch.multinomial takes no more than 2^24 weights, which is a lattice of 256^3.
+    heights = weights.double().cumsum(0)
+    drawn = torch.rand(num, generator=generator, dtype=torch.float64) * heights[-1]
+    return torch.searchsorted(heights, drawn, right=True).clamp(max=len(weights) - 1)
+
+
+def _check_points(num_points: int) -> None:
+    if num_points < 1:
+        raise ValueError(f"num_points must be at least 1; got {num_points}.")

@@ -1,0 +1,132 @@
+"""Curves that mean something: always the same views, times and noises, so that only the scene changes.
+
+The "loss" of score distillation does not fall when training works. What falls is the residual, the distance of a
+render from what the teacher, shown that render under the same noise, expects. Beside it: how strong the loss pulls
+at each time, how that compares with the penalties, and pictures of what the teacher expects.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from score.denoiser import Cond, Denoiser
+from score.gradient import ScoreDistillation, inject
+from score.randomness import derived_generator, normal_like
+from score.schedule import Images
+from score.times import constant
+from sds.looks import Look
+from sds.losses import Distillation
+from sds.vsd import VSD
+
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where on the schedule is looked, in its customary spacing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """Looks at a subject from fixed views, at fixed times, with fixed noise.
+
+    A graph is kept of one look at a time, and by :meth:`balance` alone, so that a run has the memory for it.
+
+    Attributes:
+        looks: step -> look, for each fixed view, or for all particles of a canvas; the same for the same scene and
+            step, whose resolution and penalties it has.
+        target: the teacher as the loss guides it at the end; it is told all conditions of a look.
+        decode: x0 to images, for pictures.
+        network: whose parameters learn.
+        fractions: of the schedule.
+    """
+
+    looks: Sequence[Callable[[int], Look]]
+    target: Denoiser
+    decode: Callable[[Tensor], Tensor]
+    network: nn.Module
+    fractions: Sequence[float] = FRACTIONS
+
+    def __call__(self, step: int, method: Distillation) -> tuple[Mapping[str, float], Tensor]:
+        """All figures of a step's scene, and its pictures; see :meth:`pictures`."""
+        x0, cond = self._seen(step)
+        expected = self._expected(x0, cond)
+        figures = {
+            **self._residuals(x0, expected),
+            **self.gradients(method, x0, cond),
+            **self.balance(step, method),
+        }
+        values = torch.stack([value.detach().float().cpu() for value in figures.values()]).tolist()
+        named = {f"probe/{name}": value for name, value in zip(figures, values, strict=True)}
+        return named, self._decoded(x0, *expected)
+
+    def pictures(self, step: int) -> Tensor:
+        """Pictures in rows of b: the views, and below them what is expected at each fraction."""
+        x0, cond = self._seen(step)
+        return self._decoded(x0, *self._expected(x0, cond))
+
+    def gradients(self, method: Distillation, x0: Images, cond: Cond) -> dict[str, Tensor]:
+        """Root mean square of the loss's gradient at each fraction; of :mod:`sds.losses` and VSD, else empty."""
+        if not isinstance(method, ScoreDistillation | VSD):
+            return {}
+        norms = {}
+        for fraction, t in self._times(x0):
+            generator = derived_generator("probe", str(fraction))
+            there = replace(method, times=constant(float(t[0])))
+            norms[f"gradient/t_{fraction:g}"] = there.gradient(x0, cond, generator=generator).metrics[
+                "gradient_rms"
+            ]
+        return norms
+
+    def balance(self, step: int, method: Distillation) -> dict[str, Tensor]:
+        """Norm of the score's gradient with respect to the parameters over that of the penalty's, if there is one.
+
+        From one time and noise a look, however many the run draws. The parameters' own gradients are not touched.
+        """
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        sums = [[torch.zeros_like(p) for p in parameters] for _ in ("score", "penalty")]
+        for number, look_at in enumerate(self.looks):
+            with torch.enable_grad():
+                look = look_at(step)
+                if not look.penalty.requires_grad:
+                    return {}
+                generator = derived_generator("probe", "balance", number)
+                gradient = method.gradient(look.x0, look.cond, generator=generator)
+                losses = inject(look.x0, gradient.value) / len(look.x0), look.penalty
+            for total, loss in zip(sums, losses, strict=True):
+                parts = torch.autograd.grad(loss, parameters, retain_graph=loss is losses[0], allow_unused=True)
+                for one, part in zip(total, parts, strict=True):
+                    if part is not None:
+                        one += part
+        score, penalty = (torch.stack([g.float().square().sum() for g in total]).sum().sqrt() for total in sums)
+        return {"score_to_penalty": score / penalty} if penalty > 0 else {}
+
+    @torch.no_grad()
+    def _seen(self, step: int) -> tuple[Tensor, Cond]:
+        looks = [look_at(step) for look_at in self.looks]
+        cond = {name: torch.cat([look.cond[name] for look in looks]) for name in looks[0].cond}
+        return torch.cat([look.x0 for look in looks]), cond
+
+    @torch.no_grad()
+    def _expected(self, x0: Images, cond: Cond) -> list[Tensor]:
+        """What the teacher expects, E[x0 | x_t], at each fraction."""
+        expected = []
+        for fraction, t in self._times(x0):
+            noise = normal_like(x0, derived_generator("probe", str(fraction)))
+            expected.append(self.target(self.target.schedule.diffuse(x0, noise, t), t, cond))
+        return expected
+
+    def _residuals(self, x0: Images, expected: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Root mean square of x0 - E[x0 | x_t] at each fraction, and their mean."""
+        residuals = {
+            f"residual/t_{fraction:g}": (x0 - answer).float().square().mean().sqrt()
+            for fraction, answer in zip(self.fractions, expected, strict=True)
+        }
+        return {**residuals, "residual": torch.stack(list(residuals.values())).mean()}
+
+    @torch.no_grad()
+    def _decoded(self, *rows: Tensor) -> Tensor:
+        return torch.cat([self.decode(image).float() for row in rows for image in row.split(1)])
+
+    def _times(self, x0: Images) -> list[tuple[float, Tensor]]:
+        schedule = self.target.schedule
+        times = schedule.at(torch.tensor(self.fractions, dtype=torch.float64)).float().to(x0.device)
+        return [(fraction, t.expand(len(x0))) for fraction, t in zip(self.fractions, times, strict=True)]

@@ -1,0 +1,263 @@
+"""A scene in 3D, rendered differentiably with nerfstudio's cameras, rays, samplers, encodings and renderers.
+
+Its models and fields are not used: they detach normals, composite a learned background twice and render pictures
+one by one. What is avoided of its parts is said where it is, and tested.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from sds.field import Blob, DenseGrid, Field, cone_blob, normalised, scaled_softplus
+from sds.regularisers import ray_distortion, ray_orientation
+from sds.shading import Shading, shaded
+from sds.views import Views, check_nerfstudio
+
+EMPTY = 1e-3
+"""Pixels of less opacity have neither depth nor normal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Render:
+    """Pictures of b views, rows from the top; all differentiable.
+
+    Attributes:
+        rgb: (b, 3, h, w) in [-1, 1], matter before the background.
+        opacity: (b, 1, h, w) in [0, 1]: what share of the background is hidden.
+        depth: (b, 1, h, w) mean distance of the matter from the camera, along the ray, in world units; 0 where
+            there is none.
+        normals: (b, 3, h, w) unit, in world coordinates, 0 where there is no matter; None if not asked for.
+        distortion: (b, 1, h, w); see ``sds.regularisers``.
+        orientation: (b, 1, h, w), likewise; None without normals.
+    """
+
+    rgb: Float[Tensor, "b 3 h w"]
+    opacity: Float[Tensor, "b 1 h w"]
+    depth: Float[Tensor, "b 1 h w"]
+    normals: Float[Tensor, "b 3 h w"] | None
+    distortion: Float[Tensor, "b 1 h w"]
+    orientation: Float[Tensor, "b 1 h w"] | None
+
+
+class Scene(nn.Module):
+    """A field in its cube, before a background.
+
+    Args:
+        field: what fills the cube.
+        background: unit directions (n, 3) -> colour (n, 3) in [0, 1], such as :func:`background_network`. Without
+            one, every call is given a colour.
+        num_samples: points on each ray, evenly spaced between where it enters and leaves the cube.
+        chunk: points evaluated at a time. More than that are evaluated one chunk after the other, and again in the
+            backward pass, so that memory is that of one chunk; results and gradients stay the same.
+
+    Raises ``ImportError`` without nerfstudio.
+    """
+
+    def __init__(
+        self, field: Field, *, background: nn.Module | None = None, num_samples: int = 48, chunk: int = 2**18
+    ) -> None:
+        super().__init__()
+        check_nerfstudio()
+        if num_samples < 1 or chunk < num_samples:
+            raise ValueError(f"expected num_samples >= 1 and chunk >= num_samples; got {num_samples} and {chunk}.")
+        self.field, self.background, self.num_samples, self.chunk = field, background, num_samples, chunk
+
+    def forward(
+        self, views: Views, *, height: int, width: int, background: Tensor | None = None,
+        shading: Shading | None = None, normals: bool = False, generator: Generator | None = None,
+    ) -> Render:  # fmt: skip
+        """Pictures of all views.
+
+        Args:
+            views: b cameras.
+            height: of the pictures, in pixels.
+            width: of the pictures, in pixels.
+            background: (3,) or (b, 3) in [-1, 1]; None for the scene's own.
+            shading: of the b views; None shows albedo.
+            normals: whether to give normals and orientation even if the shading needs none.
+            generator: for training; moves the points of each ray by up to half their spacing. With None, the same
+                views always give the same pictures.
+
+        Raises ``ValueError`` for a background that is missing or of another shape.
+        """
+        bundle, view = self._rays(views, height, width, generator)
+        backdrop = self._backdrop(background, bundle.directions, len(views))
+        normals = normals or (shading is not None and shading.needs_normals)
+        # Rays that miss the cube show the backdrop; nothing is evaluated for them.
+        hit = (bundle.nears < bundle.fars)[:, 0].nonzero()[:, 0]
+        parts = []
+        chunks = hit.split(self.chunk // self.num_samples)
+        twice = len(chunks) > 1 and torch.is_grad_enabled()
+        for rows in chunks:
+            light = None if shading is None else shading.at(view[rows])
+            inputs = (bundle[rows], backdrop[rows], light, normals)
+            parts.append(checkpoint(self._march, *inputs, use_reentrant=False) if twice else self._march(*inputs))
+        pixels = torch.cat(parts)
+        pixels = pad(backdrop, (0, pixels.shape[1] - 3)).index_copy(0, hit, pixels)
+        image = pixels.view(len(views), height, width, -1).permute(0, 3, 1, 2)
+        rgb, opacity, depth, distortion = image[:, :6].split((3, 1, 1, 1), dim=1)
+        slopes, orientation = (image[:, 6:9], image[:, 9:]) if normals else (None, None)
+        return Render(rgb * 2 - 1, opacity, depth, slopes, distortion, orientation)
+
+    def _rays(self, views: Views, height: int, width: int, generator: Generator | None) -> tuple[Any, Tensor]:
+        """The ``RayBundle`` of all pixels, view by view, and the number of the view of each."""
+        from nerfstudio.cameras.rays import RayBundle
+        from nerfstudio.utils.math import intersect_aabb
+
+        some = next(self.field.parameters(), views.camera_to_world)
+        directions = views.directions(height, width).to(some).view(-1, 3)
+        view = torch.arange(len(views), device=some.device).repeat_interleave(height * width)
+        origins = views.position.to(some)[view]
+        corners = self.field.half_size * torch.tensor([-1, -1, -1, 1, 1, 1], device=some.device)
+        nears, fars = (end[:, None] for end in intersect_aabb(origins, directions, corners))
+        if generator is not None:
+            # nerfstudio's samplers draw from the global generator; moving the ends moves their points as well.
+            shift = torch.rand(nears.shape, generator=generator, device=generator.device).to(some) - 0.5
+            step = shift * (fars - nears) / self.num_samples
+            nears, fars = nears + step, fars + step
+        # The area is for fields that integrate over pixels; those here do not.
+        return RayBundle(origins, directions, torch.zeros_like(nears), nears=nears, fars=fars), view
+
+    def _backdrop(self, background: Tensor | None, directions: Tensor, num_views: int) -> Tensor:
+        """Colour (n, 3) in [0, 1] behind each ray, view by view."""
+        if background is None:
+            if self.background is None:
+                raise ValueError("the scene has no background of its own; pass one, (3,) or (b, 3) in [-1, 1].")
+            return self.background(directions)
+        if background.shape not in ((3,), (num_views, 3)):
+            raise ValueError(f"background must be (3,) or ({num_views}, 3); got {tuple(background.shape)}.")
+        colours = ((background.to(directions) + 1) / 2).expand(num_views, 3)
+        return colours.repeat_interleave(len(directions) // num_views, dim=0)
+
+    def _march(self, rays: Any, backdrop: Tensor, shading: Shading | None, normals: bool) -> Tensor:
+        """(n, 6) or, with normals, (n, 10): rgb, opacity, depth, distortion, normals, orientation of each ray."""
+        from nerfstudio.model_components.ray_samplers import UniformSampler
+        from nerfstudio.model_components.renderers import AccumulationRenderer, NormalsRenderer, RGBRenderer
+
+        samples = UniformSampler(self.num_samples, train_stratified=False)(rays)
+        starts, ends, points = samples.frustums.starts, samples.frustums.ends, samples.frustums.get_positions()
+        matter = self.field(points.reshape(-1, 3), normals=normals)
+        weights = ray_weights(matter.density.view(points.shape[:2]), samples.deltas[..., 0])[..., None]
+        colour = matter.albedo.view_as(points)
+        slopes = None if matter.normals is None else matter.normals.view_as(points)
+        if shading is not None:
+            colour = shaded(colour, slopes, points, shading)
+        # The one place where matter meets the background.
+        rgb = RGBRenderer.combine_rgb(colour, weights, background_color=backdrop)
+        opacity = AccumulationRenderer.forward(weights)
+        # nerfstudio clips depth to the range of the other rays of the chunk.
+        depth = (weights * (starts + ends) / 2).sum(-2) / opacity.clamp(min=EMPTY)
+        there = opacity > EMPTY
+        edges = torch.cat([starts[..., 0], ends[:, -1:, 0]], dim=1)
+        parts = [rgb, opacity, depth * there, ray_distortion(weights[..., 0], edges)[:, None]]
+        if slopes is not None:
+            facing = (slopes * rays.directions[:, None]).sum(-1)
+            mean = normalised(NormalsRenderer.forward(slopes, weights, normalize=False))
+            parts += [mean * there, ray_orientation(weights[..., 0], facing)[:, None]]
+        return torch.cat(parts, dim=1)
+
+
+def grid_scene(
+    *, half_size: float = 0.9, resolutions: Sequence[int] = (10, 20, 40), background: nn.Module | None = None,
+    num_samples: int = 48, blob: Blob | None = None, initial: float = 0.0,
+) -> Scene:  # fmt: skip
+    """The scene for a CPU, with a blob of matter in its middle; Adam at a learning rate of 0.05 suits it.
+
+    The blob is :func:`sds.field.cone_blob` by default, which is opaque; ``initial`` is the raw density everywhere.
+
+    A step with 4 views of 32 x 32 pixels takes about 0.1 s on one core, twice or thrice that with normals.
+    """
+    grid = DenseGrid(resolutions, initial=initial)
+    field = Field(grid, half_size=half_size, blob=blob or cone_blob(), activation=scaled_softplus())
+    return Scene(field, background=background, num_samples=num_samples)
+
+
+def ray_weights(density: Float[Tensor, "n s"], length: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+    """Share of each of s intervals in what the camera sees; nan where a density is nan.
+
+    With nerfstudio's ``RaySamples.get_weights`` it would be 0, and a scene that has diverged would look empty.
+    """
+    optical = density * length
+    before = pad(optical[:, :-1].cumsum(-1), (1, 0))
+    return -torch.expm1(-optical) * torch.exp(-before)
+
+
+def clipped_exp(raw: Tensor) -> Tensor:
+    """exp, whose slope stops growing at exp(15) (Instant NGP's activation of density)."""
+    check_nerfstudio()
+    from nerfstudio.field_components.activations import trunc_exp
+
+    return trunc_exp(raw)
+
+
+def triplane_network(
+    *, generator: Generator, resolution: int = 128, num_components: int = 32, width: int = 64
+) -> nn.Module:
+    """Three planes of features, multiplied, and a small MLP: more detail than a grid for the memory.
+
+    nerfstudio's ``TriplaneEncoding`` and ``TensorVMEncoding`` detach the coordinates and so have no normals;
+    ``KPlanesEncoding`` with three axes is the same thing with them.
+    """
+    check_nerfstudio()
+    from nerfstudio.field_components.encodings import KPlanesEncoding
+
+    with _seeded(generator):
+        return _decoded(KPlanesEncoding((resolution,) * 3, num_components, reduce="product"), width, 2)
+
+
+def hash_network(
+    *, generator: Generator, num_levels: int = 16, finest: int = 2048, log2_table: int = 19, width: int = 64
+) -> nn.Module:
+    """Instant NGP's hash table and a small MLP; an order of magnitude slower than a grid on a CPU."""
+    check_nerfstudio()
+    from nerfstudio.field_components.encodings import HashEncoding, ScalingAndOffset
+
+    with _seeded(generator):
+        table = HashEncoding(num_levels, max_res=finest, log2_hashmap_size=log2_table, implementation="torch")
+        return nn.Sequential(ScalingAndOffset(3, 0.5, 0.5), *_decoded(table, width, 2))
+
+
+def frequency_network(
+    *, generator: Generator, num_frequencies: int = 6, num_layers: int = 4, width: int = 64
+) -> nn.Module:
+    """Sines of the position and an MLP, as in the first NeRF: smooth and small."""
+    check_nerfstudio()
+    from nerfstudio.field_components.encodings import NeRFEncoding, ScalingAndOffset
+
+    with _seeded(generator):
+        waves = NeRFEncoding(3, num_frequencies, 0, num_frequencies - 1, include_input=True)
+        return nn.Sequential(ScalingAndOffset(3, 0.5, 0.5), *_decoded(waves, width, num_layers))
+
+
+def background_network(*, generator: Generator, num_frequencies: int = 2, width: int = 32) -> nn.Module:
+    """Colours (n, 3) in [0, 1] of directions (n, 3): what DreamFusion's scenes stand before."""
+    check_nerfstudio()
+    from nerfstudio.field_components.encodings import NeRFEncoding
+    from nerfstudio.field_components.mlp import MLP
+
+    with _seeded(generator):
+        # The sines alone are the same in opposite directions.
+        waves = NeRFEncoding(3, num_frequencies, 0, num_frequencies - 1, include_input=True)
+        return nn.Sequential(waves, MLP(waves.get_out_dim(), 2, width, 3, out_activation=nn.Sigmoid()))
+
+
+def _decoded(encoding: Any, width: int, num_layers: int) -> nn.Sequential:
+    from nerfstudio.field_components.mlp import MLP
+
+    # A ReLU has no second derivative, by which normals learn.
+    return nn.Sequential(encoding, MLP(encoding.get_out_dim(), num_layers, width, 4, activation=nn.SiLU()))
+
+
+@contextmanager
+def _seeded(generator: Generator) -> Iterator[None]:
+    """Seed the global generator, from which nerfstudio initialises, and then leave it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        yield

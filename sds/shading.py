@@ -1,0 +1,103 @@
+"""How a scene is lit: albedo alone, a point light, or a point light on white matter; drawn for every view."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from score.randomness import normal_like
+from sds.field import normalised
+from sds.views import Views
+
+
+@dataclass(frozen=True, eq=False)
+class Shading:
+    """The light of b views; a view with ambient 1 and diffuse 0 shows albedo.
+
+    Attributes:
+        light: (b, 3) where the point light is.
+        ambient: (b,) brightness in the shade.
+        diffuse: (b,) brightness that a surface facing the light has more than one in the shade.
+        textureless: (b,) whether the matter is shown in white, so that geometry alone makes the picture.
+    """
+
+    light: Float[Tensor, "b 3"]
+    ambient: Float[Tensor, " b"]
+    diffuse: Float[Tensor, " b"]
+    textureless: Bool[Tensor, " b"]
+
+    @property
+    def needs_normals(self) -> bool:
+        """Whether any view is lit."""
+        return bool((self.diffuse != 0).any())
+
+    def at(self, view: Tensor) -> "Shading":
+        """The light of these views (n,), which may repeat."""
+        return Shading(*(value[view.to(value.device)] for value in vars(self).values()))
+
+
+Samples = Float[Tensor, "n s 3"]
+
+
+def shaded(albedo: Samples, normals: Samples | None, points: Samples, shading: Shading) -> Samples:
+    """Albedo (ambient + diffuse max(0, n . l)) with l towards the light (arXiv 2209.14988, section 3.1).
+
+    Albedo is 1 where textureless. ``shading`` has a row for each of the n rays; without normals nothing is lit.
+    """
+    ambient, diffuse = (x.to(points)[:, None, None] for x in (shading.ambient, shading.diffuse))
+    brightness = ambient
+    if normals is not None:
+        towards = normalised(shading.light.to(points)[:, None] - points)
+        brightness = ambient + diffuse * (normals * towards).sum(-1, keepdim=True).clamp(min=0)
+    white = shading.textureless.to(points.device)[:, None, None]
+    return torch.where(white, torch.ones_like(albedo), albedo) * brightness
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadingSchedule:
+    """DreamFusion's: albedo alone at first, then a mixture that shows geometry (arXiv 2209.14988, Appendix A.2).
+
+    Attributes:
+        albedo_until: step before which every view shows albedo.
+        lit: probability of a view being lit after that.
+        textureless: probability of a lit view being shown without albedo.
+        ambient: of lit views; ``diffuse`` is what is missing to 1.
+        light_distance: of the light from the origin, uniform; its direction is that of a normal draw round the
+            camera, with standard deviation 1.
+    """
+
+    albedo_until: int = 1000
+    lit: float = 0.75
+    textureless: float = 0.5
+    ambient: float = 0.1
+    light_distance: tuple[float, float] = (0.8, 1.5)
+
+    def __post_init__(self) -> None:
+        for name in ("lit", "textureless", "ambient"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}.")
+
+    def draw(self, step: int, views: Views, generator: Generator) -> Shading:
+        """The light of each view at this step; the same numbers are drawn whatever the step."""
+        lit, textureless, distance = torch.rand(3, len(views), generator=generator, device=generator.device)
+        direction = torch.nn.functional.normalize(views.position + normal_like(views.position, generator), dim=1)
+        low, high = self.light_distance
+        diffuse = ((lit < self.lit) & (step >= self.albedo_until)) * (1 - self.ambient)
+        return Shading(
+            light=direction * (low + (high - low) * distance)[:, None],
+            ambient=1 - diffuse,
+            diffuse=diffuse,
+            textureless=(textureless < self.textureless) & (diffuse > 0),
+        )
+
+
+def random_background(
+    num_views: int, generator: Generator, probability: float = 0.5
+) -> Float[Tensor, "b 3"] | None:
+    """With this probability a colour in [-1, 1] for each view, uniform; else None, which is the scene's own.
+
+    Matter must then be opaque to look right, and the background cannot take its place.
+    """
+    colours = torch.rand(num_views + 1, 3, generator=generator, device=generator.device)
+    return colours[1:] * 2 - 1 if bool(colours[0, 0] < probability) else None

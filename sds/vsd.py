@@ -1,0 +1,114 @@
+"""Variational score distillation with a phi that learns (Wang et al. 2023, arXiv 2305.16213, Algorithm 1).
+
+The scene descends along eps_s - eps_phi, teacher and phi; phi, most often a :class:`sds.lora.LowRankTwin` of the
+teacher, learns to denoise the scene's renders, from every camera. Both are phases of :func:`score.training.train`:
+
+    phi = low_rank_denoiser(teacher.denoiser, generator=generator)
+    method = VSD(teacher=guided(teacher.denoiser, 7.5, negative), phi=phi)
+    phases = [scene_phase, method.phase(torch.optim.AdamW(phi.network.parameters(), 1e-4))]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
+from score.gradient import (
+    TIME_NOT_FINITE,
+    NoiseSampler,
+    ScoreGradient,
+    TimeWeight,
+    denoising_errors,
+    prediction_weight,
+    standard_normal,
+    time_not_finite,
+)
+from score.randomness import Rng
+from score.schedule import Images, PerSample, Schedule
+from score.times import TimeSampler, uniform
+from score.training import Phase
+from sds.lora import CAMERA
+from sds.losses import sigma_squared, vsd
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VSD:
+    """The gradient of :func:`sds.losses.vsd`, and the loss by which its phi learns.
+
+    A batch is {"x0": encoded renders, "cond": Cond}; ``cond["camera"]`` goes to phi alone.
+
+    Args:
+        teacher: frozen, guided; 7.5 in the paper.
+        phi: without guidance, on the teacher's schedule.
+        times: of the scene's gradient.
+        w: weight of the scene's gradient.
+        noise: of the scene's gradient.
+        phi_times: of phi's training; the full range.
+        phi_weight: of phi's loss, by default that of its prediction kind.
+        phi_only: entries of ``cond`` that the teacher is not told; empty for a teacher that knows cameras itself.
+        camera_dropout: share of phi's training samples whose camera is zeros.
+    """
+
+    teacher: Denoiser
+    phi: NetworkDenoiser
+    times: TimeSampler = uniform()
+    w: TimeWeight = sigma_squared
+    noise: NoiseSampler = standard_normal
+    phi_times: TimeSampler = uniform(0.0, 1.0)
+    phi_weight: TimeWeight | None = None
+    phi_only: tuple[str, ...] = (CAMERA,)
+    camera_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.camera_dropout <= 1:
+            raise ValueError(f"camera_dropout must lie in [0, 1]; got {self.camera_dropout}.")
+
+    def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
+        """w(t) (eps_s - eps_phi) at one draw of t and noise per sample; no gradient reaches any network."""
+        known = {name: value for name, value in cond.items() if name not in self.phi_only}
+        phi = Conditioned(self.phi.unwrapped(), {name: cond[name] for name in self.phi_only if name in cond})
+        method = vsd(self.teacher, phi, times=self.times, w=self.w, noise=self.noise)
+        return method.gradient(x0, known, generator=generator)
+
+    def phi_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
+        """Denoising of the renders, which are constants here (Eq. 8)."""
+        x0, cond = batch["x0"].detach(), dict(batch["cond"])
+        if CAMERA in cond:
+            cond[CAMERA] = _dropped(cond[CAMERA], self.camera_dropout, rng("camera dropout"))
+        weight = self.phi_weight or prediction_weight(self.phi.kind)
+        losses, t = denoising_errors(self.phi, x0, cond, times=self.phi_times, weight=weight, generator=rng("phi"))
+        return {"loss": losses.mean(), TIME_NOT_FINITE: time_not_finite(losses, t)}
+
+    def phase(self, optimizer: Optimizer, *, every: int = 1, lr_schedule: LRScheduler | None = None) -> Phase:
+        """Phi's phase for :func:`score.training.train`; ``optimizer`` is over ``phi.network.parameters()``."""
+        return Phase(
+            name="phi", network=self.phi.network, optimizer=optimizer, loss=self.phi_loss, every=every,
+            lr_schedule=lr_schedule,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Untold:
+    """A denoiser that is not told some conditions: the teacher as VSD asks it, for ``VSD.phi_only``."""
+
+    denoiser: Denoiser
+    names: tuple[str, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The expected clean image."""
+        return self.denoiser(x_t, t, {name: value for name, value in cond.items() if name not in self.names})
+
+
+def _dropped(camera: Tensor, share: float, generator: Generator) -> Tensor:
+    keep = torch.rand(len(camera), generator=generator, device=generator.device) >= share
+    return camera * keep.to(camera).reshape(-1, *[1] * (camera.ndim - 1))

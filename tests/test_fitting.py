@@ -1,0 +1,56 @@
+"""How a training is run: what keeps a bad state from being saved, and when it ends."""
+
+import os
+import signal
+
+import fitting
+import pytest
+import torch
+from accelerate import Accelerator
+from command import RunOptions
+from torch import nn
+
+from score.training import Phase, Report
+
+
+def make_phase():
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return Phase(name="scene", network=network, optimizer=optimizer, loss=lambda batch, rng: {})
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_weights_that_are_not_finite_stop_every_rank_before_one_saves(monkeypatch, tmp_path, main):
+    """Not that rank alone which writes: the others would wait for it, and never hear."""
+    phase, config = make_phase(), RunOptions(out=tmp_path, steps=4, save_every=2)
+    checked = []
+
+    def train(*args, **options):
+        for step in range(1, 5):
+            phase.network.weight.data.fill_(float("nan"))
+            yield Report(step, ("scene",), {})
+
+    monkeypatch.setattr(fitting, "train", train)
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: main))
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        fitting.fit(
+            config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, preview=None, columns=1,
+            check=lambda step, saving: checked.append((step, saving)),
+        )  # fmt: skip
+    assert checked == [(1, False), (2, True)]
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def lost(asked):
+    with fitting.sigterm(Accelerator(cpu=True)):
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise FloatingPointError("lost")
+
+
+def test_sigterm_in_a_step_that_is_lost_still_ends_the_run():
+    with pytest.raises(SystemExit) as stopped:
+        lost(asked=True)
+    assert stopped.value.code == 143
+    with pytest.raises(FloatingPointError, match="lost"):
+        lost(asked=False)

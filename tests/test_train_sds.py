@@ -1,0 +1,295 @@
+"""The script that turns prompts into scenes: what it writes, resumes, refuses, and does when a scene is lost."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scene_options
+import scenes
+import torch
+import train_sds
+import trimesh
+from safetensors.torch import load_file
+from scene_options import PRESETS, Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from score.gradient import ScoreGradient
+from sds import guards, views
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "size": (8, 8),
+    "num_samples": 8, "save_every": 2, "log_every": 1, "probe_every": 3, "mesh_resolution": 12,
+    "turntable_size": 16,
+}  # fmt: skip
+
+
+def tiny(out, **changes):
+    return replace(scene_options.toyworld(), out=out, **{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run without interruption, and its configuration."""
+    config = tiny(tmp_path_factory.mktemp("scene") / "run")
+    train_sds.main(config)
+    return config
+
+
+def test_a_run_writes_what_can_be_opened(finished):
+    export = finished.out / "export"
+    names = {"scene.glb", "scene.obj", "points.ply", "turntable.mp4", "turntable.gif", "depth.mp4", "normals.mp4",
+             "contact.png", "report.json"}  # fmt: skip
+    assert {path.name for path in export.iterdir()} == names
+    mesh = trimesh.load(export / "scene.glb", force="mesh")
+    assert len(mesh.faces) > 0
+    report = json.loads((export / "report.json").read_text())
+    assert report["facts"]["prompt"] == "a red mug"
+    assert report["facts"]["rollbacks"] == 0
+    assert (finished.out / "config.json").is_file()
+    steps = sorted(path.name for path in (finished.out / "checkpoints").iterdir())
+    assert steps == ["step-000000004", "step-000000006"]
+    weights = load_file(finished.out / "scene.safetensors")
+    assert not any("unet" in name or "vae" in name for name in weights)
+    assert sum(value.numel() for value in weights.values()) == 4 * (10**3 + 20**3 + 40**3)
+
+
+def test_tensorboard_shows_curves_that_mean_something(finished):
+    events = EventAccumulator(str(finished.out / "logs"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"probe/residual", "probe/residual/t_0.5", "probe/gradient/t_0.5", "scene/opacity"} <= names
+    assert "probe/score_to_penalty" in names
+    assert [event.step for event in events.Scalars("probe/residual")] == [3, 6]
+    assert events.Tags()["images"]
+
+
+def test_a_killed_run_ends_in_the_same_weights(finished, tmp_path, capfd):
+    """SIGKILL after a checkpoint, and the same command again; it says from where it goes on."""
+    config = replace(finished, out=tmp_path / "cut")
+    options = [
+        item
+        for name, value in TINY.items()
+        for item in (
+            f"--{name.replace('_', '-')}",
+            *(str(v) for v in (value if isinstance(value, tuple) else (value,))),
+        )
+    ]
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_sds.py"), "--out", str(config.out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not any(config.out.glob("checkpoints/step-00000000[2-9]")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = max(int(path.name[5:]) for path in config.out.glob("checkpoints/step-*"))
+    capfd.readouterr()
+    train_sds.main(config)
+    assert f"resumed from step {newest}" in capfd.readouterr().out
+    one, other = (load_file(run.out / "scene.safetensors") for run in (finished, config))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def failing_method(monkeypatch, when):
+    """Make the gradient nan where ``when(step, times it was asked at before)``; returns the steps asked at."""
+    asked, build = [], scenes.build_method
+
+    def build_failing(config, teacher):
+        method = build(config, teacher)
+
+        class Failing:
+            def __init__(self, step):
+                self.inner, self.step = method(step), step
+
+            def gradient(self, x0, cond, *, generator):
+                asked.append(self.step)
+                gradient = self.inner.gradient(x0, cond, generator=generator)
+                bad = when(self.step, asked.count(self.step) - 1)
+                return ScoreGradient(gradient.value * float("nan") if bad else gradient.value, gradient.metrics)
+
+        return Failing
+
+    monkeypatch.setattr(train_sds, "build_method", build_failing)
+    return asked
+
+
+def test_a_nan_rolls_back_once_and_the_run_goes_on(monkeypatch, tmp_path, capfd):
+    config = tiny(tmp_path / "run", probe_every=0)
+    asked = failing_method(monkeypatch, lambda step, before: step == 3 and before == 0)
+    train_sds.main(config)
+    said = capfd.readouterr().err
+    assert "not finite in step 4" in said
+    assert "rolled back to step 2" in said
+    assert asked == [0, 1, 2, 3, 2, 3, 4, 5]  # and for no pictures, which are not wanted
+    report = json.loads((config.out / "export" / "report.json").read_text())
+    assert report["facts"]["rollbacks"] == 1
+    state = torch.load(config.out / "checkpoints" / "step-000000006" / "state.pt", weights_only=True)
+    rate = state["phases"]["scene"]["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(config.learning_rate[1] / 2)
+    events = EventAccumulator(str(config.out / "logs")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("scene/rollbacks")] == [
+        (1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)
+    ]  # fmt: skip
+    rates = [e.value for e in events.Scalars("scene/learning_rate")]
+    assert rates[2] < 0.6 * rates[1]
+    assert "images" not in events.Tags() or not events.Tags()["images"]
+
+
+def test_a_scene_that_is_lost_again_and_again_stops_with_the_reason(monkeypatch, tmp_path):
+    failing_method(monkeypatch, lambda step, before: step == 3)
+    with pytest.raises(FloatingPointError, match="not finite in step 4"):
+        train_sds.main(tiny(tmp_path / "run", probe_every=0, max_rollbacks=2))
+
+
+def test_an_empty_scene_is_an_alarm(monkeypatch, tmp_path, capfd):
+    """It is found in the step that is about to be saved, whether or not the opacity is otherwise due."""
+    monkeypatch.setattr(guards, "EMPTY", 0.9)
+    with pytest.raises(guards.LostSceneError, match="the scene is empty in step 2"):
+        train_sds.main(tiny(tmp_path / "run", probe_every=0, max_rollbacks=1))
+    assert "rolled back to step 0" in capfd.readouterr().err
+    # The bad state was never saved.
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000000"]
+
+
+@pytest.mark.parametrize("method", ["csd", "vsd", "x0"])
+def test_other_losses_train(method, tmp_path):
+    config = tiny(tmp_path / "run", method=method, steps=2, save_every=1, probe_every=2)
+    train_sds.main(config)
+    files = {path.name for path in (config.out / "checkpoints" / "step-000000002").iterdir()}
+    assert ("phi.safetensors" in files) == (method == "vsd")
+
+
+def test_a_canvas_becomes_a_picture(tmp_path):
+    config = tiny(tmp_path / "run", canvas=True, overhead=0, steps=2, probe_every=2)
+    assert train_sds.main(config) == config.out / "canvas.png"
+    assert (config.out / "canvas.png").is_file()
+    assert load_file(config.out / "scene.safetensors")["pixels"].shape == (2, 4, 16, 16)
+
+
+def test_a_scene_with_a_background_of_its_own_trains(tmp_path):
+    config = tiny(tmp_path / "run", backdrops=(), shading="dreamfusion", orientation=(0.0, 1e-2), steps=2)
+    train_sds.main(config)
+    names = load_file(config.out / "scene.safetensors").keys()
+    assert any(name.startswith("background.") for name in names)
+
+
+BAD = [
+    ({"prompt": "  "}, "--prompt is empty"),
+    ({"teacher_size": 62}, "multiples of"),
+    ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
+    ({"backdrops": ("whitish",)}, "names of colours"),
+    ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low lie below --t-high"),
+    ({"t_high": (1.2, 0.5)}, "two shares"),
+    ({"anneal": (0.5, 0.2)}, "--anneal must rise"),
+    ({"guidance": (-1.0, 1.0)}, "--guidance must be two numbers"),
+    ({"learning_rate": (0.0, 0.1)}, "--learning-rate"),
+    ({"size": (4, 8)}, "--size must be two whole numbers"),
+    ({"size": (8.5, 8)}, "--size must be two whole numbers"),
+    ({"overhead": 2}, "--overhead 2 must be below --batch-size 2"),
+    ({"distance": (3.0, 2.0)}, "distance must be a range"),
+    ({"elevation": (0.0, 100.0)}, "elevation must lie in"),
+    ({"draws": 0}, "--draws"),
+    ({"half_size": 0.0}, "--half-size"),
+    ({"blob": (10.0, 0.0)}, "--blob needs a radius"),
+    ({"blob": (float("nan"), 0.5)}, "--blob must be finite"),
+    ({"distance": (1.0, float("inf"))}, "--distance must be finite"),
+    ({"focal": (1.0, float("inf"))}, "--focal must be finite"),
+    ({"widen": 50.0}, "--widen must lie in"),
+    ({"method": "csd", "rescale": 0.5}, "--rescale 0.5 is not for --method csd"),
+    ({"compile": True}, "--compile is for networks"),
+    ({"gradient_checkpointing": True}, "--gradient-checkpointing is for networks"),
+    ({"optimizer": "adamw8bit"}, "adamw8bit is not for scenes"),
+    ({"entropy": (0.0, float("nan"))}, "--entropy"),
+    ({"rescale": 2.0}, "rescale must lie in"),
+    ({"prompt": "a red mug", "mesh_resolution": 1}, "resolution must be at least 2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[next(iter(changes)) for changes, _ in BAD])
+def test_bad_input_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_sds.main(tiny(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_file_in_the_export_is_found_before_the_training(tmp_path):
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    (export / ".DS_Store").touch()
+    with pytest.raises(ValueError, match=r"holds \.DS_Store"):
+        train_sds.main(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_missing_nerfstudio_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setattr(views.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"scorefield\[nerf\]"):
+        train_sds.main(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_encoder_is_said_before_the_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    with pytest.raises(ValueError, match="ffmpeg"):
+        train_sds.main(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_command_line_exits_with_2_and_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_sds.py", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        train_sds.run(train_sds.main, Config, "", presets=PRESETS)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --prompt is empty")
+
+
+def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
+    seen = []
+    line = ["train_sds.py", "--prompt", "a corgi", "--preset", "prolificdreamer", "--steps", "9"]
+    monkeypatch.setattr(sys, "argv", line)
+    train_sds.run(seen.append, Config, "", presets=PRESETS)
+    assert seen == [replace(scene_options.prolificdreamer(), prompt="a corgi", steps=9)]
+    monkeypatch.setattr(sys, "argv", [*line[:3], "--preset", "unknown"])
+    with pytest.raises(SystemExit) as stopped:
+        train_sds.run(seen.append, Config, "", presets=PRESETS)
+    assert stopped.value.code == 2
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    train_sds.main(tiny(tmp_path / "run", dry_run=True))
+    said = capsys.readouterr().out
+    assert '"prompt": "a red mug"' in said
+    assert "teacher:" in said
+    assert "scene:" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_encoders_are_free_before_the_first_step(monkeypatch, tmp_path):
+    loaded, load = [], train_sds.load_teacher
+
+    def remembering(config, device):
+        teacher = load(config, device)
+        loaded.append(weakref.ref(teacher.texts))
+        return teacher
+
+    def fit(*args, **options):
+        gc.collect()
+        raise StopIteration(loaded[0]())
+
+    monkeypatch.setattr(train_sds, "load_teacher", remembering)
+    monkeypatch.setattr(train_sds, "fit", fit)
+    with pytest.raises(StopIteration) as stopped:
+        train_sds.main(tiny(tmp_path / "run", probe_every=0))
+    assert stopped.value.value is None

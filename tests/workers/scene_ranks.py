@@ -1,0 +1,98 @@
+"""A step of a scene, and a rollback, on each of two ranks.
+
+Run by torchrun, and imported by test_learning for one rank's answer.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from score import checkpoint
+from score.randomness import Rng
+from score.schedule import Schedule, VariancePreserving
+from score.training import Phase, train
+from sds.guards import num_rollbacks, roll_back
+from sds.learning import SceneDistillation
+from sds.looks import Backdrop, SceneLooks
+from sds.losses import sds
+from sds.regularisers import Penalties
+from sds.scene import grid_scene
+from sds.views import CameraDistribution
+
+CAMERAS = CameraDistribution(distance=(2.7, 3.0), elevation=(0.0, 45.0), focal=(1.37, 1.37))
+
+
+@dataclass(frozen=True)
+class Grey:
+    """A teacher that expects grey, brighter before the second backdrop."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t, t, cond):
+        return 0.1 * x_t + cond["level"].view(-1, 1, 1, 1).to(x_t)
+
+
+def make_task(num_ranks):
+    backdrops = [Backdrop({"level": torch.full((4, 1), level)}, (level,) * 3) for level in (0.0, 0.5)]
+    looks = SceneLooks(
+        scene=grid_scene(resolutions=(4, 8), num_samples=8), encode=lambda images: images, size=(8, 8),
+        cameras=lambda step: [(CAMERAS, 2)], backdrops=backdrops, resolution=lambda step: 8,
+        penalties=lambda step: Penalties(entropy=1.0), num_ranks=num_ranks,
+    )  # fmt: skip
+    teacher = Grey(VariancePreserving.scaled_linear())
+    return SceneDistillation(subject=looks, method=lambda step: sds(teacher), num_draws=2)
+
+
+def gradient_of(task, rng):
+    """The gradient of one rank's step, without a loop."""
+    network = task.subject.network
+    network.zero_grad()
+    task.loss(task.rollout({}, ("scene",), rng), rng)["loss"].backward()
+    return torch.cat([p.grad.reshape(-1) for p in network.parameters()])
+
+
+def one_step(accelerator):
+    """Weights before and after a step of plain descent with rate 1, and the azimuths that were seen."""
+    task = make_task(accelerator.num_processes)
+    network = task.subject.network
+    before = torch.cat([p.detach().clone().reshape(-1) for p in network.parameters()])
+    phases = task.phases(torch.optim.SGD(network.parameters(), lr=1.0))
+    for _ in train(phases, task.batches, accelerator, rollout=task.rollout, steps=1, verify_every=1):
+        pass
+    after = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+    rng = Rng(0, 0, 0, accelerator.process_index, accelerator.process_index)
+    azimuth = CAMERAS.draw(
+        2, rng("views"), rank=accelerator.process_index, num_ranks=accelerator.num_processes
+    ).azimuth
+    return {"step": before - after, "azimuth": azimuth}
+
+
+def one_rollback(accelerator, folder):
+    """Learning rate and count after a rollback in which the second rank is slow to read."""
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    phases = [Phase(name="scene", network=network, optimizer=optimizer, loss=lambda batch, rng: {})]
+    if accelerator.is_main_process:
+        checkpoint.save(folder, 0, phases, {})
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        time.sleep(1)
+    roll_back(folder, phases, {}, write=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    return {"rate": optimizer.param_groups[0]["lr"], "rollbacks": num_rollbacks(optimizer)}
+
+
+def main(folder):
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2, "torchrun started separate runs"
+    answer = {**one_step(accelerator), **one_rollback(accelerator, folder / "checkpoints")}
+    torch.save(answer, folder / f"rank{accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
