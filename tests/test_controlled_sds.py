@@ -4,16 +4,16 @@ import pytest
 import torch
 import train_controlnet
 from control_bases import load_base
-from torch import nn
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.canny import canny
 from controlnet.export import load_adapter
 from controlnet.scores import edge_f1
-from score import ScoreDistillation, guided, inject
-from score.gradient import noise_weight
+from score import guided, inject
 from score.randomness import derived_generator
 from score.times import uniform
+from sds.canvas import Canvas
+from sds.losses import sds
 from toyworld.data import HELD_OUT, captions_of, draw_scenes
 from toyworld.render import render
 
@@ -23,17 +23,15 @@ NUM, STEPS = 8, 200
 def distilled(denoiser, base, cond):
     """Latents (n, 4, 16, 16) that SDS (arXiv 2209.14988) makes of noise, by the same draws for each denoiser."""
     teacher = guided(denoiser, 7.5, base.null)
-    weight = noise_weight(lambda t, schedule: schedule.sigma(t) ** 2)
-    canvas = nn.Parameter(torch.randn(NUM, 4, 16, 16, generator=derived_generator("canvas")))
-    optimizer = torch.optim.Adam([canvas], 0.05)
+    canvas = Canvas.noise((4, 16, 16), num_particles=NUM, generator=derived_generator("canvas"))
+    optimizer = torch.optim.Adam(canvas.parameters(), 0.05)
     for step in range(STEPS):
-        times = uniform(0.02, 0.98 - 0.5 * step / STEPS)
-        method = ScoreDistillation(teacher=teacher, baseline=None, times=times, weight=weight)
-        gradient = method.gradient(canvas.detach(), cond, generator=derived_generator("sds", step))
+        method = sds(teacher, times=uniform(0.02, 0.98 - 0.5 * step / STEPS))
+        gradient = method.gradient(canvas().detach(), cond, generator=derived_generator("sds", step))
         optimizer.zero_grad()
-        inject(canvas, gradient.value).backward()
+        inject(canvas(), gradient.value).backward()
         optimizer.step()
-    return canvas.detach()
+    return canvas().detach()
 
 
 @pytest.mark.slow

@@ -77,9 +77,10 @@ class Config(RunOptions, TaskOptions, WatchOptions):
 def toyworld_canny() -> Config:
     """Minutes on a CPU with the pipeline that ships, which was trained on means of latents."""
     return Config(
-        preset="toyworld-canny", base="toyworld", data="toyworld", latents="mean", num_samples=2000, steps=250,
-        batch_size=32, learning_rate=5e-4, new_factor=4.0, warmup=25, lr_floor=0.0, ema_decay=0.98, prompt_drop=0.1,
-        eval_every=50, eval_samples=32, test_samples=128, guidance=3.0, save_every=50, log_every=10,
+        preset="toyworld-canny", base="toyworld", data="toyworld", latents="mean", num_samples=2000,
+        prompt_drop=0.1, steps=250, batch_size=32, learning_rate=5e-4, new_factor=4.0, warmup=25, lr_floor=0.0,
+        ema_decay=0.98, eval_every=50, eval_samples=32, test_samples=128, guidance=3.0, save_every=50,
+        log_every=10,
     )  # fmt: skip
 
 
@@ -107,8 +108,8 @@ def sd15_canny() -> Config:
 def sdxl_canny() -> Config:
     """The same on SDXL."""
     return replace(
-        sd15_canny(), preset="sdxl-canny", base="stabilityai/stable-diffusion-xl-base-1.0", size=1024, batch_size=1,
-        accumulate=32, recompute_levels=None, guidance=5.0,
+        sd15_canny(), preset="sdxl-canny", base="stabilityai/stable-diffusion-xl-base-1.0", size=1024,
+        batch_size=1, accumulate=32, recompute_levels=None, guidance=5.0,
     )  # fmt: skip
 
 
