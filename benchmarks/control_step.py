@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser, copy_encoder, unet_of
-from controlnet.training import adamw, control_phase, lighten
+from controlnet.training import adamw, compile_lightly, control_phase, lighten
 from score.denoiser import NetworkDenoiser, freeze
 from score.families import DiffusersNetwork
 from score.randomness import Rng, normal_like
@@ -39,6 +39,7 @@ from toyworld.parts import LENGTH, SIZE, make_text_encoder, make_unet, make_vae
 
 VOCABULARY, LEARNING_RATE, CLIP_NORM = 256, 1e-5, 1.0
 NAMES = ("diffusers", "ours", "ours, one level", "ours, hint alone", "ours, nothing recomputed")
+COMPILED = "ours, compiled"
 LEVELS = {"ours, one level": 1, "ours, hint alone": 0}
 TOLERANCE = 1e-9
 GOALS = {"time": ">= 1.50", "saved bytes": "<= 0.70"}
@@ -62,6 +63,10 @@ class Config:
     """Of autocast; bf16 also casts what is frozen, in all contenders."""
     clock: Literal["wall", "process"] = "wall"
     """process: seconds of processor time, for one thread on a machine that others use as well. CPU only."""
+    compile: bool = False
+    """Let a compiled form of ours take part; compiling takes minutes, twice."""
+    activation_budget: float = 0.6
+    """Share of activations that the compiled form keeps."""
     configs: Path | None = None
     """Folder of JSON files with the constructor arguments of sd15_unet, sd_vae, sdxl_unet and sdxl_vae."""
     out: Path | None = None
@@ -95,6 +100,8 @@ def main(config: Config) -> dict[str, Any]:
     """Check, measure, print; the result is also written to ``--out``."""
     if config.rounds < 1 or config.warmup < 0 or config.batch < 1 or config.steps < 1:
         raise ValueError(f"need rounds, batch, steps >= 1 and warmup >= 0; got {config}.")
+    if not 0 < config.activation_budget <= 1:
+        raise ValueError(f"--activation-budget must lie in (0, 1]; got {config.activation_budget}.")
     if config.clock == "process" and config.device != "cpu":
         raise ValueError("--clock process does not see what a GPU does; leave --clock wall.")
     error = loss_error(config)
@@ -168,11 +175,14 @@ def diffusers(config: Config, roles: Roles) -> Iterator[float]:
 
 
 def ours(
-    config: Config, roles: Roles, accelerator: Accelerator, recompute: bool = True, levels: int | None = None
-) -> Iterator[float]:
+    config: Config, roles: Roles, accelerator: Accelerator, recompute: bool = True, levels: int | None = None,
+    compiled: bool = False,
+) -> Iterator[float]:  # fmt: skip
     """The library: posteriors and text states from a cache, fused updates; see :func:`lighten`."""
     for network in (roles.base.network, roles.adapter):
         lighten(network, recompute=recompute, levels=levels)
+        if compiled:
+            compile_lightly(network, config.activation_budget)
     with torch.no_grad():
         cached = roles.vae.encode(roles.images.to(roles.vae.dtype)).latent_dist
         states = roles.text_encoder(input_ids=roles.tokens).last_hidden_state
@@ -203,7 +213,12 @@ def start(name: str, config: Config, roles: Roles, accelerator: Accelerator) -> 
     """The contender's training, at its first step."""
     if name == "diffusers":
         return diffusers(config, roles)
-    return ours(config, roles, accelerator, recompute="nothing" not in name, levels=LEVELS.get(name))
+    recompute = name not in (COMPILED, "ours, nothing recomputed")
+    return ours(config, roles, accelerator, recompute, LEVELS.get(name), compiled=name == COMPILED)
+
+
+def contenders(config: Config) -> list[str]:
+    return [*NAMES, *([COMPILED] if config.compile else [])]
 
 
 def loss_error(config: Config, steps: int = 3) -> float:
@@ -211,7 +226,7 @@ def loss_error(config: Config, steps: int = 3) -> float:
     small = dataclasses.replace(config, batch=min(config.batch, 2), precision="no")
     accelerator = make_accelerator(small)
     runs = []
-    for name in NAMES:
+    for name in contenders(config):
         running = start(name, small, make_roles(small, torch.float64), accelerator)
         runs.append(torch.tensor([float(next(running)) for _ in range(steps)], dtype=torch.float64))
     return max(float(((run - runs[0]) / runs[0]).abs().max()) for run in runs[1:])
@@ -224,8 +239,8 @@ def make_accelerator(config: Config) -> Accelerator:
 def measure(config: Config) -> dict[str, Any]:
     """Seconds, bytes and ratios of all contenders."""
     accelerator, device = make_accelerator(config), torch.device(config.device)
-    roles = {name: make_roles(config) for name in NAMES}
-    running = {name: start(name, config, roles[name], accelerator) for name in NAMES}
+    roles = {name: make_roles(config) for name in contenders(config)}
+    running = {name: start(name, config, roles[name], accelerator) for name in roles}
     seconds = take_turns(
         running, iterations=config.steps, rounds=config.rounds, warmup=config.warmup, device=device,
         clock=time.perf_counter if config.clock == "wall" else time.process_time,
@@ -235,7 +250,11 @@ def measure(config: Config) -> dict[str, Any]:
         networks = [roles[name].base.network, roles[name].adapter, roles[name].vae, roles[name].text_encoder]
         saved[name] = saved_bytes(contender, config.steps, networks)
         peak[name] = peak_bytes(contender, config.steps, device)
-    ratios = {name: dataclasses.asdict(ratio(seconds["diffusers"], seconds[name])) for name in NAMES[1:]}
+    ratios = {
+        name: dataclasses.asdict(ratio(seconds["diffusers"], seconds[name]))
+        for name in roles
+        if name != "diffusers"
+    }
     return {"seconds": seconds, "saved_bytes": saved, "peak_bytes": peak, "speedups": ratios}
 
 
