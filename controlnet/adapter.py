@@ -16,6 +16,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from torch.nn.parallel import DistributedDataParallel
 
 from score.denoiser import Cond, NetworkDenoiser
@@ -121,6 +122,33 @@ def copy_encoder(
             load_weights_from_unet=not weight.is_meta,
         )  # fmt: skip
     return EncoderCopy(model.float().requires_grad_(True).train())
+
+
+@torch.no_grad()
+def calibrate(adapter: EncoderCopy, hints: Tensor) -> None:
+    """Start the hint's embedding at unit strength, so that control comes early; in place, before training.
+
+    By the usual initialisation of its convolutions hints differ a hundred times less in front of the embedding's
+    last one, which is zero, than the features that they are added to: nothing tells the gradient to let them in.
+    Here the outputs of each convolution but the last get mean 0 and a root mean square of 1 over these hints, as
+    in layer-sequential unit-variance initialisation (arXiv 1511.06422). A fresh copy still returns zeros.
+
+    Args:
+        adapter: a fresh copy.
+        hints: (n, channels, h, w) in [0, 1], some tens of those to be trained on.
+
+    Raises:
+        ValueError: hints that are all alike, of which nothing could be learned.
+    """
+    if hints.amax() == hints.amin():
+        raise ValueError(f"{len(hints)} hints to calibrate by are all plain; are they what was asked for?")
+    embedding = adapter.model.controlnet_cond_embedding
+    features = hints.to(embedding.conv_in.weight)
+    for convolution in (embedding.conv_in, *embedding.blocks):
+        convolution.weight /= convolution(features).var((0, 2, 3)).mean().sqrt()
+        convolution.bias.zero_()
+        convolution.bias -= convolution(features).mean((0, 2, 3))
+        features = silu(convolution(features))
 
 
 def unet_of(base: NetworkDenoiser) -> Any:

@@ -20,7 +20,7 @@ from tiny_controls import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from controlnet.adapter import ControlledDenoiser, EncoderCopy, copy_encoder
+from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder
 from score.denoiser import Conditioned, NetworkDenoiser
 from score.families import DiffusersNetwork
 from score.guidance import guided
@@ -142,6 +142,36 @@ def test_hints_of_any_channels_and_sizes_are_embedded(channels, factor, widths):
 def test_very_large_hints_repeat_the_widest_level():
     adapter = copy_encoder(make_base(), factor=32)
     assert adapter.model.config.conditioning_embedding_out_channels == (16, 32, 96, 256, 256, 256)
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize("strength", [1.0, 1e-2])
+def test_a_calibrated_embedding_hears_hints_of_any_strength_and_a_fresh_copy_still_returns_zeros(factor, strength):
+    torch.manual_seed(0)
+    base, inputs = make_base(), make_inputs()
+    adapter = copy_encoder(base, hint_channels=1, factor=factor)
+    hints = strength * (torch.rand(6, 1, 8 * factor, 8 * factor) < 0.05).float()
+    embedding, seen = adapter.model.controlnet_cond_embedding, []
+    convolutions = (embedding.conv_in, *embedding.blocks)
+    hooks = [part.register_forward_hook(lambda module, given, made: seen.append(made)) for part in convolutions]
+    embedding(hints)
+    assert max(float(made.detach().std((0, 2, 3)).mean()) for made in seen) < 0.3, "what it is for"
+    calibrate(adapter, hints)
+    seen.clear()
+    embedding(hints)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(convolutions)
+    for made in seen:
+        close(made.mean((0, 2, 3)), torch.zeros(made.shape[1]), atol=1e-5, rtol=0)
+        close(made.var((0, 2, 3)).mean().sqrt(), torch.tensor(1.0), atol=1e-5, rtol=0)
+    values = adapter(inputs["x_t"], inputs["t"], hints[:4], **inputs["cond"])
+    assert all(not value.any() for value in values.values())
+
+
+def test_plain_hints_are_nothing_to_calibrate_by():
+    with pytest.raises(ValueError, match="3 hints to calibrate by are all plain"):
+        calibrate(copy_encoder(make_base(), factor=1), torch.full((3, 3, 8, 8), 0.5))
 
 
 # What diffusers does with the same networks.

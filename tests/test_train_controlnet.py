@@ -421,7 +421,7 @@ def test_captions_of_circles_become_two_tokens():
 @pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
 def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     config = replace(
-        train_controlnet.PRESETS[preset], num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
+        train_controlnet.PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
         sampling_steps=2, out=tmp_path / "out", cache=tmp_path / "cache",
     )  # fmt: skip
     train_controlnet.main(config)

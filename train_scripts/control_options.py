@@ -28,6 +28,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Peak learning rate (ControlNet: 1e-5, and 2e-6 with --unlocked; small models want far more)."""
     new_factor: float = 1.0
     """Times the learning rate for what is no copy: zero convolutions and the hint's embedding."""
+    calibrate: bool = True
+    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md)."""
     warmup: int = 100
     """Updates of linear warm-up, a tenth of --steps at most."""
     lr_floor: float = 1.0
@@ -62,10 +64,10 @@ def toyworld_depth() -> Config:
 
 
 def circles() -> Config:
-    """The same on what train_circles.py painted."""
+    """The same, for longer, on what train_circles.py painted."""
     return replace(
         toyworld_canny(), preset="circles", base="runs/circles/base", data="circles", hint="outline",
-        num_samples=50_000, eval_every=25,
+        num_samples=50_000, steps=600, eval_every=25,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fitting import cosine, fit, resume, start
 from torch import Tensor
 from torchvision.utils import save_image
 
-from controlnet.adapter import ControlledDenoiser, EncoderCopy, copy_encoder, unet_of
+from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.caching import Latents, Memory
 from controlnet.data import ControlBatches, read_ahead
 from controlnet.export import contact_sheet, model_card, save_adapter
@@ -38,6 +38,9 @@ from score.denoiser import freeze
 from score.gradient import min_snr_weight
 from score.prompts import default_cache_folder
 from score.training import EMA, Phase
+
+CALIBRATE_BY = 32
+"""Hints of training samples that an embedding is calibrated by."""
 
 
 def main(config: Config) -> Path:
@@ -57,6 +60,8 @@ def main(config: Config) -> Path:
         return config.out
     base = base.without_text_encoders(task.captions, accelerator.process_index, accelerator.num_processes)
     batches, held_out = make_batches(config, base, task, accelerator)
+    if config.calibrate:
+        calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
     denoiser = make_denoiser(config, base, adapter, accelerator)
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
