@@ -75,7 +75,8 @@ def sd15_canny() -> Config:
     """Zhang et al. 2023 (arXiv 2302.05543) on Stable Diffusion 1.5; a batch of 32 by accumulation."""
     return Config(
         preset="sd15-canny", base="stable-diffusion-v1-5/stable-diffusion-v1-5", data="images", size=512,
-        batch_size=4, accumulate=8, precision="bf16", gradient_checkpointing=True, recompute_levels=1, flip=True, test_samples=64,
+        batch_size=4, accumulate=8, precision="bf16", gradient_checkpointing=True, recompute_levels=1, flip=True,
+        test_samples=64,
     )  # fmt: skip
 
 
