@@ -41,7 +41,7 @@ VOCABULARY, LEARNING_RATE, CLIP_NORM = 256, 1e-5, 1.0
 NAMES = ("diffusers", "ours", "ours, one level", "ours, hint alone", "ours, nothing recomputed")
 COMPILED = "ours, compiled"
 LEVELS = {"ours, one level": 1, "ours, hint alone": 0}
-TOLERANCE = 1e-9
+TOLERANCE, COMPILED_TOLERANCE = 1e-9, 1e-6  # compiled code computes the sines of t otherwise, in float32
 GOALS = {"time": ">= 1.50", "saved bytes": "<= 0.70"}
 
 
@@ -104,13 +104,14 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(f"--activation-budget must lie in (0, 1]; got {config.activation_budget}.")
     if config.clock == "process" and config.device != "cpu":
         raise ValueError("--clock process does not see what a GPU does; leave --clock wall.")
-    error = loss_error(config)
-    if not error <= TOLERANCE:
-        raise ValueError(f"the contenders do not compute the same losses, relative error {error:g}.")
+    errors = loss_errors(config)
+    for name, error in errors.items():
+        if not error <= (COMPILED_TOLERANCE if name == COMPILED else TOLERANCE):
+            raise ValueError(f"{name!r} does not compute the losses of 'diffusers', relative error {error:g}.")
     sizes = {} if config.configs is None else SIZES
     result = {
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "loss_error": error, **measure(config),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "loss_errors": errors, **measure(config),
         "gflop": {name: work(config.configs, *parts) for name, parts in sizes.items() if config.configs},
     }  # fmt: skip
     show(config, result)
@@ -221,15 +222,16 @@ def contenders(config: Config) -> list[str]:
     return [*NAMES, *([COMPILED] if config.compile else [])]
 
 
-def loss_error(config: Config, steps: int = 3) -> float:
-    """Largest relative difference between the first losses, in float64; there are updates between them."""
+def loss_errors(config: Config, steps: int = 3) -> dict[str, float]:
+    """Largest relative differences from the first losses of diffusers, in float64, with updates between."""
     small = dataclasses.replace(config, batch=min(config.batch, 2), precision="no")
     accelerator = make_accelerator(small)
-    runs = []
+    runs = {}
     for name in contenders(config):
         running = start(name, small, make_roles(small, torch.float64), accelerator)
-        runs.append(torch.tensor([float(next(running)) for _ in range(steps)], dtype=torch.float64))
-    return max(float(((run - runs[0]) / runs[0]).abs().max()) for run in runs[1:])
+        runs[name] = torch.tensor([float(next(running)) for _ in range(steps)], dtype=torch.float64)
+    theirs = runs.pop("diffusers")
+    return {name: float(((run - theirs) / theirs).abs().max()) for name, run in runs.items()}
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -287,7 +289,8 @@ def work(configs: Path, unet: str, vae: str) -> dict[str, float]:
 
 def show(config: Config, result: dict[str, Any]) -> None:
     """Print the tables."""
-    print(f"largest relative difference of a loss: {result['loss_error']:.1e}, threads: {result['threads']}\n")
+    apart = ", ".join(f"{name} {error:.1e}" for name, error in result["loss_errors"].items())
+    print(f"relative difference of the losses from diffusers': {apart}; threads: {result['threads']}\n")
     print(f"{'':26} {'images/s':>9} {'faster by':>22} {'saved MiB':>10} {'of theirs':>10} {'peak MiB':>9}")
     theirs = result["saved_bytes"]["diffusers"]
     for name, seconds in result["seconds"].items():

@@ -38,7 +38,8 @@ def _small_networks(monkeypatch):
 def test_it_reports_every_contender(tmp_path, capsys):
     result = control_step.main(replace(TINY, out=tmp_path / "new" / "control.json"))
     assert json.loads((tmp_path / "new" / "control.json").read_text()) == result
-    assert result["loss_error"] < 1e-9
+    assert result["loss_errors"].keys() == set(control_step.NAMES) - {"diffusers"}
+    assert max(result["loss_errors"].values()) < 1e-9
     assert result["seconds"].keys() == result["saved_bytes"].keys() == set(control_step.NAMES)
     assert result["speedups"].keys() == set(control_step.NAMES) - {"diffusers"}
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())
@@ -56,7 +57,7 @@ def test_recomputing_more_keeps_less():
 
 def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
     monkeypatch.setattr(control_step, "draw", lambda mean, step: torch.randn_like(mean))
-    with pytest.raises(ValueError, match="do not compute the same losses, relative error"):
+    with pytest.raises(ValueError, match="does not compute the losses of 'diffusers', relative error"):
         control_step.main(TINY)
 
 
@@ -64,8 +65,25 @@ def test_updates_are_compared_too(monkeypatch):
     """A hundred times the learning rate, in this library alone, shows from the second loss on."""
     plain = control_step.adamw
     monkeypatch.setattr(control_step, "adamw", lambda network, rate: plain(network, 100 * rate))
-    assert control_step.loss_error(TINY, steps=1) < 1e-9
-    assert control_step.loss_error(TINY) > 1e-9
+    assert max(control_step.loss_errors(TINY, steps=1).values()) < 1e-9
+    assert min(control_step.loss_errors(TINY).values()) > 1e-9
+
+
+@pytest.mark.slow
+def test_compiled_code_keeps_less_within_a_smaller_budget():
+    bytes_by_budget = []
+    for budget in (1.0, 0.3):
+        torch.compiler.reset()
+        result = control_step.main(replace(TINY, compile=True, activation_budget=budget))
+        assert result["loss_errors"][control_step.COMPILED] < control_step.COMPILED_TOLERANCE
+        bytes_by_budget.append(result["saved_bytes"][control_step.COMPILED])
+    assert bytes_by_budget[1] < bytes_by_budget[0] < result["saved_bytes"]["ours, nothing recomputed"]
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.1, 1.1, float("nan")])
+def test_impossible_budgets_are_refused(budget):
+    with pytest.raises(ValueError, match="--activation-budget must lie in"):
+        control_step.main(replace(TINY, activation_budget=budget))
 
 
 def test_the_work_of_public_models_is_counted(tmp_path):
