@@ -20,7 +20,7 @@ Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 - mask: black and white, nearest; [0, 1];
 - labels: whole numbers, nearest, as they are;
 - depth: distances or any numbers, nearest, as they are;
-- normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over.
+- normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over; black is none, and stays.
 """
 
 ROOM = 9 / 8
@@ -143,7 +143,10 @@ class View:
         if not self.mirrored:
             return part
         part = part.flip(2)
-        return torch.cat([255 - part[:1], part[1:]]) if kind == "normals" else part
+        if kind != "normals":
+            return part
+        nothing = (part == 0).all(0, keepdim=True)
+        return torch.where(nothing, part, torch.cat([255 - part[:1], part[1:]]))
 
 
 def choose_view(
