@@ -111,8 +111,11 @@ BAD = {
         r"0\.png is of 16 bits; expected 8 bits in colour",
     ),
     "cut": (corrupt, r"0\.png cannot be read as a picture: "),
-    "empty": (lambda path: path.write_bytes(b""), r"0\.png cannot be read as a picture: cannot identify"),
-    "text": (lambda path: path.write_text("not found"), r"0\.png cannot be read as a picture: cannot identify"),
+    "empty": (lambda path: path.write_bytes(b""), r"0\.png cannot be read as a picture: it is empty\."),
+    "text": (
+        lambda path: path.write_text("not found"),
+        r"0\.png cannot be read as a picture: it begins with b'not found', as no format",
+    ),
     "missing": (lambda path: path.unlink(), r"0\.png cannot be read: No such file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), r"0\.png cannot be read: Is a directory"),
     "small": (
@@ -125,7 +128,14 @@ BAD_MAPS = {
         lambda path: save(pixels(20, 24, 1), path),
         r"0_e\.png is 24 x 20, but its image .*0\.png is 20 x 24",
     ),
-    "transparent": (lambda path: save(pixels(channels=4), path), r"0_e\.png is partly transparent"),
+    "transparent": (
+        lambda path: save(pixels(channels=4), path),
+        r"0_e\.png is partly transparent .* pass convert\.",
+    ),
+    "16 bits": (
+        lambda path: save(pixels(channels=1).astype(np.uint16) * 257, path),
+        r"0_e\.png is of 16 bits; .* pass convert, or read it as numbers: kind depth\.",
+    ),
     "missing": (lambda path: path.unlink(), r"0_e\.png cannot be read: No such file"),
 }
 BAD_CAPTIONS = {
@@ -250,7 +260,7 @@ def test_a_folder_without_metadata_says_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=r"holds no metadata\.jsonl"):
         load_pictures(tmp_path, SIZE)
     (tmp_path / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="0 of 0 samples"):
+    with pytest.raises(ValueError, match=r"holds no samples\. Give metadata\.jsonl a line"):
         load_pictures(tmp_path, SIZE)
 
 
