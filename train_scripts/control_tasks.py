@@ -1,9 +1,9 @@
-"""What an adapter is taught: samples, the hint that is made of them, and the judge of whether it is obeyed."""
+"""What an adapter is taught: samples, and the hint that is made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from control_bases import PALETTE
@@ -11,16 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlnet.canny import Canny
-from controlnet.circles import HELD_OUT, Circles, colour_values
-from controlnet.data import ControlBatches
+from controlnet.circles import HELD_OUT, Circles
 from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
-from controlnet.evidence import Judge, Probe, hint_judge
 from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Hint, Precomputed, hint_generators
+from controlnet.hints import Hint, Precomputed
 from controlnet.lines import LineArt, Scribble, SoftEdge
 from controlnet.pictures import Kind
 from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
-from controlnet.scores import DENSE_SCORES, EDGE_SCORES, MASK_SCORES, ssim
 from score.cache import content_key
 from toyworld import data as toyworld
 from toyworld.render import render
@@ -32,8 +29,8 @@ ANNOTATORS: Mapping[str, Hint] = {
 }  # fmt: skip
 """Hints that are made of the image, by the names of --hint."""
 
-SOFT = SoftEdge(gain=(2.0, 2.0), levels=0)
-"""By whose strengths two images are compared where a hint cannot be read off an image."""
+OWN = ("toyworld", "circles")
+"""Data that are made here, by the names of --data: the truth about each sample is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +151,7 @@ def make_hint(options: TaskOptions) -> Hint:
         return Segmentation(options.hint_channels, source=options.hint)
     if options.hint_kind == "depth":
         return Depth(source=options.hint)
-    own = options.data in ("toyworld", "circles")
+    own = options.data in OWN
     channels = 3 if "normals" in (options.hint_kind, options.hint if own else "") else options.hint_channels
     return Precomputed(options.hint, channels)
 
@@ -196,77 +193,3 @@ def load_task(
         replace(pictures, rows=pictures.rows[part], digests=pictures.digests[part]) for part in parts
     )
     return Task(training=training, held_out=held_out_, hint=hint, source=options.data, bad=pictures.bad)
-
-
-def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
-    """Held-out samples to judge by; the truth about circles and solids comes along."""
-    examples = batches.examples(list(indices))
-    truth: dict[str, Tensor] = {}
-    if "mask" in task.held_out.kinds:
-        masks = torch.stack([task.held_out.load(index)["mask"] for index in indices])
-        truth["mask"] = masks.float().to(batches.device) / 255
-    if isinstance(task.held_out, Circles):
-        names = [task.held_out.circle(index).colour for index in indices]
-        truth["colour"] = torch.tensor([PALETTE.index(name) for name in names], device=batches.device)
-    parts: dict[str, Any] = {name: examples[name] for name in ("x0", "hint", "cond", "images")}
-    return Probe(**parts, truth=truth)
-
-
-def make_judge(task: Task, indices: range) -> Judge:
-    """How obedience is read off images: see the functions below."""
-    if task.source in ("toyworld", "circles") and task.hint.source != "image":
-        return judge_silhouettes
-    if task.hint.source != "image":
-        return judge_likeness
-    dense = not isinstance(task.hint, Canny | Scribble)
-    scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
-    return hint_judge(annotator(task.hint, indices), scores)
-
-
-def annotator(hint: Hint, indices: range) -> Callable[[Tensor], Tensor]:
-    """Hints of images by the parameters that the held-out samples ``indices`` had drawn."""
-    return lambda images: hint(images, hint_generators(0, indices, [0] * len(indices), "hint 0"))
-
-
-def judge_likeness(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of hints that cannot be read off an image: are its soft edges those of the image that the hint is of?"""
-    generators = hint_generators(0, range(len(images)), [0] * len(images))
-    made, wanted = (SOFT(some.cpu(), generators) for some in (images, probe.images))
-    return {name: score(made, wanted) for name, score in {"likeness": ssim, "rmse": DENSE_SCORES["rmse"]}.items()}
-
-
-def judge_silhouettes(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of one object on a plain ground: does it cover what it should, and has a circle its colour?"""
-    made = silhouettes(images)
-    wanted = probe.truth["mask"].to(made.device)
-    scores = {name: score(made, wanted) for name, score in MASK_SCORES.items()}
-    if "colour" in probe.truth:
-        scores["colour_right"] = (nearest_colour(images, made) == probe.truth["colour"].to(made.device)).float()
-    return scores
-
-
-def silhouettes(images: Tensor, least: float = 0.1) -> Tensor:
-    """(b, 1, h, w): 1 where an image in [-1, 1] differs from its ground, the median colour of its corners.
-
-    A pixel differs if it is nearer to the largest difference of the image than to none; smaller ones than
-    ``least``, of a range of 1, are noise. A circle of ``controlnet.circles`` covers one corner at most.
-    """
-    pixels = (images.clamp(-1, 1).float() + 1) / 2
-    corners = torch.stack(_corners(pixels))
-    ground = corners.median(0).values
-    distance = (pixels - ground[:, :, None, None]).square().mean(1, keepdim=True).sqrt()
-    largest = distance.flatten(1).quantile(0.95, dim=1).clamp(min=2 * least)
-    return (distance > largest[:, None, None, None] / 2).float()
-
-
-def _corners(pixels: Tensor, side: int = 2) -> list[Tensor]:
-    rows = pixels[:, :, :side], pixels[:, :, -side:]
-    return [part.mean((2, 3)) for row in rows for part in (row[..., :side], row[..., -side:])]
-
-
-def nearest_colour(images: Tensor, mask: Tensor) -> Tensor:
-    """(b,) number in ``PALETTE`` of the mean colour within a mask (b, 1, h, w); -1 where that is empty."""
-    area = mask.flatten(1).sum(1)
-    mean = (images.clamp(-1, 1).float() * mask).flatten(2).sum(2) / area.clamp(min=1)[:, None]
-    nearest = torch.cdist(mean, colour_values(PALETTE).to(mean)).argmin(1)
-    return torch.where(area > 0, nearest, -1)
