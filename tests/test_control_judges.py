@@ -4,7 +4,7 @@ import pytest
 import torch
 from control_bases import PALETTE
 from control_judges import judge_likeness, make_judge, nearest_colour, silhouettes
-from control_tasks import ANNOTATORS, Task, render_world
+from control_tasks import ANNOTATORS, Task, choose_scenes, render_world
 
 from controlnet import circles
 from controlnet.evidence import Probe, Validation
@@ -15,7 +15,7 @@ NUMBER = 64
 
 @pytest.fixture(scope="module")
 def world():
-    return render_world(NUMBER)
+    return render_world(choose_scenes(NUMBER, held_out=True))
 
 
 def make_validation(world, hint):

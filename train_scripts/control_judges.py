@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from control_bases import PALETTE
-from control_tasks import OWN, Task
+from control_tasks import MADE, Task
 from torch import Tensor
 
 from controlnet.canny import Canny
@@ -25,7 +25,7 @@ def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
     """Held-out samples to judge by; their numbers, and the truth about circles and solids, come along."""
     examples = batches.examples(list(indices))
     truth = {"number": torch.tensor(list(indices))}
-    if task.source in OWN:
+    if task.source in MADE:
         masks = torch.stack([task.held_out.load(index)["mask"] for index in indices])
         truth["mask"] = masks.float().to(batches.device) / 255
     if isinstance(task.held_out, Circles):
@@ -38,7 +38,7 @@ def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
 def make_judge(task: Task) -> Judge:
     """How obedience is read off images: see the functions below."""
     if task.hint.source != "image":
-        if task.source not in OWN:
+        if task.source not in MADE:
             return judge_likeness
         # A mask does not say how the surface inside it lies.
         return judge_silhouettes if task.source == "circles" or task.hint.source == "mask" else judge_solids

@@ -97,8 +97,8 @@ def check(config: Config) -> None:
     check_run(config)
     check_watch(config)
     check_numbers(
-        config, positive=("new_factor", "hint_channels"), rates=("learning_rate",),
-        not_negative=("warmup", "min_snr"), shares=("ema_decay",),
+        config, positive=("new_factor",), rates=("learning_rate",),
+        not_negative=("warmup", "min_snr", "hint_channels"), shares=("ema_decay",),
     )  # fmt: skip
     for name, value in {"prompt-drop": config.prompt_drop, "hint-drop": config.hint_drop}.items():
         if not 0 <= value <= 1:
