@@ -227,16 +227,42 @@ def test_options_lead_to_a_finite_result(place, tmp_path, changes, hint_channels
     assert next(iter(json.loads((tmp_path / "report.json").read_text())["scores"])) == score
 
 
-def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys):
-    train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True))
+def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for cache in (tmp_path / "cache", None):
+        train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True, cache=cache))
+    assert not list(tmp_path.iterdir())
     said = capsys.readouterr().out
     assert '"hint": "canny"' in said
     assert "6 samples encoded, 4 held out" in said
-    for role in ("base: ", "adapter: ", "its average: "):
+    for role in ("base: ", "adapter: ", "average: "):
         assert role in said
-    assert said.count("gradients and optimiser state") == 1
+    assert said.count("gradients and optimiser state") == 2, "one in each plan"
     assert "6 of the adapter" in said
-    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_an_unlocked_decoder_and_a_base_in_bf16(place, tmp_path, capsys):
+    def bytes_of(**options):
+        capsys.readouterr()
+        train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True, **options))
+        lines = dict(
+            line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if " bytes of weights" in line
+        )
+        numbers = {role: line.replace(",", "").split() for role, line in lines.items()}
+        return {role: (int(words[2]), int(words[6]) if len(words) > 6 else 0) for role, words in numbers.items()}
+
+    locked, half, unlocked = bytes_of(), bytes_of(precision="bf16"), bytes_of(precision="bf16", unlocked=True)
+    assert half["base"] == (locked["base"][0] // 2, 0)
+    assert half["adapter"] == locked["adapter"]
+    decoder = unlocked["average"][0] - locked["average"][0]
+    assert 0 < decoder < locked["base"][0]
+    assert unlocked["base"] == (locked["base"][0], 3 * decoder)  # a gradient and two moments beside each weight
+
+
+def test_a_broken_record_of_evidence_stops_a_run_at_its_start(place, tmp_path):
+    (tmp_path / "evidence.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"evidence\.jsonl is no record of evidence.* Move it away"):
+        train_controlnet.main(make_config(place, tmp_path, base="nothing is loaded"))
 
 
 @pytest.mark.parametrize("rank_changes", [{}, {"unlocked": True}], ids=["adapter", "unlocked"])
@@ -287,6 +313,14 @@ BAD = [
     (["--base", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
     (["--base", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
     (["--preset", "toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
+    (["--preset", "toyworld-canny", "--hint", "nonsense", "--dry-run"], ["'nonsense'", "image, depth, normals"]),
+    (["--preset", "toyworld-canny", "--hint", ""], ["--hint is missing", "canny"]),
+    (["--preset", "toyworld-canny", "--cache", "{file}/cache"], ["--cache", "is a file"]),
+    (
+        ["--preset", "toyworld-canny", "--recompute-levels", "1"],
+        ["--recompute-levels", "--gradient-checkpointing"],
+    ),
+    (["--preset", "sd15-canny", "--recompute-levels", "-1"], ["--recompute-levels must be at least 0"]),
     (["--preset", "sd15"], ["invalid choice", "toyworld-canny"]),
 ]
 
@@ -317,6 +351,21 @@ SPOILT = {
     "missing": lambda path: path.unlink(),
     "small": lambda path: Image.new("RGB", (7, 7)).save(path),
 }
+
+
+def test_left_out_samples_are_named_once_and_not_without_end(place, tmp_path, capsys, monkeypatch):
+    data = write_samples(tmp_path / "data", 6)
+    for number in range(3):
+        (data / f"{number}.png").unlink()
+    monkeypatch.setattr(train_controlnet, "MOST_FAULTS", 2)
+    config = make_config(place, tmp_path / "out", data=str(data), dry_run=True, test_samples=0, on_bad_data="skip")
+    train_controlnet.main(config)
+    said = capsys.readouterr().err
+    assert said.count("skipped: ") == 3
+    assert "skipped: 1 more" in said
+    monkeypatch.setenv("RANK", "1")
+    train_controlnet.main(config)
+    assert "skipped" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", list(SPOILT))
@@ -397,7 +446,7 @@ def test_captions_of_circles_become_two_tokens():
 @pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
 def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     config = replace(
-        train_controlnet.PRESETS[preset], num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
+        train_controlnet.PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
         sampling_steps=2, out=tmp_path / "out", cache=tmp_path / "cache",
     )  # fmt: skip
     train_controlnet.main(config)
@@ -405,6 +454,7 @@ def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     assert report["accuracy"].keys() == report["accuracy_without_control"].keys() == ANSWERS.keys()
     assert next(iter(report["scores"])) == {"toyworld-canny": "edge_f1_1px", "toyworld-depth": "mask_iou"}[preset]
     assert next(iter(report["scores"].values()))["ceiling"] > 0.9
+    assert ("shading" in report["scores"]) == (preset == "toyworld-depth")
 
 
 def test_a_standing_in_full():

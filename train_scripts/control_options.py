@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from command import RunOptions, check_numbers, check_run
-from control_tasks import TaskOptions
+from control_tasks import ANNOTATORS, TaskOptions
 from control_watch import WatchOptions, check_watch
 
 
@@ -109,5 +109,13 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--activation-budget must lie in (0, 1], and 1 without --compile; got {config.activation_budget}."
         )
+    if (levels := config.recompute_levels) is not None and (levels < 0 or not config.gradient_checkpointing):
+        raise ValueError(
+            f"--recompute-levels must be at least 0, and None without --gradient-checkpointing; got {levels}."
+        )
+    if config.cache is not None and any(path.is_file() for path in (config.cache, *config.cache.parents)):
+        raise ValueError(f"--cache {config.cache} is a file, or inside of one; name a folder.")
+    if not config.hint:
+        raise ValueError(f"--hint is missing: {', '.join(ANNOTATORS)}, or the name of a map of the samples.")
     if not config.base or not config.data:
         raise ValueError("--base and --data are needed, or a --preset that names them.")
