@@ -67,9 +67,13 @@ class Probe:
         return len(self.x0)
 
     def shuffled(self) -> Self:
-        """Each sample with the hint, image and truth of the one before; x0 and cond stay."""
-        truth = {name: value.roll(1, 0) for name, value in self.truth.items()}
-        return replace(self, hint=self.hint.roll(1, 0), images=self.images.roll(1, 0), truth=truth)
+        """Each sample with the hint, image and truth of the one half a round away; x0 and cond stay.
+
+        Neighbours may be much alike, such as frames of one film.
+        """
+        far = len(self) // 2
+        truth = {name: value.roll(far, 0) for name, value in self.truth.items()}
+        return replace(self, hint=self.hint.roll(far, 0), images=self.images.roll(far, 0), truth=truth)
 
 
 Judge = Callable[[Tensor, Probe], Mapping[str, Tensor]]

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
@@ -20,7 +20,7 @@ Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 - mask: black and white, nearest; [0, 1];
 - labels: whole numbers, nearest, as they are;
 - depth: distances or any numbers, nearest, as they are;
-- normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over.
+- normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over; black is none, and stays.
 """
 
 ROOM = 9 / 8
@@ -61,6 +61,9 @@ def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, conver
         with Image.open(io.BytesIO(data)) as file:
             format_, image = file.format, ImageOps.exif_transpose(file)
             image.load()
+    except UnidentifiedImageError as error:
+        what = f"begins with {data[:12]!r}, as no format does that is known" if data else "is empty"
+        raise ValueError(f"cannot be read as a picture: it {what}.") from error
     except Exception as error:  # Pillow raises a dozen kinds, struct.error and SyntaxError among them
         raise ValueError(f"cannot be read as a picture: {error}") from error
     if kind in ("labels", "depth"):
@@ -71,7 +74,10 @@ def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, conver
     if image.mode not in wanted or "transparency" in image.info:
         if not convert:
             expected = "8 bits in " + {1: "grey", 3: "colour", None: "grey or colour"}[channels]
-            raise ValueError(f"is {_describe(image, format_)}; expected {expected}. Save it so, or pass convert.")
+            fix = ", or read it as numbers: kind depth" if channels is None and image.mode[0] in "IF" else ""
+            raise ValueError(
+                f"is {_describe(image, format_)}; expected {expected}. Save it so, or pass convert{fix}."
+            )
         image = open_image(data)
     grey = channels == 1 or (channels is None and image.mode in PLAIN[1])
     return _channels_first(np.asarray(image.convert("L" if grey else "RGB")))
@@ -143,7 +149,10 @@ class View:
         if not self.mirrored:
             return part
         part = part.flip(2)
-        return torch.cat([255 - part[:1], part[1:]]) if kind == "normals" else part
+        if kind != "normals":
+            return part
+        nothing = (part == 0).all(0, keepdim=True)
+        return torch.where(nothing, part, torch.cat([255 - part[:1], part[1:]]))
 
 
 def choose_view(

@@ -117,7 +117,8 @@ def read_rows(data: Any, *, text: str | None, image: str | None, maps: Sequence[
 def _folder_rows(folder: Path, text: str | None, image: str, maps: Sequence[str]) -> list[Row]:
     file, rows = folder / "metadata.jsonl", list[Row]()
     columns = {"image": image, **{name: f"{name}_file_name" for name in maps}}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): U+2028 and its like end no line of JSON. Some editors put a byte order mark first.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

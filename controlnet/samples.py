@@ -135,6 +135,11 @@ def load_pictures(
     kinds: dict[str, Kind] = {"image": "image", **(maps or {})}
     _check_options(size, channels, on_bad_data, maps or {})
     rows = read_rows(data, text=text, image=image, maps=tuple(maps or {}))
+    if not rows:
+        raise ValueError(
+            f'{data} holds no samples. Give metadata.jsonl a line {{"file_name": ..., "text": ...}} for each '
+            "image, or the data set rows."
+        )
     options = f"1 {size} {channels} {convert} {sorted(kinds.items())}"
     outcomes = _outcomes(
         rows, lambda row: _judge(row, kinds, size, channels, convert), cache, options, rank, num_ranks

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 Maps = Float[Tensor, "b c h w"]
+Mask = Float[Tensor, "b 1 h w"]
+"""1 inside, 0 outside."""
+
 PerSample = Float[Tensor, " b"]
 
 Score = Callable[[Maps, Maps], PerSample]
@@ -39,19 +42,34 @@ def mask_iou(made: Maps, wanted: Maps) -> PerSample:
     return torch.where(either == 0, 1.0, both / either.clamp(min=1))
 
 
-def ssim(made: Maps, wanted: Maps) -> PerSample:
-    """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels; for soft maps."""
+def ssim(made: Maps, wanted: Maps, inside: Mask | None = None) -> PerSample:
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels; for soft maps.
+
+    The mean over the picture, or over pixels ``inside``.
+    """
     _check(made, wanted)
-    values: Tensor = structural_similarity_index_measure(  # type: ignore[assignment]
-        made.float(), wanted.float(), data_range=1.0, reduction="none"
+    _, values = structural_similarity_index_measure(
+        made.float(), wanted.float(), data_range=1.0, reduction="none", return_full_image=True
     )
-    return values.reshape(len(made))
+    return _mean(values, inside)
 
 
-def rmse(made: Maps, wanted: Maps) -> PerSample:
-    """Root mean squared difference: depth, normals, blurred images."""
+def rmse(made: Maps, wanted: Maps, inside: Mask | None = None) -> PerSample:
+    """Root mean squared difference, of all pixels or those ``inside``: depth, normals, blurred images."""
     _check(made, wanted)
-    return (made.float() - wanted.float()).square().flatten(1).mean(1).sqrt()
+    return _mean((made.float() - wanted.float()).square(), inside).sqrt()
+
+
+def shading(made: Maps, wanted: Maps, inside: Mask) -> PerSample:
+    """Correlation of brightness ``inside``: 1 if light and shade lie alike, whatever their colour; 0 if flat.
+
+    Contrasts below a hundredth of the range count less and less.
+    """
+    _check(made, wanted)
+    inside = inside.expand_as(made)
+    a, b = ((x - _mean(x, inside)[:, None, None, None]) * inside for x in (made.float(), wanted.float()))
+    spread = (_mean(a.square(), inside) * _mean(b.square(), inside)).sqrt()
+    return _mean(a * b, inside) / (spread + 1e-4)
 
 
 def centre_error(made: Maps, wanted: Maps) -> PerSample:
@@ -96,6 +114,14 @@ def _check(made: Tensor, wanted: Tensor) -> None:
         raise ValueError(
             f"maps must share a shape (b, c, h, w); got {tuple(made.shape)} and {tuple(wanted.shape)}."
         )
+
+
+def _mean(values: Tensor, inside: Tensor | None = None) -> Tensor:
+    # Over pixels and channels; 0 where nothing is inside.
+    if inside is None:
+        return values.flatten(1).mean(1)
+    weight = inside.expand_as(values).flatten(1)
+    return (values.flatten(1) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _binary(made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,11 @@ BAD = {
         r"0\.png is of 16 bits; expected 8 bits in colour",
     ),
     "cut": (corrupt, r"0\.png cannot be read as a picture: "),
-    "empty": (lambda path: path.write_bytes(b""), r"0\.png cannot be read as a picture: cannot identify"),
-    "text": (lambda path: path.write_text("not found"), r"0\.png cannot be read as a picture: cannot identify"),
+    "empty": (lambda path: path.write_bytes(b""), r"0\.png cannot be read as a picture: it is empty\."),
+    "text": (
+        lambda path: path.write_text("not found"),
+        r"0\.png cannot be read as a picture: it begins with b'not found', as no format",
+    ),
     "missing": (lambda path: path.unlink(), r"0\.png cannot be read: No such file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), r"0\.png cannot be read: Is a directory"),
     "small": (
@@ -125,7 +128,14 @@ BAD_MAPS = {
         lambda path: save(pixels(20, 24, 1), path),
         r"0_e\.png is 24 x 20, but its image .*0\.png is 20 x 24",
     ),
-    "transparent": (lambda path: save(pixels(channels=4), path), r"0_e\.png is partly transparent"),
+    "transparent": (
+        lambda path: save(pixels(channels=4), path),
+        r"0_e\.png is partly transparent .* pass convert\.",
+    ),
+    "16 bits": (
+        lambda path: save(pixels(channels=1).astype(np.uint16) * 257, path),
+        r"0_e\.png is of 16 bits; .* pass convert, or read it as numbers: kind depth\.",
+    ),
     "missing": (lambda path: path.unlink(), r"0_e\.png cannot be read: No such file"),
 }
 BAD_CAPTIONS = {
@@ -223,6 +233,15 @@ def test_a_line_that_is_no_sample_is_named(folder, line):
         load_pictures(folder, SIZE)
 
 
+def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_no_part_of_it(folder):
+    text = "a\u2028red\u0085mug"
+    rows = [{"file_name": f"{n}.png", "text": text} for n in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    samples = load_pictures(folder, SIZE)
+    assert [samples.caption(n) for n in range(len(samples))] == [text, text]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -241,7 +260,7 @@ def test_a_folder_without_metadata_says_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=r"holds no metadata\.jsonl"):
         load_pictures(tmp_path, SIZE)
     (tmp_path / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="0 of 0 samples"):
+    with pytest.raises(ValueError, match=r"holds no samples\. Give metadata\.jsonl a line"):
         load_pictures(tmp_path, SIZE)
 
 
@@ -298,7 +317,7 @@ def test_ranks_share_the_checks(folder, tmp_path, monkeypatch):
     alone = load_pictures(folder, SIZE)
     judged.clear()
     first = load_pictures(folder, SIZE, cache=tmp_path / "cache", rank=1, num_ranks=2)
-    assert judged[:2] == ["1", "3"]  # its share comes first
+    assert sorted(judged[:2]) == ["1", "3"]  # its share comes first
     second = load_pictures(folder, SIZE, cache=tmp_path / "cache", rank=0, num_ranks=2)
     assert sorted(judged) == ["0", "1", "2", "3"]
     assert alone.digests == first.digests == second.digests
@@ -414,6 +433,9 @@ def test_mirrored_normals_point_the_other_way():
     normals = torch.tensor([[[200, 30]], [[10, 20]], [[250, 240]]], dtype=torch.uint8)
     made = View(0, 0, (1, 2), mirrored=True).cut(normals, "normals")
     assert made.tolist() == [[[225, 55]], [[20, 10]], [[240, 250]]]
+    normals[:, :, 1] = 0  # a background without normals
+    made = View(0, 0, (1, 2), mirrored=True).cut(normals, "normals")
+    assert made.tolist() == [[[0, 55]], [[0, 10]], [[0, 250]]]
     assert View(0, 0, (1, 2)).cut(normals, "normals").tolist() == normals.tolist()
     assert View(0, 1, (1, 1), mirrored=True).cut(normals, "image").tolist() == normals[:, :, 1:].tolist()
 

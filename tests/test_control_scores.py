@@ -16,6 +16,7 @@ from controlnet.scores import (
     edge_f1,
     mask_iou,
     rmse,
+    shading,
     ssim,
 )
 
@@ -112,6 +113,34 @@ def test_ssim_is_that_of_scikit_image():
     ]
     close(ssim(a, b), torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-3)
     assert ssim(a[:1], a[:1]).tolist() == pytest.approx([1.0])
+
+
+def test_what_is_outside_does_not_count():
+    made, wanted = torch.rand(2, 2, 3, 24, 30, generator=torch.Generator().manual_seed(1))
+    inside = torch.zeros(2, 1, 24, 30)
+    inside[0, :, 4:10, 5:20] = inside[1, :, :, 15:] = 1
+    for score in (rmse, ssim, shading):
+        # The similarity of a pixel depends on those 5 pixels away.
+        near = torch.nn.functional.max_pool2d(inside, 11, 1, 5) if score is ssim else inside
+        close(score(made * near, wanted, inside), score(made * near + (1 - near), wanted, inside))
+        assert (score(made, wanted, inside) != score(made * (1 - inside), wanted, inside)).all()
+    part = (slice(0, 1), slice(None), slice(4, 10), slice(5, 20))
+    close(rmse(made, wanted, inside)[:1], rmse(made[part], wanted[part]))
+    close(rmse(made, wanted, torch.ones(2, 1, 24, 30)), rmse(made, wanted))
+    close(ssim(made, wanted, torch.ones(2, 1, 24, 30)), ssim(made, wanted))
+
+
+def test_shading_is_the_correlation_of_numpy_whatever_the_colour():
+    made, wanted = torch.rand(2, 1, 1, 24, 30, generator=torch.Generator().manual_seed(2))
+    inside = torch.zeros(1, 1, 24, 30)
+    inside[:, :, 4:10, 5:20] = 1
+    pixels = [x[0, 0, 4:10, 5:20].flatten().numpy() for x in (made, wanted)]
+    expected = float(np.corrcoef(*pixels)[0, 1])
+    assert abs(expected) > 0.01
+    assert float(shading(made, wanted, inside)) == pytest.approx(expected, rel=5e-3)
+    assert float(shading(0.3 * wanted + 0.5, wanted, inside)) == pytest.approx(1, abs=0.01)
+    assert float(shading(1 - wanted, wanted, inside)) == pytest.approx(-1, abs=0.01)
+    assert float(shading(torch.full_like(wanted, 0.4), wanted, inside)) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["edge_f1", "edge_f1_1px", "ssim", "mask_iou", "centre_error", "rmse"])

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import command
-import control_tasks
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -16,7 +15,6 @@ import train_circles
 import train_controlnet
 from accelerate.state import AcceleratorState
 from control_bases import encode_captions, load_base
-from control_tasks import nearest_colour, silhouettes
 from control_watch import in_full
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
@@ -25,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
-from controlnet.evidence import Probe, Standing
+from controlnet.evidence import Standing
 from score.codec import Codec
 from toyworld.judge import ANSWERS
 
@@ -229,16 +227,42 @@ def test_options_lead_to_a_finite_result(place, tmp_path, changes, hint_channels
     assert next(iter(json.loads((tmp_path / "report.json").read_text())["scores"])) == score
 
 
-def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys):
-    train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True))
+def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for cache in (tmp_path / "cache", None):
+        train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True, cache=cache))
+    assert not list(tmp_path.iterdir())
     said = capsys.readouterr().out
     assert '"hint": "canny"' in said
     assert "6 samples encoded, 4 held out" in said
-    for role in ("base: ", "adapter: ", "its average: "):
+    for role in ("base: ", "adapter: ", "average: "):
         assert role in said
-    assert said.count("gradients and optimiser state") == 1
+    assert said.count("gradients and optimiser state") == 2, "one in each plan"
     assert "6 of the adapter" in said
-    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_an_unlocked_decoder_and_a_base_in_bf16(place, tmp_path, capsys):
+    def bytes_of(**options):
+        capsys.readouterr()
+        train_controlnet.main(make_config(place, tmp_path / "out", dry_run=True, **options))
+        lines = dict(
+            line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if " bytes of weights" in line
+        )
+        numbers = {role: line.replace(",", "").split() for role, line in lines.items()}
+        return {role: (int(words[2]), int(words[6]) if len(words) > 6 else 0) for role, words in numbers.items()}
+
+    locked, half, unlocked = bytes_of(), bytes_of(precision="bf16"), bytes_of(precision="bf16", unlocked=True)
+    assert half["base"] == (locked["base"][0] // 2, 0)
+    assert half["adapter"] == locked["adapter"]
+    decoder = unlocked["average"][0] - locked["average"][0]
+    assert 0 < decoder < locked["base"][0]
+    assert unlocked["base"] == (locked["base"][0], 3 * decoder)  # a gradient and two moments beside each weight
+
+
+def test_a_broken_record_of_evidence_stops_a_run_at_its_start(place, tmp_path):
+    (tmp_path / "evidence.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"evidence\.jsonl is no record of evidence.* Move it away"):
+        train_controlnet.main(make_config(place, tmp_path, base="nothing is loaded"))
 
 
 @pytest.mark.parametrize("rank_changes", [{}, {"unlocked": True}], ids=["adapter", "unlocked"])
@@ -289,6 +313,14 @@ BAD = [
     (["--base", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
     (["--base", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
     (["--preset", "toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
+    (["--preset", "toyworld-canny", "--hint", "nonsense", "--dry-run"], ["'nonsense'", "image, depth, normals"]),
+    (["--preset", "toyworld-canny", "--hint", ""], ["--hint is missing", "canny"]),
+    (["--preset", "toyworld-canny", "--cache", "{file}/cache"], ["--cache", "is a file"]),
+    (
+        ["--preset", "toyworld-canny", "--recompute-levels", "1"],
+        ["--recompute-levels", "--gradient-checkpointing"],
+    ),
+    (["--preset", "sd15-canny", "--recompute-levels", "-1"], ["--recompute-levels must be at least 0"]),
     (["--preset", "sd15"], ["invalid choice", "toyworld-canny"]),
 ]
 
@@ -319,6 +351,21 @@ SPOILT = {
     "missing": lambda path: path.unlink(),
     "small": lambda path: Image.new("RGB", (7, 7)).save(path),
 }
+
+
+def test_left_out_samples_are_named_once_and_not_without_end(place, tmp_path, capsys, monkeypatch):
+    data = write_samples(tmp_path / "data", 6)
+    for number in range(3):
+        (data / f"{number}.png").unlink()
+    monkeypatch.setattr(train_controlnet, "MOST_FAULTS", 2)
+    config = make_config(place, tmp_path / "out", data=str(data), dry_run=True, test_samples=0, on_bad_data="skip")
+    train_controlnet.main(config)
+    said = capsys.readouterr().err
+    assert said.count("skipped: ") == 3
+    assert "skipped: 1 more" in said
+    monkeypatch.setenv("RANK", "1")
+    train_controlnet.main(config)
+    assert "skipped" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", list(SPOILT))
@@ -356,29 +403,6 @@ def test_every_preset_is_named_and_its_numbers_are_possible():
         train_controlnet.check(config)
 
 
-def test_silhouettes_and_colours_of_true_circles_are_found():
-    data = circles.Circles(32, 200, colours=control_tasks.PALETTE, distinct=True)
-    drawn = [data.circle(index) for index in range(200)]
-    images, masks = circles.pictures(drawn, 32), circles.masks(drawn, 32)
-    found = silhouettes(images)
-    assert torch.equal(found, masks)
-    wanted = torch.tensor([control_tasks.PALETTE.index(circle.colour) for circle in drawn])
-    assert torch.equal(nearest_colour(images, found), wanted)
-    noisy = silhouettes(images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)))
-    assert (noisy == masks).float().mean() > 0.99
-    plain = torch.zeros(3, 3, 32, 32)
-    assert not silhouettes(plain).any()
-    assert nearest_colour(plain, silhouettes(plain)).tolist() == [-1, -1, -1]
-
-
-def test_likeness_prefers_the_own_image():
-    images = circles.pictures([circles.draw_circle(n) for n in range(8)], 32)
-    probe = Probe(x0=images, hint=images, cond={}, images=images)
-    own = control_tasks.judge_likeness(images, probe)["likeness"]
-    assert torch.allclose(own, torch.ones(8))
-    assert (control_tasks.judge_likeness(images, probe.shuffled())["likeness"] < 0.95).all()
-
-
 def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_path, capsys):
     options = {"size": 16, "batch_size": 4, "num_samples": 20, "save_every": 2, "log_every": 1}
     painter = train_circles.main(train_circles.Config(out=tmp_path / "painter", steps=2, **options))
@@ -399,9 +423,10 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
     )  # fmt: skip
     train_controlnet.main(config)
     report = json.loads((tmp_path / "control" / "report.json").read_text())
-    assert list(report["scores"]) == ["mask_iou", "centre_error", "colour_right"]
+    assert list(report["scores"]) == ["mask_iou", "centre_error", "colour_right", "colour_error"]
     assert report["scores"]["mask_iou"]["ceiling"] == 1
     assert report["scores"]["colour_right"]["ceiling"] == 1
+    assert report["scores"]["colour_error"]["ceiling"] < 1e-3
     with pytest.raises(ValueError, match=r"draws 16 pixels a side; got --size 32"):
         train_controlnet.main(replace(config, size=32, out=tmp_path / "other"))
 
@@ -429,6 +454,7 @@ def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     assert report["accuracy"].keys() == report["accuracy_without_control"].keys() == ANSWERS.keys()
     assert next(iter(report["scores"])) == {"toyworld-canny": "edge_f1_1px", "toyworld-depth": "mask_iou"}[preset]
     assert next(iter(report["scores"].values()))["ceiling"] > 0.9
+    assert ("shading" in report["scores"]) == (preset == "toyworld-depth")
 
 
 def test_a_standing_in_full():

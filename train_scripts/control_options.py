@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from command import RunOptions, check_numbers, check_run
-from control_tasks import TaskOptions
+from control_tasks import ANNOTATORS, TaskOptions
 from control_watch import WatchOptions, check_watch
 
 
@@ -100,8 +100,8 @@ def check(config: Config) -> None:
     check_run(config)
     check_watch(config)
     check_numbers(
-        config, positive=("new_factor", "hint_channels"), rates=("learning_rate",),
-        not_negative=("warmup", "min_snr"), shares=("ema_decay",),
+        config, positive=("new_factor",), rates=("learning_rate",),
+        not_negative=("warmup", "min_snr", "hint_channels"), shares=("ema_decay",),
     )  # fmt: skip
     for name, value in {"prompt-drop": config.prompt_drop, "hint-drop": config.hint_drop}.items():
         if not 0 <= value <= 1:
@@ -112,5 +112,13 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--activation-budget must lie in (0, 1], and 1 without --compile; got {config.activation_budget}."
         )
+    if (levels := config.recompute_levels) is not None and (levels < 0 or not config.gradient_checkpointing):
+        raise ValueError(
+            f"--recompute-levels must be at least 0, and None without --gradient-checkpointing; got {levels}."
+        )
+    if config.cache is not None and any(path.is_file() for path in (config.cache, *config.cache.parents)):
+        raise ValueError(f"--cache {config.cache} is a file, or inside of one; name a folder.")
+    if not config.hint:
+        raise ValueError(f"--hint is missing: {', '.join(ANNOTATORS)}, or the name of a map of the samples.")
     if not config.base or not config.data:
         raise ValueError("--base and --data are needed, or a --preset that names them.")

@@ -1,30 +1,30 @@
-"""What an adapter is taught: samples, the hint that is made of them, and the judge of whether it is obeyed."""
+"""What an adapter is taught: samples, and the hint that is made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from control_bases import PALETTE
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from controlnet.canny import Canny
-from controlnet.circles import HELD_OUT, Circles, colour_values
-from controlnet.data import ControlBatches
+from controlnet.circles import HELD_OUT, Circles
 from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
-from controlnet.evidence import Judge, Probe, hint_judge
 from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Hint, Precomputed, hint_generators
+from controlnet.hints import Hint, Precomputed, check_source
 from controlnet.lines import LineArt, Scribble, SoftEdge
-from controlnet.pictures import Kind
+from controlnet.pictures import PLAIN, Kind
 from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
-from controlnet.scores import DENSE_SCORES, EDGE_SCORES, MASK_SCORES, ssim
 from score.cache import content_key
 from toyworld import data as toyworld
 from toyworld.render import render
-from toyworld.scene import Scene
+from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 ANNOTATORS: Mapping[str, Hint] = {
     "canny": Canny(), "softedge": SoftEdge(), "lineart": LineArt(), "scribble": Scribble(Canny()), "tile": Tile(),
@@ -32,8 +32,8 @@ ANNOTATORS: Mapping[str, Hint] = {
 }  # fmt: skip
 """Hints that are made of the image, by the names of --hint."""
 
-SOFT = SoftEdge(gain=(2.0, 2.0), levels=0)
-"""By whose strengths two images are compared where a hint cannot be read off an image."""
+MADE = ("toyworld", "circles")
+"""Data that are made here, by the names of --data: the truth about each sample is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,14 @@ class TaskOptions:
     hint: str = "canny"
     """canny, softedge, lineart, scribble, tile, lowres, blur, inpaint or palette, made of the image; or a map of
     the samples: column depth_file_name for depth, or depth, normals, mask, edges (toyworld), outline (circles)."""
-    hint_kind: Kind = "image"
-    """What the pictures of a map mean: it decides how they are resized and mirrored."""
-    hint_channels: int = 1
-    """Of a map that is an image; classes of a map of labels."""
+    hint_kind: Kind | None = None
+    """What the maps of own data mean: how they are resized and mirrored. None: as their name is, or image."""
+    hint_channels: int = 0
+    """Of maps of own data, 1 or 3; 0: 3 for kinds image and normals, else 1. Of labels: how many there are."""
+    image_column: str = ""
+    """Of own data; empty: file_name, or the first column of images that is no map."""
+    text_column: str = "text"
+    """Of own data; empty: no captions."""
     size: int = 0
     """Pixels of a side to train at; 0: the base's own."""
     num_samples: int = 50_000
@@ -76,7 +80,7 @@ class ToyWorld:
     """Rendered solids as ``controlnet.samples.Samples``; see :func:`render_world`.
 
     Attributes:
-        scenes: what the pictures show.
+        scenes: what the pictures show; see :func:`choose_scenes`.
         pictures: image and maps by name, (n, c, 64, 64) of bytes.
     """
 
@@ -102,11 +106,25 @@ class ToyWorld:
         return {name: part[index] for name, part in self.pictures.items()}
 
 
-def render_world(num_samples: int, start: int = 0, seed: int = 0) -> ToyWorld:
-    """Scenes ``start`` to ``start + num_samples`` with their pictures: a minute for 5,000, and 40 kB each."""
-    scenes = toyworld.draw_scenes(range(start, start + num_samples), seed)
+def is_held_out(scene: Scene) -> bool:
+    """Whether no adapter learns what the scene's caption says: one solid of nine of each colour and ground."""
+    solid, colour, ground = (
+        list(words).index(word)
+        for words, word in ((SHAPES, scene.shape), (COLOURS, scene.colour), (BACKGROUNDS, scene.background))
+    )
+    return (solid + colour + len(BACKGROUNDS) * ground) % len(SHAPES) == 0
+
+
+def choose_scenes(num_samples: int, *, held_out: bool) -> list[Scene]:
+    """Scenes to learn from, or to judge by: they share neither pictures nor what captions say beside the view."""
+    drawn = map(toyworld.draw_scene, itertools.count(toyworld.HELD_OUT if held_out else 0))
+    return list(itertools.islice((scene for scene in drawn if is_held_out(scene) == held_out), num_samples))
+
+
+def render_world(scenes: Sequence[Scene]) -> ToyWorld:
+    """Scenes with their pictures: a minute for 5,000, and 40 kB each."""
     parts = []
-    for first in tqdm(range(0, num_samples, 100), "renders", leave=False, disable=None):
+    for first in tqdm(range(0, len(scenes), 100), "renders", leave=False, disable=None):
         rendering = render(scenes[first : first + 100])
         image = toyworld.as_bytes((rendering.rgb + 1) / 2)
         parts.append({"image": image, **toyworld.hint_images(rendering)})
@@ -146,17 +164,31 @@ class Task:
         return content_key(*parts)[:16]
 
 
+def kind_of(options: TaskOptions) -> Kind:
+    """What a map of own data means, unless --hint-kind says it: depth are distances, mask is a mask, and so on."""
+    named: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+    return options.hint_kind or named.get(options.hint, "image")
+
+
 def make_hint(options: TaskOptions) -> Hint:
-    """The hint that --hint names."""
+    """The hint that --hint names. Raises ``ValueError`` for channels that it cannot have."""
     if options.hint in ANNOTATORS:
         return ANNOTATORS[options.hint]
-    if options.hint_kind == "labels":
-        return Segmentation(options.hint_channels, source=options.hint)
-    if options.hint_kind == "depth":
+    if options.data in MADE:
+        return Precomputed(options.hint, 3 if options.hint == "normals" else 1)
+    kind, channels = kind_of(options), options.hint_channels
+    if kind == "depth":
         return Depth(source=options.hint)
-    own = options.data in ("toyworld", "circles")
-    channels = 3 if "normals" in (options.hint_kind, options.hint if own else "") else options.hint_channels
-    return Precomputed(options.hint, channels)
+    if kind == "labels":
+        if not channels:
+            raise ValueError("--hint-channels is missing: how many labels are there, from 0 up?")
+        # 255 usually means none, unless so many are there.
+        return Segmentation(channels, ignore=max(255, channels), source=options.hint)
+    if channels not in (0, 1, 3):
+        raise ValueError(f"--hint-channels must be 1 or 3 for a map of kind {kind}; got {channels}.")
+    if kind == "normals":
+        return Precomputed(options.hint, 3)
+    return Precomputed(options.hint, channels or (3 if kind == "image" else 1))  # colour is lost on demand only
 
 
 def load_task(
@@ -169,104 +201,60 @@ def load_task(
     """
     hint = make_hint(options)
     if options.data == "circles":
+        check_source(hint, Circles.kinds)
         circles = Circles(size[0], options.num_samples, colours=PALETTE, distinct=True)
         held_out = replace(circles, start=HELD_OUT, num_samples=num_held_out)
         return Task(training=circles, held_out=held_out, hint=hint, source=options.data)
     if options.data == "toyworld":
+        check_source(hint, ToyWorld.kinds)
         if size != (64, 64):
             raise ValueError(f"the toy world's pictures are 64 x 64; --base draws {size[1]} x {size[0]}.")
-        world = render_world(options.num_samples)
-        held = render_world(num_held_out, toyworld.HELD_OUT)
+        world = render_world(choose_scenes(options.num_samples, held_out=False))
+        held = render_world(choose_scenes(num_held_out, held_out=True))
         return Task(training=world, held_out=held, hint=hint, source=options.data)
     if not options.data:
         raise ValueError("--data is missing: a folder with metadata.jsonl, a data set, toyworld or circles.")
-    maps: dict[str, Kind] = {} if options.hint in ANNOTATORS else {options.hint: options.hint_kind}
+    maps: dict[str, Kind] = {} if options.hint in ANNOTATORS else {options.hint: kind_of(options)}
     pictures = load_pictures(
-        options.data, size, maps=maps, crop=options.crop, convert=options.convert,
-        on_bad_data=options.on_bad_data, cache=options.cache, rank=rank, num_ranks=num_ranks,
+        options.data, size, text=options.text_column or None, image=options.image_column or None, maps=maps,
+        crop=options.crop, convert=options.convert, on_bad_data=options.on_bad_data, cache=options.cache,
+        rank=rank, num_ranks=num_ranks,
     )  # fmt: skip
-    first = len(pictures) - num_held_out
-    if first < 1:
-        raise ValueError(
-            f"{options.data} has {len(pictures)} usable samples, {num_held_out} of which are held out: none is "
-            "left. Lower --eval-samples and --test-samples."
-        )
-    parts = (slice(0, first), slice(first, None))
-    training, held_out_ = (
-        replace(pictures, rows=pictures.rows[part], digests=pictures.digests[part]) for part in parts
-    )
+    if isinstance(hint, Depth) and options.hint_kind is None:
+        check_distances(pictures, hint.source)
+    training, held_out_ = split(pictures, num_held_out)
     return Task(training=training, held_out=held_out_, hint=hint, source=options.data, bad=pictures.bad)
 
 
-def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
-    """Held-out samples to judge by; the truth about circles and solids comes along."""
-    examples = batches.examples(list(indices))
-    truth: dict[str, Tensor] = {}
-    if "mask" in task.held_out.kinds:
-        masks = torch.stack([task.held_out.load(index)["mask"] for index in indices])
-        truth["mask"] = masks.float().to(batches.device) / 255
-    if isinstance(task.held_out, Circles):
-        names = [task.held_out.circle(index).colour for index in indices]
-        truth["colour"] = torch.tensor([PALETTE.index(name) for name in names], device=batches.device)
-    parts: dict[str, Any] = {name: examples[name] for name in ("x0", "hint", "cond", "images")}
-    return Probe(**parts, truth=truth)
+def check_distances(pictures: Pictures, name: str) -> None:
+    """Raise ``ValueError`` for a map of 8 bits: distances, or a picture of them in which near is white?"""
+    row = pictures.rows[0]
+    with Image.open(io.BytesIO(row.read(name))) as file:
+        if file.mode in PLAIN[1]:
+            raise ValueError(
+                f"{row.name(name)} has 8 bits, so it may be a picture of distances. Say --hint-kind image to show "
+                "it as it is, or --hint-kind depth if larger numbers are farther."
+            )
 
 
-def make_judge(task: Task, indices: range) -> Judge:
-    """How obedience is read off images: see the functions below."""
-    if task.source in ("toyworld", "circles") and task.hint.source != "image":
-        return judge_silhouettes
-    if task.hint.source != "image":
-        return judge_likeness
-    dense = not isinstance(task.hint, Canny | Scribble)
-    scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
-    return hint_judge(annotator(task.hint, indices), scores)
+def split(pictures: Pictures, num_held_out: int) -> tuple[Pictures, Pictures]:
+    """Samples to learn from, and to judge by.
 
-
-def annotator(hint: Hint, indices: range) -> Callable[[Tensor], Tensor]:
-    """Hints of images by the parameters that the held-out samples ``indices`` had drawn."""
-    return lambda images: hint(images, hint_generators(0, indices, [0] * len(indices), "hint 0"))
-
-
-def judge_likeness(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of hints that cannot be read off an image: are its soft edges those of the image that the hint is of?"""
-    generators = hint_generators(0, range(len(images)), [0] * len(images))
-    made, wanted = (SOFT(some.cpu(), generators) for some in (images, probe.images))
-    return {name: score(made, wanted) for name, score in {"likeness": ssim, "rmse": DENSE_SCORES["rmse"]}.items()}
-
-
-def judge_silhouettes(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of one object on a plain ground: does it cover what it should, and has a circle its colour?"""
-    made = silhouettes(images)
-    wanted = probe.truth["mask"].to(made.device)
-    scores = {name: score(made, wanted) for name, score in MASK_SCORES.items()}
-    if "colour" in probe.truth:
-        scores["colour_right"] = (nearest_colour(images, made) == probe.truth["colour"].to(made.device)).float()
-    return scores
-
-
-def silhouettes(images: Tensor, least: float = 0.1) -> Tensor:
-    """(b, 1, h, w): 1 where an image in [-1, 1] differs from its ground, the median colour of its corners.
-
-    A pixel differs if it is nearer to the largest difference of the image than to none; smaller ones than
-    ``least``, of a range of 1, are noise. A circle of ``controlnet.circles`` covers one corner at most.
+    The latter are those of the smallest hashes of images, so in no order of their file; of an image that has
+    several captions, the first is judged and none is learned. Raises ``ValueError`` if nothing is left to learn.
     """
-    pixels = (images.clamp(-1, 1).float() + 1) / 2
-    corners = torch.stack(_corners(pixels))
-    ground = corners.median(0).values
-    distance = (pixels - ground[:, :, None, None]).square().mean(1, keepdim=True).sqrt()
-    largest = distance.flatten(1).quantile(0.95, dim=1).clamp(min=2 * least)
-    return (distance > largest[:, None, None, None] / 2).float()
+    first = {digest: row for row, digest in reversed(list(enumerate(pictures.digests)))}
+    if len(first) <= num_held_out:
+        raise ValueError(
+            f"the data have {len(first)} usable images, and {num_held_out} are held out: none is left. Lower "
+            "--eval-samples and --test-samples."
+        )
+    held_out = set(sorted(first)[:num_held_out])
+    training = [row for row, digest in enumerate(pictures.digests) if digest not in held_out]
 
+    def part(rows: Sequence[int]) -> Pictures:
+        return replace(
+            pictures, rows=[pictures.rows[row] for row in rows], digests=[pictures.digests[row] for row in rows]
+        )
 
-def _corners(pixels: Tensor, side: int = 2) -> list[Tensor]:
-    rows = pixels[:, :, :side], pixels[:, :, -side:]
-    return [part.mean((2, 3)) for row in rows for part in (row[..., :side], row[..., -side:])]
-
-
-def nearest_colour(images: Tensor, mask: Tensor) -> Tensor:
-    """(b,) number in ``PALETTE`` of the mean colour within a mask (b, 1, h, w); -1 where that is empty."""
-    area = mask.flatten(1).sum(1)
-    mean = (images.clamp(-1, 1).float() * mask).flatten(2).sum(2) / area.clamp(min=1)[:, None]
-    nearest = torch.cdist(mean, colour_values(PALETTE).to(mean)).argmin(1)
-    return torch.where(area > 0, nearest, -1)
+    return part(training), part([first[digest] for digest in sorted(held_out)])

@@ -7,7 +7,8 @@ from typing import Any
 from accelerate import Accelerator
 from command import check_numbers
 from control_bases import Base
-from control_tasks import Task, make_judge, make_probe
+from control_judges import make_judge, make_probe
+from control_tasks import Task
 from fitting import log
 from torch import Tensor
 from tqdm import tqdm
@@ -61,7 +62,7 @@ def check_watch(options: Any) -> None:
 def make_validation(config: Any, base: Base, task: Task, batches: ControlBatches, indices: range) -> Validation:
     """Held-out samples with their judge, drawn as the options say."""
     return Validation(
-        probe=make_probe(batches, task, indices), judge=make_judge(task, indices), decode=base.decode,
+        probe=make_probe(batches, task, indices), judge=make_judge(task), decode=base.decode,
         encode=base.encode, guidance=config.guidance, negative=base.null, num_steps=config.sampling_steps,
     )  # fmt: skip
 

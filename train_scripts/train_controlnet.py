@@ -11,6 +11,7 @@ diffusers. Stopped runs resume: run the same command again.
 import copy
 import json
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from command import fingerprint, identity, run, show_plan
+from command import fingerprint, identity, is_first_rank, run, show_plan
 from control_bases import Base, load_base
 from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
 from control_watch import NOT_WEIGHTS, ControlWatch, make_report, make_validation
 from fitting import cosine, fit, resume, start
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
@@ -42,22 +43,23 @@ from score.training import EMA, Phase
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""
 
+MOST_FAULTS = 20
+"""Left-out samples that are named."""
+
 
 def main(config: Config) -> Path:
     """Train, judge, and return the folder of the finished adapter."""
     check(config)
+    log = EvidenceLog(config.out / "evidence.jsonl")
+    log.read()  # of a run that is resumed: better refused now than at the first look
     began = time.perf_counter()
     torch.manual_seed(config.seed)
-    accelerator = None if config.dry_run else start(config)
     config = replace(config, cache=config.cache or default_cache_folder().parent)
+    if config.dry_run:
+        return plan(config)
+    accelerator = start(config)
     base, task = load(config, accelerator)
     adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
-    if accelerator is None:
-        followed = freeze(copy.deepcopy(adapter))
-        roles = {"base": base.denoiser.network, "adapter": adapter, "its average": followed}
-        before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
-        show_plan(config, roles, {"adapter": config.steps}, before)
-        return config.out
     base = base.without_text_encoders(task.captions, accelerator.process_index, accelerator.num_processes)
     batches, held_out = make_batches(config, base, task, accelerator)
     if config.calibrate:
@@ -68,7 +70,6 @@ def main(config: Config) -> Path:
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
     own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
-    log = EvidenceLog(config.out / "evidence.jsonl")
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     validation = make_validation(config, base, task, held_out, looked)
     first = resume(config, [phase], accelerator, own)
@@ -98,6 +99,20 @@ def main(config: Config) -> Path:
     return config.out / "controlnet"
 
 
+def plan(config: Config) -> Path:
+    """Print what a run would hold and do; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        base, task = load(replace(config, cache=Path(nowhere)), None)
+    network = base.denoiser.network
+    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
+    freeze_base(config, network)
+    learning = unlock(ControlledDenoiser(base.denoiser, adapter)) if config.unlocked else adapter
+    roles = {"base": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
+    show_plan(config, roles, {"adapter": config.steps}, before)
+    return config.out
+
+
 def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     """Base and samples, on the device of the ranks, which share the check of the files."""
     rank, num_ranks, device = 0, 1, torch.device("cpu")
@@ -106,8 +121,10 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     assert config.cache is not None
     base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
     task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
-    for fault in task.bad:
-        print(f"skipped: {fault}", file=sys.stderr)
+    if is_first_rank():
+        print("".join(f"skipped: {fault}\n" for fault in task.bad[:MOST_FAULTS]), end="", file=sys.stderr)
+        if len(task.bad) > MOST_FAULTS:
+            print(f"skipped: {len(task.bad) - MOST_FAULTS:,} more", file=sys.stderr)
     return base, task
 
 
@@ -131,12 +148,17 @@ def make_batches(
     return training, held_out
 
 
+def freeze_base(config: Config, network: nn.Module) -> None:
+    """In bf16 if that is what is computed in, unless a part of it is to learn."""
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+
+
 def make_denoiser(
     config: Config, base: Base, adapter: EncoderCopy, accelerator: Accelerator
 ) -> ControlledDenoiser:
-    """The base frozen, in bf16 if that is what is computed in, and the adapter, wrapped for several ranks."""
+    """The base frozen, and the adapter, wrapped for several ranks."""
     network = base.denoiser.network
-    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+    freeze_base(config, network)
     for part in (network, adapter):
         lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
         if config.compile:
