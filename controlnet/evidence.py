@@ -11,7 +11,7 @@ things do show it, on the same held-out samples, noise and seeds at each look:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
-from controlnet.scores import Score
+from controlnet.scores import ERRORS, Score
 from score.denoiser import Cond
 from score.gradient import TimeWeight, prediction_weight, weighted_error
 from score.guidance import guided
@@ -160,17 +160,32 @@ def paired_gap(
 
 @dataclass(frozen=True)
 class Standing:
-    """A score between what it would be without control, and what it could be at best."""
+    """A score between what it would be without control, and what it could be at best.
+
+    Attributes:
+        value: of the samples.
+        floor: of the same against the hints of others.
+        ceiling: of real images.
+        error: whether less is better.
+    """
 
     value: float
     floor: float
     ceiling: float
+    error: bool = False
 
     @property
     def relative(self) -> float:
-        """0 at the floor, 1 at the ceiling, also where smaller is better; nan if they coincide."""
-        span = self.ceiling - self.floor
-        return (self.value - self.floor) / span if span else math.nan
+        """0 at the floor, 1 at the ceiling; nan where the ceiling is not better by 0.1, of an error by a tenth.
+
+        Such a score cannot tell control from none: noise would take it anywhere.
+        """
+        better, least = self.ceiling - self.floor, 0.1
+        if self.error:
+            better, least = -better, 0.1 * self.floor
+        if not (better > 0 and better >= least):
+            return math.nan
+        return (self.value - self.floor) / (self.ceiling - self.floor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,6 +202,7 @@ class Validation:
         num_steps: of DDIM.
         seed: of the initial noise.
         batch_size: images per pass.
+        errors: scores of the judge of which less is better.
     """
 
     probe: Probe
@@ -198,6 +214,7 @@ class Validation:
     num_steps: int = 20
     seed: int = 0
     batch_size: int = 16
+    errors: Collection[str] = ERRORS
 
     @torch.no_grad()
     def images(self, denoiser: ControlledDenoiser, share: Share = alone) -> Tensor:
@@ -218,7 +235,10 @@ class Validation:
     def standings(self, images: Tensor) -> dict[str, Standing]:
         """What the judge says of ``images``, with floor and ceiling."""
         values, floor = _means(self.judge(images, self.probe)), _means(self.judge(images, self.probe.shuffled()))
-        return {name: Standing(value, floor[name], self.ceiling[name]) for name, value in values.items()}
+        return {
+            name: Standing(value, floor[name], self.ceiling[name], error=name in self.errors)
+            for name, value in values.items()
+        }
 
     @functools.cached_property
     def ceiling(self) -> dict[str, float]:

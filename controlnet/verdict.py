@@ -31,6 +31,10 @@ class Evidence:
         """The watched score, 0 at its floor and 1 at its ceiling."""
         return next(iter(self.standings.values())).relative
 
+    def shows(self, threshold: float = 0.5) -> bool:
+        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint, too."""
+        return self.relative >= threshold and self.gap.significant
+
     def figures(self) -> dict[str, float]:
         """Scalars to log."""
         gap = {"gap": self.gap.value, "gap_error": self.gap.error, "residual_rms": self.gap.residual_rms}
@@ -46,16 +50,16 @@ class Evidence:
 
 
 def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive: int = 2) -> int | None:
-    """The step at which control was learned, or None: the first of ``consecutive`` looks from ``threshold`` up.
+    """The step at which control was learned, or None: the first of ``consecutive`` looks that show it.
 
-    ``threshold`` is of the watched score between floor and ceiling. A function of the record alone, so a resumed
+    ``threshold`` is that of :meth:`Evidence.shows`. A function of the record alone, so a resumed
     run finds the same step. Raises ``ValueError`` for a threshold outside (0, 1] or no look at all.
     """
     if not 0 < threshold <= 1 or consecutive < 1:
         raise ValueError(f"need 0 < threshold <= 1 and consecutive >= 1; got {threshold}, {consecutive}.")
     run: list[int] = []
     for look in history:
-        run = [*run, look.step] if look.relative >= threshold else []
+        run = [*run, look.step] if look.shows(threshold) else []
         if len(run) == consecutive:
             return run[0]
     return None
@@ -74,7 +78,7 @@ def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int
     said = []
     if float((hints - hints[:1]).abs().mean()) < 1e-3:
         said.append("the hints of all samples are nearly alike: look at them, the annotator may see nothing.")
-    if math.isnan(standing.relative) or abs(standing.ceiling - standing.floor) < 0.1:
+    if math.isnan(standing.relative):
         said.append(
             f"{name} cannot tell: real images reach {standing.ceiling:.3f}, hints of other samples "
             f"{standing.floor:.3f}. Judge by another score, tolerance or annotator."

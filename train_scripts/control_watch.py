@@ -1,5 +1,6 @@
 """What is watched while an adapter learns, and reported when it has: evidence, validation images, causes."""
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -175,6 +176,7 @@ def make_report(
     return report, look, images
 
 
-def in_full(standing: Standing) -> dict[str, float]:
-    """Value, floor, ceiling, and where the value stands between them."""
-    return {**asdict(standing), "relative": standing.relative}
+def in_full(standing: Standing) -> dict[str, float | None]:
+    """Value, floor, ceiling, and where the value stands between them; None if that says nothing."""
+    relative = None if math.isnan(standing.relative) else standing.relative
+    return {"value": standing.value, "floor": standing.floor, "ceiling": standing.ceiling, "relative": relative}
