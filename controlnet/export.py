@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from controlnet.adapter import EncoderCopy
-from controlnet.evidence import Probe
+from controlnet.evidence import Probe, Standing
 from controlnet.verdict import Evidence
 from score.atomic import whole_folder
 from score.pretrained import PartReader, find_model
@@ -71,7 +72,7 @@ def load_adapter(
 
 
 def model_card(
-    *, base: str, hint: str, look: Evidence | None, learned: int | None, training: Mapping[str, Any],
+    *, base: str, hint: str, look: Evidence | None, event: str, training: Mapping[str, Any],
     limits: str, licence: str = "apache-2.0",
 ) -> str:  # fmt: skip
     """The README of an exported folder, in the form of model hubs.
@@ -80,14 +81,13 @@ def model_card(
         base: the pipeline that the adapter belongs to.
         hint: what it follows, and how hints are made.
         look: the last evidence; None if none was taken.
-        learned: step of the event, None if it has not come.
+        event: whether control was learned: :func:`controlnet.verdict.told`.
         training: JSON-able facts: data, steps, batch, learning rate, seed.
         limits: what the figures do not show.
         licence: of the weights, for the hub's header.
     """
     header = f"license: {licence}\nlibrary_name: diffusers\nbase_model: {json.dumps(base)}\ntags: [controlnet]"
     facts = "\n".join(f"- {name}: {value}" for name, value in training.items())
-    event = "was not learned by the criterion" if learned is None else f"was learned at step {learned:,}"
     return f"""---
 {header}
 ---
@@ -116,7 +116,7 @@ def _table(look: Evidence | None) -> str:
     if look is None:
         return "No evidence was taken."
     rows = [
-        f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {one.relative:.2f} |"
+        f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {_relative(one)} |"
         for name, one in look.standings.items()
     ]
     gap = look.gap
@@ -130,6 +130,10 @@ def _table(look: Evidence | None) -> str:
             f"(difference {gap.value:.5f} +- {gap.error:.5f}).",
         ]
     )
+
+
+def _relative(standing: Standing) -> str:
+    return "cannot tell" if math.isnan(standing.relative) else f"{standing.relative:.2f}"
 
 
 def contact_sheet(probe: Probe, images: Tensor, columns: int = 16) -> Tensor:

@@ -65,6 +65,18 @@ def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive:
     return None
 
 
+def told(history: Sequence[Evidence], consecutive: int = 2) -> str:
+    """The event in words that go on from "control ", without a verdict where too little was seen for one."""
+    learned = learned_at(history, consecutive=consecutive)
+    if learned is not None:
+        return f"was learned at step {learned:,}"
+    if history and math.isnan(history[-1].relative):
+        return f"is undecided: {next(iter(history[-1].standings))} cannot tell, its ceiling is too near its floor"
+    if len(history) < consecutive or history[-1].shows():
+        return f"is undecided: too few looks to tell ({len(history)})"
+    return "was not learned by the criterion"
+
+
 def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int = 12_000) -> list[str]:
     """Why control has not been learned, in words, most basic first; never empty.
 

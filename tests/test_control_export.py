@@ -27,7 +27,7 @@ LOOK = Evidence(3000, Gap(0.1, 0.12, 0.001, 0.3), {"edge_f1_1px": Standing(0.7, 
 
 def make_card(**changes):
     settings = {
-        "base": "toyworld/pipeline", "hint": "canny edges", "look": LOOK, "learned": 2500,
+        "base": "toyworld/pipeline", "hint": "canny edges", "look": LOOK, "event": "was learned at step 2,500",
         "training": {"updates": 4000, "learning rate": 1e-4}, "limits": "64 held-out renders; one seed.",
     }  # fmt: skip
     return model_card(**{**settings, **changes})
@@ -180,7 +180,9 @@ def test_the_card_tells_score_floor_ceiling_and_event():
     assert "0.10000, under another sample's 0.12000 (difference 0.02000 +- 0.00100)" in card
     assert "- learning rate: 0.0001" in card
     assert "64 held-out renders; one seed." in card
-    assert "was not learned by the criterion" in make_card(learned=None)
+    assert "Control was not learned by" in make_card(event="was not learned by the criterion")
+    blind = make_card(look=replace(LOOK, standings={"edge_f1": Standing(0.157, 0.173, 0.166)}))
+    assert "| edge_f1 | 0.1570 | 0.1730 | 0.1660 | cannot tell |" in blind
     assert "No evidence was taken." in make_card(look=None)
 
 

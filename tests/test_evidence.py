@@ -11,7 +11,7 @@ from torch import nn
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Gap, Probe, Standing, Validation, hint_judge, paired_gap
 from controlnet.scores import EDGE_SCORES, MASK_SCORES, mask_iou
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes
+from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from score.denoiser import NetworkDenoiser
 from score.families import DiffusersNetwork
 from score.gradient import min_snr_weight, prediction_weight
@@ -262,6 +262,17 @@ def test_no_control_is_learned_while_the_loss_does_not_use_the_hint():
     history = [make_look(1, 0.9, unsure), make_look(2, 0.9, unsure), make_look(3, 0.9), make_look(4, 0.9)]
     assert learned_at(history[:2]) is None
     assert learned_at(history) == 3
+
+
+def test_no_verdict_is_told_of_what_was_not_seen():
+    low, high, blind = make_look(1, 0.1), make_look(2, 0.9), make_look(3, math.nan)
+    assert told([low, high, high]) == "was learned at step 2"
+    assert told([low, low]) == "was not learned by the criterion"
+    assert told([high, low]) == "was not learned by the criterion"
+    assert told([]) == "is undecided: too few looks to tell (0)"
+    assert told([high]) == "is undecided: too few looks to tell (1)"
+    assert told([low, low, high]) == "is undecided: too few looks to tell (3)"
+    assert told([low, blind]) == "is undecided: f1 cannot tell, its ceiling is too near its floor"
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"threshold": 1.5}, {"consecutive": 0}])

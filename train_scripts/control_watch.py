@@ -17,7 +17,7 @@ from controlnet.adapter import ControlledDenoiser
 from controlnet.data import ControlBatches
 from controlnet.evidence import Standing, Validation, paired_gap
 from controlnet.export import contact_sheet
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes
+from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from score.ranks import shared_rows
 from toyworld.captions import parse
 from toyworld.judge import accuracies, load_judge
@@ -114,7 +114,7 @@ class ControlWatch:
         if learned is not None and new:
             said.append(f"control learned at step {learned}")
         due = self.config.warn_after or self.config.steps // 2
-        if learned is None and look.step >= due and not self.warned:
+        if learned is None and not look.shows() and look.step >= due and not self.warned:
             self.warned = True
             seen = look.step * self.images_per_step
             causes = likely_causes(look, self.validation.probe.hint, images_seen=seen)
@@ -165,7 +165,7 @@ def make_report(
     look, images = take_look(step, validation, denoiser, accelerator)
     free, free_images = take_look(step, validation, replace(denoiser, scale=0.0), accelerator)
     report = {
-        "step": step, "learned_at": learned_at(log.read()), "num_samples": len(validation.probe),
+        "step": step, "learned_at": learned_at(log.read()), "event": told(log.read()), "num_samples": len(validation.probe),
         "guidance": validation.guidance, "sampling_steps": validation.num_steps,
         "scores": {name: in_full(standing) for name, standing in look.standings.items()},
         "scores_without_control": {name: in_full(standing) for name, standing in free.standings.items()},

@@ -165,7 +165,7 @@ def export(
     }  # fmt: skip
     base = "toyworld/pipeline" if config.base == "toyworld" else config.base
     card = model_card(
-        base=base, hint=config.hint, look=look, learned=report["learned_at"], training=training,
+        base=base, hint=config.hint, look=look, event=report["event"], training=training,
         limits=f"Judged on {report['num_samples']} held-out samples of the same data, by the annotator that made "
         f"the hints, guidance {config.guidance:g}, {config.sampling_steps} DDIM steps. Other data may differ.",
     )  # fmt: skip
@@ -177,8 +177,8 @@ def export(
     save_image(sheet, config.out / "samples.png")
     name, standing = next(iter(look.standings.items()))
     print(
-        f"{name} {standing.value:.3f}: {standing.relative:.2f} of the way from floor {standing.floor:.3f} to "
-        f"ceiling {standing.ceiling:.3f}\nadapter: {folder}"
+        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"control {report['event']}\nadapter: {folder}"
     )
 
 
