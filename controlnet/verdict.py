@@ -124,14 +124,17 @@ class EvidenceLog:
 
     Attributes:
         path: of the file; created with the first line.
+        validation: what identifies samples, judge and sampler. Looks taken otherwise cannot be compared: they are
+            not read, and the next ``append`` removes them.
     """
 
     path: Path
+    validation: str = ""
 
     def append(self, look: Evidence) -> Self:
         """Write a look; a later one of the same or an earlier step replaces what followed."""
         kept = [*self.read(before=look.step), look]
-        lines = "".join(json.dumps(_as_json(one)) + "\n" for one in kept)
+        lines = "".join(json.dumps({**_as_json(one), "validation": self.validation}) + "\n" for one in kept)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".writing")
         temporary.write_text(lines)
@@ -143,7 +146,8 @@ class EvidenceLog:
         if not self.path.is_file():
             return []
         try:
-            looks = [_from_json(json.loads(line)) for line in self.path.read_text().splitlines()]
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            looks = [_from_json(line) for line in lines if line.get("validation", "") == self.validation]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.path} is no record of evidence ({error!r}). Move it away.") from error
         return [look for look in looks if look.step < before]

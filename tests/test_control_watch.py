@@ -59,3 +59,37 @@ def test_one_warning_if_control_does_not_come(make_watch, capsys):
         watch(step)
         said.append(capsys.readouterr().err)
     assert ["warning: control has not come by step 150" in words for words in said] == [0, 0, 1, 0, 0]
+
+
+def test_a_look_that_was_missed_is_taken_after_resuming_and_no_look_twice(make_watch):
+    scores = dict.fromkeys((50, 100, 150), 0.3)
+    watch = make_watch(scores)
+    watch(50)
+    assert make_watch(scores, first=50)(50) == {}
+    late = make_watch(scores, first=100)
+    assert late(100)["control/edge_f1_1px"] == 0.3
+    assert late(150)
+    assert late.taken == [100, 150]
+    assert [look.step for look in late.log.read()] == [50, 100, 150]
+    again = make_watch(scores, first=75)  # an older checkpoint: what was seen beyond it is seen anew
+    assert again(75) == {}
+    assert again(100)
+    assert again.taken == [100]
+    other = EvidenceLog(watch.log.path, "another sampler")
+    assert make_watch(scores, first=100, log=other)(100)
+
+
+def test_looks_are_known_by_all_that_they_must_have_in_common():
+    held_out = SimpleNamespace(identity=lambda index: f"image {index}", caption=lambda index: f"text {index}")
+    config, task = SimpleNamespace(guidance=3.0, sampling_steps=20), SimpleNamespace(hint="canny", held_out=held_out)
+    known = control_watch.fingerprint_of(config, task, range(4))
+    assert known == control_watch.fingerprint_of(config, task, range(4))
+    renamed = SimpleNamespace(identity=held_out.identity, caption=lambda index: "another")
+    others = [
+        (SimpleNamespace(guidance=5.0, sampling_steps=20), task, range(4)),
+        (SimpleNamespace(guidance=3.0, sampling_steps=9), task, range(4)),
+        (config, SimpleNamespace(hint="tile", held_out=held_out), range(4)),
+        (config, SimpleNamespace(hint="canny", held_out=renamed), range(4)),
+        (config, task, range(1, 5)),
+    ]
+    assert known not in {control_watch.fingerprint_of(*other) for other in others}

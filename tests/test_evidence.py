@@ -324,6 +324,18 @@ def test_the_record_survives_a_restart(tmp_path):
     assert [path.name for path in log.path.parent.iterdir()] == ["evidence.jsonl"]
 
 
+def test_looks_of_another_validation_are_left_out_and_replaced(tmp_path):
+    path, looks = tmp_path / "evidence.jsonl", [make_look(step, 0.1 * step) for step in (1, 2, 3)]
+    for look in looks[:2]:
+        EvidenceLog(path, "guidance 3").append(look)
+    other = EvidenceLog(path, "guidance 5")
+    assert other.read() == []
+    assert EvidenceLog(path, "guidance 3").read() == looks[:2]
+    other.append(looks[2])
+    assert other.read() == looks[2:]
+    assert len(path.read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("content", ["{}\n", "not json\n", '{"step": 1, "gap": {}, "standings": {}}\n', "[1]\n"])
 def test_a_file_that_is_no_record_is_named(tmp_path, content):
     (tmp_path / "evidence.jsonl").write_text(content)

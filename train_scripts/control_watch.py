@@ -18,6 +18,7 @@ from controlnet.data import ControlBatches
 from controlnet.evidence import Standing, Validation, paired_gap
 from controlnet.export import contact_sheet
 from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
+from score.cache import content_key
 from score.ranks import shared_rows
 from toyworld.captions import parse
 from toyworld.judge import accuracies, load_judge
@@ -59,6 +60,12 @@ def check_watch(options: Any) -> None:
             raise ValueError(f"{name} must be at least 2, since samples exchange their hints; got {value}.")
 
 
+def fingerprint_of(config: Any, task: Task, indices: range) -> str:
+    """Of all that two looks must have in common to be compared, beside what a checkpoint resumes only under."""
+    samples = [part for i in indices for part in (task.held_out.identity(i), task.held_out.caption(i))]
+    return content_key(repr(task.hint), f"{config.guidance} {config.sampling_steps}", *samples)[:16]
+
+
 def make_validation(config: Any, base: Base, task: Task, batches: ControlBatches, indices: range) -> Validation:
     """Held-out samples with their judge, drawn as the options say."""
     return Validation(
@@ -78,6 +85,7 @@ class ControlWatch:
         accelerator: the ranks, which share the images.
         images_per_step: that the adapter sees.
         log: of all looks.
+        first: the step resumed from, whose look may have been taken already.
     """
 
     config: Any
@@ -86,12 +94,15 @@ class ControlWatch:
     accelerator: Accelerator
     images_per_step: int
     log: EvidenceLog
+    first: int = 0
     warned: bool = field(default=False, init=False)
 
     def __call__(self, step: int) -> dict[str, float]:
         """The figures of a look, if one is due; also the event, or a warning, in words."""
         every = self.config.eval_every
         if step != self.config.steps and (not every or step % every):
+            return {}
+        if step == self.first and any(look.step == step for look in self.log.read()):
             return {}
         look, images = take_look(step, self.validation, self.denoiser, self.accelerator)
         if not self.accelerator.is_main_process:

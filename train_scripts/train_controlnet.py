@@ -22,7 +22,7 @@ from command import fingerprint, identity, run, show_plan
 from control_bases import Base, load_base
 from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
-from control_watch import NOT_WEIGHTS, ControlWatch, make_report, make_validation
+from control_watch import NOT_WEIGHTS, ControlWatch, fingerprint_of, make_report, make_validation
 from fitting import cosine, fit, resume, start
 from torch import Tensor
 from torchvision.utils import save_image
@@ -63,8 +63,8 @@ def main(config: Config) -> Path:
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
     own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
-    log = EvidenceLog(config.out / "evidence.jsonl")
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
+    log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, base, task, held_out, looked)
     first = resume(config, [phase], accelerator, own)
     if first == 0 and accelerator.is_main_process:
@@ -72,7 +72,7 @@ def main(config: Config) -> Path:
     images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
     watch = ControlWatch(
         config=config, validation=validation, denoiser=averaged, accelerator=accelerator, log=log,
-        images_per_step=images_per_step,
+        images_per_step=images_per_step, first=first,
     )  # fmt: skip
 
     def finish() -> None:
