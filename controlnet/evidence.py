@@ -20,7 +20,7 @@ from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.scores import ERRORS, Score
-from score.denoiser import Cond
+from score.denoiser import Cond, NetworkDenoiser
 from score.gradient import TimeWeight, prediction_weight, weighted_error
 from score.guidance import guided
 from score.randomness import derived_generator, normal_like
@@ -202,6 +202,7 @@ class Validation:
         num_steps: of DDIM.
         seed: of the initial noise.
         batch_size: images per pass.
+        share: splits drawing and round trips over ranks, which must then ask for all of them together.
         errors: scores of the judge of which less is better.
     """
 
@@ -214,11 +215,11 @@ class Validation:
     num_steps: int = 20
     seed: int = 0
     batch_size: int = 16
+    share: Share = alone
     errors: Collection[str] = ERRORS
 
-    @torch.no_grad()
-    def images(self, denoiser: ControlledDenoiser, share: Share = alone) -> Tensor:
-        """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; drawn in shares."""
+    def images(self, denoiser: ControlledDenoiser | NetworkDenoiser) -> Tensor:
+        """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare base."""
         denoiser, probe = denoiser.unwrapped(), self.probe
         times = grid(denoiser.schedule, self.num_steps)
 
@@ -226,11 +227,11 @@ class Validation:
             seeds = [derived_generator(self.seed, "validation", row) for row in rows.tolist()]
             x_t = initial_noise(denoiser.schedule, normal_like(probe.x0[rows], seeds), times[0])
             cond = {name: value[rows] for name, value in probe.cond.items()}
-            model = guided(denoiser.with_hint(probe.hint[rows]), self.guidance, self.negative)
-            return self.decode(sample(model, x_t, cond, times=times)).clamp(-1, 1).float()
+            controlled = isinstance(denoiser, ControlledDenoiser)
+            model = denoiser.with_hint(probe.hint[rows]) if controlled else denoiser
+            return self.decode(sample(guided(model, self.guidance, self.negative), x_t, cond, times=times))
 
-        drawn = share(lambda rows: torch.cat([draw(part) for part in rows.split(self.batch_size)]), len(probe))
-        return drawn.cpu()
+        return self._all(draw)
 
     def standings(self, images: Tensor) -> dict[str, Standing]:
         """What the judge says of ``images``, with floor and ceiling."""
@@ -243,9 +244,17 @@ class Validation:
     @functools.cached_property
     def ceiling(self) -> dict[str, float]:
         """The scores of the real images after the autoencoder's round trip."""
-        with torch.no_grad():
-            parts = [self.decode(self.encode(part)) for part in self.probe.images.split(self.batch_size)]
-        return _means(self.judge(torch.cat(parts).clamp(-1, 1).float().cpu(), self.probe))
+        device = self.probe.x0.device
+        images = self._all(lambda rows: self.decode(self.encode(self.probe.images[rows].to(device))))
+        return _means(self.judge(images, self.probe))
+
+    @torch.no_grad()
+    def _all(self, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        # Row numbers to images, in batches, by all ranks.
+        def drawn(rows: Tensor) -> Tensor:
+            return torch.cat([draw(part).clamp(-1, 1).float() for part in rows.split(self.batch_size)])
+
+        return self.share(drawn, len(self.probe)).cpu()
 
 
 def _means(scores: Mapping[str, Tensor]) -> dict[str, float]:

@@ -210,6 +210,13 @@ def test_a_ceiling_that_is_hardly_better_than_the_floor_tells_nothing(standing):
     assert learned_at([make_look(step, 0.0, sure, {"f1": standing}) for step in (1, 2, 3)]) is None
 
 
+def test_a_bare_base_draws_what_control_of_no_strength_does():
+    controlled, validation = make_controlled("pixels", trained=True), make_validation(probe=make_probe(), num_steps=2)
+    free = validation.images(controlled.base)
+    assert torch.equal(free, validation.images(replace(controlled, scale=0.0)))
+    assert not torch.equal(free, validation.images(controlled))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_images_have_seeds_of_their_own(guidance):
     controlled, probe = make_controlled("pixels", trained=True), make_probe()

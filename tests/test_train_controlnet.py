@@ -17,8 +17,8 @@ import train_controlnet
 from accelerate.state import AcceleratorState
 from control_bases import encode_captions, load_base
 from control_tasks import nearest_colour, silhouettes
-from control_watch import in_full
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from control_watch import in_full, make_validation, take_look
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
@@ -26,7 +26,11 @@ from torchvision.transforms.functional import to_pil_image
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Probe, Standing
+from controlnet.export import load_adapter
 from score.codec import Codec
+from score.guidance import guided
+from score.randomness import derived_generator, normal_like
+from score.sampling import grid, initial_noise, sample
 from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,12 +120,52 @@ def test_the_log_holds_scalars_and_validation_images(place, whole):
     assert tags["images"] == ["samples"]
 
 
+def make_looker(config):
+    """What judges a run, and its base, as the script makes them."""
+    accelerator = train_controlnet.start(config)
+    base, task = train_controlnet.load(config, accelerator)
+    _, held_out = train_controlnet.make_batches(config, base, task, accelerator)
+    indices = range(config.eval_samples, len(task.held_out)) if config.test_samples else range(config.eval_samples)
+    return base, make_validation(config, base, task, held_out, indices, accelerator), accelerator
+
+
 def test_without_control_the_report_is_of_the_base_itself(place, whole):
-    """Its scores are of samples that stock diffusers draws too, whatever the adapter became."""
+    """Drawn here without any adapter, sample by sample, and judged by edges read off."""
     report = json.loads((whole / "report.json").read_text())
     assert report["scores_without_control"] != report["scores"]
-    floor = report["scores_without_control"]["edge_f1_1px"]["ceiling"]
-    assert floor == report["scores"]["edge_f1_1px"]["ceiling"]
+    base, validation, _ = make_looker(make_config(place, place / "whole"))
+    probe, times, images = validation.probe, grid(base.denoiser.schedule, 2), []
+    for row in range(2):
+        noise = normal_like(probe.x0[:1], [derived_generator(0, "validation", row)])
+        cond = {name: value[row : row + 1] for name, value in probe.cond.items()}
+        with torch.no_grad():
+            x_t = initial_noise(base.denoiser.schedule, noise, times[0])
+            x0 = sample(guided(base.denoiser, 2.0, base.null), x_t, cond, times=times)
+            images.append(base.decode(x0).clamp(-1, 1))
+    drawn = validation.judge(torch.cat(images), probe)
+    for name, standing in report["scores_without_control"].items():
+        assert standing["value"] == pytest.approx(float(drawn[name].mean()), abs=1e-3)
+    assert validation.ceiling["ssim"] == pytest.approx(report["scores"]["ssim"]["ceiling"])
+
+
+def test_the_last_look_and_the_report_are_of_one_precision(place, tmp_path, monkeypatch):
+    """The same weights on the same samples: networks in bf16, the autoencoder in float32, whoever asks."""
+    lowered, real = [], Codec.decode
+
+    def decode(self, x0):
+        lowered.append(torch.is_autocast_enabled("cpu"))
+        return real(self, x0)
+
+    monkeypatch.setattr(Codec, "decode", decode)
+    train_controlnet.main(make_config(place, tmp_path, precision="bf16", test_samples=0, steps=2, eval_every=2))
+    report = json.loads((tmp_path / "report.json").read_text())
+    look = json.loads((tmp_path / "evidence.jsonl").read_text())
+    assert look["gap"] == {name: value for name, value in report["gap"].items() if name != "value"}
+    for name, standing in look["standings"].items():
+        same = {part: report["scores"][name][part] for part in ("value", "floor", "ceiling")}
+        assert same == {part: standing[part] for part in same}
+    assert lowered
+    assert not any(lowered)
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
@@ -152,7 +196,9 @@ def test_a_killed_run_ends_in_the_same_weights_and_evidence(place, tmp_path, who
     assert (said in capsys.readouterr().out) == (kill_at > 1)
     assert equal(weights(whole), weights(folder))
     assert (tmp_path / "evidence.jsonl").read_text() == (place / "whole" / "evidence.jsonl").read_text()
-    assert json.loads((tmp_path / "report.json").read_text())["resumed"] == (kill_at > 1)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["resumed"] == (kill_at > 1)
+    assert ("seconds" in report) == ("cpu_seconds" in report) == (kill_at == 1), "of the last process only"
 
 
 def test_kills_fall_between_steps_in_mid_accumulation_too(place, tmp_path, monkeypatch):
@@ -195,6 +241,10 @@ def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):
     before = load_file(place / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], before[name])}
     assert changed == {"up_blocks", "conv_norm_out", "conv_out"}
+    free, base = (
+        json.loads((run / "report.json").read_text())["scores_without_control"] for run in (whole, tmp_path)
+    )
+    assert free == base, "the base is what it was, not the decoder that learned"
 
 
 def test_stock_diffusers_draws_with_the_result(place, whole):
@@ -261,16 +311,25 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     assert checkpoint["num_processes"] == 2
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["num_samples"] == 3
-    # One rank draws the same samples without control, unless the decoder has learned from other noise.
+    # One rank draws the same samples without control.
     single = make_config(
         place, tmp_path / "one", steps=3, batch_size=2, accumulate=2, eval_every=2, eval_samples=3, test_samples=0,
         guidance=1.0, cache=tmp_path / "cache", ema_decay=0.999, **rank_changes,
     )  # fmt: skip
     train_controlnet.main(single)
     alone = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert alone["scores"].keys() == report["scores"].keys()
-    same = alone["scores_without_control"] == report["scores_without_control"]
-    assert same == (not rank_changes)
+    assert alone["scores_without_control"] == report["scores_without_control"]
+    # What two ranks saved, judged by one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    base, validation, accelerator = make_looker(single)
+    if rank_changes:
+        base.denoiser.network.model = UNet2DConditionModel.from_pretrained(tmp_path / "two" / "controlnet" / "unet")
+    learned = ControlledDenoiser(base.denoiser, load_adapter(tmp_path / "two" / "controlnet"))
+    look, _ = take_look(3, validation, learned, accelerator)
+    assert look.gap.right == pytest.approx(report["gap"]["right"], rel=1e-4)
+    for name, standing in look.standings.items():
+        for part in ("value", "floor", "ceiling"):
+            assert getattr(standing, part) == pytest.approx(report["scores"][name][part], abs=1e-3)
 
 
 BAD = [

@@ -2,9 +2,11 @@
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from command import check_numbers
 from control_bases import Base
@@ -19,6 +21,7 @@ from controlnet.evidence import Standing, Validation, paired_gap
 from controlnet.export import contact_sheet
 from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from score.cache import content_key
+from score.denoiser import NetworkDenoiser
 from score.ranks import shared_rows
 from toyworld.captions import parse
 from toyworld.judge import accuracies, load_judge
@@ -66,11 +69,18 @@ def fingerprint_of(config: Any, task: Task, indices: range) -> str:
     return content_key(repr(task.hint), f"{config.guidance} {config.sampling_steps}", *samples)[:16]
 
 
-def make_validation(config: Any, base: Base, task: Task, batches: ControlBatches, indices: range) -> Validation:
-    """Held-out samples with their judge, drawn as the options say."""
+def make_validation(
+    config: Any, base: Base, task: Task, batches: ControlBatches, indices: range, accelerator: Accelerator
+) -> Validation:
+    """Held-out samples with their judge, drawn as the options say by all ranks together.
+
+    Autoencoder and judge compute in full precision whatever the networks do: floor and ceiling are of one ruler.
+    """
+    full = torch.autocast(accelerator.device.type, enabled=False)
     return Validation(
-        probe=make_probe(batches, task, indices), judge=make_judge(task, indices), decode=base.decode,
-        encode=base.encode, guidance=config.guidance, negative=base.null, num_steps=config.sampling_steps,
+        probe=make_probe(batches, task, indices), judge=full(make_judge(task, indices)), decode=full(base.decode),
+        encode=full(base.encode), guidance=config.guidance, negative=base.null, num_steps=config.sampling_steps,
+        share=partial(shared_rows, accelerator=accelerator),
     )  # fmt: skip
 
 
@@ -136,13 +146,10 @@ class ControlWatch:
 def take_look(
     step: int, validation: Validation, denoiser: ControlledDenoiser, accelerator: Accelerator
 ) -> tuple[Evidence, Tensor]:
-    """The evidence, and the images it was read off; ranks share the work and all get both."""
-
-    def share(work: Any, num_rows: int) -> Tensor:
-        return shared_rows(work, num_rows, accelerator)
-
-    gap = paired_gap(denoiser, validation.probe, share=share)
-    images = validation.images(denoiser, share)
+    """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
+    with accelerator.autocast():
+        gap = paired_gap(denoiser, validation.probe, share=validation.share)
+        images = validation.images(denoiser)
     return Evidence(step, gap, validation.standings(images)), images
 
 
@@ -156,8 +163,8 @@ def judge_of_words(task: Task, images: Tensor, indices: range) -> dict[str, floa
 
 
 def make_report(
-    task: Task, validation: Validation, denoiser: ControlledDenoiser, log: EvidenceLog, indices: range,
-    step: int, accelerator: Accelerator,
+    task: Task, validation: Validation, denoiser: ControlledDenoiser, base: NetworkDenoiser, log: EvidenceLog,
+    indices: range, step: int, accelerator: Accelerator,
 ) -> tuple[dict[str, Any], Evidence, Tensor]:  # fmt: skip
     """The final figures, beside those of the base without control on the same prompts and noise.
 
@@ -165,6 +172,7 @@ def make_report(
         task: what was learned.
         validation: samples of the report.
         denoiser: with the averaged adapter.
+        base: as it was before anything was trained.
         log: of all looks.
         indices: of those samples among the held-out ones.
         step: the last.
@@ -174,12 +182,14 @@ def make_report(
         The report, its evidence, and the images.
     """
     look, images = take_look(step, validation, denoiser, accelerator)
-    free, free_images = take_look(step, validation, replace(denoiser, scale=0.0), accelerator)
+    with accelerator.autocast():
+        free_images = validation.images(base)
+    free = validation.standings(free_images)
     report = {
         "step": step, "learned_at": learned_at(log.read()), "event": told(log.read()), "num_samples": len(validation.probe),
         "guidance": validation.guidance, "sampling_steps": validation.num_steps,
         "scores": {name: in_full(standing) for name, standing in look.standings.items()},
-        "scores_without_control": {name: in_full(standing) for name, standing in free.standings.items()},
+        "scores_without_control": {name: in_full(standing) for name, standing in free.items()},
         "gap": {**asdict(look.gap), "value": look.gap.value},
     }  # fmt: skip
     if words := judge_of_words(task, images, indices):

@@ -24,7 +24,7 @@ from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
 from control_watch import NOT_WEIGHTS, ControlWatch, fingerprint_of, make_report, make_validation
 from fitting import cosine, fit, resume, start
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, copy_encoder, unet_of
@@ -34,7 +34,7 @@ from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
 from score.cache import TensorCache
-from score.denoiser import freeze
+from score.denoiser import NetworkDenoiser, freeze
 from score.gradient import min_snr_weight
 from score.prompts import default_cache_folder
 from score.training import EMA, Phase
@@ -61,11 +61,12 @@ def main(config: Config) -> Path:
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
+    untouched = untrained(denoiser.unwrapped(), phase.network)
     inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
     own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
-    validation = make_validation(config, base, task, held_out, looked)
+    validation = make_validation(config, base, task, held_out, looked, accelerator)
     first = resume(config, [phase], accelerator, own)
     if first == 0 and accelerator.is_main_process:
         log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
@@ -77,12 +78,15 @@ def main(config: Config) -> Path:
 
     def finish() -> None:
         indices = tested or looked
-        judged = make_validation(config, base, task, held_out, indices) if tested else validation
-        report, look, images = make_report(task, judged, averaged, log, indices, config.steps, accelerator)
-        report |= {
-            "seed": config.seed, "resumed": first > 0, "seconds": round(time.perf_counter() - began, 1),
-            "cpu_seconds": round(time.process_time(), 1),
-        }  # fmt: skip
+        judged = make_validation(config, base, task, held_out, indices, accelerator) if tested else validation
+        untouched.network.to(accelerator.device)
+        report, look, images = make_report(
+            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+        )
+        report |= {"seed": config.seed, "resumed": first > 0}
+        if first == 0:  # what an earlier process took is not known
+            report["seconds"] = round(time.perf_counter() - began, 1)
+            report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
             export(config, task, report, look, averaged, contact_sheet(judged.probe, images))
 
@@ -141,6 +145,14 @@ def make_denoiser(
     return ControlledDenoiser(base.denoiser, prepared)
 
 
+def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
+    """The base as it is before training: itself, or with a copy on the CPU of the decoder that will learn."""
+    if not isinstance(network, nn.ModuleDict):
+        return denoiser.base
+    decoder = {name: freeze(copy.deepcopy(part)).cpu() for name, part in network.items() if name != "adapter"}
+    return with_weights(denoiser, nn.ModuleDict({"adapter": denoiser.adapter, **decoder})).base
+
+
 def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     """ControlNet's: AdamW, the base's own loss."""
     network = unlock(denoiser) if config.unlocked else denoiser.adapter
@@ -161,7 +173,8 @@ def export(
     training = {
         "data": f"{task.source}, {len(task.training):,} samples", "steps": config.steps,
         "batch": config.batch_size * config.accumulate, "learning rate": config.learning_rate,
-        "prompts dropped": config.prompt_drop, "seed": config.seed, "seconds": report["seconds"],
+        "prompts dropped": config.prompt_drop, "seed": config.seed,
+        **{name: report[name] for name in ("seconds",) if name in report},
     }  # fmt: skip
     base = "toyworld/pipeline" if config.base == "toyworld" else config.base
     card = model_card(
