@@ -235,6 +235,20 @@ def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, m
     assert sum(calls) == 4, "the ceilings of two samples watched and two reported; all latents were kept"
 
 
+@pytest.mark.parametrize(("changes", "most"), [({}, 2), ({"eval_batch_size": 1}, 1)])
+def test_judging_takes_no_more_images_at_a_time_than_training(place, tmp_path, monkeypatch, changes, most):
+    rows = []
+    for name in ("decode", "posterior"):
+        def counted(self, many, real=getattr(Codec, name)):
+            rows.append(len(many))
+            return real(self, many)
+
+        monkeypatch.setattr(Codec, name, counted)
+    config = make_config(place, tmp_path, steps=1, eval_samples=5, test_samples=0, crop="random", **changes)
+    train_controlnet.main(config)
+    assert max(rows) == most
+
+
 def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):
     folder = train_controlnet.main(make_config(place, tmp_path, unlocked=True, steps=3))
     ours = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -37,6 +37,8 @@ class WatchOptions:
     """Held-out samples of each look."""
     test_samples: int = 0
     """Further held-out samples, which the report is made of; 0: those of the looks."""
+    eval_batch_size: int = 0
+    """Of them that are drawn, encoded and decoded at a time; 0: --batch-size, which fits since it trains."""
     sampling_steps: int = 20
     """DDIM steps of their images."""
     guidance: float = 7.5
@@ -47,7 +49,7 @@ class WatchOptions:
 
 NOT_WEIGHTS = (
     "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples", "on_bad_data",
-    "convert", "eval_samples", "test_samples",
+    "convert", "eval_samples", "test_samples", "eval_batch_size",
 )  # fmt: skip
 """Options that change no weight, or what is trained on only: that is in the fingerprint of the data."""
 
@@ -56,7 +58,7 @@ def check_watch(options: Any) -> None:
     """Raise ``ValueError`` for options that are out of range."""
     check_numbers(
         options, positive=("sampling_steps", "num_samples"),
-        not_negative=("eval_every", "test_samples", "warn_after", "size", "guidance"),
+        not_negative=("eval_every", "eval_batch_size", "test_samples", "warn_after", "size", "guidance"),
     )  # fmt: skip
     for name, value in {"--eval-samples": options.eval_samples, "--test-samples": options.test_samples}.items():
         if value < 2 and not (value == 0 and name == "--test-samples"):
@@ -80,7 +82,7 @@ def make_validation(
     return Validation(
         probe=make_probe(batches, task, indices), judge=full(make_judge(task, indices)), decode=full(base.decode),
         encode=full(base.encode), guidance=config.guidance, negative=base.null, num_steps=config.sampling_steps,
-        share=partial(shared_rows, accelerator=accelerator),
+        batch_size=config.eval_batch_size, share=partial(shared_rows, accelerator=accelerator),
     )  # fmt: skip
 
 
@@ -148,7 +150,9 @@ def take_look(
 ) -> tuple[Evidence, Tensor]:
     """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
     with accelerator.autocast():
-        gap = paired_gap(denoiser, validation.probe, share=validation.share)
+        gap = paired_gap(
+            denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share
+        )
         images = validation.images(denoiser)
     return Evidence(step, gap, validation.standings(images)), images
 

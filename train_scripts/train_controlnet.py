@@ -46,7 +46,10 @@ def main(config: Config) -> Path:
     began = time.perf_counter()
     torch.manual_seed(config.seed)
     accelerator = None if config.dry_run else start(config)
-    config = replace(config, cache=config.cache or default_cache_folder().parent)
+    config = replace(
+        config, cache=config.cache or default_cache_folder().parent,
+        eval_batch_size=config.eval_batch_size or config.batch_size,
+    )  # fmt: skip
     base, task = load(config, accelerator)
     adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
     if accelerator is None:
@@ -116,14 +119,14 @@ def make_batches(
     """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
     kept = base.teacher is not None and config.crop == "center"
     cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
-    latents = Latents(base.posterior, cache, Memory(2**30), sampled=config.latents == "sampled")
+    latents = Latents(base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=config.latents == "sampled")
     training, held_out = (
         ControlBatches(
-            samples=samples, hints=[task.hint], size=base.size, batch_size=config.batch_size, prompts=base.prompts,
+            samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
             null=base.null, latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
             flip=config.flip, crop=config.crop, device=accelerator.device,
         )
-        for samples in (task.training, task.held_out)
+        for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
     )  # fmt: skip
     if cache is not None:
         training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
