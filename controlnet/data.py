@@ -144,8 +144,9 @@ class ControlBatches:
             some = list(indices[start : start + self.batch_size])
             part = self._undropped(self._load(some, [0] * len(some), [False] * len(some)), seed)
             parts.append({**part, "images": part["images"].cpu()})
+        made = {name: torch.cat([part[name] for part in parts]) for name in ("x0", "hint", "images")}
         cond = {name: torch.cat([part["cond"][name] for part in parts]) for name in parts[0]["cond"]}
-        return {name: torch.cat([part[name] for part in parts]) for name in ("x0", "hint", "images")} | {"cond": cond}
+        return {**made, "cond": cond}
 
     def share_latents(self, *, rank: int = 0, num_ranks: int = 1) -> int:
         """Encode all images that are not in the cache, mirrored ones too, with the other ranks.

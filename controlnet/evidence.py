@@ -73,7 +73,10 @@ class Probe:
 
 
 Judge = Callable[[Tensor, Probe], Mapping[str, Tensor]]
-"""(images in [-1, 1], probe) -> scores by name, (n,) each; the first is the one to watch."""
+"""(images in [-1, 1], probe) -> scores by name, (n,) each; the first is the one to watch.
+
+The first line of its docstring says in cards what is judged.
+"""
 
 
 def hint_judge(annotate: Callable[[Tensor], Tensor], scores: Mapping[str, Score]) -> Judge:
@@ -85,6 +88,7 @@ def hint_judge(annotate: Callable[[Tensor], Tensor], scores: Mapping[str, Score]
     """
 
     def judge(images: Tensor, probe: Probe) -> dict[str, Tensor]:
+        """Are the hints that the same annotator makes of the samples those asked for?"""
         made = annotate(images)
         return {name: score(made, probe.hint.to(made.device)) for name, score in scores.items()}
 
@@ -227,8 +231,9 @@ class Validation:
             seeds = [derived_generator(self.seed, "validation", row) for row in rows.tolist()]
             x_t = initial_noise(denoiser.schedule, normal_like(probe.x0[rows], seeds), times[0])
             cond = {name: value[rows] for name, value in probe.cond.items()}
-            controlled = isinstance(denoiser, ControlledDenoiser)
-            model = denoiser.with_hint(probe.hint[rows]) if controlled else denoiser
+            model = denoiser
+            if isinstance(model, ControlledDenoiser):
+                model = model.with_hint(probe.hint[rows])
             return self.decode(sample(guided(model, self.guidance, self.negative), x_t, cond, times=times))
 
         return self._all(draw)

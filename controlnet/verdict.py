@@ -32,7 +32,7 @@ class Evidence:
         return next(iter(self.standings.values())).relative
 
     def shows(self, threshold: float = 0.5) -> bool:
-        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint, too."""
+        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint."""
         return self.relative >= threshold and self.gap.significant
 
     def figures(self) -> dict[str, float]:

@@ -20,7 +20,6 @@ from tiny_controls import (
     meta_controlled,
     state_of,
 )
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser
@@ -426,6 +425,7 @@ def test_the_frozen_encoder_keeps_nothing(frozen):
     assert len(inside) == 3
     assert (sum(kept) == 0) == frozen
     assert all(p.grad is not None for p in controlled.adapter.parameters() if p.requires_grad)
+
 
 def test_networks_in_channels_last_compute_the_same():
     inputs, controlled = make_inputs("pixels"), make_controlled("pixels", trained=True)

@@ -81,7 +81,8 @@ def test_a_look_that_was_missed_is_taken_after_resuming_and_no_look_twice(make_w
 
 def test_looks_are_known_by_all_that_they_must_have_in_common():
     held_out = SimpleNamespace(identity=lambda index: f"image {index}", caption=lambda index: f"text {index}")
-    config, task = SimpleNamespace(guidance=3.0, sampling_steps=20), SimpleNamespace(hint="canny", held_out=held_out)
+    config = SimpleNamespace(guidance=3.0, sampling_steps=20)
+    task = SimpleNamespace(hint="canny", held_out=held_out)
     known = control_watch.fingerprint_of(config, task, range(4))
     assert known == control_watch.fingerprint_of(config, task, range(4))
     renamed = SimpleNamespace(identity=held_out.identity, caption=lambda index: "another")

@@ -211,7 +211,8 @@ def test_a_ceiling_that_is_hardly_better_than_the_floor_tells_nothing(standing):
 
 
 def test_a_bare_base_draws_what_control_of_no_strength_does():
-    controlled, validation = make_controlled("pixels", trained=True), make_validation(probe=make_probe(), num_steps=2)
+    controlled = make_controlled("pixels", trained=True)
+    validation = make_validation(probe=make_probe(), num_steps=2)
     free = validation.images(controlled.base)
     assert torch.equal(free, validation.images(replace(controlled, scale=0.0)))
     assert not torch.equal(free, validation.images(controlled))

@@ -58,7 +58,7 @@ def test_sigterm_in_a_step_that_is_lost_still_ends_the_run():
 
 @pytest.mark.parametrize("all_watch", [False, True])
 def test_a_step_is_saved_before_it_is_watched(monkeypatch, tmp_path, all_watch):
-    """A look may take minutes, more than a scheduler waits; a watch of all ranks is spared when the run must stop."""
+    """A look may take minutes, more than a scheduler waits; that of all ranks is spared when the run must stop."""
     config, seen = RunOptions(out=tmp_path, steps=4, save_every=2), []
 
     def train(*args, **options):

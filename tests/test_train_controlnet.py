@@ -92,7 +92,7 @@ def whole(place):
 
 def test_a_run_writes_what_diffusers_loads_a_card_samples_and_a_report(place, whole):
     model = ControlNetModel.from_pretrained(whole)
-    assert model.config.conditioning_channels == 1
+    assert model.config.conditioning_channels == 3, "as a pipeline of diffusers wants its hint"
     assert any(bool((p != 0).any()) for p in model.controlnet_mid_block.parameters())
     report = json.loads((place / "whole" / "report.json").read_text())
     assert report == json.loads((whole / "report.json").read_text())
@@ -102,7 +102,12 @@ def test_a_run_writes_what_diffusers_loads_a_card_samples_and_a_report(place, wh
     assert set(scores) == {"value", "floor", "ceiling", "relative"}
     assert report["gap"]["residual_rms"] > 0
     assert "accuracy" not in report
-    assert "# ControlNet: canny" in (whole / "README.md").read_text()
+    card = (whole / "README.md").read_text()
+    assert "# ControlNet: canny" in card
+    assert "license" not in card, "it is the base's, which nobody told"
+    for fact in ("6 samples of 16 x 16 pixels", "batch: 2 images", "decay of the averaged weights: 0.5",
+                 "channels: 1", "min-SNR gamma: none", "decoder frozen", "the same annotator"):  # fmt: skip
+        assert fact in card
     assert Image.open(whole / "samples.png").size == Image.open(place / "whole" / "samples.png").size
     looks = [json.loads(line) for line in (place / "whole" / "evidence.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [3, 6]
@@ -238,12 +243,16 @@ def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, m
 @pytest.mark.parametrize(("changes", "most"), [({}, 2), ({"eval_batch_size": 1}, 1)])
 def test_judging_takes_no_more_images_at_a_time_than_training(place, tmp_path, monkeypatch, changes, most):
     rows = []
-    for name in ("decode", "posterior"):
-        def counted(self, many, real=getattr(Codec, name)):
+
+    def counted(real):
+        def work(self, many):
             rows.append(len(many))
             return real(self, many)
 
-        monkeypatch.setattr(Codec, name, counted)
+        return work
+
+    monkeypatch.setattr(Codec, "decode", counted(Codec.decode))
+    monkeypatch.setattr(Codec, "posterior", counted(Codec.posterior))
     config = make_config(place, tmp_path, steps=1, eval_samples=5, test_samples=0, crop="random", **changes)
     train_controlnet.main(config)
     assert max(rows) == most
@@ -258,6 +267,7 @@ def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):
     free, base = (
         json.loads((run / "report.json").read_text())["scores_without_control"] for run in (whole, tmp_path)
     )
+    assert "needs the folder `unet`" in (folder / "README.md").read_text()
     assert free == base, "the base is what it was, not the decoder that learned"
 
 
@@ -272,7 +282,7 @@ def test_stock_diffusers_draws_with_the_result(place, whole):
         controlnet=ControlNetModel.from_pretrained(whole),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    hint = torch.zeros(1, 1, SIZE, SIZE)
+    hint = Image.new("L", (SIZE, SIZE))
     images = pipeline("red circle", image=hint, num_inference_steps=2, height=SIZE, width=SIZE).images
     assert images[0].size == (SIZE, SIZE)
 
@@ -280,17 +290,19 @@ def test_stock_diffusers_draws_with_the_result(place, whole):
 @pytest.mark.parametrize(
     ("changes", "hint_channels", "score"),
     [
-        ({"hint": "outline", "hint_kind": "lines"}, 1, "likeness"),
-        ({"hint": "softedge"}, 1, "ssim"),
+        ({"hint": "outline", "hint_kind": "lines"}, 3, "likeness"),
+        ({"hint": "softedge"}, 3, "ssim"),
         ({"hint": "inpaint", "min_snr": 5.0, "prompt_drop": 1.0}, 4, "ssim"),
-        ({"gradient_checkpointing": True, "recompute_levels": 1, "flip": True, "lr_floor": 0.0}, 1, "edge_f1_1px"),
-        ({"crop": "random", "precision": "bf16", "test_samples": 0, "hint_drop": 0.5}, 1, "edge_f1_1px"),
+        ({"gradient_checkpointing": True, "recompute_levels": 1, "flip": True, "lr_floor": 0.0}, 3, "edge_f1_1px"),
+        ({"crop": "random", "precision": "bf16", "test_samples": 0, "hint_drop": 0.5}, 3, "edge_f1_1px"),
     ],
 )
 def test_options_lead_to_a_finite_result(place, tmp_path, changes, hint_channels, score):
     folder = train_controlnet.main(make_config(place, tmp_path, **{"steps": 2, "eval_every": 0, **changes}))
     assert ControlNetModel.from_pretrained(folder).config.conditioning_channels == hint_channels
     assert next(iter(json.loads((tmp_path / "report.json").read_text())["scores"])) == score
+    judges = {"likeness": "soft edges", "ssim": "the same annotator", "edge_f1_1px": "the same annotator"}
+    assert judges[score] in (folder / "README.md").read_text()
 
 
 def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys):
@@ -325,6 +337,8 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     assert checkpoint["num_processes"] == 2
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["num_samples"] == 3
+    card = (tmp_path / "two" / "controlnet" / "README.md").read_text()
+    assert "batch: 4 images" in card, "those of both ranks"
     # One rank draws the same samples without control.
     single = make_config(
         place, tmp_path / "one", steps=3, batch_size=2, accumulate=2, eval_every=2, eval_samples=3, test_samples=0,
@@ -336,9 +350,10 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     # What two ranks saved, judged by one.
     AcceleratorState._reset_state(reset_partial_state=True)
     base, validation, accelerator = make_looker(single)
+    folder = tmp_path / "two" / "controlnet"
     if rank_changes:
-        base.denoiser.network.model = UNet2DConditionModel.from_pretrained(tmp_path / "two" / "controlnet" / "unet")
-    learned = ControlledDenoiser(base.denoiser, load_adapter(tmp_path / "two" / "controlnet"))
+        base.denoiser.network.model = UNet2DConditionModel.from_pretrained(folder / "unet")
+    learned = ControlledDenoiser(base.denoiser, load_adapter(folder))
     look, _ = take_look(3, validation, learned, accelerator)
     assert look.gap.right == pytest.approx(report["gap"]["right"], rel=1e-4)
     for name, standing in look.standings.items():
@@ -502,6 +517,7 @@ def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     assert report["accuracy"].keys() == report["accuracy_without_control"].keys() == ANSWERS.keys()
     assert next(iter(report["scores"])) == {"toyworld-canny": "edge_f1_1px", "toyworld-depth": "mask_iou"}[preset]
     assert next(iter(report["scores"].values()))["ceiling"] > 0.9
+    assert "license: apache-2.0" in (tmp_path / "out" / "controlnet" / "README.md").read_text()
 
 
 def test_a_standing_in_full():

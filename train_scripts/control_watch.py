@@ -49,7 +49,7 @@ class WatchOptions:
 
 NOT_WEIGHTS = (
     "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples", "on_bad_data",
-    "convert", "eval_samples", "test_samples", "eval_batch_size",
+    "convert", "eval_samples", "test_samples", "eval_batch_size", "licence",
 )  # fmt: skip
 """Options that change no weight, or what is trained on only: that is in the fingerprint of the data."""
 
@@ -124,7 +124,7 @@ class ControlWatch:
         figures = look.figures()
         if learned is not None:
             figures["control/learned_at"] = learned
-        log(self.accelerator, step, {}, contact_sheet(self.validation.probe, images))
+        log(self.accelerator, step, {}, contact_sheet(self.validation.probe, images, most=32, side=128))
         self._say(look, learned, new=before is None)
         return figures
 
@@ -150,9 +150,7 @@ def take_look(
 ) -> tuple[Evidence, Tensor]:
     """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
     with accelerator.autocast():
-        gap = paired_gap(
-            denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share
-        )
+        gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
         images = validation.images(denoiser)
     return Evidence(step, gap, validation.standings(images)), images
 
@@ -189,9 +187,11 @@ def make_report(
     with accelerator.autocast():
         free_images = validation.images(base)
     free = validation.standings(free_images)
+    history = log.read()
     report = {
-        "step": step, "learned_at": learned_at(log.read()), "event": told(log.read()), "num_samples": len(validation.probe),
-        "guidance": validation.guidance, "sampling_steps": validation.num_steps,
+        "step": step, "learned_at": learned_at(history), "event": told(history),
+        "num_samples": len(validation.probe), "guidance": validation.guidance,
+        "sampling_steps": validation.num_steps,
         "scores": {name: in_full(standing) for name, standing in look.standings.items()},
         "scores_without_control": {name: in_full(standing) for name, standing in free.items()},
         "gap": {**asdict(look.gap), "value": look.gap.value},

@@ -30,6 +30,7 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, copy_encoder, unet_of
 from controlnet.caching import Latents, Memory
 from controlnet.data import ControlBatches, read_ahead
+from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
@@ -91,7 +92,7 @@ def main(config: Config) -> Path:
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
-            export(config, task, report, look, averaged, contact_sheet(judged.probe, images))
+            export(config, base, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -119,7 +120,9 @@ def make_batches(
     """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
     kept = base.teacher is not None and config.crop == "center"
     cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
-    latents = Latents(base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=config.latents == "sampled")
+    latents = Latents(
+        base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=config.latents == "sampled"
+    )
     training, held_out = (
         ControlBatches(
             samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
@@ -169,22 +172,41 @@ def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     )  # fmt: skip
 
 
-def export(
-    config: Config, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser, sheet: Tensor
-) -> None:
-    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
-    training = {
-        "data": f"{task.source}, {len(task.training):,} samples", "steps": config.steps,
-        "batch": config.batch_size * config.accumulate, "learning rate": config.learning_rate,
-        "prompts dropped": config.prompt_drop, "seed": config.seed,
-        **{name: report[name] for name in ("seconds",) if name in report},
+def facts(
+    config: Config, base: Base, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
+    images_per_step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a card says of the training."""
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    return {
+        "data": f"{task.source}, {len(task.training):,} samples of {base.size[1]} x {base.size[0]} pixels",
+        "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
+        "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
+        "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,
+        "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
+        "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
+        + ("trained too" if config.unlocked else "frozen"),
+        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
     }  # fmt: skip
-    base = "toyworld/pipeline" if config.base == "toyworld" else config.base
+
+
+def export(
+    config: Config, base: Base, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser,
+    judged: Validation, images: Tensor, images_per_step: int,
+) -> None:  # fmt: skip
+    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    ours = config.base == "toyworld" or base.teacher is None
+    asked = (judged.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
-        base=base, hint=config.hint, look=look, event=report["event"], training=training,
-        limits=f"Judged on {report['num_samples']} held-out samples of the same data, by the annotator that made "
-        f"the hints, guidance {config.guidance:g}, {config.sampling_steps} DDIM steps. Other data may differ.",
+        base="toyworld/pipeline" if config.base == "toyworld" else config.base, hint=config.hint, look=look,
+        event=report["event"], training=facts(config, base, task, report, denoiser, images_per_step),
+        licence=config.licence or ("apache-2.0" if ours else None),
+        hint_channels=task.hint.channels, pipeline=base.teacher is not None, unlocked=config.unlocked,
+        limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
+        f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
+        "differ.",
     )  # fmt: skip
+    sheet = contact_sheet(judged.probe, images)
     folder = config.out / "controlnet"
     unet = unet_of(denoiser.base) if config.unlocked else None
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet)
