@@ -73,8 +73,11 @@ class EncoderCopy(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, hint: Tensor, **cond: Tensor) -> dict[str, Tensor]:
         """The residuals, finest first, the middle block's last; ``hint`` (b, channels, h, w) lies in [0, 1].
 
-        Raises ``ValueError`` for a hint of another shape.
+        A hint of one channel serves a model of three, as the grey image that it is. Raises ``ValueError`` for a
+        hint of another shape.
         """
+        if self.channels == 3 and hint.ndim == 4:
+            hint = hint.expand(-1, 3, -1, -1) if hint.shape[1] == 1 else hint
         expected = (len(x_t), self.channels, x_t.shape[2] * self.factor, x_t.shape[3] * self.factor)
         if tuple(hint.shape) != expected:
             raise ValueError(

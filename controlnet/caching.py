@@ -98,7 +98,7 @@ class Latents:
         encode: images in [-1, 1] to mean and standard deviation of their latents.
         cache: of both, its identity that of the encoder; None encodes every time.
         memory: in front of the cache.
-        batch_size: images encoded at a time when entries are missing.
+        batch_size: most images encoded at a time.
         sampled: False for a base that was trained on the means: a weak KL term leaves large deviations in what
             the decoder does not look at, and such a base has never seen them.
     """
@@ -144,7 +144,9 @@ class Latents:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encode(as_floats(images))
+        parts = [self.encode(as_floats(part)) for part in images.split(self.batch_size)]
+        mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+        return mean, std
 
 
 def share_prompts(texts: PromptEncoder, prompts: Sequence[str], *, rank: int = 0, num_ranks: int = 1) -> int:

@@ -136,10 +136,17 @@ class ControlBatches:
     def examples(self, indices: Sequence[int], seed: int = 0) -> dict[str, Any]:
         """These samples for looking at: their middle, not mirrored, nothing dropped; the same at each call.
 
-        "x0", "hint" and "cond" as in training, and "images" (b, 3, height, width) in [-1, 1].
+        "x0", "hint" and "cond" as in training, and "images" (b, 3, height, width) in [-1, 1], which stay on the
+        CPU. Made ``batch_size`` at a time.
         """
-        n = len(indices)
-        return self._undropped(self._load(list(indices), [0] * n, [False] * n), seed)
+        parts = []
+        for start in range(0, len(indices), self.batch_size):
+            some = list(indices[start : start + self.batch_size])
+            part = self._undropped(self._load(some, [0] * len(some), [False] * len(some)), seed)
+            parts.append({**part, "images": part["images"].cpu()})
+        made = {name: torch.cat([part[name] for part in parts]) for name in ("x0", "hint", "images")}
+        cond = {name: torch.cat([part["cond"][name] for part in parts]) for name in parts[0]["cond"]}
+        return {**made, "cond": cond}
 
     def share_latents(self, *, rank: int = 0, num_ranks: int = 1) -> int:
         """Encode all images that are not in the cache, mirrored ones too, with the other ranks.

@@ -11,7 +11,7 @@ things do show it, on the same held-out samples, noise and seeds at each look:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
-from controlnet.scores import Score
-from score.denoiser import Cond
+from controlnet.scores import ERRORS, Score
+from score.denoiser import Cond, NetworkDenoiser
 from score.gradient import TimeWeight, prediction_weight, weighted_error
 from score.guidance import guided
 from score.randomness import derived_generator, normal_like
@@ -77,7 +77,10 @@ class Probe:
 
 
 Judge = Callable[[Tensor, Probe], Mapping[str, Tensor]]
-"""(images in [-1, 1], probe) -> scores by name, (n,) each; the first is the one to watch."""
+"""(images in [-1, 1], probe) -> scores by name, (n,) each; the first is the one to watch.
+
+The first line of its docstring says in cards what is judged.
+"""
 
 
 def hint_judge(annotate: Callable[[Tensor], Tensor], scores: Mapping[str, Score]) -> Judge:
@@ -89,6 +92,7 @@ def hint_judge(annotate: Callable[[Tensor], Tensor], scores: Mapping[str, Score]
     """
 
     def judge(images: Tensor, probe: Probe) -> dict[str, Tensor]:
+        """Are the hints that the same annotator makes of the samples those asked for?"""
         made = annotate(images)
         return {name: score(made, probe.hint.to(made.device)) for name, score in scores.items()}
 
@@ -164,17 +168,32 @@ def paired_gap(
 
 @dataclass(frozen=True)
 class Standing:
-    """A score between what it would be without control, and what it could be at best."""
+    """A score between what it would be without control, and what it could be at best.
+
+    Attributes:
+        value: of the samples.
+        floor: of the same against the hints of others.
+        ceiling: of real images.
+        error: whether less is better.
+    """
 
     value: float
     floor: float
     ceiling: float
+    error: bool = False
 
     @property
     def relative(self) -> float:
-        """0 at the floor, 1 at the ceiling, also where smaller is better; nan if they coincide."""
-        span = self.ceiling - self.floor
-        return (self.value - self.floor) / span if span else math.nan
+        """0 at the floor, 1 at the ceiling; nan where the ceiling is not better by 0.1, of an error by a tenth.
+
+        Such a score cannot tell control from none: noise would take it anywhere.
+        """
+        better, least = self.ceiling - self.floor, 0.1
+        if self.error:
+            better, least = -better, 0.1 * self.floor
+        if not (better > 0 and better >= least):
+            return math.nan
+        return (self.value - self.floor) / (self.ceiling - self.floor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,6 +210,8 @@ class Validation:
         num_steps: of DDIM.
         seed: of the initial noise.
         batch_size: images per pass.
+        share: splits drawing and round trips over ranks, which must then ask for all of them together.
+        errors: scores of the judge of which less is better.
     """
 
     probe: Probe
@@ -202,10 +223,11 @@ class Validation:
     num_steps: int = 20
     seed: int = 0
     batch_size: int = 16
+    share: Share = alone
+    errors: Collection[str] = ERRORS
 
-    @torch.no_grad()
-    def images(self, denoiser: ControlledDenoiser, share: Share = alone) -> Tensor:
-        """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; drawn in shares."""
+    def images(self, denoiser: ControlledDenoiser | NetworkDenoiser) -> Tensor:
+        """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare base."""
         denoiser, probe = denoiser.unwrapped(), self.probe
         times = grid(denoiser.schedule, self.num_steps)
 
@@ -213,23 +235,35 @@ class Validation:
             seeds = [derived_generator(self.seed, "validation", row) for row in rows.tolist()]
             x_t = initial_noise(denoiser.schedule, normal_like(probe.x0[rows], seeds), times[0])
             cond = {name: value[rows] for name, value in probe.cond.items()}
-            model = guided(denoiser.with_hint(probe.hint[rows]), self.guidance, self.negative)
-            return self.decode(sample(model, x_t, cond, times=times)).clamp(-1, 1).float()
+            model = denoiser
+            if isinstance(model, ControlledDenoiser):
+                model = model.with_hint(probe.hint[rows])
+            return self.decode(sample(guided(model, self.guidance, self.negative), x_t, cond, times=times))
 
-        drawn = share(lambda rows: torch.cat([draw(part) for part in rows.split(self.batch_size)]), len(probe))
-        return drawn.cpu()
+        return self._all(draw)
 
     def standings(self, images: Tensor) -> dict[str, Standing]:
         """What the judge says of ``images``, with floor and ceiling."""
         values, floor = _means(self.judge(images, self.probe)), _means(self.judge(images, self.probe.shuffled()))
-        return {name: Standing(value, floor[name], self.ceiling[name]) for name, value in values.items()}
+        return {
+            name: Standing(value, floor[name], self.ceiling[name], error=name in self.errors)
+            for name, value in values.items()
+        }
 
     @functools.cached_property
     def ceiling(self) -> dict[str, float]:
         """The scores of the real images after the autoencoder's round trip."""
-        with torch.no_grad():
-            parts = [self.decode(self.encode(part)) for part in self.probe.images.split(self.batch_size)]
-        return _means(self.judge(torch.cat(parts).clamp(-1, 1).float().cpu(), self.probe))
+        device = self.probe.x0.device
+        images = self._all(lambda rows: self.decode(self.encode(self.probe.images[rows].to(device))))
+        return _means(self.judge(images, self.probe))
+
+    @torch.no_grad()
+    def _all(self, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        # Row numbers to images, in batches, by all ranks.
+        def drawn(rows: Tensor) -> Tensor:
+            return torch.cat([draw(part).clamp(-1, 1).float() for part in rows.split(self.batch_size)])
+
+        return self.share(drawn, len(self.probe)).cpu()
 
 
 def _means(scores: Mapping[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from controlnet.adapter import EncoderCopy
-from controlnet.evidence import Probe
+from controlnet.evidence import Probe, Standing
 from controlnet.verdict import Evidence
 from score.atomic import whole_folder
 from score.pretrained import PartReader, find_model
@@ -26,6 +27,9 @@ def save_adapter(
     dtype: torch.dtype | None = None,
 ) -> Path:  # fmt: skip
     """Write an :class:`EncoderCopy` so that ``ControlNetModel.from_pretrained(folder)`` loads it, without loss.
+
+    One that takes hints of one channel is written for three, as published ones are and pipelines of diffusers want
+    them: a third of its first weights for each. To a grey image, red = green = blue, that is the same function.
 
     Args:
         adapter: or its average, wrapped in DDP or not.
@@ -45,7 +49,8 @@ def save_adapter(
             f"diffusers' ControlNetModel is the form of an EncoderCopy; got {type(inner).__name__}. Save "
             "its state_dict with safetensors."
         )
-    parts = [inner.model] if unet is None else [inner.model, unet]
+    model = _of_three_channels(inner.model) if inner.channels == 1 else inner.model
+    parts = [model] if unet is None else [model, unet]
     if not all(bool(p.isfinite().all()) for part in parts for p in part.parameters()):
         raise FloatingPointError("the adapter has weights that are not finite. Save an earlier checkpoint.")
     with whole_folder(folder) as temporary:
@@ -58,21 +63,33 @@ def save_adapter(
     return folder
 
 
+def _of_three_channels(model: Any) -> Any:
+    # A copy that shares all weights but the first of the hint's embedding.
+    embedding = copy.copy(model.controlnet_cond_embedding)
+    conv = copy.deepcopy(embedding.conv_in)
+    conv.weight, conv.in_channels = nn.Parameter(conv.weight.detach().repeat(1, 3, 1, 1) / 3), 3
+    embedding._modules = {**embedding._modules, "conv_in": conv}
+    model = copy.copy(model)
+    model._modules = {**model._modules, "controlnet_cond_embedding": embedding}
+    model.register_to_config(conditioning_channels=3)
+    return model
+
+
 def load_adapter(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> EncoderCopy:
     """A frozen adapter from a folder of ``save_adapter`` or diffusers, or a model's name (downloaded once).
 
-    To train it on, ``requires_grad_(True)``. Raises ``ValueError`` for weights that are missing, pickled, damaged
-    or of another class.
+    One of three channels takes hints of one, too. To train it on, ``requires_grad_(True)``. Raises ``ValueError``
+    for weights that are missing, pickled, damaged or of another class.
     """
     reader = PartReader(dtype, torch.device(device))
     return EncoderCopy(reader.read(ControlNetModel, find_model(name)))
 
 
 def model_card(
-    *, base: str, hint: str, look: Evidence | None, learned: int | None, training: Mapping[str, Any],
-    limits: str, licence: str = "apache-2.0",
+    *, base: str, hint: str, look: Evidence | None, event: str, training: Mapping[str, Any],
+    limits: str, licence: str | None = None, hint_channels: int = 3, pipeline: bool = True, unlocked: bool = False,
 ) -> str:  # fmt: skip
     """The README of an exported folder, in the form of model hubs.
 
@@ -80,21 +97,24 @@ def model_card(
         base: the pipeline that the adapter belongs to.
         hint: what it follows, and how hints are made.
         look: the last evidence; None if none was taken.
-        learned: step of the event, None if it has not come.
+        event: whether control was learned: :func:`controlnet.verdict.told`.
         training: JSON-able facts: data, steps, batch, learning rate, seed.
         limits: what the figures do not show.
-        licence: of the weights, for the hub's header.
+        licence: of the weights, for the hub's header; they are a copy of the base's, whose licence may bind them.
+            None states none.
+        hint_channels: of the adapter: 1 and 3 are pictures to a pipeline.
+        pipeline: whether ``base`` is one of diffusers.
+        unlocked: whether the folder ``unet`` goes along.
     """
-    header = f"license: {licence}\nlibrary_name: diffusers\nbase_model: {json.dumps(base)}\ntags: [controlnet]"
+    header = f"library_name: diffusers\nbase_model: {json.dumps(base)}\ntags: [controlnet]"
+    header = header if licence is None else f"license: {licence}\n{header}"
     facts = "\n".join(f"- {name}: {value}" for name, value in training.items())
-    event = "was not learned by the criterion" if learned is None else f"was learned at step {learned:,}"
     return f"""---
 {header}
 ---
 # ControlNet: {hint}
 
-    from diffusers import ControlNetModel
-    controlnet = ControlNetModel.from_pretrained("path/of/this/folder")
+{_usage(base, hint_channels, unlocked) if pipeline else USAGE_OF_NO_PIPELINE}
 
 For {base}. Control {event} (half-way from floor to ceiling in two looks running).
 
@@ -112,11 +132,38 @@ For {base}. Control {event} (half-way from floor to ceiling in two looks running
 """
 
 
+USAGE_OF_NO_PIPELINE = """\
+    from controlnet.adapter import ControlledDenoiser
+    from controlnet.export import load_adapter
+    controlled = ControlledDenoiser(base, load_adapter("path/of/this/folder"))"""
+
+
+def _usage(base: str, hint_channels: int, unlocked: bool) -> str:
+    # What a card shows of diffusers; the two sorts of pipeline have one door.
+    picture = hint_channels in (1, 3)
+    names = "AutoPipelineForText2Image, ControlNetModel" + ", UNet2DConditionModel" * unlocked
+    lines = [
+        "import torch" if not picture else "from PIL import Image",
+        f"from diffusers import {names}",
+        "",
+        'folder = "path/of/this/folder"',
+        'parts = {"controlnet": ControlNetModel.from_pretrained(folder)}',
+        *['parts["unet"] = UNet2DConditionModel.from_pretrained(folder + "/unet")'] * unlocked,
+        f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base)}, **parts)",
+        'hint = Image.open("hint.png").convert("RGB")'
+        if picture
+        else f"hint = torch.zeros(1, {hint_channels}, height, width)  # in [0, 1], yours",
+        'image = pipe("a prompt", image=hint).images[0]',
+    ]
+    said = ["The decoder was trained too: the adapter needs the folder `unet` beside it.", ""] * unlocked
+    return "\n".join([*said, *(f"    {line}".rstrip() for line in lines)])
+
+
 def _table(look: Evidence | None) -> str:
     if look is None:
         return "No evidence was taken."
     rows = [
-        f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {one.relative:.2f} |"
+        f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {_relative(one)} |"
         for name, one in look.standings.items()
     ]
     gap = look.gap
@@ -132,18 +179,33 @@ def _table(look: Evidence | None) -> str:
     )
 
 
-def contact_sheet(probe: Probe, images: Tensor, columns: int = 16) -> Tensor:
+def _relative(standing: Standing) -> str:
+    return "cannot tell" if math.isnan(standing.relative) else f"{standing.relative:.2f}"
+
+
+def contact_sheet(probe: Probe, images: Tensor, columns: int = 16, *, most: int = 64, side: int = 256) -> Tensor:
     """(1, 3, H, W) in [0, 1]: rows of hints, real images and samples, in turn.
 
     Args:
         probe: of n samples.
         images: (n, 3, h, w) in [-1, 1].
         columns: samples in a row.
+        most: samples that are shown, the first ones.
+        side: pixels that a larger image is shrunk to; without these two, 64 images of 1024 pixels would make
+            200 million.
     """
-    hints = nn.functional.interpolate(_as_colours(probe.hint.cpu().float()), images.shape[2:], mode="nearest")
-    rows = [hints, *((many.cpu().float().clamp(-1, 1) + 1) / 2 for many in (probe.images, images))]
-    parts = [many for start in range(0, len(probe), columns) for many in _padded(rows, start, columns)]
-    return make_grid(torch.cat(parts), nrow=min(columns, len(probe)), padding=1, pad_value=0.5)[None]
+    hints, real, made = (many[:most].cpu().float() for many in (probe.hint, probe.images, images))
+    colours = nn.functional.interpolate(_as_colours(hints), images.shape[2:], mode="nearest")
+    rows = [_shrunk(colours, side), *(_shrunk((many.clamp(-1, 1) + 1) / 2, side) for many in (real, made))]
+    parts = [many for start in range(0, len(hints), columns) for many in _padded(rows, start, columns)]
+    return make_grid(torch.cat(parts), nrow=min(columns, len(hints)), padding=1, pad_value=0.5)[None]
+
+
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    height, width = images.shape[2:]
+    factor = min(1.0, side / max(height, width))
+    size = (max(1, round(factor * height)), max(1, round(factor * width)))
+    return nn.functional.interpolate(images, size, mode="area") if factor < 1 else images
 
 
 def _padded(rows: list[Tensor], start: int, columns: int) -> list[Tensor]:

@@ -108,6 +108,9 @@ MASK_SCORES: Mapping[str, Score] = {"mask_iou": mask_iou, "centre_error": centre
 DENSE_SCORES: Mapping[str, Score] = {"rmse": rmse, "ssim": ssim}
 """Of depth, normals, soft edges."""
 
+ERRORS = frozenset({"rmse", "centre_error", "colour_error"})
+"""Names of those of which less is better; of all others more is."""
+
 
 def _check(made: Tensor, wanted: Tensor) -> None:
     if made.shape != wanted.shape or made.ndim != 4:

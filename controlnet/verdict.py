@@ -31,6 +31,10 @@ class Evidence:
         """The watched score, 0 at its floor and 1 at its ceiling."""
         return next(iter(self.standings.values())).relative
 
+    def shows(self, threshold: float = 0.5) -> bool:
+        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint."""
+        return self.relative >= threshold and self.gap.significant
+
     def figures(self) -> dict[str, float]:
         """Scalars to log."""
         gap = {"gap": self.gap.value, "gap_error": self.gap.error, "residual_rms": self.gap.residual_rms}
@@ -46,19 +50,31 @@ class Evidence:
 
 
 def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive: int = 2) -> int | None:
-    """The step at which control was learned, or None: the first of ``consecutive`` looks from ``threshold`` up.
+    """The step at which control was learned, or None: the first of ``consecutive`` looks that show it.
 
-    ``threshold`` is of the watched score between floor and ceiling. A function of the record alone, so a resumed
+    ``threshold`` is that of :meth:`Evidence.shows`. A function of the record alone, so a resumed
     run finds the same step. Raises ``ValueError`` for a threshold outside (0, 1] or no look at all.
     """
     if not 0 < threshold <= 1 or consecutive < 1:
         raise ValueError(f"need 0 < threshold <= 1 and consecutive >= 1; got {threshold}, {consecutive}.")
     run: list[int] = []
     for look in history:
-        run = [*run, look.step] if look.relative >= threshold else []
+        run = [*run, look.step] if look.shows(threshold) else []
         if len(run) == consecutive:
             return run[0]
     return None
+
+
+def told(history: Sequence[Evidence], consecutive: int = 2) -> str:
+    """The event in words that go on from "control ", without a verdict where too little was seen for one."""
+    learned = learned_at(history, consecutive=consecutive)
+    if learned is not None:
+        return f"was learned at step {learned:,}"
+    if history and math.isnan(history[-1].relative):
+        return f"is undecided: {next(iter(history[-1].standings))} cannot tell, its ceiling is too near its floor"
+    if len(history) < consecutive or history[-1].shows():
+        return f"is undecided: too few looks to tell ({len(history)})"
+    return "was not learned by the criterion"
 
 
 def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int = 12_000) -> list[str]:
@@ -74,7 +90,7 @@ def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int
     said = []
     if float((hints - hints[:1]).abs().mean()) < 1e-3:
         said.append("the hints of all samples are nearly alike: look at them, the annotator may see nothing.")
-    if math.isnan(standing.relative) or abs(standing.ceiling - standing.floor) < 0.1:
+    if math.isnan(standing.relative):
         said.append(
             f"{name} cannot tell: real images reach {standing.ceiling:.3f}, hints of other samples "
             f"{standing.floor:.3f}. Judge by another score, tolerance or annotator."
@@ -108,14 +124,17 @@ class EvidenceLog:
 
     Attributes:
         path: of the file; created with the first line.
+        validation: what identifies samples, judge and sampler. Looks taken otherwise cannot be compared: they are
+            not read, and the next ``append`` removes them.
     """
 
     path: Path
+    validation: str = ""
 
     def append(self, look: Evidence) -> Self:
         """Write a look; a later one of the same or an earlier step replaces what followed."""
         kept = [*self.read(before=look.step), look]
-        lines = "".join(json.dumps(_as_json(one)) + "\n" for one in kept)
+        lines = "".join(json.dumps({**_as_json(one), "validation": self.validation}) + "\n" for one in kept)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".writing")
         temporary.write_text(lines)
@@ -127,7 +146,8 @@ class EvidenceLog:
         if not self.path.is_file():
             return []
         try:
-            looks = [_from_json(json.loads(line)) for line in self.path.read_text().splitlines()]
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            looks = [_from_json(line) for line in lines if line.get("validation", "") == self.validation]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.path} is no record of evidence ({error!r}). Move it away.") from error
         return [look for look in looks if look.step < before]

@@ -257,6 +257,23 @@ def test_examples_are_plain_and_always_the_same():
     assert torch.equal(loader.examples([7])["x0"][0], made["x0"][1])
 
 
+def test_examples_are_made_a_batch_at_a_time():
+    """At full size all of them at once would not fit, where training does."""
+    calls = []
+
+    def encode(images):
+        calls.append(len(images))
+        return halve(images)
+
+    settings = {"hints": [Blur((16.0, 160.0))], "latents": Latents(encode)}
+    made = batches(Numbered(), **settings, batch_size=2).examples(range(5))
+    assert calls == [2, 2, 1]
+    assert equal(made, batches(Numbered(), **settings, batch_size=8).examples(range(5)))
+    calls.clear()
+    batches(Numbered(), **{**settings, "latents": Latents(encode, batch_size=3)}, batch_size=8).examples(range(5))
+    assert calls == [3, 2]
+
+
 # What is dropped
 
 

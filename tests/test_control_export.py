@@ -27,7 +27,7 @@ LOOK = Evidence(3000, Gap(0.1, 0.12, 0.001, 0.3), {"edge_f1_1px": Standing(0.7, 
 
 def make_card(**changes):
     settings = {
-        "base": "toyworld/pipeline", "hint": "canny edges", "look": LOOK, "learned": 2500,
+        "base": "toyworld/pipeline", "hint": "canny edges", "look": LOOK, "event": "was learned at step 2,500",
         "training": {"updates": 4000, "learning rate": 1e-4}, "limits": "64 held-out renders; one seed.",
     }  # fmt: skip
     return model_card(**{**settings, **changes})
@@ -40,21 +40,29 @@ def make_probe(n=5, channels=1, name="pixels"):
 
 
 @pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
 def test_stock_diffusers_loads_the_folder_without_loss(name, tmp_path):
     controlled, inputs = make_controlled(name, trained=True), make_inputs(name)
     folder = save_adapter(controlled.adapter, tmp_path / "control", make_card())
     stock = ControlNetModel.from_pretrained(folder)
     wanted = controlled.adapter.model.state_dict()
     assert stock.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(value, wanted[key]) for key, value in stock.state_dict().items())
+    grey = controlled.adapter.channels == 1
+    embedding = "controlnet_cond_embedding.conv_in.weight"
+    different = {key for key, value in stock.state_dict().items() if not torch.equal(value, wanted[key])}
+    assert different == ({embedding} if grey else set())
+    hint = inputs["hint"].expand(-1, 3, -1, -1) if grey else inputs["hint"]
     added = {key: value for key, value in inputs["cond"].items() if key in ("text_embeds", "time_ids")}
     down, mid = stock(
         inputs["x_t"], inputs["t"], encoder_hidden_states=inputs["cond"]["encoder_hidden_states"],
-        controlnet_cond=inputs["hint"], added_cond_kwargs=added, return_dict=False,
+        controlnet_cond=hint, added_cond_kwargs=added, return_dict=False,
     )  # fmt: skip
-    ours = controlled.residuals(inputs["x_t"], inputs["t"], inputs["cond"])
-    for got, expected in zip([*down, mid], ours.values(), strict=True):
-        assert torch.equal(got, expected)
+    call = (inputs["x_t"], inputs["t"], inputs["cond"])
+    for got, expected in zip([*down, mid], controlled.residuals(*call).values(), strict=True):
+        close(got, expected, rtol=1e-4, atol=1e-5)
+        assert grey or torch.equal(got, expected)
+    read = load_adapter(folder).model.state_dict()
+    assert all(torch.equal(value, read[key]) for key, value in stock.state_dict().items())
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "diffusion_pytorch_model.safetensors", "README.md"
     }  # fmt: skip
@@ -65,10 +73,13 @@ def test_our_own_reading_of_the_folder_is_frozen_and_equal(name, tmp_path):
     controlled, inputs = make_controlled(name, trained=True), make_inputs(name)
     read = load_adapter(save_adapter(controlled.adapter, tmp_path / "control", ""))
     assert not any(p.requires_grad for p in read.parameters())
-    assert (read.channels, read.factor) == (controlled.adapter.channels, controlled.adapter.factor)
+    assert (read.channels, read.factor) == (3, controlled.adapter.factor)
+    assert controlled.adapter.model.config.conditioning_channels == controlled.adapter.channels, "not touched"
     call = (inputs["x_t"], inputs["t"], inputs["cond"])
     with torch.no_grad():
-        assert torch.equal(replace(controlled, adapter=read)(*call), controlled(*call))
+        close(replace(controlled, adapter=read)(*call), controlled(*call), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="3 channels"):
+        read(inputs["x_t"], inputs["t"], torch.zeros(4, 2, *inputs["hint"].shape[2:]), **inputs["cond"])
 
 
 @pytest.mark.parametrize("guess", [False, True])
@@ -87,7 +98,8 @@ def test_the_stock_pipeline_draws_the_image_that_ours_draws(guess, tmp_path):
     )  # fmt: skip
     stock.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    hint = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    edges = torch.rand(32, 32, generator=torch.Generator().manual_seed(2)) > 0.5
+    hint = Image.fromarray((255 * edges).byte().numpy())  # grey, as a file of edges is
     embeds, negative = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(3))
     stock.vae_scale_factor = 4  # the tiny autoencoder's is 2; the hint decides the size of what is drawn
     drawn = stock(
@@ -95,7 +107,7 @@ def test_the_stock_pipeline_draws_the_image_that_ours_draws(guess, tmp_path):
         guidance_scale=3.0, guess_mode=guess, output_type="latent", height=32, width=32,
         controlnet_conditioning_scale=0.8,
     ).images  # fmt: skip
-    controlled = ControlledDenoiser(base, load_adapter(folder), hint, scale=0.8, guess=guess)
+    controlled = ControlledDenoiser(base, load_adapter(folder), edges[None, None].float(), scale=0.8, guess=guess)
     denoiser = guided(controlled, 3.0, {"encoder_hidden_states": negative})
     times = torch.tensor([751.0, 501.0, 251.0, 1.0], dtype=torch.float64)
     with torch.no_grad():
@@ -174,14 +186,53 @@ def test_folders_that_hold_no_controlnet_are_named(tmp_path):
 
 def test_the_card_tells_score_floor_ceiling_and_event():
     card = make_card()
-    assert card.startswith('---\nlicense: apache-2.0\nlibrary_name: diffusers\nbase_model: "toyworld/pipeline"\n')
+    assert card.startswith('---\nlibrary_name: diffusers\nbase_model: "toyworld/pipeline"\n')
+    assert make_card(licence="mit").startswith("---\nlicense: mit\nlibrary_name: ")
     assert "| edge_f1_1px | 0.7000 | 0.2000 | 0.9000 | 0.71 |" in card
     assert "learned at step 2,500" in card
     assert "0.10000, under another sample's 0.12000 (difference 0.02000 +- 0.00100)" in card
     assert "- learning rate: 0.0001" in card
     assert "64 held-out renders; one seed." in card
-    assert "was not learned by the criterion" in make_card(learned=None)
+    assert "Control was not learned by" in make_card(event="was not learned by the criterion")
+    blind = make_card(look=replace(LOOK, standings={"edge_f1": Standing(0.157, 0.173, 0.166)}))
+    assert "| edge_f1 | 0.1570 | 0.1730 | 0.1660 | cannot tell |" in blind
     assert "No evidence was taken." in make_card(look=None)
+
+
+def snippet(card):
+    return "\n".join(line[4:] for line in card.splitlines() if line.startswith("    "))
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_what_the_card_shows_works(tmp_path, monkeypatch, unlocked):
+    """Run as it stands, in a folder with a hint of edges, grey as files of edges are."""
+    pipeline = tiny.sd()
+    pipeline.save_pretrained(tmp_path / "base")
+    base = NetworkDenoiser(DiffusersNetwork(freeze(pipeline.unet)), VariancePreserving.scaled_linear())
+    adapter = make_adapter(base, "toyworld", trained=True)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.add_(1.0)
+    card = make_card(base=str(tmp_path / "base"), hint_channels=1, unlocked=unlocked)
+    folder = tmp_path / "path/of/this/folder"
+    folder.parent.mkdir(parents=True)
+    save_adapter(adapter, folder, card, unet=pipeline.unet if unlocked else None)
+    Image.new("L", (32, 32), 255).save(tmp_path / "hint.png")
+    monkeypatch.chdir(tmp_path)
+    code = snippet(card).replace('"a prompt", image=hint', '"a prompt", image=hint, num_inference_steps=1')
+    # The tiny autoencoder halves where the adapter's hint is quartered.
+    names = {}
+    exec(code.replace("image = pipe", "pipe.vae_scale_factor = 4\nimage = pipe"), names)
+    assert isinstance(names["pipe"], StableDiffusionControlNetPipeline)
+    assert isinstance(names["image"], Image.Image)
+    assert torch.equal(names["pipe"].unet.conv_out.bias, pipeline.unet.conv_out.bias) == unlocked
+    assert ("needs the folder `unet`" in card) == unlocked
+
+
+def test_the_card_of_other_hints_and_bases_shows_what_can_be_done():
+    assert "hint = torch.zeros(1, 4, height, width)" in snippet(make_card(hint_channels=4))
+    assert "Image.open" not in make_card(hint_channels=4)
+    assert "pipe" not in snippet(make_card(pipeline=False))
+    compile(snippet(make_card(pipeline=False)), "card", "exec")
 
 
 def test_names_of_bases_cannot_break_the_header():
@@ -210,6 +261,17 @@ def test_the_sheet_shows_hint_image_and_sample_of_everyone(channels, tmp_path):
     adapter = make_adapter(make_base("pixels"), "pixels")
     folder = save_adapter(adapter, tmp_path / "control", "", samples=sheet)
     assert Image.open(folder / "samples.png").size == (19, 82)
+
+
+def test_a_sheet_of_large_images_stays_small():
+    """Pillow refuses to open what 64 tiles of 1024 pixels would make."""
+    probe = make_probe(n=5)
+    large = torch.zeros(5, 3, 128, 64)
+    large[:, :, :, 32:] = 1.0
+    sheet = contact_sheet(replace(probe, images=large), large, columns=2, most=3, side=32)
+    assert sheet.shape == (1, 3, 2 * 3 * 33 + 1, 2 * 17 + 1)
+    close(sheet[0, :, 67:99, 1:9], torch.full((3, 32, 8), 0.5))
+    close(sheet[0, :, 67:99, 9:17], torch.full((3, 32, 8), 1.0))
 
 
 def test_a_sheet_of_few_samples_is_as_wide_as_they_are():

@@ -20,7 +20,6 @@ from tiny_controls import (
     meta_controlled,
     state_of,
 )
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser
@@ -349,6 +348,8 @@ def test_two_ranks_share_the_work_of_a_look_and_see_the_same(two_ranks):
         assert answers["rows"] == 2 * 4, "half of seven samples, rounded up, under both hints"
         close(answers["look"]["gap"], expected["gap"], rtol=1e-4, atol=1e-7)
         close(answers["look"]["images"], expected["images"], rtol=1e-4, atol=1e-4)
+        assert torch.equal(answers["look"]["ceiling"], expected["ceiling"])
+        assert answers["look"]["decoded"] == 2 * 4, "its share of the images drawn, and of the real ones"
 
 
 def test_one_rank_does_all_rows(accelerator):
@@ -404,22 +405,26 @@ def test_recomputing_the_frozen_decoder_too_keeps_far_less_and_changes_no_gradie
             close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-9)
 
 
-def test_the_frozen_encoder_keeps_nothing():
-    """A base whose residuals end at the middle block: what is saved does not grow with the encoder in front."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_frozen_encoder_keeps_nothing(frozen):
+    """Between the first convolution and the end of the middle block, for the way back through the adapter."""
     controlled, inputs = make_controlled("sd"), make_inputs()
-    unet, network = controlled.base.network.model, controlled.base.network
-    encoder = nn.ModuleList([unet.conv_in, unet.down_blocks])
-    inside = []
+    unet = controlled.base.network.model
+    unet.conv_in.requires_grad_(not frozen)
+    inside, kept = [False], []
+    unet.conv_in.register_forward_pre_hook(lambda *arguments: inside.append(True))
+    unet.mid_block.register_forward_hook(lambda *arguments: inside.append(False))
 
-    def note(module, arguments, output):
-        inside.append(output[0] if isinstance(output, tuple) else output)
+    def pack(tensor):
+        if inside[-1]:
+            kept.append(tensor.nbytes)
+        return tensor
 
-    hooks = [block.register_forward_hook(note) for block in (unet.conv_in, *unet.down_blocks, unet.mid_block)]
-    controlled(inputs["x_t"], inputs["t"], inputs["cond"])
-    for hook in hooks:
-        hook.remove()
-    assert [value.requires_grad for value in inside] == [False] * 4
-    assert sum(p.numel() for p in encoder.parameters()) < sum(p.numel() for p in network.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        controlled(inputs["x_t"], inputs["t"], inputs["cond"]).sum().backward()
+    assert len(inside) == 3
+    assert (sum(kept) == 0) == frozen
+    assert all(p.grad is not None for p in controlled.adapter.parameters() if p.requires_grad)
 
 
 def test_networks_in_channels_last_compute_the_same():

@@ -11,7 +11,7 @@ from torch import nn
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Gap, Probe, Standing, Validation, hint_judge, paired_gap
 from controlnet.scores import EDGE_SCORES, MASK_SCORES, mask_iou
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes
+from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from score.denoiser import NetworkDenoiser
 from score.families import DiffusersNetwork
 from score.gradient import min_snr_weight, prediction_weight
@@ -189,11 +189,33 @@ def test_the_ceiling_is_what_the_round_trip_through_the_autoencoder_leaves():
     assert make_validation().ceiling["mask_iou"] == 1.0
 
 
-def test_relative_standings_know_no_direction():
+def test_relative_standings_know_their_direction():
     assert Standing(0.6, 0.2, 1.0).relative == pytest.approx(0.5)
-    assert Standing(3.0, 5.0, 1.0).relative == pytest.approx(0.5)  # an error
+    assert Standing(3.0, 5.0, 1.0, error=True).relative == pytest.approx(0.5)
     assert Standing(0.1, 0.2, 1.0).relative == pytest.approx(-0.125)
-    assert math.isnan(Standing(0.5, 0.3, 0.3).relative)
+    assert make_validation().standings(torch.rand(8, 3, 16, 16))["centre_error"].error
+
+
+@pytest.mark.parametrize(
+    "standing",
+    [
+        Standing(0.5, 0.3, 0.3), Standing(0.4, 0.453, 0.426), Standing(0.157, 0.173, 0.166),
+        Standing(0.02, -0.011, -0.009), Standing(0.9, 0.3, 0.39), Standing(3.0, 1.0, 5.0, error=True),
+        Standing(3.0, 5.0, 4.6, error=True), Standing(0.0, 0.0, 0.0, error=True), Standing(0.5, math.nan, 1.0),
+    ],
+)  # fmt: skip
+def test_a_ceiling_that_is_hardly_better_than_the_floor_tells_nothing(standing):
+    assert math.isnan(standing.relative)
+    sure = Gap(right=1.0, shuffled=1.2, error=0.01, residual_rms=0.1)
+    assert learned_at([make_look(step, 0.0, sure, {"f1": standing}) for step in (1, 2, 3)]) is None
+
+
+def test_a_bare_base_draws_what_control_of_no_strength_does():
+    controlled = make_controlled("pixels", trained=True)
+    validation = make_validation(probe=make_probe(), num_steps=2)
+    free = validation.images(controlled.base)
+    assert torch.equal(free, validation.images(replace(controlled, scale=0.0)))
+    assert not torch.equal(free, validation.images(controlled))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -227,7 +249,7 @@ def test_an_image_is_what_sampling_by_hand_gives():
 
 
 def make_look(step, relative, gap=None, standings=None):
-    gap = gap or Gap(right=1.0, shuffled=1.0, error=0.01, residual_rms=0.1)
+    gap = gap or Gap(right=1.0, shuffled=1.2, error=0.01, residual_rms=0.1)
     return Evidence(step, gap, standings or {"f1": Standing(relative, 0.0, 1.0), "ssim": Standing(0.9, 0.0, 1.0)})
 
 
@@ -243,6 +265,24 @@ def test_control_is_learned_when_two_looks_running_say_so():
     assert learned_at([make_look(i, math.nan) for i in range(5)]) is None
 
 
+def test_no_control_is_learned_while_the_loss_does_not_use_the_hint():
+    unsure = Gap(right=1.0, shuffled=1.02, error=0.01, residual_rms=0.1)
+    history = [make_look(1, 0.9, unsure), make_look(2, 0.9, unsure), make_look(3, 0.9), make_look(4, 0.9)]
+    assert learned_at(history[:2]) is None
+    assert learned_at(history) == 3
+
+
+def test_no_verdict_is_told_of_what_was_not_seen():
+    low, high, blind = make_look(1, 0.1), make_look(2, 0.9), make_look(3, math.nan)
+    assert told([low, high, high]) == "was learned at step 2"
+    assert told([low, low]) == "was not learned by the criterion"
+    assert told([high, low]) == "was not learned by the criterion"
+    assert told([]) == "is undecided: too few looks to tell (0)"
+    assert told([high]) == "is undecided: too few looks to tell (1)"
+    assert told([low, low, high]) == "is undecided: too few looks to tell (3)"
+    assert told([low, blind]) == "is undecided: f1 cannot tell, its ceiling is too near its floor"
+
+
 @pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"threshold": 1.5}, {"consecutive": 0}])
 def test_an_event_that_could_not_be_is_refused(wrong):
     with pytest.raises(ValueError, match=r"need 0 < threshold <= 1 and consecutive >= 1; got"):
@@ -251,7 +291,8 @@ def test_an_event_that_could_not_be_is_refused(wrong):
 
 def causes(look=None, hints=None, images_seen=20_000):
     hints = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) if hints is None else hints
-    return likely_causes(look or make_look(1, 0.1), hints, images_seen=images_seen)
+    unheard = Gap(right=1.0, shuffled=1.0, error=0.01, residual_rms=0.1)
+    return likely_causes(look or make_look(1, 0.1, unheard), hints, images_seen=images_seen)
 
 
 def test_causes_fit_the_figures():
@@ -271,7 +312,7 @@ def test_causes_fit_the_figures():
 
 def test_figures_hold_gap_floor_and_ceiling():
     figures = make_look(3, 0.25).figures()
-    assert figures["control/gap"] == 0.0
+    assert figures["control/gap"] == pytest.approx(0.2)
     assert {"control/f1", "control/f1_floor", "control/f1_ceiling", "control/ssim"} < set(figures)
     assert figures["control/f1_relative"] == 0.25
 
@@ -289,6 +330,18 @@ def test_the_record_survives_a_restart(tmp_path):
     log.append(again)  # resumed from a checkpoint of step 1
     assert log.read() == [looks[0], again]
     assert [path.name for path in log.path.parent.iterdir()] == ["evidence.jsonl"]
+
+
+def test_looks_of_another_validation_are_left_out_and_replaced(tmp_path):
+    path, looks = tmp_path / "evidence.jsonl", [make_look(step, 0.1 * step) for step in (1, 2, 3)]
+    for look in looks[:2]:
+        EvidenceLog(path, "guidance 3").append(look)
+    other = EvidenceLog(path, "guidance 5")
+    assert other.read() == []
+    assert EvidenceLog(path, "guidance 3").read() == looks[:2]
+    other.append(looks[2])
+    assert other.read() == looks[2:]
+    assert len(path.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["{}\n", "not json\n", '{"step": 1, "gap": {}, "standings": {}}\n', "[1]\n"])

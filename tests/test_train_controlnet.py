@@ -15,8 +15,8 @@ import train_circles
 import train_controlnet
 from accelerate.state import AcceleratorState
 from control_bases import encode_captions, load_base
-from control_watch import in_full
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from control_watch import in_full, make_validation, take_look
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
@@ -24,7 +24,11 @@ from torchvision.transforms.functional import to_pil_image
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Standing
+from controlnet.export import load_adapter
 from score.codec import Codec
+from score.guidance import guided
+from score.randomness import derived_generator, normal_like
+from score.sampling import grid, initial_noise, sample
 from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +90,7 @@ def whole(place):
 
 def test_a_run_writes_what_diffusers_loads_a_card_samples_and_a_report(place, whole):
     model = ControlNetModel.from_pretrained(whole)
-    assert model.config.conditioning_channels == 1
+    assert model.config.conditioning_channels == 3, "as a pipeline of diffusers wants its hint"
     assert any(bool((p != 0).any()) for p in model.controlnet_mid_block.parameters())
     report = json.loads((place / "whole" / "report.json").read_text())
     assert report == json.loads((whole / "report.json").read_text())
@@ -96,7 +100,12 @@ def test_a_run_writes_what_diffusers_loads_a_card_samples_and_a_report(place, wh
     assert set(scores) == {"value", "floor", "ceiling", "relative"}
     assert report["gap"]["residual_rms"] > 0
     assert "accuracy" not in report
-    assert "# ControlNet: canny" in (whole / "README.md").read_text()
+    card = (whole / "README.md").read_text()
+    assert "# ControlNet: canny" in card
+    assert "license" not in card, "it is the base's, which nobody told"
+    for fact in ("6 samples of 16 x 16 pixels", "batch: 2 images", "decay of the averaged weights: 0.5",
+                 "channels: 1", "min-SNR gamma: none", "decoder frozen", "the same annotator"):  # fmt: skip
+        assert fact in card
     assert Image.open(whole / "samples.png").size == Image.open(place / "whole" / "samples.png").size
     looks = [json.loads(line) for line in (place / "whole" / "evidence.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [3, 6]
@@ -114,12 +123,52 @@ def test_the_log_holds_scalars_and_validation_images(place, whole):
     assert tags["images"] == ["samples"]
 
 
+def make_looker(config):
+    """What judges a run, and its base, as the script makes them."""
+    accelerator = train_controlnet.start(config)
+    base, task = train_controlnet.load(config, accelerator)
+    _, held_out = train_controlnet.make_batches(config, base, task, accelerator)
+    indices = range(config.eval_samples, len(task.held_out)) if config.test_samples else range(config.eval_samples)
+    return base, make_validation(config, base, task, held_out, indices, accelerator), accelerator
+
+
 def test_without_control_the_report_is_of_the_base_itself(place, whole):
-    """Its scores are of samples that stock diffusers draws too, whatever the adapter became."""
+    """Drawn here without any adapter, sample by sample, and judged by edges read off."""
     report = json.loads((whole / "report.json").read_text())
     assert report["scores_without_control"] != report["scores"]
-    floor = report["scores_without_control"]["edge_f1_1px"]["ceiling"]
-    assert floor == report["scores"]["edge_f1_1px"]["ceiling"]
+    base, validation, _ = make_looker(make_config(place, place / "whole"))
+    probe, times, images = validation.probe, grid(base.denoiser.schedule, 2), []
+    for row in range(2):
+        noise = normal_like(probe.x0[:1], [derived_generator(0, "validation", row)])
+        cond = {name: value[row : row + 1] for name, value in probe.cond.items()}
+        with torch.no_grad():
+            x_t = initial_noise(base.denoiser.schedule, noise, times[0])
+            x0 = sample(guided(base.denoiser, 2.0, base.null), x_t, cond, times=times)
+            images.append(base.decode(x0).clamp(-1, 1))
+    drawn = validation.judge(torch.cat(images), probe)
+    for name, standing in report["scores_without_control"].items():
+        assert standing["value"] == pytest.approx(float(drawn[name].mean()), abs=1e-3)
+    assert validation.ceiling["ssim"] == pytest.approx(report["scores"]["ssim"]["ceiling"])
+
+
+def test_the_last_look_and_the_report_are_of_one_precision(place, tmp_path, monkeypatch):
+    """The same weights on the same samples: networks in bf16, the autoencoder in float32, whoever asks."""
+    lowered, real = [], Codec.decode
+
+    def decode(self, x0):
+        lowered.append(torch.is_autocast_enabled("cpu"))
+        return real(self, x0)
+
+    monkeypatch.setattr(Codec, "decode", decode)
+    train_controlnet.main(make_config(place, tmp_path, precision="bf16", test_samples=0, steps=2, eval_every=2))
+    report = json.loads((tmp_path / "report.json").read_text())
+    look = json.loads((tmp_path / "evidence.jsonl").read_text())
+    assert look["gap"] == {name: value for name, value in report["gap"].items() if name != "value"}
+    for name, standing in look["standings"].items():
+        same = {part: report["scores"][name][part] for part in ("value", "floor", "ceiling")}
+        assert same == {part: standing[part] for part in same}
+    assert lowered
+    assert not any(lowered)
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
@@ -150,7 +199,9 @@ def test_a_killed_run_ends_in_the_same_weights_and_evidence(place, tmp_path, who
     assert (said in capsys.readouterr().out) == (kill_at > 1)
     assert equal(weights(whole), weights(folder))
     assert (tmp_path / "evidence.jsonl").read_text() == (place / "whole" / "evidence.jsonl").read_text()
-    assert json.loads((tmp_path / "report.json").read_text())["resumed"] == (kill_at > 1)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["resumed"] == (kill_at > 1)
+    assert ("seconds" in report) == ("cpu_seconds" in report) == (kill_at == 1), "of the last process only"
 
 
 def test_kills_fall_between_steps_in_mid_accumulation_too(place, tmp_path, monkeypatch):
@@ -187,12 +238,35 @@ def test_a_changed_learning_rate_encodes_nothing_again(place, tmp_path, whole, m
     assert sum(calls) == 4, "the ceilings of two samples watched and two reported; all latents were kept"
 
 
+@pytest.mark.parametrize(("changes", "most"), [({}, 2), ({"eval_batch_size": 1}, 1)])
+def test_judging_takes_no_more_images_at_a_time_than_training(place, tmp_path, monkeypatch, changes, most):
+    rows = []
+
+    def counted(real):
+        def work(self, many):
+            rows.append(len(many))
+            return real(self, many)
+
+        return work
+
+    monkeypatch.setattr(Codec, "decode", counted(Codec.decode))
+    monkeypatch.setattr(Codec, "posterior", counted(Codec.posterior))
+    config = make_config(place, tmp_path, steps=1, eval_samples=5, test_samples=0, crop="random", **changes)
+    train_controlnet.main(config)
+    assert max(rows) == most
+
+
 def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):
     folder = train_controlnet.main(make_config(place, tmp_path, unlocked=True, steps=3))
     ours = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     before = load_file(place / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], before[name])}
     assert changed == {"up_blocks", "conv_norm_out", "conv_out"}
+    free, base = (
+        json.loads((run / "report.json").read_text())["scores_without_control"] for run in (whole, tmp_path)
+    )
+    assert "needs the folder `unet`" in (folder / "README.md").read_text()
+    assert free == base, "the base is what it was, not the decoder that learned"
 
 
 def test_stock_diffusers_draws_with_the_result(place, whole):
@@ -206,7 +280,7 @@ def test_stock_diffusers_draws_with_the_result(place, whole):
         controlnet=ControlNetModel.from_pretrained(whole),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    hint = torch.zeros(1, 1, SIZE, SIZE)
+    hint = Image.new("L", (SIZE, SIZE))
     images = pipeline("red circle", image=hint, num_inference_steps=2, height=SIZE, width=SIZE).images
     assert images[0].size == (SIZE, SIZE)
 
@@ -214,17 +288,19 @@ def test_stock_diffusers_draws_with_the_result(place, whole):
 @pytest.mark.parametrize(
     ("changes", "hint_channels", "score"),
     [
-        ({"hint": "outline", "hint_kind": "lines"}, 1, "likeness"),
-        ({"hint": "softedge"}, 1, "ssim"),
+        ({"hint": "outline", "hint_kind": "lines"}, 3, "likeness"),
+        ({"hint": "softedge"}, 3, "ssim"),
         ({"hint": "inpaint", "min_snr": 5.0, "prompt_drop": 1.0}, 4, "ssim"),
-        ({"gradient_checkpointing": True, "recompute_levels": 1, "flip": True, "lr_floor": 0.0}, 1, "edge_f1_1px"),
-        ({"crop": "random", "precision": "bf16", "test_samples": 0, "hint_drop": 0.5}, 1, "edge_f1_1px"),
+        ({"gradient_checkpointing": True, "recompute_levels": 1, "flip": True, "lr_floor": 0.0}, 3, "edge_f1_1px"),
+        ({"crop": "random", "precision": "bf16", "test_samples": 0, "hint_drop": 0.5}, 3, "edge_f1_1px"),
     ],
 )
 def test_options_lead_to_a_finite_result(place, tmp_path, changes, hint_channels, score):
     folder = train_controlnet.main(make_config(place, tmp_path, **{"steps": 2, "eval_every": 0, **changes}))
     assert ControlNetModel.from_pretrained(folder).config.conditioning_channels == hint_channels
     assert next(iter(json.loads((tmp_path / "report.json").read_text())["scores"])) == score
+    judges = {"likeness": "soft edges", "ssim": "the same annotator", "edge_f1_1px": "the same annotator"}
+    assert judges[score] in (folder / "README.md").read_text()
 
 
 def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, capsys, monkeypatch):
@@ -285,16 +361,28 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     assert checkpoint["num_processes"] == 2
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["num_samples"] == 3
-    # One rank draws the same samples without control, unless the decoder has learned from other noise.
+    card = (tmp_path / "two" / "controlnet" / "README.md").read_text()
+    assert "batch: 4 images" in card, "those of both ranks"
+    # One rank draws the same samples without control.
     single = make_config(
         place, tmp_path / "one", steps=3, batch_size=2, accumulate=2, eval_every=2, eval_samples=3, test_samples=0,
         guidance=1.0, cache=tmp_path / "cache", ema_decay=0.999, **rank_changes,
     )  # fmt: skip
     train_controlnet.main(single)
     alone = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert alone["scores"].keys() == report["scores"].keys()
-    same = alone["scores_without_control"] == report["scores_without_control"]
-    assert same == (not rank_changes)
+    assert alone["scores_without_control"] == report["scores_without_control"]
+    # What two ranks saved, judged by one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    base, validation, accelerator = make_looker(single)
+    folder = tmp_path / "two" / "controlnet"
+    if rank_changes:
+        base.denoiser.network.model = UNet2DConditionModel.from_pretrained(folder / "unet")
+    learned = ControlledDenoiser(base.denoiser, load_adapter(folder))
+    look, _ = take_look(3, validation, learned, accelerator)
+    assert look.gap.right == pytest.approx(report["gap"]["right"], rel=1e-4)
+    for name, standing in look.standings.items():
+        for part in ("value", "floor", "ceiling"):
+            assert getattr(standing, part) == pytest.approx(report["scores"][name][part], abs=1e-3)
 
 
 BAD = [
@@ -455,6 +543,7 @@ def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     assert next(iter(report["scores"])) == {"toyworld-canny": "edge_f1_1px", "toyworld-depth": "mask_iou"}[preset]
     assert next(iter(report["scores"].values()))["ceiling"] > 0.9
     assert ("shading" in report["scores"]) == (preset == "toyworld-depth")
+    assert "license: apache-2.0" in (tmp_path / "out" / "controlnet" / "README.md").read_text()
 
 
 def test_a_standing_in_full():

@@ -44,6 +44,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Train the base's decoder too (sd_locked=False); it is saved beside the adapter."""
     recompute_levels: int | None = None
     """Levels of resolution, from the finest, that --gradient-checkpointing recomputes; None: all."""
+    licence: str = ""
+    """Of the finished adapter, for its card, as hubs name it; it copies the base, whose licence may bind it."""
     activation_budget: float = 1.0
     """Share of activations that --compile keeps for the backward pass; torch chooses what it computes again."""
 

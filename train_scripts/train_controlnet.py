@@ -23,7 +23,7 @@ from command import fingerprint, identity, is_first_rank, run, show_plan
 from control_bases import Base, load_base
 from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
-from control_watch import NOT_WEIGHTS, ControlWatch, make_report, make_validation
+from control_watch import NOT_WEIGHTS, ControlWatch, fingerprint_of, make_report, make_validation
 from fitting import cosine, fit, resume, start
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -31,11 +31,12 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.caching import Latents, Memory
 from controlnet.data import ControlBatches, read_ahead
+from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
 from score.cache import TensorCache
-from score.denoiser import freeze
+from score.denoiser import NetworkDenoiser, freeze
 from score.gradient import min_snr_weight
 from score.prompts import default_cache_folder
 from score.training import EMA, Phase
@@ -54,7 +55,10 @@ def main(config: Config) -> Path:
     log.read()  # of a run that is resumed: better refused now than at the first look
     began = time.perf_counter()
     torch.manual_seed(config.seed)
-    config = replace(config, cache=config.cache or default_cache_folder().parent)
+    config = replace(
+        config, cache=config.cache or default_cache_folder().parent,
+        eval_batch_size=config.eval_batch_size or config.batch_size,
+    )  # fmt: skip
     if config.dry_run:
         return plan(config)
     accelerator = start(config)
@@ -68,29 +72,34 @@ def main(config: Config) -> Path:
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
+    untouched = untrained(denoiser.unwrapped(), phase.network)
     inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
     own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
-    validation = make_validation(config, base, task, held_out, looked)
+    log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
+    validation = make_validation(config, base, task, held_out, looked, accelerator)
     first = resume(config, [phase], accelerator, own)
     if first == 0 and accelerator.is_main_process:
         log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
     images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
     watch = ControlWatch(
         config=config, validation=validation, denoiser=averaged, accelerator=accelerator, log=log,
-        images_per_step=images_per_step,
+        images_per_step=images_per_step, first=first,
     )  # fmt: skip
 
     def finish() -> None:
         indices = tested or looked
-        judged = make_validation(config, base, task, held_out, indices) if tested else validation
-        report, look, images = make_report(task, judged, averaged, log, indices, config.steps, accelerator)
-        report |= {
-            "seed": config.seed, "resumed": first > 0, "seconds": round(time.perf_counter() - began, 1),
-            "cpu_seconds": round(time.process_time(), 1),
-        }  # fmt: skip
+        judged = make_validation(config, base, task, held_out, indices, accelerator) if tested else validation
+        untouched.network.to(accelerator.device)
+        report, look, images = make_report(
+            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+        )
+        report |= {"seed": config.seed, "resumed": first > 0}
+        if first == 0:  # what an earlier process took is not known
+            report["seconds"] = round(time.perf_counter() - began, 1)
+            report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
-            export(config, task, report, look, averaged, contact_sheet(judged.probe, images))
+            export(config, base, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -134,14 +143,16 @@ def make_batches(
     """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
     kept = base.teacher is not None and config.crop == "center"
     cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
-    latents = Latents(base.posterior, cache, Memory(2**30), sampled=config.latents == "sampled")
+    latents = Latents(
+        base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=config.latents == "sampled"
+    )
     training, held_out = (
         ControlBatches(
-            samples=samples, hints=[task.hint], size=base.size, batch_size=config.batch_size, prompts=base.prompts,
+            samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
             null=base.null, latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
             flip=config.flip, crop=config.crop, device=accelerator.device,
         )
-        for samples in (task.training, task.held_out)
+        for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
     )  # fmt: skip
     if cache is not None:
         training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
@@ -168,6 +179,14 @@ def make_denoiser(
     return ControlledDenoiser(base.denoiser, prepared)
 
 
+def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
+    """The base as it is before training: itself, or with a copy on the CPU of the decoder that will learn."""
+    if not isinstance(network, nn.ModuleDict):
+        return denoiser.base
+    decoder = {name: freeze(copy.deepcopy(part)).cpu() for name, part in network.items() if name != "adapter"}
+    return with_weights(denoiser, nn.ModuleDict({"adapter": denoiser.adapter, **decoder})).base
+
+
 def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     """ControlNet's: AdamW, the base's own loss."""
     network = unlock(denoiser) if config.unlocked else denoiser.adapter
@@ -181,21 +200,41 @@ def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     )  # fmt: skip
 
 
-def export(
-    config: Config, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser, sheet: Tensor
-) -> None:
-    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
-    training = {
-        "data": f"{task.source}, {len(task.training):,} samples", "steps": config.steps,
-        "batch": config.batch_size * config.accumulate, "learning rate": config.learning_rate,
-        "prompts dropped": config.prompt_drop, "seed": config.seed, "seconds": report["seconds"],
+def facts(
+    config: Config, base: Base, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
+    images_per_step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a card says of the training."""
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    return {
+        "data": f"{task.source}, {len(task.training):,} samples of {base.size[1]} x {base.size[0]} pixels",
+        "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
+        "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
+        "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,
+        "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
+        "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
+        + ("trained too" if config.unlocked else "frozen"),
+        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
     }  # fmt: skip
-    base = "toyworld/pipeline" if config.base == "toyworld" else config.base
+
+
+def export(
+    config: Config, base: Base, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser,
+    judged: Validation, images: Tensor, images_per_step: int,
+) -> None:  # fmt: skip
+    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    ours = config.base == "toyworld" or base.teacher is None
+    asked = (judged.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
-        base=base, hint=config.hint, look=look, learned=report["learned_at"], training=training,
-        limits=f"Judged on {report['num_samples']} held-out samples of the same data, by the annotator that made "
-        f"the hints, guidance {config.guidance:g}, {config.sampling_steps} DDIM steps. Other data may differ.",
+        base="toyworld/pipeline" if config.base == "toyworld" else config.base, hint=config.hint, look=look,
+        event=report["event"], training=facts(config, base, task, report, denoiser, images_per_step),
+        licence=config.licence or ("apache-2.0" if ours else None),
+        hint_channels=task.hint.channels, pipeline=base.teacher is not None, unlocked=config.unlocked,
+        limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
+        f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
+        "differ.",
     )  # fmt: skip
+    sheet = contact_sheet(judged.probe, images)
     folder = config.out / "controlnet"
     unet = unet_of(denoiser.base) if config.unlocked else None
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet)
@@ -204,8 +243,8 @@ def export(
     save_image(sheet, config.out / "samples.png")
     name, standing = next(iter(look.standings.items()))
     print(
-        f"{name} {standing.value:.3f}: {standing.relative:.2f} of the way from floor {standing.floor:.3f} to "
-        f"ceiling {standing.ceiling:.3f}\nadapter: {folder}"
+        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"control {report['event']}\nadapter: {folder}"
     )
 
 

@@ -80,11 +80,18 @@ def look(share=None):
     base = make_base(NAME)
     denoiser = ControlledDenoiser(base, make_adapter(base, NAME, trained=True))
     judge = hint_judge(lambda images: (images[:, :2] > 0).float(), MASK_SCORES)
-    validation = Validation(probe=probe, judge=judge, num_steps=2, batch_size=2)
-    settings = {} if share is None else {"share": share}
+    settings, decoded = {} if share is None else {"share": share}, []
+
+    def decode(x0):
+        decoded.append(len(x0))
+        return x0.clone()
+
+    validation = Validation(probe=probe, judge=judge, decode=decode, num_steps=2, batch_size=2, **settings)
     gap = paired_gap(denoiser, probe, batch_size=2, **settings)
     numbers = torch.tensor([gap.right, gap.shuffled, gap.error, gap.residual_rms], dtype=torch.float64)
-    return {"gap": numbers, "images": validation.images(denoiser, **settings)}
+    drawn = validation.images(denoiser)
+    ceiling = torch.tensor(list(validation.ceiling.values()))
+    return {"gap": numbers, "images": drawn, "ceiling": ceiling, "decoded": sum(decoded)}
 
 
 class Recording(nn.Module):
