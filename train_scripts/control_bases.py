@@ -43,6 +43,7 @@ class Base:
         posterior: images to mean and standard deviation of their x0.
         decode: x0 to images.
         identity: of what ``posterior`` follows from.
+        on_means: trained on means of the autoencoder's posterior, not on draws.
         teacher: where it comes from; None for a model that is not of diffusers' pipelines.
     """
 
@@ -55,6 +56,7 @@ class Base:
     posterior: Callable[[Tensor], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor], Tensor]
     identity: Callable[[], str]
+    on_means: bool = False
     teacher: hub.Teacher | None = None
 
     def encode(self, images: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def load_base(name: str, *, size: int = 0, device: torch.device | str = "cpu", c
     return Base(
         name=name, denoiser=teacher.denoiser, size=teacher.size, factor=codec.factor, prompts=teacher.prompts,
         null=teacher.negative(), posterior=codec.posterior, decode=codec.decode, identity=codec.identity,
-        teacher=teacher,
+        on_means=folder.resolve() == pipeline_folder().resolve(), teacher=teacher,
     )  # fmt: skip
 
 

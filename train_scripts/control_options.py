@@ -53,7 +53,7 @@ class Config(RunOptions, TaskOptions, WatchOptions):
 def toyworld_canny() -> Config:
     """Minutes on a CPU with the pipeline that ships, which was trained on means of latents."""
     return Config(
-        preset="toyworld-canny", base="toyworld", data="toyworld", latents="mean", num_samples=2000,
+        preset="toyworld-canny", base="toyworld", data="toyworld", num_samples=2000,
         prompt_drop=0.1, steps=250, batch_size=32, learning_rate=5e-4, new_factor=4.0, warmup=25, lr_floor=0.0,
         ema_decay=0.98, eval_every=50, eval_samples=32, test_samples=128, guidance=3.0, save_every=50,
         log_every=10,

@@ -61,8 +61,9 @@ class TaskOptions:
     """Which part of an image that is not square; latents of random crops cannot be kept."""
     flip: bool = False
     """Mirror half of the samples."""
-    latents: Literal["sampled", "mean"] = "sampled"
-    """Of the autoencoder's posterior: draw from it, or take its mean if the base was trained so (toyworld)."""
+    latents: Literal["auto", "sampled", "mean"] = "auto"
+    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the base was trained, which is by its
+    mean for toyworld. Draws teach nothing to a base of means."""
     prompt_drop: float = 0.5
     """Share of samples whose prompt is dropped, drawn anew in each epoch."""
     hint_drop: float = 0.0

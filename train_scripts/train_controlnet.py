@@ -141,11 +141,10 @@ def make_batches(
     config: Config, base: Base, task: Task, accelerator: Accelerator
 ) -> tuple[ControlBatches, ControlBatches]:
     """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
+    sampled = config.latents == "sampled" or (config.latents == "auto" and not base.on_means)
     kept = base.teacher is not None and config.crop == "center"
     cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
-    latents = Latents(
-        base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=config.latents == "sampled"
-    )
+    latents = Latents(base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
     training, held_out = (
         ControlBatches(
             samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
