@@ -62,8 +62,8 @@ class TaskOptions:
     flip: bool = False
     """Mirror half of the samples."""
     latents: Literal["auto", "sampled", "mean"] = "auto"
-    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the base was trained, which is by its
-    mean for toyworld. Draws teach nothing to a base of means."""
+    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the base was trained, which is on
+    means for toyworld. Draws teach nothing to a base of means."""
     prompt_drop: float = 0.5
     """Share of samples whose prompt is dropped, drawn anew in each epoch."""
     hint_drop: float = 0.0
