@@ -128,6 +128,7 @@ def test_the_log_holds_scalars_and_validation_images(place, whole):
 def make_looker(config):
     """What judges a run, and its base, as the script makes them."""
     accelerator = train_controlnet.start(config)
+    config = replace(config, eval_batch_size=config.batch_size)  # as main resolves it
     base, task = train_controlnet.load(config, accelerator)
     _, held_out = train_controlnet.make_batches(config, base, task, accelerator)
     indices = range(config.eval_samples, len(task.held_out)) if config.test_samples else range(config.eval_samples)
@@ -509,7 +510,7 @@ def test_captions_of_circles_become_two_tokens():
 @pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
 def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     config = replace(
-        train_controlnet.PRESETS[preset], num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
+        train_controlnet.PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
         sampling_steps=2, out=tmp_path / "out", cache=tmp_path / "cache",
     )  # fmt: skip
     train_controlnet.main(config)
