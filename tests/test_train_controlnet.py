@@ -126,6 +126,7 @@ def test_the_log_holds_scalars_and_validation_images(place, whole):
 def make_looker(config):
     """What judges a run, and its base, as the script makes them."""
     accelerator = train_controlnet.start(config)
+    config = replace(config, eval_batch_size=config.batch_size)  # as main resolves it
     base, task = train_controlnet.load(config, accelerator)
     _, held_out = train_controlnet.make_batches(config, base, task, accelerator)
     indices = range(config.eval_samples, len(task.held_out)) if config.test_samples else range(config.eval_samples)
