@@ -46,7 +46,7 @@ def make_judge(task: Task) -> Judge:
 
 
 def annotation_judge(hint: Hint) -> Judge:
-    """Of hints that are made of images: are those of the drawn images the same?
+    """The judge of hints that are made of images.
 
     Each is made by the parameters that the hint to compare with had drawn, so that another sample's differs by
     what it shows, not by its parameters.
@@ -55,6 +55,7 @@ def annotation_judge(hint: Hint) -> Judge:
     scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
 
     def judge(images: Tensor, probe: Probe) -> Mapping[str, Tensor]:
+        """Of hints that are made of images: does the same annotator find them in what was drawn?"""
         numbers = probe.truth["number"].tolist()
         generators = hint_generators(0, numbers, [0] * len(numbers), "hint 0")
         return hint_judge(lambda images: hint(images, generators), scores)(images, probe)
