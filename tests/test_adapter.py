@@ -312,7 +312,7 @@ def test_another_adapter_needs_only_the_names_of_its_residuals():
 
 def test_hints_of_another_shape_are_named():
     controlled, inputs = make_controlled(), make_inputs()
-    for hint in (torch.zeros(4, 1, 64, 64), torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 64, 63)):
+    for hint in (torch.zeros(4, 2, 64, 64), torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 64, 63)):
         with pytest.raises(ValueError, match=r"hint for x_t \(4, 4, 8, 8\) must be \(4, 3, 64, 64\).*got \(4, "):
             controlled.with_hint(hint)(inputs["x_t"], inputs["t"], inputs["cond"])
 
