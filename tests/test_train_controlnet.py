@@ -342,7 +342,10 @@ def test_a_broken_record_of_evidence_stops_a_run_at_its_start(place, tmp_path):
         train_controlnet.main(make_config(place, tmp_path, base="nothing is loaded"))
 
 
-@pytest.mark.parametrize("rank_changes", [{}, {"unlocked": True}], ids=["adapter", "unlocked"])
+@pytest.mark.parametrize(
+    "rank_changes",
+    [pytest.param({}, id="adapter"), pytest.param({"unlocked": True}, id="unlocked", marks=pytest.mark.slow)],
+)
 def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_changes):
     options = {
         "--base": place / "model", "--data": place / "data", "--size": SIZE, "--steps": 3, "--batch-size": 2,
