@@ -9,7 +9,7 @@ PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purp
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-long demo-3d demo-text test test-slow lint clean
+.PHONY: demo demo-long demo-3d demo-control demo-circles demo-text test test-slow lint clean
 
 demo: $(VENV)/demo
 	$(RUN) train_scripts/quickstart.py --out runs/demo
@@ -26,6 +26,14 @@ demo-3d: $(VENV)/nerf
 		out="runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed"; runs="$$runs $$out"; \
 		$(RUN) train_scripts/train_sds.py --prompt "$$prompt" --seed $$seed --out "$$out" || exit 1; \
 	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
+
+# Figures in runs/demo-control/*/report.json, hints above truth above samples in samples.png beside it.
+demo-control: $(VENV)/demo
+	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset toyworld-canny --seed $$seed --out runs/demo-control/$$seed || exit 1; done
+
+demo-circles: $(VENV)/demo
+	$(RUN) train_scripts/train_circles.py --out runs/circles
+	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset circles --seed $$seed --out runs/demo-circles/$$seed || exit 1; done
 
 test: $(VENV)/dev
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from score.cache import content_key
 from score.pretrained import PartReader, read_config, read_json
 from score.randomness import Generators, normal_like
 from score.schedule import Images
@@ -47,9 +48,23 @@ class Codec:
         Raises:
             ValueError: images of another shape.
         """
+        mean, std = self.posterior(images)
+        return mean if generator is None else mean + std * normal_like(mean, generator)
+
+    def posterior(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of ``images``, for :meth:`encode` without the autoencoder.
+
+        A latent is mean + std noise. An AutoencoderTiny has std 0. Raises as :meth:`encode` does.
+        """
         self._check(images, "images", 3, self.factor)
         output: Any = self.vae.encode(images.to(self._dtype()))  # type: ignore[operator]
-        return (self._latents(output, generator) - self.shift) * self.scaling
+        if hasattr(output, "latents"):
+            z: Tensor = output.latents
+            mean, std = z.to(_precise(z)), torch.zeros_like(z, dtype=_precise(z))
+        else:
+            z = output.latent_dist.mean
+            mean, std = z.to(_precise(z)), output.latent_dist.std.to(_precise(z))
+        return (mean - self.shift) * self.scaling, std * self.scaling
 
     def decode(self, latents: Images) -> Tensor:
         """(b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
@@ -61,13 +76,10 @@ class Codec:
         images: Tensor = self.vae.decode(z.to(self._dtype())).sample  # type: ignore[operator]
         return images.to(_precise(images))
 
-    def _latents(self, output: Any, generator: Generators | None) -> Tensor:
-        if hasattr(output, "latents"):
-            z: Tensor = output.latents
-            return z.to(_precise(z))
-        mean: Tensor = output.latent_dist.mean
-        mean, std = mean.to(_precise(mean)), output.latent_dist.std
-        return mean if generator is None else mean + std.to(mean) * normal_like(mean, generator)
+    def identity(self) -> str:
+        """A hash of weights and scaling: latents kept under it are those of this autoencoder."""
+        weights = [part for item in sorted(self.vae.state_dict().items()) for part in item]
+        return content_key(type(self.vae).__name__, repr((self.scaling, self.shift)), *weights)
 
     def _dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype

@@ -1,5 +1,6 @@
 """What differs between the pipelines of diffusers that can teach: parts, prompts, the call of the network."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ from score.prompts import CUT, Encode
 class DiffusersNetwork(nn.Module):
     """A model of diffusers called as ``network(x_t, t, **cond)``, computed in the precision of its weights.
 
-    ``cond`` is flat, so that guidance can join conditions: SDXL's ``text_embeds`` and ``time_ids`` are put into
-    ``added_cond_kwargs`` here. Times stay float32, since bf16 cannot tell timestep 998 from 1000.
+    ``cond`` is flat, so that guidance can join conditions; :func:`model_arguments` gives it diffusers' form. Times
+    stay float32, since bf16 cannot tell timestep 998 from 1000.
 
     Attributes:
         model: a UNet2DModel, UNet2DConditionModel or SD3Transformer2DModel.
@@ -37,14 +38,28 @@ class DiffusersNetwork(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """The prediction, shape of x_t. Raises ``TypeError`` for a condition that the model does not know."""
         dtype = next(self.model.parameters()).dtype
-        given: dict[str, Any] = {
-            name: value.to(dtype) if value.is_floating_point() and name != "time_ids" else value
-            for name, value in cond.items()
-        }
-        if added := {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}:
-            given["added_cond_kwargs"] = added
+        given = model_arguments(cond, dtype)
         prediction: Tensor = self.model(x_t.to(dtype), timestep=t, return_dict=False, **given)[0]
         return prediction
+
+
+def model_arguments(cond: Cond, dtype: torch.dtype) -> dict[str, Any]:
+    """Flat conditions as keywords of a diffusers model, floats in ``dtype``.
+
+    SDXL's ``text_embeds`` and ``time_ids`` go into ``added_cond_kwargs``. ``mid_residual`` and
+    ``down_residual_0`` to n, finest first, are what a ControlNet adds to middle block and skip connections.
+    """
+    given: dict[str, Any] = {
+        name: value.to(dtype) if value.is_floating_point() and name != "time_ids" else value
+        for name, value in cond.items()
+    }
+    if added := {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}:
+        given["added_cond_kwargs"] = added
+    if "mid_residual" in given:
+        given["mid_block_additional_residual"] = given.pop("mid_residual")
+        names = itertools.takewhile(given.__contains__, map("down_residual_{}".format, itertools.count()))
+        given["down_block_additional_residuals"] = tuple(map(given.pop, list(names)))
+    return given
 
 
 Parts = Mapping[str, Any]

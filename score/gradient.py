@@ -175,6 +175,21 @@ def karras_weight(sigma_data: float = 0.5) -> TimeWeight:
     return weight
 
 
+def min_snr_weight(gamma: float = 5.0) -> TimeWeight:
+    """min(SNR, gamma) with SNR = (alpha / sigma)^2: easy, nearly clean images count no more than gamma.
+
+    In x0 it is the same for every prediction kind: min(SNR, gamma) / SNR times the eps loss, over SNR + 1 for v
+    (Hang et al. 2023, arXiv 2303.09556, section 3.4). Raises ``ValueError`` unless gamma is above 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma of min-SNR must be above 0; got {gamma}. The paper uses 5.")
+
+    def weight(t: Tensor, schedule: Schedule) -> Tensor:
+        return (schedule.ratio(t) ** -2).clamp(max=gamma)
+
+    return weight
+
+
 def denoising_loss(
     denoiser: Denoiser, x0: Images, cond: Cond, *, times: TimeSampler, weight: TimeWeight, generator: Generator
 ) -> PerSample:

@@ -4,7 +4,7 @@ Networks wrapped in DDP average their gradients themselves; for all others it is
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -90,3 +90,18 @@ def verify_weights(name: str, network: nn.Module, accelerator: Accelerator) -> N
             f"weights of phase {name!r} differ between ranks: a gradient was not averaged. Resume from the last "
             "checkpoint, and report what the loss does."
         )
+
+
+def shared_rows(work: Callable[[Tensor], Tensor], num_rows: int, accelerator: Accelerator) -> Tensor:
+    """``work`` on row numbers 0 to ``num_rows``, in equal shares by all ranks; every rank gets all rows in order.
+
+    Args:
+        work: (m,) row numbers -> (m, ...) rows; must not depend on which others a rank is given.
+        num_rows: in all.
+        accelerator: the ranks.
+    """
+    share = -(-num_rows // accelerator.num_processes)
+    # Ranks gather equal shapes only, so the last share starts again from row 0.
+    own = (accelerator.process_index * share + torch.arange(share)) % num_rows
+    rows: Tensor = accelerator.gather(work(own).to(accelerator.device).contiguous())
+    return rows[:num_rows]

@@ -54,3 +54,29 @@ def test_sigterm_in_a_step_that_is_lost_still_ends_the_run():
     assert stopped.value.code == 143
     with pytest.raises(FloatingPointError, match="lost"):
         lost(asked=False)
+
+
+@pytest.mark.parametrize("all_watch", [False, True])
+def test_a_step_is_saved_before_it_is_watched(monkeypatch, tmp_path, all_watch):
+    """A look may take minutes, more than a scheduler waits; that of all ranks is spared when the run must stop."""
+    config, seen = RunOptions(out=tmp_path, steps=4, save_every=2), []
+
+    def train(*args, **options):
+        for step in (3, 4):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield Report(step, ("scene",), {"loss": torch.zeros(())})
+
+    def watch(step):
+        seen.append((step, sorted(path.name for path in tmp_path.glob("checkpoints/*"))))
+        return {}
+
+    monkeypatch.setattr(fitting, "train", train)
+    with pytest.raises(SystemExit):
+        fitting.fit(
+            config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=2, watch=watch,
+            all_watch=all_watch,
+        )  # fmt: skip
+    saved = [path.name for path in tmp_path.glob("checkpoints/*")]
+    assert len(saved) == 1
+    assert seen == ([(2, []), (3, [])] if all_watch else [(3, []), (4, saved)])

@@ -11,6 +11,7 @@ from score.gradient import (
     denoising_loss,
     inject,
     karras_weight,
+    min_snr_weight,
     noise_weight,
     prediction_weight,
     ratio_weight,
@@ -315,6 +316,27 @@ def test_prediction_weight_makes_the_error_of_the_networks_own_output(
 def test_karras_weight_is_edms_and_a_function_of_the_noise_level(schedule, ratios):
     expected = (ratios**2 + 0.7**2) / (ratios * 0.7) ** 2
     close(karras_weight(0.7)(schedule.time(ratios), schedule), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_min_snr_weight_is_the_papers_for_eps_and_v(kind, ratios):
+    """min(SNR, gamma) over SNR, or over SNR + 1, times the network's own loss (arXiv 2303.09556, section 3.4)."""
+    schedule = VariancePreserving.scaled_linear()
+    t = schedule.time(ratios)
+    snr = ratios**-2
+    of_the_loss = snr.clamp(max=5.0) / (snr + (1.0 if kind == "v" else 0.0))
+    close(min_snr_weight()(t, schedule), of_the_loss * prediction_weight(kind)(t, schedule), rtol=1e-9, atol=0)
+    assert bool((snr > 5).any() and (snr < 5).any())
+
+
+def test_min_snr_weight_is_a_function_of_the_noise_level(schedule, ratios):
+    close(min_snr_weight(2.0)(schedule.time(ratios), schedule), (ratios**-2).clamp(max=2.0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan])
+def test_min_snr_needs_a_gamma_above_zero(gamma):
+    with pytest.raises(ValueError, match="gamma of min-SNR must be above 0; got"):
+        min_snr_weight(gamma)
 
 
 def test_denoising_loss_is_lowest_for_the_true_denoiser(schedule, generator, make_mixture):

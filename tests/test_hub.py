@@ -274,6 +274,28 @@ def test_latents_are_scaled_and_shifted_as_the_pipeline_does(saved_text, generat
     close(drawn, (posterior.mean + posterior.std * noise - shift) * scaling)
 
 
+@torch.no_grad()
+def test_a_posterior_is_all_that_is_needed_of_the_autoencoder(save, tmp_path, generator):
+    codec = save("sd1").load().codec
+    images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    mean, std = codec.posterior(images)
+    expected = codec.vae.encode(images).latent_dist
+    close(mean, expected.mean * 0.18215)
+    close(std, expected.std * 0.18215)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(codec.encode(images, generator=torch.Generator().manual_seed(5)), mean + std * noise)
+    tiny.tiny_vae().save_pretrained(tmp_path / "tiny")
+    tiny_codec = save("sd1").load(tiny_vae=tmp_path / "tiny").codec
+    assert tiny_codec.posterior(images)[1].abs().max() == 0
+    # What latents are kept under: the weights and the scaling, nothing else.
+    identity = codec.identity()
+    assert copy.deepcopy(codec).identity() == identity
+    others = [replace(codec, scaling=0.2), replace(codec, shift=0.1), tiny_codec]
+    changed = copy.deepcopy(codec)
+    next(changed.vae.parameters()).view(-1)[0] += 1e-3
+    assert len({identity, changed.identity(), *(other.identity() for other in others)}) == 5
+
+
 @pytest.mark.parametrize("option", ["slicing", "tiling"])
 def test_slicing_and_tiling_are_the_autoencoders_own_and_differentiable(save, option, generator):
     saved = save("sd1")

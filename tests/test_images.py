@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import train_teacher
-from arrays import open_image
 from images import DataOptions, ImageSet, load_images
 from PIL import Image
+
+from score.pictures import open_image
 
 RNG = np.random.RandomState(0)
 

@@ -35,7 +35,7 @@ MODULES = {
     "exact": {"schedule", "denoiser"},
     "pretrained": {"schedule", "denoiser"},
     "preflight": {"pretrained"},
-    "codec": {"randomness", "schedule", "pretrained"},
+    "codec": {"cache", "randomness", "schedule", "pretrained"},
     "prompts": {"cache", "denoiser"},
     "families": {"denoiser", "prompts"},
     "hub": {"randomness", "schedule", "denoiser", "pretrained", "preflight", "codec", "prompts", "families"},
@@ -45,6 +45,7 @@ MODULES = {
     "lora": set(),
     "metrics": {"schedule", "denoiser", "exact"},
     "atomic": set(),
+    "pictures": set(),
     "ranks": set(),
     "training": {"randomness", "ranks"},
     "checkpoint": {"atomic", "training"},
@@ -59,6 +60,8 @@ LIBRARIES = {
         "score/families.py",
         "toyworld/parts.py",
         "distill/export.py",
+        "controlnet/adapter.py",
+        "controlnet/export.py",
         "train_scripts/",
         "benchmarks/",
     ),
@@ -76,7 +79,7 @@ LIBRARIES = {
     "trimesh": ("sds/formats.py",),
     "imageio_ffmpeg": ("sds/video.py",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
-    "datasets": ("train_scripts/",),
+    "datasets": ("controlnet/rows.py", "train_scripts/"),
 }
 
 # The core without these costs torch alone; these import accelerate or diffusers.
@@ -84,6 +87,19 @@ FORBIDDEN = (
     *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
     *("skimage", "trimesh", "imageio_ffmpeg"),
 )
+CONTROL = {
+    "caching",
+    "canny",
+    "circles",
+    "data",
+    "degraded",
+    "geometry",
+    "hints",
+    "lines",
+    "pictures",
+    "rows",
+    "samples",
+}
 HEAVY = {
     "parts",
     "lora",
@@ -193,6 +209,8 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "score/sampling.py", "import diffusers.schedulers"),
         (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
+        (library_violations, "controlnet/training.py", "from diffusers import ControlNetModel"),
+        (package_violations, "controlnet/evidence.py", "from toyworld.judge import load_judge"),
         (library_violations, "sds/losses.py", "from nerfstudio.cameras.rays import RayBundle"),
         (library_violations, "sds/vsd.py", "from peft import LoraConfig"),
         (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
@@ -218,6 +236,21 @@ def test_importing_the_core_imports_no_heavy_library():
         f"for name in {[m.removesuffix('.__init__') for m in modules]}:\n"
         "    importlib.import_module(name)\n"
         "    assert not heavy(), f'{name} imports {heavy()}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_what_control_needs_imports_neither_annotators_nor_data_sets():
+    names = [path[:-3].replace("/", ".") for path in sources("controlnet") if "__init__" not in path]
+    light = [name for name in names if name.split(".")[1] in CONTROL]
+    assert len(light) == len(CONTROL)
+    program = (
+        "import importlib, sys\n"
+        f"for name in {light}:\n"
+        "    importlib.import_module(name)\n"
+        f"    found = [m for m in {FORBIDDEN} if m in sys.modules]\n"
+        "    assert not found, f'{name} imports {found}'\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_pipelines
+import train_controlnet
 import train_dmd
 import train_teacher
 from PIL import Image
@@ -62,7 +63,12 @@ def test_the_library_example_has_about_fifteen_lines_of_code():
 def test_commands_exist(words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for script, module in (("train_teacher.py", train_teacher), ("train_dmd.py", train_dmd)):
+    scripts = {
+        "train_teacher.py": train_teacher,
+        "train_dmd.py": train_dmd,
+        "train_controlnet.py": train_controlnet,
+    }
+    for script, module in scripts.items():
         if f"train_scripts/{script}" in words:
             known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
             assert {word for word in words if word.startswith("--")} <= known
@@ -70,14 +76,14 @@ def test_commands_exist(words):
 
 def test_named_files_exist():
     linked = re.findall(r"\]\(([^)]+)\)", README)
-    quoted = re.findall(r"`((?:score|distill|sds|toyworld|train_scripts|tests|docs)/[\w./]+)`", README)
+    quoted = re.findall(r"`((?:score|distill|sds|controlnet|toyworld|train_scripts|tests|docs)/[\w./]+)`", README)
     for path in {*linked, *quoted}:
         assert path.startswith("http") or (ROOT / path).exists(), path
 
 
 def test_the_tree_is_complete():
     tree = next(text for language, text in BLOCKS if not language and "score/" in text)
-    for package in ("score", "distill", "sds", "toyworld", "train_scripts"):
+    for package in ("score", "distill", "sds", "controlnet", "toyworld", "train_scripts"):
         section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
         files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
         assert files == set(re.findall(r"\w+\.py", section)), package

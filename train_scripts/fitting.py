@@ -116,39 +116,51 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
 
 def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
-    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None, columns: int,
-    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {},
-    check: Callable[[int, bool], None] = lambda step, saving: None,
+    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
+    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
+    check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step and logs what it returns; all call ``check`` with the step and
-    whether it is about to be saved, and it may raise. So do weights that are not finite, on all processes and
-    before anything is saved. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then
+    The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
+    ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
+    the run has to stop, and called for the step resumed from, if it has not seen that one yet. All call ``check``
+    with the step and whether it is about to be saved, and it may raise. So do weights that are not finite, on all
+    processes and before anything is saved. ``finish`` is called on every rank after the last step, while they can
+    still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then
     exits with 143.
     """
+
+    def look(step: int) -> None:
+        with accelerator.autocast():
+            figures = watch(step) if accelerator.is_main_process or all_watch else {}
+        if figures and accelerator.is_main_process:
+            log(accelerator, step, figures)
+
     reports = train(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
         accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
     stop = False
     with sigterm(accelerator) as asked_to_stop:
+        if all_watch and first:
+            look(first)
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             due = report.step % config.save_every == 0 or report.step == config.steps or stop
             check(report.step, due)
             if due:
                 checkpoint.check_finite(report.step, phases)
-            with accelerator.autocast():
-                figures = watch(report.step) if accelerator.is_main_process else {}
-            if figures:
-                log(accelerator, report.step, figures)
             if due and accelerator.is_main_process:
                 checkpoint.save(config.out / "checkpoints", report.step, phases, own)
-                if preview is not None:
-                    log(accelerator, report.step, {}, as_grid(preview(), columns))
+            if not (stop and all_watch):
+                look(report.step)
+            if due and accelerator.is_main_process and preview is not None:
+                log(accelerator, report.step, {}, as_grid(preview(), columns))
             if stop:
                 break
+    if not stop:
+        finish()
     with suppress(OSError):
         accelerator.end_training()
     if stop:

@@ -14,21 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from arrays import (
-    check_values,
-    is_idx,
-    number_classes,
-    open_image,
-    read_idx,
-    read_npz,
-    resized,
-    square,
-    stored_size,
-)
+from arrays import check_values, is_idx, number_classes, read_idx, read_npz, resized, square, stored_size
 from digits import Labelled, load_digits
 from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
+
+from score.pictures import open_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 Item = tuple[str, Any, Any]

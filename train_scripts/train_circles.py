@@ -1,0 +1,155 @@
+"""Train the painter of circles from nothing: a small model of pixels that follows captions.
+
+    python train_scripts/train_circles.py --out runs/circles
+    python train_scripts/train_controlnet.py --preset circles --out runs/circles-control
+
+It draws what fill50k asks for ("red circle with blue background") wherever it likes, until train_controlnet.py
+tells it where. The result is in --out/base.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import RunOptions, check_numbers, check_run, identity, run, show_plan
+from control_bases import (
+    PALETTE,
+    PATCH,
+    circles_denoiser,
+    encode_captions,
+    in_patches,
+    make_circles_unet,
+    save_circles,
+)
+from fitting import adamw, cosine, fit, prepare, resume, start
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
+
+from controlnet.circles import Circles, pictures
+from score import guided
+from score.families import DiffusersNetwork
+from score.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
+from score.randomness import Rng, shuffled
+from score.sampling import grid, sample
+from score.times import uniform
+from score.training import EMA, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """Train a small text-to-image model of circles, in pixel space."""
+
+    out: Path = Path("runs/circles")
+    """Folder for checkpoints, logs and the finished model."""
+    size: int = 32
+    """Pixels of a side."""
+    num_samples: int = 50_000
+    """Different circles."""
+    steps: int = 1200
+    """Iterations in all."""
+    batch_size: int = 64
+    """Pictures per micro-batch."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; a cosine ends it at zero."""
+    caption_dropout: float = 0.1
+    """Share of empty captions, so that the model can be guided."""
+    ema_decay: float = 0.995
+    """Of the averaged weights, which are what is saved."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    save_every: int = 200
+    """Iterations between checkpoints and sample grids."""
+
+
+def main(config: Config) -> Path:
+    """Train and return the folder of the finished model."""
+    check_run(config)
+    check_numbers(
+        config, positive=("num_samples",), rates=("learning_rate",), shares=("caption_dropout", "ema_decay")
+    )
+    if config.size < 16 or config.size % (4 * PATCH):
+        raise ValueError(f"--size must be a multiple of {4 * PATCH}, 16 at least; got {config.size}.")
+    torch.manual_seed(config.seed)
+    unet: Any = make_circles_unet(config.size)
+    if config.dry_run:
+        show_plan(config, {"unet": unet}, {"unet": config.steps})
+        return config.out
+    accelerator = start(config)
+    network = prepare(DiffusersNetwork(unet), config, accelerator)
+    phase = make_phase(config, network)
+    assert phase.ema is not None
+    averaged: Any = phase.ema.network
+    data = Circles(config.size, config.num_samples, colours=PALETTE, distinct=True)
+
+    def batches(rng: Rng) -> dict[str, Any]:
+        drawn = [data.circle(index) for index in shuffled(len(data), config.batch_size, rng).tolist()]
+        kept = torch.rand(len(drawn), generator=rng("captions")) >= config.caption_dropout
+        captions = [circle.caption if keep else "" for circle, keep in zip(drawn, kept, strict=True)]
+        x0 = in_patches(pictures(drawn, config.size))[0]
+        return {"x0": x0.to(accelerator.device), "cond": conditions(captions, accelerator.device)}
+
+    own = identity(config, accelerator, {"data": f"circles of {len(PALETTE)} colours"})
+    first = resume(config, [phase], accelerator, own)
+    captions = [data.caption(index) for index in range(min(32, len(data)))]
+    fit(
+        config, [phase], batches, accelerator, own=own, first=first, columns=8,
+        preview=lambda: preview(config, averaged, captions),
+    )  # fmt: skip
+    folder = config.out / "base"
+    if accelerator.is_main_process:
+        save_circles(folder, averaged.model, config.size, card(config))
+        print(f"painter of circles: {folder}")
+    return folder
+
+
+def make_phase(config: Config, network: nn.Module) -> Phase:
+    """The squared error of v at uniform times, AdamW, a cosine, an average."""
+    denoiser = circles_denoiser(network)
+
+    def loss(batch: dict[str, Any], rng: Rng) -> dict[str, Tensor]:
+        errors, t = denoising_errors(
+            denoiser, batch["x0"], batch["cond"], times=uniform(0, 1), weight=prediction_weight("v"),
+            generator=rng("noise"),
+        )  # fmt: skip
+        return {"loss": errors.mean(), TIME_NOT_FINITE: time_not_finite(errors, t)}
+
+    optimizer = adamw(network, config.learning_rate, betas=(0.9, 0.99), kind=config.optimizer)
+    return Phase(
+        name="circles", network=network, optimizer=optimizer, loss=loss, ema=EMA(network, config.ema_decay),
+        lr_schedule=cosine(optimizer, config.steps),
+    )  # fmt: skip
+
+
+def conditions(captions: list[str], device: torch.device) -> dict[str, Tensor]:
+    """What the network is told."""
+    return {name: value.to(device) for name, value in encode_captions(captions).items()}
+
+
+@torch.no_grad()
+def preview(config: Config, network: nn.Module, captions: list[str]) -> Tensor:
+    """Pictures of these captions, always from the same noise."""
+    device = next(network.parameters()).device
+    shape = (len(captions), 3 * PATCH**2, config.size // PATCH, config.size // PATCH)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    model = guided(circles_denoiser(network), 2.0, conditions([""], device))
+    times = grid(model.schedule, 25)
+    return pixel_shuffle(sample(model, noise, conditions(captions, device), times=times), PATCH)
+
+
+def card(config: Config) -> str:
+    """The model card: how this folder was made."""
+    return f"""---
+license: apache-2.0
+tags: [text-to-image]
+---
+# Circles of {config.size} x {config.size} pixels
+
+Draws captions such as "red circle with blue background", of the colours {", ".join(PALETTE)}.
+Pixels in patches of {PATCH} x {PATCH}, v-prediction, betas of Stable Diffusion. Trained from nothing by
+`train_scripts/train_circles.py`, seed {config.seed}: {config.steps:,} iterations of batch {config.batch_size}.
+"""
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,251 @@
+"""Teach a frozen text-to-image model to follow hints such as edges, by an adapter beside it (ControlNet).
+
+    python train_scripts/train_controlnet.py --preset toyworld-canny --out runs/control
+    accelerate launch train_scripts/train_controlnet.py --base <pipeline> --data images/ --hint canny
+
+The adapter is a copy of the encoder behind convolutions that start at zero. Held-out hints are judged while it
+learns: "control learned at step n" is printed when it has. The result, in --out/controlnet, loads in stock
+diffusers. Stopped runs resume: run the same command again.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from command import fingerprint, identity, is_first_rank, run, show_plan
+from control_bases import Base, load_base
+from control_options import PRESETS, Config, check
+from control_tasks import Task, load_task
+from control_watch import NOT_WEIGHTS, ControlWatch, fingerprint_of, make_report, make_validation
+from fitting import cosine, fit, resume, start
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
+from controlnet.caching import Latents, Memory
+from controlnet.data import ControlBatches, read_ahead
+from controlnet.evidence import Validation
+from controlnet.export import contact_sheet, model_card, save_adapter
+from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
+from controlnet.verdict import Evidence, EvidenceLog
+from score.cache import TensorCache
+from score.denoiser import NetworkDenoiser, freeze
+from score.gradient import min_snr_weight
+from score.prompts import default_cache_folder
+from score.training import EMA, Phase
+
+CALIBRATE_BY = 32
+"""Hints of training samples that an embedding is calibrated by."""
+
+MOST_FAULTS = 20
+"""Left-out samples that are named."""
+
+
+def main(config: Config) -> Path:
+    """Train, judge, and return the folder of the finished adapter."""
+    check(config)
+    log = EvidenceLog(config.out / "evidence.jsonl")
+    log.read()  # of a run that is resumed: better refused now than at the first look
+    began = time.perf_counter()
+    torch.manual_seed(config.seed)
+    config = replace(
+        config, cache=config.cache or default_cache_folder().parent,
+        eval_batch_size=config.eval_batch_size or config.batch_size,
+    )  # fmt: skip
+    if config.dry_run:
+        return plan(config)
+    accelerator = start(config)
+    base, task = load(config, accelerator)
+    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
+    base = base.without_text_encoders(task.captions, accelerator.process_index, accelerator.num_processes)
+    batches, held_out = make_batches(config, base, task, accelerator)
+    if config.calibrate:
+        calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
+    denoiser = make_denoiser(config, base, adapter, accelerator)
+    phase = make_phase(config, denoiser)
+    assert phase.ema is not None
+    averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
+    untouched = untrained(denoiser.unwrapped(), phase.network)
+    inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
+    own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
+    looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
+    log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
+    validation = make_validation(config, base, task, held_out, looked, accelerator)
+    first = resume(config, [phase], accelerator, own)
+    if first == 0 and accelerator.is_main_process:
+        log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
+    images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+    watch = ControlWatch(
+        config=config, validation=validation, denoiser=averaged, accelerator=accelerator, log=log,
+        images_per_step=images_per_step, first=first,
+    )  # fmt: skip
+
+    def finish() -> None:
+        indices = tested or looked
+        judged = make_validation(config, base, task, held_out, indices, accelerator) if tested else validation
+        untouched.network.to(accelerator.device)
+        report, look, images = make_report(
+            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+        )
+        report |= {"seed": config.seed, "resumed": first > 0}
+        if first == 0:  # what an earlier process took is not known
+            report["seconds"] = round(time.perf_counter() - began, 1)
+            report["cpu_seconds"] = round(time.process_time(), 1)
+        if accelerator.is_main_process:
+            export(config, base, task, report, look, averaged, judged, images, images_per_step)
+
+    fit(
+        config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
+        watch=watch, all_watch=True, finish=finish,
+    )  # fmt: skip
+    return config.out / "controlnet"
+
+
+def plan(config: Config) -> Path:
+    """Print what a run would hold and do; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        base, task = load(replace(config, cache=Path(nowhere)), None)
+    network = base.denoiser.network
+    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
+    freeze_base(config, network)
+    learning = unlock(ControlledDenoiser(base.denoiser, adapter)) if config.unlocked else adapter
+    roles = {"base": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
+    show_plan(config, roles, {"adapter": config.steps}, before)
+    return config.out
+
+
+def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
+    """Base and samples, on the device of the ranks, which share the check of the files."""
+    rank, num_ranks, device = 0, 1, torch.device("cpu")
+    if accelerator is not None:
+        rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    assert config.cache is not None
+    base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
+    task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
+    if is_first_rank():
+        print("".join(f"skipped: {fault}\n" for fault in task.bad[:MOST_FAULTS]), end="", file=sys.stderr)
+        if len(task.bad) > MOST_FAULTS:
+            print(f"skipped: {len(task.bad) - MOST_FAULTS:,} more", file=sys.stderr)
+    return base, task
+
+
+def make_batches(
+    config: Config, base: Base, task: Task, accelerator: Accelerator
+) -> tuple[ControlBatches, ControlBatches]:
+    """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
+    sampled = config.latents == "sampled" or (config.latents == "auto" and not base.on_means)
+    kept = base.teacher is not None and config.crop == "center"
+    cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
+    latents = Latents(base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
+    training, held_out = (
+        ControlBatches(
+            samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
+            null=base.null, latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
+            flip=config.flip, crop=config.crop, device=accelerator.device,
+        )
+        for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
+    )  # fmt: skip
+    if cache is not None:
+        training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    return training, held_out
+
+
+def freeze_base(config: Config, network: nn.Module) -> None:
+    """In bf16 if that is what is computed in, unless a part of it is to learn."""
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+
+
+def make_denoiser(
+    config: Config, base: Base, adapter: EncoderCopy, accelerator: Accelerator
+) -> ControlledDenoiser:
+    """The base frozen, and the adapter, wrapped for several ranks."""
+    network = base.denoiser.network
+    freeze_base(config, network)
+    for part in (network, adapter):
+        lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
+        if config.compile:
+            compile_lightly(part, config.activation_budget)
+    # What is unlocked beside it is no part of a wrapped adapter; the loop averages its gradients.
+    prepared = adapter.to(accelerator.device) if config.unlocked else accelerator.prepare(adapter)
+    return ControlledDenoiser(base.denoiser, prepared)
+
+
+def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
+    """The base as it is before training: itself, or with a copy on the CPU of the decoder that will learn."""
+    if not isinstance(network, nn.ModuleDict):
+        return denoiser.base
+    decoder = {name: freeze(copy.deepcopy(part)).cpu() for name, part in network.items() if name != "adapter"}
+    return with_weights(denoiser, nn.ModuleDict({"adapter": denoiser.adapter, **decoder})).base
+
+
+def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
+    """ControlNet's: AdamW, the base's own loss."""
+    network = unlock(denoiser) if config.unlocked else denoiser.adapter
+    optimizer = adamw(
+        network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
+    )
+    return control_phase(
+        denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
+        weight=min_snr_weight(config.min_snr) if config.min_snr else None,
+        lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
+    )  # fmt: skip
+
+
+def facts(
+    config: Config, base: Base, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
+    images_per_step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a card says of the training."""
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    return {
+        "data": f"{task.source}, {len(task.training):,} samples of {base.size[1]} x {base.size[0]} pixels",
+        "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
+        "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
+        "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,
+        "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
+        "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
+        + ("trained too" if config.unlocked else "frozen"),
+        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
+    }  # fmt: skip
+
+
+def export(
+    config: Config, base: Base, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser,
+    judged: Validation, images: Tensor, images_per_step: int,
+) -> None:  # fmt: skip
+    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    ours = config.base == "toyworld" or base.teacher is None
+    asked = (judged.judge.__doc__ or "").partition("\n")[0]
+    card = model_card(
+        base="toyworld/pipeline" if config.base == "toyworld" else config.base, hint=config.hint, look=look,
+        event=report["event"], training=facts(config, base, task, report, denoiser, images_per_step),
+        licence=config.licence or ("apache-2.0" if ours else None),
+        hint_channels=task.hint.channels, pipeline=base.teacher is not None, unlocked=config.unlocked,
+        limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
+        f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
+        "differ.",
+    )  # fmt: skip
+    sheet = contact_sheet(judged.probe, images)
+    folder = config.out / "controlnet"
+    unet = unet_of(denoiser.base) if config.unlocked else None
+    save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet)
+    for place in (config.out, folder):
+        (place / "report.json").write_text(json.dumps(report, indent=2))
+    save_image(sheet, config.out / "samples.png")
+    name, standing = next(iter(look.standings.items()))
+    print(
+        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"control {report['event']}\nadapter: {folder}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__, PRESETS)
