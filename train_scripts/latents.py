@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from arrays import open_image, square
+from arrays import square
 from command import fingerprint
 from PIL import Image
 from texts import Pictures
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from score import hub
 from score.cache import Content, TensorCache, content_key
+from score.pictures import open_image
 from score.prompts import default_cache_folder
 
 PIXELS = 2**20
