@@ -131,8 +131,9 @@ def copy_encoder(
 def calibrate(adapter: EncoderCopy, hints: Tensor) -> None:
     """Start the hint's embedding at unit strength, so that control comes early; in place, before training.
 
-    By the usual initialisation of its convolutions hints differ a hundred times less in front of the embedding's
-    last one, which is zero, than the features that they are added to: nothing tells the gradient to let them in.
+    By the usual initialisation of its convolutions hints differ far less in front of the embedding's last one,
+    which is zero, than the features that they are added to (outlines of circles a hundred times less), and its
+    gradient is as small.
     Here the outputs of each convolution but the last get mean 0 and a root mean square of 1 over these hints, as
     in layer-sequential unit-variance initialisation (arXiv 1511.06422). A fresh copy still returns zeros.
 
