@@ -128,6 +128,13 @@ def test_metadata(tmp_path, labels, names, numbers):
     assert images.labels.tolist() == numbers
 
 
+def test_metadata_with_a_byte_order_mark_and_a_line_separator_in_a_name(tmp_path):
+    rows = [{"file_name": picture(tmp_path / name).name, "label": 0} for name in ("a\u2028b.png", "c.png")]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert len(load(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"label": 1}', '{"file_name": 3}'])
 def test_broken_metadata_is_named_with_its_line(tmp_path, line):
     name = picture(tmp_path / "a.png").name

@@ -194,7 +194,8 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _from_metadata(path: Path) -> Iterator[Item]:
-    for number, line in enumerate((path / "metadata.jsonl").read_text().splitlines(), 1):
+    # splitlines would also split at characters that a name may hold, such as U+2028.
+    for number, line in enumerate((path / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
