@@ -14,6 +14,9 @@ import train_dmd
 import train_teacher
 from PIL import Image
 
+from distill.student import Student
+from score.hub import load_teacher
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -51,6 +54,10 @@ def test_the_library_example_draws_eight_modes(tmp_path):
 def test_every_other_block_runs(tmp_path, number):
     for name in re.findall(r'load_teacher\("([^"]+)"', PYTHON[number]):  # a folder of that name comes first
         tiny_pipelines.sd().save_pretrained(tmp_path / name)
+    for name in re.findall(r'from_pretrained\("([^"]+)"', PYTHON[number]):
+        tiny_pipelines.sd().save_pretrained(tmp_path / "teacher")
+        student = Student(load_teacher(tmp_path / "teacher").denoiser, (999.0,))
+        student.export(tmp_path / "teacher", tmp_path / name)
     run(PYTHON[number], tmp_path)
 
 
