@@ -189,8 +189,8 @@ def text() -> Config:
 def toyworld_1step() -> Config:
     """The pipeline that ships, in minutes on a CPU; LOG.md says what was tried."""
     return Config(
-        preset="toyworld-1step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step"), steps=1200,
-        batch_size=32, student_every=2, student_lr=2e-4, fake_lr=2e-4, guidance=3.0, gan_weight=3e-3,
+        preset="toyworld-1step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step"), steps=800,
+        batch_size=32, student_every=2, student_lr=2e-4, fake_lr=2e-4, guidance=2.0, gan_weight=0.01,
         warmup_steps=300, warmup_lr=5e-4, num_pairs=640, pair_steps=16, ema_decay=0.98, precision="bf16",
         save_every=200, log_every=20,
     )  # fmt: skip
@@ -204,8 +204,8 @@ def toyworld_4step() -> Config:
     """
     return Config(
         preset="toyworld-4step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-4step"), steps=1200,
-        batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=3.0,
-        gan_weight=3e-3, warmup_steps=0, ema_decay=0.98, precision="bf16", save_every=200, log_every=20,
+        batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=2.0,
+        gan_weight=0.01, warmup_steps=0, ema_decay=0.98, precision="bf16", save_every=200, log_every=20,
     )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def toyworld_1step_lora() -> Config:
     """As :func:`toyworld_1step` on one copy of the weights."""
     return Config(
         preset="toyworld-1step-lora", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step-lora"),
-        steps=1200, batch_size=32, student_every=2, student_lr=1e-3, fake_lr=1e-3, guidance=3.0, gan_weight=3e-3,
+        steps=800, batch_size=32, student_every=2, student_lr=1e-3, fake_lr=1e-3, guidance=2.0, gan_weight=0.01,
         warmup_steps=300, warmup_lr=2e-3, num_pairs=640, pair_steps=16, ema_decay=0.98, lora=True, lora_rank=8,
         precision="bf16", save_every=200, log_every=20,
     )  # fmt: skip
