@@ -62,6 +62,19 @@ class TensorCache:
         """The entry of ``content``; None if there is none, or none that can be trusted."""
         return _read(self.path(content))
 
+    def load_tensor(self, content: Content, name: str) -> Tensor | None:
+        """One tensor of the entry of ``content``; None if there is no such entry, or it has no such tensor.
+
+        Nothing else of the entry is read, so its sum is not checked: in an entry that :meth:`load` would not trust
+        the tensor may be wrong. Ask for what is a hint, not for what a result is made of.
+        """
+        try:
+            with safe_open(self.path(content), "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError):
+            return None
+        return tensor
+
     def store(self, content: Content, tensors: Mapping[str, Tensor]) -> Entry:
         """Write an entry, replacing an older one, and return it."""
         entry = _entry(tensors)

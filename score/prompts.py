@@ -63,13 +63,17 @@ class PromptEncoder:
     def num_cut(self, prompts: Sequence[str]) -> list[int]:
         """How many tokens at the end of each prompt the text encoders do not read; encodes what is new.
 
-        Only the numbers are kept: the conditions of a long list need not fit into memory.
+        Only the numbers are kept: the conditions of a long list need not fit into memory. Of what is in the cache
+        only the numbers are read.
         """
-        cache, counts = TensorCache(self.folder, self.identify()), []
-        for start in range(0, len(prompts), BATCH):
-            entries = cache.fetch(prompts[start : start + BATCH], self._encode, BATCH)
-            counts += [max(0, int(entry.get(CUT, 0))) for entry in entries]
-        return counts
+        cache = TensorCache(self.folder, self.identify())
+        known = {prompt: cache.load_tensor(prompt, CUT) for prompt in dict.fromkeys(prompts)}
+        new = [prompt for prompt, cut in known.items() if cut is None]
+        for start in range(0, len(new), BATCH):
+            part = new[start : start + BATCH]
+            entries = cache.fetch(part, self._encode, BATCH)
+            known |= {prompt: entry.get(CUT) for prompt, entry in zip(part, entries, strict=True)}
+        return [max(0, int(known[prompt] or 0)) for prompt in prompts]
 
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""

@@ -133,8 +133,15 @@ def test_tokens_are_counted_without_keeping_the_conditions(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents.TensorCache, "fetch", noted)
-        assert encoder.num_cut([f"p{i}" for i in range(40)]) == [*range(16), *range(16), *range(8)]
-    assert max(sizes) == 16
+        counts = encoder.num_cut([f"p{i}" for i in range(40)])
+        assert counts == [*range(16), *range(16), *range(8)]
+        assert max(sizes) == 16
+        sizes.clear()
+        # Of what is in the cache not even the conditions are read.
+        assert encoder.dropped().num_cut([f"p{i}" for i in range(40)]) == counts
+        assert not sizes
+        assert encoder.num_cut(["p3", "new", "p3"]) == [3, 0, 3]
+        assert sizes == [1]
 
 
 # Latents.
@@ -210,7 +217,7 @@ def test_ranks_share_the_work(teacher, images, accelerator, monkeypatch):
 
 def test_images_that_cannot_be_used_are_named(teacher, tmp_path, accelerator, monkeypatch):
     (tmp_path / "no.png").write_text("hello")
-    bad = {"lost.png": "lost.png cannot be used", "no.png": "no.png cannot be used"}
+    bad = {"lost.png": "lost.png cannot be used", "no.png": "no.png cannot be used", "0.png\0": "cannot be used"}
     small = picture(tmp_path / "small.png", size=(4, 4))
     for image, message in [*((tmp_path / name, text) for name, text in bad.items()), (small, "smaller than half"),
                            (b"hello", "the image of prompt 1 cannot be used")]:  # fmt: skip

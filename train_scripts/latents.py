@@ -90,7 +90,7 @@ class Latents:
         image = self.images[number]
         try:
             return content_key(image.read_bytes() if isinstance(image, Path) else image)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with a null byte is no path
             raise ValueError(f"{named(image, number)} cannot be used: {error}") from error
 
     def identity(self) -> str:
