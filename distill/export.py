@@ -37,6 +37,8 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 def lcm_times(schedule: Schedule, num_steps: int) -> tuple[float, ...]:
     """The times of :func:`scheduler_for`: DMD2's 999, 749, 499, 249; for flows 1, 0.75, 0.5, 0.25.
 
+    Flows are asked at unshifted times, whatever shift the teacher's own scheduler has (SD3: 3).
+
     Raises ``ValueError`` for fewer than one step, and more steps than timesteps.
     """
     if not isinstance(schedule, VariancePreserving):
@@ -59,14 +61,12 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
         settings: of the teacher's scheduler, as its ``scheduler_config.json`` has them.
 
     Raises:
-        ValueError: times that no setting of that scheduler gives; those that one gives are named.
+        ValueError: times that no setting of that scheduler gives, naming those that one gives; a last time so
+            small that LCMScheduler's boundary condition would show; a beta_schedule that it does not have.
     """
     number, scale = student.num_steps, student.denoiser.time_scale
     if isinstance(student.denoiser.schedule, VariancePreserving):
-        own = {name: settings[name] for name in NOISE_SETTINGS if settings.get(name) is not None}
-        kind = {"prediction_type": settings.get("prediction_type", "epsilon"), "clip_sample": False}
-        # steps_offset changes none of its times; stock pipelines complain of any but 1.
-        scheduler: Any = LCMScheduler(**own, **kind, original_inference_steps=number, steps_offset=1)
+        scheduler = _lcm_scheduler(settings, number)
     else:
         # The last noise level stretches all those between it and 1, which are evenly spaced without a shift.
         last = {"shift_terminal": student.times[-1]} if number > 1 else {}
@@ -78,11 +78,39 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
         scheduler.timesteps.double(), torch.tensor(times, dtype=torch.float64), atol=1e-3 * scale
     ):
         possible = ", ".join(f"{t / scale:g}" for t in scheduler.timesteps.tolist())
+        # For flows these depend on the last time, of which lcm_times has its own.
+        source = ", which distill.export.lcm_times gives" if isinstance(scheduler, LCMScheduler) else ""
         raise ValueError(
             f"no {type(scheduler).__name__} asks at the times {', '.join(f'{t:g}' for t in student.times)} in "
-            f"{number} step(s); expected {possible}, which distill.export.lcm_times gives."
+            f"{number} step(s); expected {possible}{source}."
         )
+    if isinstance(scheduler, LCMScheduler):
+        _check_boundary(scheduler)
     return scheduler
+
+
+def _lcm_scheduler(settings: Mapping[str, Any], number: int) -> Any:
+    own = {name: settings[name] for name in NOISE_SETTINGS if settings.get(name) is not None}
+    kind = {"prediction_type": settings.get("prediction_type", "epsilon"), "clip_sample": False}
+    try:
+        # steps_offset changes none of its times; stock pipelines complain of any but 1.
+        return LCMScheduler(**own, **kind, original_inference_steps=number, steps_offset=1)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"LCMScheduler has no beta_schedule {settings.get('beta_schedule')!r}; expected linear, scaled_linear "
+            "or squaredcos_cap_v2. Write the teacher's betas into its scheduler_config.json, as trained_betas."
+        ) from error
+
+
+def _check_boundary(scheduler: Any) -> None:
+    # It returns c_skip x_t + c_out x0, where the student returns x0: at t = 0 the noisy image itself.
+    last = scheduler.timesteps[-1]
+    c_skip, c_out = (float(c) for c in scheduler.get_scalings_for_boundary_condition_discrete(last))
+    if max(abs(c_skip), abs(1 - c_out)) > 1e-3:
+        raise ValueError(
+            f"at its last time {last:g} an LCMScheduler returns {c_skip:.2g} x_t + {c_out:.2g} x0 in place of x0; "
+            "expected a last time of at least 2. Take fewer steps."
+        )
 
 
 def export_pipeline(

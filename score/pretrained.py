@@ -246,7 +246,7 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
     """The noise schedule of a ``scheduler_config.json``, and what the network that came with it predicts.
 
     How that scheduler takes steps, clips or spaces its timesteps belongs to sampling and is left out.
-    Raises ``ValueError`` for the EDM family and for prediction types that diffusers does not have.
+    Raises ``ValueError`` for the EDM family and for prediction types and betas that diffusers does not have.
     """
     name = str(settings.get("_class_name", ""))
     if "FlowMatch" in name:
@@ -260,7 +260,10 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
         found = settings["prediction_type"]
         raise ValueError(f"unknown prediction_type {found!r} of {name}; expected {', '.join(KINDS)}.")
     own = {key: settings[key] for key in NOISE_SETTINGS if settings.get(key) is not None}
-    scheduler: Any = DDPMScheduler(**own)
+    try:
+        scheduler: Any = DDPMScheduler(**own)
+    except NotImplementedError as error:
+        raise ValueError(f"unknown beta_schedule {settings['beta_schedule']!r} of {name}.") from error
     return VariancePreserving(scheduler.alphas_cumprod), kind
 
 

@@ -396,6 +396,9 @@ def test_schedulers_that_do_not_fit_are_refused(folder):
         ValueError, match="unknown prediction_type 'score' of DDIMScheduler; expected epsilon, v_pre"
     ):
         load_teacher(folder)
+    edit(file, prediction_type="epsilon", beta_schedule="round")
+    with pytest.raises(ValueError, match="unknown beta_schedule 'round' of DDIMScheduler"):
+        load_teacher(folder)
     EDMEulerScheduler().save_pretrained(folder / "scheduler")
     with pytest.raises(ValueError, match="EDMEulerScheduler is neither of the DDPM nor the flow-matching family"):
         load_teacher(folder)

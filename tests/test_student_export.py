@@ -231,8 +231,29 @@ def test_times_that_no_scheduler_has_are_refused_with_those_that_one_has(times):
 
 
 def test_uneven_times_of_a_flow_are_refused():
-    with pytest.raises(ValueError, match=r"no FlowMatchLCMScheduler asks at the times 1, 0\.9, 0\.25 in 3"):
+    """With those that end as they do, which are not those of lcm_times."""
+    refusal = r"no FlowMatchLCMScheduler asks at the times 1, 0\.9, 0\.25 in 3 .* expected 1, 0\.625, 0\.25\.$"
+    with pytest.raises(ValueError, match=refusal):
         scheduler_for(student_at((1.0, 0.9, 0.25), RectifiedFlow(), 1000.0), {})
+    scheduler_for(student_at((1.0, 0.625, 0.25), RectifiedFlow(), 1000.0), {})
+
+
+def test_times_at_which_a_scheduler_returns_the_noisy_image_are_refused():
+    """LCMScheduler's boundary condition: at t = 0 nothing of the student is left, at t = 2 nothing is missing."""
+    for number, last in ((1000, 0), (500, 1)):
+        times = lcm_times(VariancePreserving.scaled_linear(), number)
+        with pytest.raises(ValueError, match=f"at its last time {last} an LCMScheduler returns .* x_t"):
+            scheduler_for(student_at(times), SETTINGS)
+    scheduler = scheduler_for(student_at(lcm_times(VariancePreserving.scaled_linear(), 333)), SETTINGS)
+    x_t, last = torch.ones(1, 4), scheduler.timesteps[-1]
+    noise = x_t / (1 - scheduler.alphas_cumprod[last]).sqrt()  # a prediction that leaves x0 = 0
+    assert last == 2
+    assert scheduler.step(noise, last, x_t).prev_sample.abs().max() < 1e-3
+
+
+def test_betas_that_the_scheduler_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"has no beta_schedule 'sigmoid'; expected .* trained_betas"):
+        scheduler_for(student_at((999.0,)), {**SETTINGS, "beta_schedule": "sigmoid"})
 
 
 def test_the_scheduler_has_the_teachers_betas_and_prediction():
