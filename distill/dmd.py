@@ -59,7 +59,7 @@ class GAN:
 
     Attributes:
         generator_weight: of the student's term (3e-3 on ImageNet-64, 1e-3 on SD 1.5, 5e-3 on SDXL). Tied to
-            resolution and channels, since the DMD term is a mean over pixels.
+            resolution and channels, since the DMD term is a mean over pixels. 0 trains the critic alone.
         critic_weight: of the critic's loss beside the fake score's (1e-2).
         times: of the noise the student's images are shown with, within ``DMD.fake_times``: the critic's.
     """
@@ -175,7 +175,7 @@ class DMD:
         gradient = self.gradient(x0, cond, batch["fake_cond"], generator=rng("gradient"))
         loss = self.gradient_weight * inject(x0, gradient.value) / x0.numel()
         metrics = {**gradient.metrics, "x0_mean": x0.mean(), "x0_std": x0.std()}
-        if self.gan is not None:
+        if self.gan is not None and self.gan.generator_weight:
             fake_cond = {**cond, **batch["fake_cond"]}
             t, x_t = self.noisy(x0, fake_cond, self.gan.times, rng("adversarial"))
             metrics["adversarial"] = generator_loss(logits_alone(self.fake.unwrapped(), x_t, t, fake_cond))

@@ -182,6 +182,16 @@ def test_the_gan_adds_its_weight_times_the_generators_gradient(schedule):
     close(losses["adversarial"], adversarial)
 
 
+def test_a_critic_of_weight_zero_is_not_asked_about_the_students_images(schedule, monkeypatch):
+    dmd = make_dmd(schedule, "GAN", dtype=torch.float64)
+    heard, without = make_batch(), make_batch()
+    monkeypatch.delattr("distill.dmd.generator_loss")
+    losses = replace(dmd, gan=GAN(generator_weight=0.0)).student_loss(heard, RNG)
+    expected = replace(dmd, gan=None).student_loss(without, RNG)
+    assert losses.keys() == expected.keys()
+    assert torch.equal(losses["loss"], expected["loss"])
+
+
 def test_regression_adds_its_weight_times_the_distance(schedule):
     dmd = make_dmd(schedule, "regression", dtype=torch.float64)
     batch = make_batch()
