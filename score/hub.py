@@ -136,7 +136,7 @@ def load_teacher(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     size: int | tuple[int, int] | None = None, tiny_vae: str | Path | None = None, slicing: bool = False,
     tiling: bool = False, cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
-    revision: str | None = None,
+    revision: str | None = None, vae_dtype: torch.dtype | None = None,
 ) -> Teacher:  # fmt: skip
     """A frozen teacher from a folder that ``save_pretrained`` wrote, or from a model's name.
 
@@ -154,12 +154,14 @@ def load_teacher(
         allow_pickle: read pickled weights if there are no safetensors, with torch's restricted unpickler.
         variant: of the weight files, such as "fp16".
         revision: branch, tag or commit of a model that is downloaded.
+        vae_dtype: of the autoencoder alone, as for images that are encoded once and learned from; else ``dtype``.
 
     Raises:
         ValueError: for a name that is neither, a pipeline of another class, weights that are missing, pickled,
             damaged or do not fit, and a dtype or size that cannot be.
     """
-    check_dtype(dtype)
+    for one in (dtype, vae_dtype or dtype):
+        check_dtype(one)
     reader = PartReader(dtype, check_device(device), allow_pickle, variant)
     folder = find_pipeline(name, _weights_of, reader, revision)
     index = _read_index(folder)
@@ -177,7 +179,8 @@ def load_teacher(
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     codec = None
     if family.texts:
-        codec = load_codec(reader, parts["vae"], upcast=family.upcast, slicing=slicing, tiling=tiling)
+        own = reader if vae_dtype is None else replace(reader, dtype=vae_dtype)
+        codec = load_codec(own, parts["vae"], upcast=family.upcast, slicing=slicing, tiling=tiling)
     return Teacher(
         denoiser=NetworkDenoiser(freeze(DiffusersNetwork(model)), schedule, kind, scale),
         shape=shape,
