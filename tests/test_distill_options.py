@@ -90,6 +90,18 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
     assert torch.equal(found[:, 0], torch.arange(800.0) % 700)
 
 
+@pytest.mark.parametrize(("batch_size", "wanted"), [(2, 16), (32, 256), (512, 256)])
+def test_pairs_are_made_in_batches_that_fit_where_the_training_does(monkeypatch, batch_size, wanted):
+    seen = []
+    teacher = SimpleNamespace(
+        num_classes=2, shape=(2,), cond=lambda labels: {"embeds": labels.float()[:, None]},
+        denoiser=NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow"),
+    )  # fmt: skip
+    monkeypatch.setattr(roles, "make_pairs", lambda *args, **options: seen.append(options["batch"]))
+    roles.teacher_pairs(Config(batch_size=batch_size), teacher.denoiser, teacher)
+    assert seen == [wanted]
+
+
 def test_only_the_conditions_of_a_batch_go_to_the_teachers_device():
     source = SimpleNamespace(device=torch.device("meta"))
     teacher = PromptedTeacher(source, {"embeds": torch.zeros(5, 3)}, None, 5)

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("texts")
     tiny.sd().save_pretrained(root / "sd")
     tiny.sdxl().save_pretrained(root / "sdxl")
+    tiny.sd3(with_t5=False).save_pretrained(root / "sd3")
     tiny.pixels().save_pretrained(root / "pixels")
     (root / "prompts.txt").write_text("\n".join([*PROMPTS, "", "  "]))
     rows = []
@@ -80,6 +82,7 @@ def config_of(root, out, **changes):
 KINDS = {
     "full": {}, "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0},
     "lora": {"lora": True, "lora_rank": 2, "lora_alpha": 1.0, "gradient_checkpointing": True, "offload": True},
+    "no_average": {"ema_decay": 0.0, "gan_weight": 0.0},
 }  # fmt: skip
 
 
@@ -123,6 +126,15 @@ def test_the_average_is_what_is_exported_and_it_learned(root, finished, kind):
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def test_without_an_average_there_is_no_second_copy_and_the_student_itself_is_exported(root, finished, capsys):
+    checkpoint = finished["no_average"].parent / "checkpoints" / "step-000000004"
+    assert {path.stem for path in checkpoint.glob("*.safetensors")} == {"student", "fake"}
+    student, exported = load_file(checkpoint / "student.safetensors"), finished["no_average"] / "unet" / WEIGHTS
+    assert all(torch.equal(value, student[f"model.{name}"]) for name, value in load_file(exported).items())
+    train_dmd.main(config_of(root, finished["four"].parent, dry_run=True, **KINDS["no_average"]))
+    assert "its average" not in capsys.readouterr().out
+
+
 def test_tensorboard_shows_losses_and_the_validation_pictures(finished):
     events = EventAccumulator(str(finished["full"].parent / "logs")).Reload()
     names = set(events.Tags()["scalars"])
@@ -132,12 +144,15 @@ def test_tensorboard_shows_losses_and_the_validation_pictures(finished):
 
 
 def test_validation_prompts_are_what_is_drawn(root, tmp_path, monkeypatch):
-    shown = []
+    """Decoded one by one: an autoencoder's activations are large."""
+    shown, sizes, decode = [], [], hub.Teacher.decode
+    monkeypatch.setattr(hub.Teacher, "decode", lambda self, x0: sizes.append(len(x0)) or decode(self, x0))
     monkeypatch.setattr(
         sys.modules["distill_texts"], "fit", lambda *args, **options: shown.append(options["preview"]())
     )
     train_dmd.main(config_of(root, tmp_path / "run", validation_prompts=("x", "y", "a red mug"), warmup_steps=0))
     assert shown[0].shape == (3, 3, 16, 16)
+    assert sizes == [1, 1, 1]
     teacher = hub.load_teacher(root / "sd")
     noise = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0))
     x0 = teacher.denoiser(noise, torch.full((3,), 999.0), teacher.prompts(["x", "y", "a red mug"]))
@@ -170,11 +185,13 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
 
 def test_a_size_of_its_own_is_exported(root, tmp_path):
     """At 24 x 24 in place of 16 x 16."""
-    out = train_dmd.main(config_of(root, tmp_path / "run", teacher_size=24, steps=2, warmup_steps=0, **PLAIN))
+    changes = {"teacher_size": 24, "steps": 2, "warmup_steps": 0, "accumulate": 3, **PLAIN}
+    out = train_dmd.main(config_of(root, tmp_path / "run", **changes))
     facts = read_student_facts(out)
     assert (facts["dmd2_height"], facts["dmd2_width"]) == (24, 24)
     assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
     assert hub.load_teacher(out).size == (24, 24)
+    assert "2 iterations of batch 12, 1 updates" in (out / "README.md").read_text()
 
 
 # Prompts and caches.
@@ -235,18 +252,38 @@ def test_a_process_is_told_the_same_config(root, tmp_path, monkeypatch):
     assert seen == [config]
 
 
-class Run:
-    """The script as a process of its own, on one or two ranks."""
+NOTING = """
+import json, os, sys
+import command, distill_texts, train_dmd
+from distill_options import Config, presets_for
 
-    def __init__(self, config, ranks=1):
+shuffled = distill_texts.shuffled
+
+def noted(*args):
+    chosen = shuffled(*args)
+    with open(__file__ + os.environ["RANK"], "a") as file:
+        print(json.dumps(chosen.tolist()), file=file)
+    return chosen
+
+distill_texts.shuffled = noted
+command.run(train_dmd.main, Config, "", presets=presets_for(sys.argv[1:]))
+"""
+"""The script, noting beside itself which prompts each rank is handed."""
+
+
+class Run:
+    """The script, or another program, as a process of its own, on one or two ranks."""
+
+    def __init__(self, config, ranks=1, program=ROOT / "train_scripts" / "train_dmd.py"):
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        self.command = [*launcher, str(ROOT / "train_scripts" / "train_dmd.py"), *options_of(config)]
+        self.command = [*launcher, str(program), *options_of(config)]
         self.log = config.out.with_suffix(".log")
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "TQDM_DISABLE": "1",
-            "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "train_scripts"))),
         }  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -305,11 +342,12 @@ def test_a_killed_run_ends_in_the_same_student(root, finished, tmp_path, capsys)
     assert_equal(weights_of(student), weights_of(finished["full"]))
 
 
-def test_a_lora_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["lora", "no_average"])
+def test_a_run_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch, capsys, kind):
     class StopError(Exception):
         pass
 
-    config = config_of(root, tmp_path / "cut", **KINDS["lora"])
+    config = config_of(root, tmp_path / "cut", **KINDS[kind])
     fit = sys.modules["distill_texts"].fit
 
     def stopping(config, *args, **options):
@@ -325,28 +363,33 @@ def test_a_lora_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatc
             train_dmd.main(config)
     student = train_dmd.main(config)
     assert "resumed from step 2" in capsys.readouterr().out
-    assert_equal(weights_of(student), weights_of(finished["lora"]))
+    assert_equal(weights_of(student), weights_of(finished[kind]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False])
 def test_two_ranks_learn_one_student_and_resume_it(root, tmp_path, lora):
-    """With GAN term and warm-up; that both hold the same weights is asked by the loop, and of the LoRA in
-    test_backbone."""
+    """With GAN term and warm-up. That gradients are averaged is asked in test_backbone and test_training; here,
+    that each rank is handed prompts of its own."""
     changes = {"lora": True, "lora_rank": 2} if lora else {}
-    whole, cut, alone = (config_of(root, tmp_path / name, **changes) for name in ("whole", "cut", "alone"))
-    run = Run(whole, ranks=2)
+    whole, cut = (config_of(root, tmp_path / name, **changes) for name in ("whole", "cut"))
+    program = tmp_path / "noting.py"
+    program.write_text(NOTING)
+    run = Run(whole, ranks=2, program=program)
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
     assert run.log.read_text().count("student: ") == 1
+    assert "iterations of batch 8, " in (whole.out / "student" / "README.md").read_text()
+    notes = [Path(f"{program}{rank}").read_text().splitlines() for rank in (0, 1)]
+    handed = [[json.loads(line) for line in lines[1:]] for lines in notes]  # the first is the check's
+    assert [len(steps) for steps in handed] == [whole.steps] * 2
+    in_turn = torch.tensor(handed).transpose(0, 1).flatten()
+    epochs = in_turn[: len(in_turn) // len(PROMPTS) * len(PROMPTS)].view(-1, len(PROMPTS))
+    assert (epochs.sort(1).values == torch.arange(len(PROMPTS))).all(), "each rank has prompts of its own"
     killed_after_its_first_checkpoint(Run(cut, ranks=2), cut)
     run = Run(cut, ranks=2)
     assert run.process.wait(timeout=300) == 0, run.log.read_text()
     assert "resumed from step " in run.log.read_text()
     assert_equal(weights_of(cut.out / "student"), weights_of(whole.out / "student"))
-    one, other = (
-        next(iter(weights_of(folder).values())) for folder in (train_dmd.main(alone), whole.out / "student")
-    )
-    assert any(not torch.equal(value, other[name]) for name, value in one.items()), "both ranks' prompts count"
 
 
 def test_another_prompt_file_is_another_run(root, finished, tmp_path):
@@ -356,6 +399,18 @@ def test_another_prompt_file_is_another_run(root, finished, tmp_path):
         (tmp_path / f"{number}.png").write_bytes((root / f"{number}.png").read_bytes())
     with pytest.raises(ValueError, match=r"belongs to another config .*prompts"):
         train_dmd.main(config_of(root, finished["full"].parent, prompts=str(other)))
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+    ("scheduler/scheduler_config.json", {"beta_end": 0.02}), ("unet/config.json", {"sample_size": 12}),
+])  # fmt: skip
+def test_weights_that_mean_something_else_are_another_run(root, finished, tmp_path, file, change):
+    shutil.copytree(root / "sd", tmp_path / "other")
+    (tmp_path / "other" / file).write_text(json.dumps({**json.loads((root / "sd" / file).read_text()), **change}))
+    changes = {**KINDS["four"], "teacher": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=r"belongs to another config \(teacher: "):
+        train_dmd.main(config_of(root, finished["four"].parent, **changes))
 
 
 # Refusals.
@@ -371,6 +426,7 @@ def test_another_prompt_file_is_another_run(root, finished, tmp_path):
     ({"times": (399.0,)}, "no LCMScheduler asks at the times 399 in 1 step"),
     ({"times": (1200.0,)}, r"times must lie in \["), ({"times": (999.0, 499.0)}, "--times must be --num-steps 1"),
     ({"num_steps": 1001, "warmup_steps": 0}, "takes 1 to 1000 steps; got 1001"),
+    ({"num_steps": 600, "warmup_steps": 0}, "at its last time 0 an LCMScheduler returns 1 x_t"),
     ({"num_steps": 4}, "needs --num-steps 1"), ({"num_prompts": -1}, "--num-prompts must be at least 0"),
     ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"teacher_size": 15}, "multiples of"),
     ({"eval_every": 2}, r"sees pictures of \(64, 64\); .* draws \(16, 16\)"),
@@ -383,6 +439,44 @@ def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_pat
     with pytest.raises(ValueError, match=message):
         train_dmd.main(replace(config_of(root, tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_bottleneck_is_refused_before_the_prompts_are_encoded(root, tmp_path, monkeypatch):
+    monkeypatch.delattr("score.prompts.PromptEncoder.num_cut")
+    config = config_of(root, tmp_path / "run", teacher=str(root / "sd3"))
+    with pytest.raises(ValueError, match=r"\(b, c, h, w\), .* transformer has none. Pass --gan-weight 0"):
+        train_dmd.main(config)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0 are \(1, \d+, 16\). Pass --gan-weight 0"):
+        train_dmd.main(replace(config, bottleneck="model.transformer_blocks.0"))
+
+
+def test_prompts_are_read_before_the_teacher(root, tmp_path, monkeypatch):
+    monkeypatch.delattr("distill_texts.load_source")
+    with pytest.raises(ValueError, match="no such file"):
+        train_dmd.main(config_of(root, tmp_path / "run", prompts=str(root / "gone.txt")))
+
+
+def test_all_is_checked_before_pairs_are_made(root, tmp_path, monkeypatch):
+    checked = count_calls(monkeypatch, "distill.dmd.DMD.check")
+    make_pairs, before = sys.modules["roles"].make_pairs, []
+
+    def noted(*args, **options):
+        before.append(len(checked))
+        return make_pairs(*args, **options)
+
+    monkeypatch.setattr(sys.modules["roles"], "make_pairs", noted)
+    train_dmd.main(config_of(root, tmp_path / "run", steps=2, regression_weight=0.1))
+    assert before == [1]  # the warm-up learns from the same
+
+
+def test_the_autoencoder_of_a_teacher_in_half_precision_is_not(root, monkeypatch):
+    """Real images are encoded once; a GPU that is not there is only named."""
+    load = hub.load_teacher
+    monkeypatch.setattr(hub, "load_teacher", lambda *args, **options: load(*args, **{**options, "device": "cpu"}))
+    config = replace(distill_options.text(), teacher=str(root / "sd"))
+    source = sys.modules["distill_texts"].load_source(config, torch.device("cuda"))
+    assert next(source.denoiser.network.parameters()).dtype == torch.bfloat16
+    assert next(source.codec.vae.parameters()).dtype == torch.float32
 
 
 def test_a_family_that_cannot_teach_is_named(root, tmp_path):
@@ -465,6 +559,26 @@ def students(tmp_path_factory):
     for parameter in twin.network.parameters():
         parameter.data += 0.05
     return full, Student(twin, (999.0,)).export(toyworld.pipeline_folder(), root / "lora")
+
+
+def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, monkeypatch):
+    """What he asks for is encoded by the text encoders, loaded as the teacher was."""
+    settings = {**TINY, **PLAIN, "teacher": "toyworld", "prompts": "toyworld", "num_prompts": 2, "eval_every": 2}
+    config = Config(preset="text", out=tmp_path / "run", **settings, allow_pickle=True)
+    monkeypatch.setattr("judged.NUM_RENDERS", 2)
+    loaded, load = [], hub.load_teacher
+
+    def noted(*args, **options):
+        loaded.append(options.get("allow_pickle"))
+        if len(loaded) == 2:
+            raise ValueError("no memory left")
+        return load(*args, **options)
+
+    monkeypatch.setattr(hub, "load_teacher", noted)
+    with pytest.raises(ValueError, match="no memory left"):
+        train_dmd.main(config)
+    assert loaded == [True, True]
+    assert not (tmp_path / "run").exists()
 
 
 def test_students_are_measured_beside_their_teacher(students, tmp_path):

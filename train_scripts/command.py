@@ -36,7 +36,8 @@ class RunOptions:
     accumulate: int = 1
     """Micro-batches per iteration."""
     precision: Literal["no", "bf16"] = "no"
-    """Autocast precision; weights stay float32."""
+    """Autocast precision; weights that learn stay float32. Frozen ones may become bf16, too: those of a
+    text-to-image teacher on a GPU, those under a ControlNet."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
     compile: bool = False

@@ -62,7 +62,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     regression_weight: float = 0.0
     """Weight of DMD's regression on teacher pairs beside the distillation; 0 means none."""
     num_pairs: int = 5000
-    """Teacher pairs for the regressions."""
+    """Teacher pairs for the regressions; every process makes all of them, in batches of up to 8 --batch-size."""
     pair_steps: int = 50
     """DDIM steps of each pair."""
     ema_decay: float = 0.99

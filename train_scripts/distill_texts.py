@@ -1,6 +1,5 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
-import copy
 import hashlib
 import sys
 import tempfile
@@ -15,9 +14,19 @@ from distill_options import Config
 from fitting import fit, prepare, resume, start
 from judged import SIZE, text_watch
 from latents import IN_MEMORY, Latents, encode_images
-from networks import find_bottleneck
+from networks import identity_of, probe_bottleneck
 from prompted import PromptedTeacher
-from roles import build_method, build_phases, build_text_roles, plan_of_pairs, student_times, warm_up
+from roles import (
+    averaged,
+    build_method,
+    build_phases,
+    build_text_roles,
+    plan_of_pairs,
+    planned_roles,
+    student_times,
+    warm_up,
+    with_pairs,
+)
 from texts import Texts, read_texts
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -85,10 +94,11 @@ def distil_texts(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
+    method = with_pairs(config, method, teacher)
     average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
-        save(config, average, teacher, out)
+        save(config, average, teacher, out, accelerator.num_processes)
         print(f"student: {out}")
     return out
 
@@ -98,9 +108,9 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
 
     The text encoders are freed on return, since nothing that is returned holds them.
     """
+    texts = read_texts(config.prompts, config.num_prompts)
     with tempfile.TemporaryDirectory() as nowhere:
         source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
-        texts = read_texts(config.prompts, config.num_prompts)
         check_inputs(config, texts, source)
         texts = Texts(texts.prompts[:1]) if config.dry_run else fitting_texts(config, texts, source)
         negative = source.negative(config.negative)
@@ -123,20 +133,21 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
             f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
         )
     if config.gan_weight > 0:
-        find_bottleneck(source.denoiser.network, config.bottleneck)
         if not len(texts.images):
             raise ValueError(
                 f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
                 "them, or pass --gan-weight 0."
             )
+        negative = source.negative(config.negative)  # any one prompt would do
+        probe_bottleneck(PromptedTeacher(source, negative, None, 1), config.bottleneck)
 
 
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
-    """Train to the end; the student's moving average."""
+    """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
     phases = build_phases(config, method)
-    ema = phases[0].ema
-    assert ema is not None
+    average = Student(replace(teacher.denoiser, network=averaged(phases[0])), method.student.times)
+    watch = text_watch(config, average, teacher.source)  # or it says why not, before anything is written
     own = {
         name: value
         for name, value in identity(config, accelerator, hashes_of(inputs)).items()
@@ -144,12 +155,10 @@ def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator
     }
     first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
-        warm_up(config, method, accelerator, teacher)
-        ema.reset()
-    average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
+        warm_up(config, method, phases[0], accelerator, teacher)
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout, columns=4,
-        preview=lambda: draw(average, teacher, inputs.shown), watch=text_watch(config, average, teacher.source),
+        preview=lambda: draw(average, teacher, inputs.shown), watch=watch,
     )  # fmt: skip
     return average
 
@@ -162,13 +171,15 @@ def teacher_name(config: Config) -> str | Path:
 def load_source(config: Config, device: torch.device, cache: Path | None = None) -> hub.Teacher:
     """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
 
+    Its autoencoder is float32: what it makes of real images once is learned from all along.
+
     Raises ``ValueError`` for what ``score.hub.load_teacher`` refuses, a model without prompts, and a student.
     """
     name = teacher_name(config)
     half = config.precision == "bf16" and device.type != "cpu"
     source = hub.load_teacher(
         name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        allow_pickle=config.allow_pickle, cache=cache,
+        vae_dtype=torch.float32, allow_pickle=config.allow_pickle, cache=cache,
     )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
@@ -225,7 +236,9 @@ def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     number = len(next(iter(cond.values())))
     noise = torch.randn(number, *teacher.shape, generator=generator).to(teacher.source.device)
-    return teacher.decode(student.sample(noise, cond, generator=generator)).float().cpu()
+    x0 = student.sample(noise, cond, generator=generator)
+    # One by one: SDXL's autoencoder needs three GiB for each.
+    return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str]:
@@ -234,25 +247,24 @@ def hashes_of(inputs: Inputs) -> dict[str, str]:
     words = hashlib.sha256("\n".join(inputs.texts.prompts).encode()).hexdigest()[:16]
     negative = [] if teacher.negative is None else [teacher.negative[name] for name in sorted(teacher.negative)]
     return {
-        "teacher": fingerprint([*teacher.denoiser.network.parameters(), *negative]), "prompts": words,
+        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)), "prompts": words,
         "data": "" if latents is None else latents.identity(),
     }  # fmt: skip
 
 
 def show(config: Config, teacher: PromptedTeacher, networks: tuple[nn.Module, nn.Module]) -> None:
     """The plan of ``--dry-run``."""
-    student, fake = networks
-    average = copy.deepcopy(student).requires_grad_(False)
-    roles = {"teacher": teacher.denoiser.network, "student": student, "its average": average, "fake": fake}
+    roles = planned_roles(config, teacher.denoiser.network, *networks)
     updates = {"student": config.steps // config.student_every, "fake": config.steps}
     show_plan(config, roles, updates, before=plan_of_pairs(config))
 
 
-def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Path) -> Path:
+def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Path, num_processes: int) -> Path:
     """Export the student: a pipeline, or a LoRA."""
+    batch_size = config.batch_size * config.accumulate * num_processes
     card = (
         f"Distilled from {config.teacher} (guidance {config.guidance:g}) by `train_scripts/train_dmd.py`, preset "
-        f"{config.preset}: {config.steps:,} iterations of batch {config.batch_size}, "
+        f"{config.preset}: {config.steps:,} iterations of batch {batch_size:,}, "
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher

@@ -91,7 +91,8 @@ def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     import toyworld
 
     name = toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
-    return hub.load_teacher(name, size=config.teacher_size or None).prompts(prompts)
+    teacher = hub.load_teacher(name, size=config.teacher_size or None, allow_pickle=config.allow_pickle)
+    return teacher.prompts(prompts)
 
 
 @torch.no_grad()

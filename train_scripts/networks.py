@@ -71,13 +71,7 @@ class Teacher:
 
     def identity(self) -> str:
         """A hash of weights and meaning: two teachers of one identity give the same answers."""
-        state = self.denoiser.network.state_dict().values()
-        meaning = [
-            describe_schedule(self.denoiser.schedule), self.denoiser.kind, self.denoiser.time_scale,
-            list(self.shape), self.num_classes, self.null_class,
-        ]  # fmt: skip
-        words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
-        return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
+        return identity_of(self.denoiser, list(self.shape), self.num_classes, self.null_class)
 
     def cond(self, labels: Tensor) -> dict[str, Tensor]:
         """The condition under which the network is asked for these labels."""
@@ -86,6 +80,14 @@ class Teacher:
     def decode(self, x0: Tensor) -> Tensor:
         """x0 to images: it works on pixels."""
         return x0
+
+
+def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
+    """A hash of a denoiser's weights, of what they mean, and of JSON-able ``facts`` beside them."""
+    state = denoiser.network.state_dict().values()
+    meaning = [describe_schedule(denoiser.schedule), denoiser.kind, denoiser.time_scale, *facts]
+    words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
+    return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
 
 
 def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
@@ -155,16 +157,24 @@ def _is_diffusers(config: Path) -> bool:
         return False
 
 
+LISTENS = "the GAN term listens to activations (b, c) or (b, c, h, w)"
+
+
 def find_bottleneck(network: nn.Module, name: str | None) -> str:
     """Name of the submodule a critic reads: ``name``, the network's own choice, or its mid_block.
 
-    Raises ``ValueError`` where there is no such submodule, or none is known and none is named.
+    Raises ``ValueError`` where there is no such submodule, or none is known and none is named: a transformer has
+    none.
     """
     modules = dict(network.named_modules())
     if name is None:
         owners = [(prefix, module) for prefix, module in modules.items() if hasattr(module, "bottleneck")]
         known = [f"{prefix}.{module.bottleneck}".lstrip(".") for prefix, module in owners]
         name = next(iter([*known, *(key for key in modules if key.split(".")[-1] == "mid_block")]), None)
+    if name is None and any(key.split(".")[-1] == "transformer_blocks" for key in modules):
+        raise ValueError(
+            f"{LISTENS}, such as a UNet's mid_block has; a transformer has none. Pass --gan-weight 0."
+        )
     if name is None or name not in modules:
         raise ValueError(
             f"the GAN term needs a submodule to listen to; got --bottleneck {name}. The network has "
@@ -174,7 +184,10 @@ def find_bottleneck(network: nn.Module, name: str | None) -> str:
 
 
 def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int]:
-    """Name, channels and side of the activations of :func:`find_bottleneck`; side 1 means no space."""
+    """Name, channels and side of the activations of :func:`find_bottleneck`; side 1 means no space.
+
+    Raises ``ValueError`` for those that no critic can read, such as a transformer's tokens.
+    """
     network = teacher.denoiser.network
     name = find_bottleneck(network, name)
     kept: list[Tensor] = []
@@ -187,7 +200,10 @@ def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int
     with torch.no_grad():
         teacher.denoiser(torch.zeros(1, *teacher.shape, device=device), t, teacher.cond(labels))
     hook.remove()
-    return name, kept[0].shape[1], kept[0].shape[-1] if kept[0].ndim == 4 else 1
+    found = tuple(kept[0].shape)
+    if len(found) not in (2, 4):
+        raise ValueError(f"{LISTENS}; those of --bottleneck {name} are {found}. Pass --gan-weight 0.")
+    return name, found[1], found[-1] if len(found) == 4 else 1
 
 
 def from_function(name: str) -> Teacher:

@@ -20,9 +20,10 @@ from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
 from distill.regression import Regression, make_pairs
 from distill.student import Student, even_times
-from score import Denoiser
+from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
+from score.ranks import unwrap
 from score.sampling import grid
 from score.schedule import Schedule
 from score.training import EMA, Phase, train
@@ -75,6 +76,12 @@ def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
     return config.num_steps if config.num_steps > 1 and facts.get("network") == "mlp" else 0
 
 
+def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module) -> dict[str, nn.Module]:
+    """The networks that a run holds, for ``--dry-run``."""
+    followed = {"its average": freeze(copy.deepcopy(student))} if config.ema_decay else {}
+    return {"teacher": teacher, "student": student, **followed, "fake": fake}
+
+
 def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn.Module, fake: nn.Module) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
     target = teacher.guided(config.guidance)
@@ -91,8 +98,14 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
         student_every=config.student_every,
         weight=dmd_weight(config.alpha_in_gradient),
         gan=gan if config.gan_weight > 0 else None,
-        regression=teacher_pairs(config, target, teacher) if config.regression_weight > 0 else None,
     )
+
+
+def with_pairs(config: Config, method: DMD, teacher: Teacher | PromptedTeacher) -> DMD:
+    """The method with DMD's regression where it is asked for: long work, for which all else is checked first."""
+    if not config.regression_weight:
+        return method
+    return replace(method, regression=teacher_pairs(config, method.teacher, teacher))
 
 
 def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
@@ -102,7 +115,10 @@ def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
 
 
 def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher) -> Regression:
-    """Pairs of the (guided) teacher in 50 DDIM steps, all classes alike."""
+    """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike; every rank makes all of them.
+
+    Without gradients there is room for eight times the batch of the training.
+    """
     numbers = torch.arange(config.num_pairs) % max(1, teacher.num_classes)
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
     labels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -110,30 +126,44 @@ def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher | PromptedT
     device = next(teacher.denoiser.network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
         pairs = make_pairs(
-            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed, device=device
-        )
+            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed,
+            batch=min(256, 8 * config.batch_size), device=device,
+        )  # fmt: skip
     return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
 
 
-def warm_up(config: Config, method: DMD, accelerator: Accelerator, teacher: Teacher | PromptedTeacher) -> None:
+def warm_up(
+    config: Config, method: DMD, student: Phase, accelerator: Accelerator, teacher: Teacher | PromptedTeacher
+) -> None:
     """Start the student from regression on teacher pairs: it then only has to be moved, not found."""
-    network = method.student.denoiser.network
+    network = student.network
     regression = method.regression or teacher_pairs(config, method.teacher, teacher)
     optimizer = adamw(network, config.warmup_lr)
     phase = Phase(
-        name="warm-up", network=network, optimizer=optimizer, ema=EMA(network, config.ema_decay),
+        name="warm-up", network=network, optimizer=optimizer, ema=average_of(network, config),
         loss=lambda batch, rng: {"loss": regression.loss(method.student, rng)},
         lr_schedule=cosine(optimizer, config.warmup_steps, warmup=20),
     )  # fmt: skip
     reports = train([phase], lambda rng: None, accelerator, steps=config.warmup_steps, seed=config.seed)
     for _ in progress(reports, "warm-up", config.warmup_steps, accelerator):
         pass
-    assert phase.ema is not None
-    phase.ema.source.load_state_dict(phase.ema.network.state_dict())
+    if phase.ema is not None and student.ema is not None:
+        phase.ema.source.load_state_dict(phase.ema.network.state_dict())
+        student.ema.reset()
+
+
+def average_of(network: nn.Module, config: Config) -> EMA | None:
+    """The network's moving average; none at --ema-decay 0, where the network itself is what is saved."""
+    return EMA(network, config.ema_decay) if config.ema_decay else None
+
+
+def averaged(phase: Phase) -> nn.Module:
+    """What is saved of a phase: the average of its network, or where there is none the network itself."""
+    return unwrap(phase.network) if phase.ema is None else phase.ema.network
 
 
 def build_phases(config: Config, method: DMD) -> list[Phase]:
-    """Student and fake score under AdamW, the student followed by its average."""
+    """Student and fake score under AdamW, the student followed by its average, if it has one."""
     student, fake = (
         adamw(network, rate, betas=config.betas, kind=config.optimizer)
         for network, rate in (
@@ -144,7 +174,7 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
         offload_state(optimizer)
     updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
     return method.phases(
-        student, fake, student_ema=EMA(method.student.denoiser.network, config.ema_decay),
+        student, fake, student_ema=average_of(method.student.denoiser.network, config),
         student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
         fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
     )  # fmt: skip

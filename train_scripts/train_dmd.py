@@ -10,7 +10,6 @@ teacher is a text-to-image pipeline of diffusers, and --out/student is what diff
 with --lora. Stopped runs resume: run the same command again.
 """
 
-import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,17 @@ from fitting import fit, prepare, resume, start
 from images import load_images
 from monitoring import check_evaluation, watcher
 from networks import Teacher, load_teacher
-from roles import build_method, build_phases, build_roles, plan_of_pairs, teacher_pairs, warm_up
+from roles import (
+    averaged,
+    build_method,
+    build_phases,
+    build_roles,
+    plan_of_pairs,
+    planned_roles,
+    teacher_pairs,
+    warm_up,
+    with_pairs,
+)
 
 from distill.student import Student, save_student
 from score import freeze
@@ -57,8 +66,7 @@ def distil_images(config: Config) -> Path:
     student_net, fake_net = build_roles(config, teacher)
     freeze(teacher.denoiser.network)
     if config.dry_run:
-        followed, frozen = freeze(copy.deepcopy(student_net)), teacher.denoiser.network
-        roles = {"teacher": frozen, "student": student_net, "its average": followed, "fake": fake_net}
+        roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
         updates = {"student": config.steps // config.student_every, "fake": config.steps}
         show_plan(config, roles, updates, before=plan_of_pairs(config))
         return config.out
@@ -73,16 +81,14 @@ def distil_images(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
+    method = with_pairs(config, method, teacher)
     phases = build_phases(config, method)
-    ema = phases[0].ema
-    assert ema is not None
+    average = Student(replace(teacher.denoiser, network=averaged(phases[0])), method.student.times)
     inputs = {"data": fingerprint([data.images, data.labels]), "teacher": teacher.identity()}
     own = identity(config, accelerator, inputs)
     first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
-        warm_up(config, method, accelerator, teacher)
-        ema.reset()
-    average = Student(replace(teacher.denoiser, network=ema.network), method.student.times)
+        warm_up(config, method, phases[0], accelerator, teacher)
     sampled = replace(teacher, denoiser=average.denoiser, times=average.times)
     with accelerator.autocast():
         watch = watcher(
