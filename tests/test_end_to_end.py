@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from distill.adversarial import Critic, discriminator_head
+from distill.diff_instruct import integral_kl
 from distill.dmd import DMD, GAN
+from distill.f_distill import FDistill
 from distill.regression import make_pairs
+from distill.sid import SiD
 from distill.student import Student, even_times
 from score import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving
 from score.denoiser import KarrasPreconditioning
@@ -85,7 +88,7 @@ def pretrained(family, accelerator, steps=600):
     return network
 
 
-def distilled(family, num_steps, gan, steps, accelerator, rate=1e-3, student_every=2):
+def distilled(family, num_steps, gan, steps, accelerator, rate=1e-3, student_every=2, method_of=DMD, **options):
     """The averaged student of the full method; a few-step student's fake score is told the step."""
     torch.manual_seed(0)
     teacher, start = mixture(family.schedule), pretrained(family, accelerator)
@@ -95,10 +98,11 @@ def distilled(family, num_steps, gan, steps, accelerator, rate=1e-3, student_eve
     student = Student(family.denoiser(copy.deepcopy(start)), even_times(family.schedule, num_steps))
     large = gan and num_steps > 1
     batch_size, ema = BATCH * (1 + large), EMA(student.denoiser.network, 0.995 if large else 0.99)
-    method = DMD(
+    options = {"times": log_normal(0.0, 1.0) if num_steps > 1 else uniform(0.02, 0.98), **options}
+    method = method_of(
         teacher=teacher, student=student, fake=family.denoiser(fake), shape=(2,), student_every=student_every,
-        times=log_normal(0.0, 1.0) if num_steps > 1 else uniform(0.02, 0.98), fake_weight=family.weight,
-        step_key="step" if num_steps > 1 else None, gan=GAN(generator_weight=0.03) if gan else None,
+        fake_weight=family.weight, step_key="step" if num_steps > 1 else None,
+        gan=GAN(generator_weight=0.03) if gan else None, **options,
     )  # fmt: skip
 
     def batches(rng):
@@ -171,3 +175,27 @@ def test_the_student_finds_every_mode_in_its_share(family, num_steps, gan, steps
     print(f"{family} {num_steps} step(s), GAN {gan}: {ratio:.2f} times the floor, shares within {error:.3f}")
     assert error <= 0.05
     assert ratio <= (2 if gan else 3)
+
+
+def flat(t, schedule):
+    """Undoes the (alpha / sigma)^2 of Diff-Instruct's weight, which would listen to the least noise alone."""
+    return schedule.ratio(t) ** 2
+
+
+# The relatives, as they are meant to be used: SiD without the noisiest fifth, f-distill with the critic it needs.
+RELATIVES = {
+    "SiD": (SiD, False, {"times": uniform(0.0, 0.8)}), "f-distill": (FDistill, True, {}),
+    "Diff-Instruct": (DMD, False, {"weight": integral_kl(flat)}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_relatives_find_every_mode(family, name, accelerator):
+    method_of, gan, options = RELATIVES[name]
+    student = distilled(FAMILIES[family], 1, gan, 3000, accelerator, method_of=method_of, **options)
+    ratio, error = judge(student)
+    print(f"{family} {name}: {ratio:.2f} times the floor, shares within {error:.3f}")
+    assert error <= 0.05
+    assert ratio <= 3
