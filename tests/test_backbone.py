@@ -1,8 +1,6 @@
 """One frozen network for three roles: what it costs, that nothing is switched, that its gradients are right."""
 
-import copy
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -11,24 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from text_contenders import COPIES, SHARED, Case, count_bytes, make_network
 from torch import nn
 
 from distill import backbone
 from distill.adversarial import discriminator_head
 from distill.backbone import LAYERS, offload_state, recompute_activations, shared_backbone
-from score.denoiser import NetworkDenoiser, freeze
 from score.families import DiffusersNetwork
 from score.lora import Twin, adapter_weights, merged
 from score.network import ResidualMLP
 from score.randomness import Rng
-from score.schedule import VariancePreserving
 from score.training import EMA, Phase, train
-from toyworld.parts import make_unet
 
 close = torch.testing.assert_close
 WORKER = Path(__file__).parent / "workers" / "backbone_ranks.py"
-CONFIGS = Path(os.environ.get("SCOREFIELD_CONFIGS", "/work/shared/configs"))
 RNG = Rng(seed=3, step=2)
 
 
@@ -45,59 +39,29 @@ worker = load_worker()
 # What it costs.
 
 
-def tensors_of(networks, optimizers):
-    """All different parameters, gradients and tensors of optimisers' state."""
-    parameters = {id(p): p for network in networks for p in network.parameters()}
-    learned = [p for p in parameters.values() if p.grad is not None]
-    state = [x for optimizer in optimizers for s in optimizer.state.values() for x in s.values()]
-    return [*parameters.values(), *(p.grad for p in learned), *(x for x in state if torch.is_tensor(x))]
-
-
-def bytes_of(networks, optimizers):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(networks, optimizers))
-
-
-def after_one_update(*networks):
-    optimizers = []
-    for network in networks:
-        learned = [p for p in network.parameters() if p.requires_grad]
-        for parameter in learned:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizers.append(torch.optim.AdamW(learned, 1e-4))
-        optimizers[-1].step()
-    return optimizers
-
-
-def make_shape(name):
-    with torch.device("meta"):
-        if name == "toy":
-            return make_unet()
-        config = CONFIGS / f"{name}_unet.json"
-        if not config.is_file():
-            pytest.skip(f"{config} is not here: it holds the shape of a public model")
-        return UNet2DConditionModel.from_config(json.loads(config.read_text()))
+def case_of(shape, rank, precision):
+    if shape == "toy":
+        return Case(rank=rank, precision=precision)
+    if "SCOREFIELD_CONFIGS" not in os.environ:
+        pytest.skip("set SCOREFIELD_CONFIGS to a folder with the config.json of public models, as sd15_unet.json")
+    folder = Path(os.environ["SCOREFIELD_CONFIGS"])
+    if not (folder / f"{shape}_unet.json").is_file():
+        pytest.skip(f"SCOREFIELD_CONFIGS is {folder}, which has no {shape}_unet.json")
+    return Case(shape=shape, configs=folder, rank=rank, precision=precision)
 
 
 # The teacher of three copies has the precision of the shared network: sharing alone makes the difference.
-@pytest.mark.parametrize(("name", "rank", "dtype"), [
-    ("toy", 8, torch.float32), ("sd15", 64, torch.bfloat16), ("sdxl", 64, torch.bfloat16),
-    ("sd15", 32, torch.float32),
+@pytest.mark.parametrize(("shape", "rank", "precision", "frozen"), [
+    ("toy", 8, "no", 4), ("sd15", 64, "bf16", 2), ("sdxl", 64, "bf16", 2), ("sd15", 32, "no", 4),
 ])  # fmt: skip
-def test_the_shared_backbone_takes_a_quarter_of_three_copies_or_less(name, rank, dtype):
-    unet = make_shape(name)
-    size = sum(p.numel() for p in unet.parameters())
-    copied = [copy.deepcopy(unet).requires_grad_(True) for _ in range(2)]
-    teacher = freeze(DiffusersNetwork(unet), dtype)
-    whole = bytes_of([teacher, *copied], after_one_update(*copied))
-    assert whole == size * (torch.finfo(dtype).bits // 8 + 2 * 16) + 4 * 2 * len(list(unet.parameters()))
-    roles = shared_backbone(
-        NetworkDenoiser(teacher, VariancePreserving.scaled_linear()), rank=rank, generator=RNG("lora")
-    )
-    networks = [role.network for role in roles]
-    backbones = [network.backbone for network in networks]
-    own = bytes_of([teacher, *networks, *backbones], after_one_update(*networks))
-    print(f"{name} rank {rank} {dtype}: {whole / 2**30:.3f} GiB of copies, {own / 2**30:.3f} shared")
-    assert own <= whole / 4
+def test_the_shared_backbone_takes_a_quarter_of_three_copies_or_less(shape, rank, precision, frozen):
+    """As benchmarks/text_cycle.py counts, whose tests count adapters by hand."""
+    case = case_of(shape, rank, precision)
+    parameters = list(make_network(case, torch.device("meta")).parameters())
+    size = sum(p.numel() for p in parameters)
+    counted = count_bytes(case)
+    assert counted[COPIES] == size * (frozen + 2 * 16) + 4 * 2 * len(parameters)
+    assert frozen * size < counted[SHARED] <= counted[COPIES] / 4
 
 
 # Gradients.

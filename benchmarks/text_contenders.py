@@ -1,0 +1,208 @@
+"""Roles of one DMD2 training of a text-to-image teacher: three copies of its weights, or one that is shared.
+
+All contenders start from the same weights and draw the same numbers, so that their losses can be compared.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from teachers import build, meta_cond
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from distill.backbone import recompute_activations, shared_backbone
+from distill.dmd import DMD
+from distill.student import Student
+from score.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond, freeze
+from score.families import DiffusersNetwork
+from score.guidance import guided
+from score.lora import Twin
+from score.schedule import Images, Kind, PerSample, Schedule, VariancePreserving
+from score.training import Report, train
+from toyworld.parts import LENGTH, make_unet
+
+COPIES, SHARED, TWO_CALLS = "three copies", "shared backbone", "shared backbone, two calls"
+NAMES = (COPIES, SHARED, TWO_CALLS)
+COMPILED = (f"{COPIES}, compiled", f"{SHARED}, compiled")
+LEARNING_RATE, CLIP_NORM = 1e-5, 10.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A teacher without its weights: file of its network, usual rank, tokens of a prompt, what it predicts."""
+
+    file: str
+    rank: int
+    tokens: int
+    kind: Kind
+
+
+SHAPES = {
+    "toy": Shape("", 8, LENGTH, "v"),
+    "sd15": Shape("sd15_unet", 64, 77, "eps"),
+    "sdxl": Shape("sdxl_unet", 64, 77, "eps"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What all contenders of one comparison have in common."""
+
+    shape: Literal["toy", "sd15", "sdxl"] = "toy"
+    """Of the teacher: the toy world's, Stable Diffusion 1.5 at 512 px, SDXL at 1024 px."""
+    configs: Path | None = None
+    """Folder of JSON files with the constructor arguments of the networks; the toy world's needs none."""
+    rank: int | None = None
+    """Of both adapters; None: 8 for the toy world, 64 for the others."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: of what is frozen, and of autocast. What learns is float32."""
+    batch: int = 4
+    """Images per iteration."""
+    guidance: float = 3.0
+    """Scale of the teacher's guidance."""
+    student_every: int = 5
+    """Iterations in a cycle: fake-score updates per student update."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of student and fake score in the backward pass, in all contenders."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the cycles run."""
+
+
+@dataclass(frozen=True, eq=False)
+class TwoCalls:
+    """Classifier-free guidance as many trainers have it: one network call for each condition."""
+
+    denoiser: Denoiser
+    scale: float
+    negative: Cond
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The guided clean image."""
+        neg = self.denoiser(x_t, t, expand_cond(self.negative, len(x_t)))
+        return neg + self.scale * (self.denoiser(x_t, t, cond) - neg)
+
+
+def rank_of(case: Case) -> int:
+    return SHAPES[case.shape].rank if case.rank is None else case.rank
+
+
+def make_network(case: Case, device: torch.device) -> Any:
+    """The teacher's network with random weights, the same at each call; on the meta device none."""
+    if case.configs is not None and SHAPES[case.shape].file:
+        network = build(case.configs, SHAPES[case.shape].file)
+    else:
+        with torch.device("meta"):
+            network = make_unet()
+    if device.type != "meta":
+        torch.manual_seed(0)
+        for module in network.to_empty(device=device).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return network
+
+
+def make_teacher(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> NetworkDenoiser:
+    """Frozen, in ``dtype`` or that of ``--precision``."""
+    usual = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    network = freeze(DiffusersNetwork(make_network(case, device)), dtype or usual)
+    return NetworkDenoiser(network, VariancePreserving.scaled_linear(), SHAPES[case.shape].kind)
+
+
+def make_roles(case: Case, name: str, teacher: NetworkDenoiser) -> tuple[NetworkDenoiser, NetworkDenoiser]:
+    """Student and fake score of a contender; both start as the teacher."""
+    if name.startswith(SHARED):
+        return shared_backbone(
+            teacher, rank=rank_of(case), checkpointing=case.gradient_checkpointing,
+            generator=Generator().manual_seed(0),
+        )  # fmt: skip
+    dtype = torch.promote_types(next(teacher.network.parameters()).dtype, torch.float32)
+    copies = [copy.deepcopy(teacher.network).to(dtype).requires_grad_(True) for _ in range(2)]
+    for network in copies if case.gradient_checkpointing else ():
+        recompute_activations(network)
+    return replace(teacher, network=copies[0]), replace(teacher, network=copies[1])
+
+
+def start(
+    case: Case, name: str, accelerator: Accelerator, dtype: torch.dtype | None = None
+) -> tuple[Iterator[Report], list[nn.Module]]:
+    """The contender's training at its first iteration, and its networks."""
+    device = torch.device(case.device)
+    teacher = make_teacher(case, device, dtype)
+    student, fake = make_roles(case, name, teacher)
+    if name in COMPILED:
+        for network in (teacher.network, student.network, fake.network):
+            (network.backbone if isinstance(network, Twin) else network).compile()
+    model: Any = teacher.network.model
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    generator = Generator().manual_seed(1)
+    negative, cond = (random_cond(case, model.config, batch, generator) for batch in (1, case.batch))
+    guide = TwoCalls if name == TWO_CALLS else guided
+    method = DMD(
+        teacher=guide(teacher, case.guidance, negative), student=Student(student, (teacher.schedule.t_max,)),
+        fake=fake, shape=shape, student_every=case.student_every,
+    )  # fmt: skip
+    phases = method.phases(*(adamw(role.network) for role in (student, fake)))
+    running = train(
+        phases, lambda rng: {"cond": cond}, accelerator, rollout=method.rollout, steps=10**9, clip_norm=CLIP_NORM
+    )
+    return running, [role.network for role in (teacher, student, fake)]
+
+
+def random_cond(case: Case, settings: Any, batch: int, generator: Generator) -> dict[str, Tensor]:
+    """Numbers in place of encoded prompts."""
+    return {
+        name: torch.randn(batch, *value.shape[1:], generator=generator).to(case.device)
+        for name, value in meta_cond(settings, SHAPES[case.shape].tokens).items()
+    }
+
+
+def adamw(network: nn.Module) -> Optimizer:
+    learned = [p for p in network.parameters() if p.requires_grad]
+    return AdamW(learned, LEARNING_RATE, fused=not learned[0].is_meta)
+
+
+# Bytes.
+
+
+def tensors_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """All different parameters, their gradients, and tensors of optimisers' state; backbones of twins included."""
+    twins = [part for network in networks for part in network.modules() if isinstance(part, Twin)]
+    modules = [*networks, *(twin.backbone for twin in twins)]
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    state = [value for optimizer in optimizers for own in optimizer.state.values() for value in own.values()]
+    return [*parameters, *gradients, *(value for value in state if torch.is_tensor(value))]
+
+
+def bytes_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(networks, optimizers))
+
+
+def after_one_update(*networks: nn.Module) -> list[Optimizer]:
+    """Optimisers of the networks' learning parameters that have made a step; the gradients are still there."""
+    optimizers = [adamw(network) for network in networks]
+    for optimizer in optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    return optimizers
+
+
+def count_bytes(case: Case) -> dict[str, int]:
+    """Of parameters, gradients and optimiser state after one update of student and fake score."""
+    counted = {}
+    for name in (COPIES, SHARED):
+        teacher = make_teacher(case, torch.device("meta"))
+        learning = [role.network for role in make_roles(case, name, teacher)]
+        counted[name] = bytes_of([teacher.network, *learning], after_one_update(*learning))
+    return counted
