@@ -430,12 +430,12 @@ def test_half_precision_computes_in_its_own_and_answers_in_float32(saved, dtype,
 @torch.no_grad()
 def test_the_autoencoder_may_be_of_another_precision(save, generator):
     """To the bit what it is in a teacher that is float32 throughout."""
-    whole, mixed = save("sd").load(), save("sd").load(dtype=torch.bfloat16, vae_dtype=torch.float32)
+    whole, mixed = save("sd1").load(), save("sd1").load(dtype=torch.bfloat16, vae_dtype=torch.float32)
     assert {p.dtype for p in mixed.denoiser.network.parameters()} == {torch.bfloat16}
     image = torch.rand(1, 3, 16, 16, generator=generator)
     assert torch.equal(mixed.encode(image), whole.encode(image))
     with pytest.raises(ValueError, match=r"dtype must be one of .*; got torch\.int64"):
-        save("sd").load(vae_dtype=torch.int64)
+        save("sd1").load(vae_dtype=torch.int64)
 
 
 @torch.no_grad()
