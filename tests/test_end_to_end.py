@@ -157,8 +157,9 @@ def test_the_judge_knows_a_lost_mode_and_a_blur():
     assert judge(Truth(RectifiedFlow(), weights, std=0.3))[0] > 2
 
 
-FAST = [("vp", 1, False, 2000), ("flow", 4, False, 1200)]
+FAST = [("vp", 1, False, 2000)]
 SLOW = [
+    ("flow", 4, False, 1200),
     *((family, num_steps, False, 3000) for family in FAMILIES for num_steps in (1, 4)),
     *((family, 1, True, 6000) for family in FAMILIES),
     # Each update of a few-step student trains one of its steps, so it needs more of them, and less noisy ones.
