@@ -93,6 +93,7 @@ class TwoCalls:
 
 
 def rank_of(case: Case) -> int:
+    """Of the adapters: as asked, or the usual one of the shape."""
     return SHAPES[case.shape].rank if case.rank is None else case.rank
 
 
@@ -167,6 +168,7 @@ def random_cond(case: Case, settings: Any, batch: int, generator: Generator) -> 
 
 
 def adamw(network: nn.Module) -> Optimizer:
+    """Of the network's learning parameters."""
     learned = [p for p in network.parameters() if p.requires_grad]
     return AdamW(learned, LEARNING_RATE, fused=not learned[0].is_meta)
 
@@ -185,6 +187,7 @@ def tensors_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -
 
 
 def bytes_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> int:
+    """Of :func:`tensors_of`, each tensor once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(networks, optimizers))
 
 

@@ -223,6 +223,7 @@ def run_alone(config: Config, name: str, accelerator: Accelerator) -> Cycle | No
 
 
 def allocated(device: torch.device) -> int:
+    """Bytes in use on a GPU, 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -238,6 +239,7 @@ def ratios(config: Config, cycles: dict[str, Cycle | None]) -> dict[str, dict[st
 
 
 def of_medians(a: list[float], b: list[float]) -> Ratio:
+    """Ratio of the medians, and the extremes of any pair of rounds."""
     return Ratio(statistics.median(a) / statistics.median(b), min(a) / max(b), max(a) / min(b))
 
 
@@ -245,6 +247,7 @@ def of_medians(a: list[float], b: list[float]) -> Ratio:
 
 
 def show_bytes(config: Config, counted: dict[str, int]) -> None:
+    """Print the bytes of both, and their ratio."""
     share = counted[SHARED] / counted[COPIES]
     print(f"{config.shape}, rank {rank_of(config)}, precision {config.precision}; after one update\n")
     print(f"{'parameters + gradients + AdamW':32} {'GiB':>9}")
