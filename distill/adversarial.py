@@ -65,19 +65,37 @@ def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Con
     if critic is None:
         raise ValueError("the GAN term needs a fake score whose network is a Critic; it returns no logits.")
 
+    features = features_at(denoiser, critic.bottleneck, x_t, t, cond, network=critic.network)
+    # A network that Accelerate prepared computes in bf16 on its own; its head may be asked outside autocast.
+    logits: Tensor = critic.head(features.to(next(critic.head.parameters()).dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def features_at(
+    denoiser: NetworkDenoiser, layer: str, x_t: Images, t: PerSample, cond: Cond, network: nn.Module | None = None
+) -> Tensor:
+    """Output of a submodule of the denoiser's network; the pass ends there.
+
+    Args:
+        denoiser: not wrapped in DDP, which would wait for the rest of the pass.
+        layer: name of the submodule, as ``get_submodule`` takes it.
+        x_t: noisy images.
+        t: their times.
+        cond: their conditions.
+        network: what ``layer`` is a part of; by default the denoiser's network.
+    """
+
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         raise _Reached(_first(output))
 
-    hook = critic.network.get_submodule(critic.bottleneck).register_forward_hook(leave)
+    hook = (network or denoiser.network).get_submodule(layer).register_forward_hook(leave)
     try:
         denoiser(x_t, t, cond)
     except _Reached as reached:
         features: Tensor = reached.args[0]
     finally:
         hook.remove()
-    # A network that Accelerate prepared computes in bf16 on its own; its head may be asked outside autocast.
-    logits: Tensor = critic.head(features.to(next(critic.head.parameters()).dtype))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return features
 
 
 class _Reached(Exception):  # noqa: N818

@@ -7,6 +7,7 @@ asks at exactly the student's times, and :func:`scheduler_for` refuses times for
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,16 +35,25 @@ FACTS = "dmd2.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def lcm_times(schedule: Schedule, num_steps: int) -> tuple[float, ...]:
+def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> tuple[float, ...]:
     """The times of :func:`scheduler_for`: DMD2's 999, 749, 499, 249; for flows 1, 0.75, 0.5, 0.25.
 
-    Flows are asked at unshifted times, whatever shift the teacher's own scheduler has (SD3: 3).
+    Flows are asked at unshifted times, whatever shift the teacher's own scheduler has (SD3: 3), and always from 1.
+
+    Args:
+        schedule: of the student.
+        num_steps: of the student.
+        highest: largest noise level sigma / alpha: the times are then evenly spaced below it. For Stable
+            Diffusion 3.5 gives 712 in one step.
 
     Raises ``ValueError`` for fewer than one step, and more steps than timesteps.
     """
     if not isinstance(schedule, VariancePreserving):
         return even_times(schedule, num_steps)
-    total = len(schedule.alphas_cumprod)
+    level = torch.tensor(highest, dtype=torch.float64).clamp(
+        max=float(schedule.ratio(torch.tensor(schedule.t_max)))
+    )
+    total = int(schedule.snap(schedule.time(level))) + 1
     if not 1 <= num_steps <= total:
         raise ValueError(f"a student takes 1 to {total} steps; got {num_steps}.")
     return tuple(float(total // num_steps * left - 1) for left in range(num_steps, 0, -1))
@@ -67,16 +77,14 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
     number, scale = student.num_steps, student.denoiser.time_scale
     if isinstance(student.denoiser.schedule, VariancePreserving):
         scheduler = _lcm_scheduler(settings, number)
+        if not _asks_at(scheduler, student):
+            scheduler = _lcm_scheduler(_cut_off(settings, student), number)
     else:
         # The last noise level stretches all those between it and 1, which are evenly spaced without a shift.
         last = {"shift_terminal": student.times[-1]} if number > 1 else {}
         total = int(settings.get("num_train_timesteps", 1000))
         scheduler = FlowMatchLCMScheduler(num_train_timesteps=total, shift=1.0, **last)
-    scheduler.set_timesteps(number)
-    times = [scale * t for t in student.times]
-    if not torch.allclose(
-        scheduler.timesteps.double(), torch.tensor(times, dtype=torch.float64), atol=1e-3 * scale
-    ):
+    if not _asks_at(scheduler, student):
         possible = ", ".join(f"{t / scale:g}" for t in scheduler.timesteps.tolist())
         # For flows these depend on the last time, of which lcm_times has its own.
         source = ", which distill.export.lcm_times gives" if isinstance(scheduler, LCMScheduler) else ""
@@ -87,6 +95,23 @@ def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
     if isinstance(scheduler, LCMScheduler):
         _check_boundary(scheduler)
     return scheduler
+
+
+def _asks_at(scheduler: Any, student: Student) -> bool:
+    scale = student.denoiser.time_scale
+    scheduler.set_timesteps(student.num_steps)
+    times = torch.tensor([scale * t for t in student.times], dtype=torch.float64)
+    return torch.allclose(scheduler.timesteps.double(), times, atol=1e-3 * scale)
+
+
+def _cut_off(settings: Mapping[str, Any], student: Student) -> dict[str, Any]:
+    # LCMScheduler begins at its last timestep. One whose betas end at the student's first time begins there.
+    schedule = student.denoiser.schedule
+    assert isinstance(schedule, VariancePreserving)
+    kept = schedule.alphas_cumprod[: int(student.times[0]) + 1]
+    betas = 1 - kept / torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
+    own = {"num_train_timesteps": len(kept), "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    return {**settings, **own}
 
 
 def _lcm_scheduler(settings: Mapping[str, Any], number: int) -> Any:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from score.training import Phase
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], keep: int = 2,
+    also: Collection[int] = (),
+) -> Path:  # fmt: skip
     """Write a checkpoint of ``step`` finished iterations; call it on the main process only.
 
     Args:
@@ -32,6 +35,7 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
         config: JSON-able; :func:`load` refuses another one.
         keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
             from an earlier step, are removed.
+        also: earlier steps whose checkpoints are kept, too, such as the best one.
 
     Raises:
         ValueError: keep is below 1.
@@ -48,6 +52,7 @@ def save(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, 
     others = [path for path in sorted(folder.glob("step-*")) if path != final]
     earlier = [path for path in others if path < final]
     kept = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
+    kept += [path for path in earlier if path.name in {f"step-{step:09d}" for step in also}]
     for path in others:
         if path not in kept:
             shutil.rmtree(path)
@@ -117,6 +122,12 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], befor
         if phase.ema is not None:
             phase.ema.num_updates = own["ema_updates"]
     return int(state["step"])
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where the :func:`newest` checkpoint, if any, belongs to another config."""
+    if (path := newest(folder)) is not None:
+        _check_config(path, config)
 
 
 def _damage(path: Path) -> str | None:

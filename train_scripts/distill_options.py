@@ -1,10 +1,12 @@
 """What ``train_dmd.py`` can be told, and the presets: numbers of papers, which PAPERS.md quotes, and our own."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from command import RunOptions, check_numbers, check_run
 from images import DataOptions
 from monitoring import EvalOptions
@@ -15,6 +17,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
 
     preset: Literal[
+        "auto",
         "digits",
         "text",
         "toyworld-1step",
@@ -22,26 +25,35 @@ class Config(RunOptions, DataOptions, EvalOptions):
         "toyworld-1step-lora",
         "sd15-1step",
         "sdxl-4step-lora",
-    ] = "digits"
-    """Where all other values come from unless they are given; the usual one is digits, with --prompts text."""
+    ] = "auto"
+    """Where all other values come from unless they are given. Default: auto, with --prompts text; both are meant
+    for any teacher, and docs/distillation.md explains each of their numbers."""
     teacher: str = "runs/teacher/teacher"
     """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function. With
     --prompts: name or folder of a diffusers text-to-image pipeline, or "toyworld", the one that ships."""
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
     steps: int = 2000
-    """Iterations: updates of the fake score. The student takes one in --student-every."""
-    student_every: int = 2
-    """Fake-score updates per student update (DMD2: 5). The smallest that stays stable learns fastest."""
+    """Iterations of the distribution matching at most: updates of the fake score. The student takes one in
+    --student-every. With --guard-images the run ends earlier where the student no longer gets closer to its
+    teacher."""
+    student_every: int = 5
+    """Fake-score updates per student update, as in DMD2."""
     num_steps: int = 1
     """Steps of the student: 1, or a few with backward simulation."""
     times: tuple[float, ...] = ()
-    """Times the student is asked at, noisiest first; none: evenly spaced, and as diffusers' LCM schedulers have
-    them where there are prompts."""
-    student_lr: float = 3e-4
-    """Peak learning rate of the student, after 100 updates of warm-up."""
-    fake_lr: float = 3e-4
-    """Peak learning rate of the fake score."""
+    """Timesteps of the student, noisiest first. Default: the first where sigma / alpha is --student-ratio, the
+    others evenly spaced below it."""
+    student_ratio: float = 3.5
+    """Noise level sigma / alpha of the student's first timestep. At the noisiest timestep a network that predicts
+    eps multiplies its errors by 1 / alpha, up to 157. 0 means the noisiest timestep all the same."""
+    ratio_range: tuple[float, float] = (0.15, 20.0)
+    """Noise levels sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 % of the timesteps,
+    as in DMD."""
+    student_lr: float = 0.0
+    """Peak learning rate of the student. 0: a fiftieth of the warm-up's."""
+    fake_lr: float = 0.0
+    """Peak learning rate of the fake score. 0: a tenth of the warm-up's."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a half cosine to zero, for the fake score to a tenth, or the peak to the end (DMD2)."""
     betas: tuple[float, float] = (0.0, 0.99)
@@ -51,20 +63,32 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Scale of classifier-free guidance of the teacher; 1 means none."""
     alpha_in_gradient: bool = False
     """Keep the factor alpha(t) of the DMD paper's gradient, which its code drops. No difference for EDM."""
-    gan_weight: float = 0.01
-    """Weight of the student's adversarial term; 0: the student never sees real images."""
+    gan_weight: float | None = None
+    """Weight of the student's adversarial term. 0: the student never sees real images. Default: 0.01 where there
+    are real images and the network has a bottleneck to listen to, else 0."""
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's."""
-    warmup_steps: int = 500
-    """Steps of regression on teacher pairs before the distillation; 0 means none. One-step students only."""
-    warmup_lr: float = 1e-3
-    """Peak learning rate of the warm-up."""
-    regression_weight: float = 0.0
-    """Weight of DMD's regression on teacher pairs beside the distillation; 0 means none."""
-    num_pairs: int = 5000
-    """Teacher pairs for the regressions; every process makes all of them, in batches of up to 8 --batch-size."""
-    pair_steps: int = 50
+    warmup_steps: int | None = None
+    """Steps of regression on teacher pairs before the distribution matching; 0 means none. Default: --steps."""
+    warmup_lr: float = 0.0
+    """Peak learning rate of the warm-up. 0: found by a range test of 50 steps, which is then undone."""
+    regression_loss: Literal["l1", "l2", "huber"] = "l1"
+    """Distance of a student's image from its teacher's in the regression on pairs."""
+    regression_weight: float = 0.25
+    """Weight of the regression on pairs beside the distribution matching; 0 means none."""
+    num_pairs: int = 0
+    """Teacher pairs for the regressions. 0: one for every ten that the warm-up reads, at least 2,000."""
+    pair_steps: int = 20
     """DDIM steps of each pair."""
+    fake_warmup: int = 200
+    """Updates of the fake score on the student's images before the student's first one."""
+    guard_images: int = 512
+    """Held-out teacher pairs that the student is compared with, in the teacher's own features: the best weights
+    are kept, and a student that drifts goes back to them at half the learning rates. 0 means no guard."""
+    guard_every: int = 100
+    """Iterations between two such comparisons."""
+    max_setbacks: int = 3
+    """Setbacks after which the run ends with its best weights."""
     ema_decay: float = 0.99
     """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
     bottleneck: str | None = None
@@ -102,6 +126,8 @@ TEXT_ONLY = (
     "validation_prompts",
 )  # fmt: skip
 IMAGES_ONLY = ("data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
+IMAGE_PRESETS = ("auto", "digits")
+MIN_GUARD = 64
 LORA_ONLY = ("lora_rank", "lora_alpha")
 
 
@@ -110,11 +136,11 @@ def check(config: Config) -> None:
     check_run(config)
     check_numbers(
         config,
-        positive=("student_every", "num_steps", "num_pairs", "pair_steps", "lora_rank"),
-        rates=("student_lr", "fake_lr", "warmup_lr"),
+        positive=("student_every", "num_steps", "pair_steps", "lora_rank", "guard_every"),
         not_negative=(
-            "guidance", "gan_weight", "critic_weight", "warmup_steps", "regression_weight", "num_prompts",
-            "teacher_size", "lora_alpha", "eval_every",
+            "guidance", "critic_weight", "regression_weight", "num_prompts", "teacher_size", "lora_alpha",
+            "eval_every", "num_pairs", "student_ratio", "fake_warmup", "guard_images", "max_setbacks",
+            "student_lr", "fake_lr", "warmup_lr",
         ),
         shares=("ema_decay",),
     )  # fmt: skip
@@ -123,16 +149,22 @@ def check(config: Config) -> None:
             f"--steps {config.steps} end before the student's first update, which comes at --student-every "
             f"{config.student_every}."
         )
-    if config.num_steps > 1 and (config.warmup_steps or config.regression_weight):
-        raise ValueError(
-            f"a student of --num-steps {config.num_steps} is no function of its first noise: regression on pairs "
-            "needs --num-steps 1. Pass --warmup-steps 0 --regression-weight 0."
-        )
+    for name in ("student_lr", "fake_lr", "warmup_lr"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most 1; got {getattr(config, name)}.")
+    for name in ("gan_weight", "warmup_steps"):
+        if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {value}.")
+    low, high = config.ratio_range
+    if not (low == high == 0 or 0 < low < high < math.inf):
+        raise ValueError(f"--ratio-range needs 0 < first < last, or 0 0; got {low:g} {high:g}.")
+    if 0 < config.guard_images < MIN_GUARD:
+        raise ValueError(f"--guard-images must be 0 or at least {MIN_GUARD}; got {config.guard_images}.")
     if config.times and len(config.times) != config.num_steps:
         raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
-    if config.gan_weight > 0 and not config.critic_weight:
+    if config.gan_weight and not config.critic_weight:
         raise ValueError("--critic-weight 0 trains no critic for the GAN term. Pass 0.01, or --gan-weight 0.")
     if config.prompts:
         check_texts(config)
@@ -142,10 +174,10 @@ def check(config: Config) -> None:
 
 def check_texts(config: Config) -> None:
     """Raise ``ValueError`` for options that contradict ``--prompts``."""
-    if config.preset == "digits":
+    if config.preset in IMAGE_PRESETS:
         raise ValueError(
-            "--preset digits has numbers for small images, which would spoil a text-to-image teacher. With "
-            "--prompts pass --preset text, or leave it out."
+            f"--preset {config.preset} is for teachers of images. With --prompts pass --preset text, or leave it "
+            "out."
         )
     refuse_given(config, IMAGES_ONLY, "is for teachers of images: leave it out with --prompts.")
     if not config.lora:
@@ -162,7 +194,7 @@ def check_texts(config: Config) -> None:
 
 def check_no_texts(config: Config) -> None:
     """Raise ``ValueError`` for options that need ``--prompts``."""
-    if config.preset != "digits":
+    if config.preset not in IMAGE_PRESETS:
         raise ValueError(f"--preset {config.preset} is for text-to-image teachers: pass --prompts, too.")
     refuse_given(config, TEXT_ONLY, "is for text-to-image teachers: pass --prompts, too.")
 
@@ -175,47 +207,64 @@ def refuse_given(config: Config, names: Sequence[str], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
-def text() -> Config:
-    """Any text-to-image teacher, with care: what --prompts has unless a preset is named. Not from a paper.
+def auto() -> Config:
+    """The default recipe, for any teacher of images."""
+    return Config(batch_size=64, save_every=500)
 
-    No GAN term, which needs images, and no warm-up, which would move all weights of a large teacher far.
-    """
+
+PAPER: dict[str, Any] = {
+    "student_ratio": 0.0, "ratio_range": (0.0, 0.0), "fake_warmup": 0, "guard_images": 0, "regression_weight": 0.0,
+    "regression_loss": "l2",
+}  # fmt: skip
+"""Of recipes that are meant to be as they were published or measured: no rule of the default recipe."""
+
+
+def digits() -> Config:
+    """The recipe behind `make demo`: fixed rates, the noisiest timestep, and real digits for the GAN term."""
     return Config(
-        preset="text", steps=10_000, batch_size=4, student_every=5, student_lr=1e-5, fake_lr=1e-5, guidance=3.0,
-        gan_weight=0.0, warmup_steps=0, precision="bf16", gradient_checkpointing=True,
+        preset="digits", **PAPER, steps=2000, batch_size=256, student_every=2, student_lr=3e-4, fake_lr=3e-4,
+        gan_weight=0.01, warmup_steps=500, warmup_lr=1e-3, num_pairs=5000, pair_steps=50,
     )  # fmt: skip
+
+
+def text() -> Config:
+    """Any text-to-image teacher: the default recipe under guidance 3, computed in bf16 on a GPU."""
+    gpu = torch.cuda.is_available()
+    return Config(
+        preset="text", batch_size=32, guidance=3.0, precision="bf16" if gpu else "no", gradient_checkpointing=gpu
+    )
 
 
 def toyworld_1step() -> Config:
     """The pipeline that ships, in minutes on a CPU; LOG.md says what was tried."""
     return Config(
-        preset="toyworld-1step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step"), steps=800,
-        batch_size=32, student_every=2, student_lr=2e-4, fake_lr=2e-4, guidance=2.0, gan_weight=0.01,
+        preset="toyworld-1step", **PAPER, teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step"),
+        steps=800, batch_size=32, student_every=2, student_lr=2e-4, fake_lr=2e-4, guidance=2.0, gan_weight=0.01,
         warmup_steps=300, warmup_lr=5e-4, num_pairs=640, pair_steps=16, ema_decay=0.98, precision="bf16",
         save_every=200, log_every=20,
     )  # fmt: skip
 
 
 def toyworld_4step() -> Config:
-    """As :func:`toyworld_1step` in four steps, without the warm-up, which needs one step.
+    """The same in four steps, without a warm-up.
 
     The fake score is not told which step an image is of, since networks of diffusers cannot be; nor is DMD2's.
     LOG.md has a mixture of modes on which being told made the last step two to six times better.
     """
     return Config(
-        preset="toyworld-4step", teacher="toyworld", prompts="toyworld", out=Path("runs/text-4step"), steps=1200,
-        batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=2.0,
+        preset="toyworld-4step", **PAPER, teacher="toyworld", prompts="toyworld", out=Path("runs/text-4step"),
+        steps=1200, batch_size=32, student_every=2, num_steps=4, student_lr=1e-4, fake_lr=2e-4, guidance=2.0,
         gan_weight=0.01, warmup_steps=0, ema_decay=0.98, precision="bf16", save_every=200, log_every=20,
     )  # fmt: skip
 
 
 def toyworld_1step_lora() -> Config:
-    """As :func:`toyworld_1step` on one copy of the weights."""
+    """The one-step recipe on one copy of the weights."""
     return Config(
-        preset="toyworld-1step-lora", teacher="toyworld", prompts="toyworld", out=Path("runs/text-1step-lora"),
-        steps=800, batch_size=32, student_every=2, student_lr=1e-3, fake_lr=1e-3, guidance=2.0, gan_weight=0.01,
-        warmup_steps=300, warmup_lr=2e-3, num_pairs=640, pair_steps=16, ema_decay=0.98, lora=True, lora_rank=8,
-        precision="bf16", save_every=200, log_every=20,
+        preset="toyworld-1step-lora", **PAPER, teacher="toyworld", prompts="toyworld",
+        out=Path("runs/text-1step-lora"), steps=800, batch_size=32, student_every=2, student_lr=1e-3, fake_lr=1e-3,
+        guidance=2.0, gan_weight=0.01, warmup_steps=300, warmup_lr=2e-3, num_pairs=640, pair_steps=16,
+        ema_decay=0.98, lora=True, lora_rank=8, precision="bf16", save_every=200, log_every=20,
     )  # fmt: skip
 
 
@@ -227,10 +276,10 @@ def sd15_1step() -> Config:
     user's: --prompts.
     """
     return Config(
-        preset="sd15-1step", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", out=Path("runs/sd15-1step"),
-        steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5, lr_schedule="constant",
-        betas=(0.9, 0.999), guidance=1.75, gan_weight=0.0, warmup_steps=0, ema_decay=0.0, precision="bf16",
-        gradient_checkpointing=True,
+        preset="sd15-1step", **PAPER, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        out=Path("runs/sd15-1step"), steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5,
+        lr_schedule="constant", betas=(0.9, 0.999), guidance=1.75, gan_weight=0.0, warmup_steps=0, ema_decay=0.0,
+        precision="bf16", gradient_checkpointing=True,
     )  # fmt: skip
 
 
@@ -241,7 +290,7 @@ def sdxl_4step_lora() -> Config:
     DMD2 trains all its weights; and 100 updates of warm-up in place of 500.
     """
     return Config(
-        preset="sdxl-4step-lora", teacher="stabilityai/stable-diffusion-xl-base-1.0",
+        preset="sdxl-4step-lora", **PAPER, teacher="stabilityai/stable-diffusion-xl-base-1.0",
         out=Path("runs/sdxl-4step-lora"), steps=16_000, batch_size=2, student_every=5, num_steps=4,
         student_lr=5e-5, fake_lr=5e-5, lr_schedule="constant", betas=(0.9, 0.999), guidance=8.0, gan_weight=5e-3,
         critic_weight=1e-2, warmup_steps=0, ema_decay=0.0, lora=True, lora_rank=64, lora_alpha=8.0,
@@ -250,8 +299,9 @@ def sdxl_4step_lora() -> Config:
 
 
 PRESETS: Mapping[str, Callable[[], Config]] = {
-    "digits": Config, "text": text, "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step,
-    "toyworld-1step-lora": toyworld_1step_lora, "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora,
+    "auto": auto, "digits": digits, "text": text,
+    "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step, "toyworld-1step-lora": toyworld_1step_lora,
+    "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora,
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,13 @@ import torch
 from accelerate import Accelerator
 from command import fingerprint, identity, show_plan
 from distill_options import Config
-from fitting import fit, prepare, resume, start
+from fitting import prepare, start
 from judged import SIZE, text_watch
 from latents import IN_MEMORY, Latents, encode_images
 from networks import identity_of, probe_bottleneck
 from prompted import PromptedTeacher
-from roles import (
-    averaged,
-    build_method,
-    build_phases,
-    build_text_roles,
-    plan_of_pairs,
-    planned_roles,
-    student_times,
-    warm_up,
-    with_pairs,
-)
+from roles import build_method, build_text_roles, plan_of_pairs, planned_roles, settled, student_times
+from stages import Stages, distil
 from texts import Texts, read_texts
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -63,12 +54,14 @@ class Inputs:
     """What a run reads.
 
     Attributes:
+        config: settled, since its defaults depend on teacher and prompts.
         teacher: its classes are the prompts; its text encoders are gone.
         texts: the prompts.
         latents: of their images, or None without a GAN term.
         shown: conditions of the prompts that are drawn for TensorBoard.
     """
 
+    config: Config
     teacher: PromptedTeacher
     texts: Texts
     latents: Latents | None
@@ -79,6 +72,7 @@ def distil_texts(config: Config) -> Path:
     """Distil and return the folder of the finished student."""
     accelerator = start(config)
     inputs = load_inputs(config, accelerator)
+    config = inputs.config
     teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
     torch.manual_seed(config.seed)
     networks = build_text_roles(config, teacher)
@@ -94,7 +88,6 @@ def distil_texts(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    method = with_pairs(config, method, teacher)
     average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
@@ -112,14 +105,15 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     with tempfile.TemporaryDirectory() as nowhere:
         source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
         check_inputs(config, texts, source)
+        real = bool(len(texts.images))
         texts = Texts(texts.prompts[:1]) if config.dry_run else fitting_texts(config, texts, source)
         negative = source.negative(config.negative)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
         teacher = prompted(texts.prompts, negative, source)
-    latents = None
-    if config.gan_weight > 0 and not config.dry_run:
+    config, latents = settled(config, teacher, real), None
+    if config.gan_weight and not config.dry_run:
         latents = encode_images(texts.images, teacher.source, accelerator)
-    return Inputs(teacher, texts, latents, shown)
+    return Inputs(config, teacher, texts, latents, shown)
 
 
 def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
@@ -132,7 +126,7 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
             f"--eval-every asks the toy world's judge, who sees pictures of {SIZE}; --teacher {config.teacher} "
             f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
         )
-    if config.gan_weight > 0:
+    if config.gan_weight:
         if not len(texts.images):
             raise ValueError(
                 f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
@@ -145,22 +139,18 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
-    phases = build_phases(config, method)
-    average = Student(replace(teacher.denoiser, network=averaged(phases[0])), method.student.times)
-    watch = text_watch(config, average, teacher.source)  # or it says why not, before anything is written
     own = {
         name: value
         for name, value in identity(config, accelerator, hashes_of(inputs)).items()
         if name not in WATCHING
     }
-    first = resume(config, phases, accelerator, own)
-    if first == 0 and config.warmup_steps:
-        warm_up(config, method, phases[0], accelerator, teacher)
-    fit(
-        config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout, columns=4,
-        preview=lambda: draw(average, teacher, inputs.shown), watch=watch,
+    stages = Stages(
+        config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
+    )
+    return distil(
+        stages, columns=4, preview=lambda student: draw(student, teacher, inputs.shown),
+        watch=lambda student: text_watch(config, student, teacher.source),
     )  # fmt: skip
-    return average
 
 
 def teacher_name(config: Config) -> str | Path:

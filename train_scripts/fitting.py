@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -72,14 +72,16 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
-    open_log(accelerator, first)
+    open_log(accelerator, first, out)
 
 
-def open_log(accelerator: Accelerator, first: int) -> None:
-    """Open the TensorBoard log; what an earlier run logged beyond step ``first`` is drawn again."""
+def open_log(accelerator: Accelerator, first: int, out: Path | None = None) -> None:
+    """Open the TensorBoard log in ``out``; what an earlier run logged beyond step ``first`` is drawn again."""
     accelerator.trackers = []
+    # Each stage of a run has a log of its own, since a new one hides the later steps of an old one.
+    place = Path() if out is None else Path(os.path.relpath(out, accelerator.project_dir))
     try:
-        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first + 1}})
+        accelerator.init_trackers(str(place / "logs"), init_kwargs={"tensorboard": {"purge_step": first + 1}})
     except OSError as error:
         accelerator.trackers = []
         tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
@@ -119,6 +121,7 @@ def fit(
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
     check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
+    keep: Callable[[int], Collection[int]] = lambda step: (),
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
@@ -126,9 +129,10 @@ def fit(
     ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
     the run has to stop, and called for the step resumed from, if it has not seen that one yet. All call ``check``
     with the step and whether it is about to be saved, and it may raise. So do weights that are not finite, on all
-    processes and before anything is saved. ``finish`` is called on every rank after the last step, while they can
-    still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then
-    exits with 143.
+    processes and before anything is saved. All call ``keep``, which returns the steps whose checkpoints must stay;
+    a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
+    can still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and
+    then exits with 143.
     """
 
     def look(step: int) -> None:
@@ -147,12 +151,13 @@ def fit(
             look(first)
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
-            due = report.step % config.save_every == 0 or report.step == config.steps or stop
+            kept = keep(report.step)
+            due = report.step % config.save_every == 0 or report.step in (config.steps, *kept) or stop
             check(report.step, due)
             if due:
                 checkpoint.check_finite(report.step, phases)
             if due and accelerator.is_main_process:
-                checkpoint.save(config.out / "checkpoints", report.step, phases, own)
+                checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
             if not (stop and all_watch):
                 look(report.step)
             if due and accelerator.is_main_process and preview is not None:

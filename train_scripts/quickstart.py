@@ -8,7 +8,7 @@ Writes report.json and samples.png under --out, beside the checkpoints and Tenso
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import train_dmd
 import train_teacher
 from command import check_numbers, check_out, resolved, run
 from digits import NUM_CLASSES, SHAPE, Judge
+from distill_options import digits
 from networks import load_teacher
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -94,7 +95,7 @@ def teacher_config(config: Config) -> train_teacher.Config:
 def student_config(config: Config, teacher: Path) -> train_dmd.Config:
     """The recipe of the distillation; longer only in its number of iterations."""
     steps = config.student_iterations * (2 if config.long else 1)
-    return train_dmd.Config(teacher=str(teacher), out=config.out / "student", steps=steps, seed=config.seed)
+    return replace(digits(), teacher=str(teacher), out=config.out / "student", steps=steps, seed=config.seed)
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def evaluate(
         "num_images": len(noise),
         "test_num_images": len(judge.train.images),
         "speedup": speedup(teacher, student, x_t[:1000], cond["class_labels"][:1000], times),
-        "student_saw_real_images": student_config(config, Path()).gan_weight > 0,
+        "student_saw_real_images": bool(student_config(config, Path()).gan_weight),
     }
     return report, images
 

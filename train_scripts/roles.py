@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from distill_options import Config
-from fitting import adamw, cosine, progress
+from fitting import adamw, cosine
 from networks import Teacher, build_network, probe_bottleneck
 from prompted import PromptedTeacher
 from torch import nn
@@ -18,22 +17,56 @@ from distill.adversarial import Critic, discriminator_head
 from distill.backbone import offload_state, shared_backbone
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
-from distill.regression import Regression, make_pairs
-from distill.student import Student, even_times
+from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
+from distill.student import Student, even_times, times_by_ratio
 from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
 from score.ranks import unwrap
 from score.sampling import grid
 from score.schedule import Schedule
-from score.training import EMA, Phase, train
+from score.times import between_ratios, uniform
+from score.training import EMA, Phase
+
+PAIR_USES = 10
+"""How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
+
+
+def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> Config:
+    """The options with every default that depends on others or on the teacher filled in.
+
+    Args:
+        config: as the user gave it.
+        teacher: whose bottleneck the GAN term would listen to.
+        real: whether there are real images.
+
+    Raises:
+        ValueError: a GAN term that was asked for and cannot be.
+    """
+    gan = config.gan_weight
+    if gan is None:
+        gan = 0.01 if real and listens(teacher, config.bottleneck) else 0.0
+    steps = config.steps if config.warmup_steps is None else config.warmup_steps
+    read = steps * config.batch_size * config.accumulate
+    pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
+    return replace(config, gan_weight=gan, warmup_steps=steps, num_pairs=pairs)
+
+
+def listens(teacher: Teacher | PromptedTeacher, bottleneck: str | None) -> bool:
+    """Return True where a critic finds a bottleneck in the teacher's network."""
+    try:
+        probe_bottleneck(teacher, bottleneck)
+    except ValueError:
+        return False
+    return True
 
 
 def plan_of_pairs(config: Config) -> str:
-    """What ``--dry-run`` says about regression."""
+    """What ``--dry-run`` says about the work before the first iteration."""
     if not config.warmup_steps and not config.regression_weight:
         return ""
-    pairs = f"{config.num_pairs:,} teacher pairs of {config.pair_steps} network calls each"
+    number = config.num_pairs + config.guard_images
+    pairs = f"{number:,} teacher pairs of {config.pair_steps} network calls each"
     return f"{pairs}, {config.warmup_steps:,} warm-up updates of the student" if config.warmup_steps else pairs
 
 
@@ -47,7 +80,7 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
     if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
         raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
-    if config.gan_weight > 0:
+    if config.gan_weight:
         name, channels, size = probe_bottleneck(teacher, config.bottleneck)
         fake = Critic(fake, name, discriminator_head(channels, size))
     return student.requires_grad_(True), fake.requires_grad_(True)
@@ -57,7 +90,7 @@ def build_text_roles(config: Config, teacher: PromptedTeacher) -> tuple[nn.Modul
     """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights."""
     network, device = teacher.denoiser.network, teacher.source.device
     name, head = None, None
-    if config.gan_weight > 0:
+    if config.gan_weight:
         name, channels, size = probe_bottleneck(teacher, config.bottleneck)
         head = discriminator_head(channels, size).to(device)
     if config.lora:
@@ -85,7 +118,7 @@ def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: 
 def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn.Module, fake: nn.Module) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
     target = teacher.guided(config.guidance)
-    gan = GAN(generator_weight=config.gan_weight, critic_weight=config.critic_weight)
+    gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
     facts = teacher.facts if isinstance(teacher, Teacher) else {}
     sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
     return DMD(
@@ -96,60 +129,45 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
         step_key="step" if fake_steps(config, facts) else None,
         student_every=config.student_every,
+        times=between_ratios(*config.ratio_range) if any(config.ratio_range) else uniform(0.02, 0.98),
         weight=dmd_weight(config.alpha_in_gradient),
-        gan=gan if config.gan_weight > 0 else None,
+        gan=gan if config.gan_weight else None,
     )
 
 
-def with_pairs(config: Config, method: DMD, teacher: Teacher | PromptedTeacher) -> DMD:
-    """The method with DMD's regression where it is asked for: long work, for which all else is checked first."""
-    if not config.regression_weight:
-        return method
-    return replace(method, regression=teacher_pairs(config, method.teacher, teacher))
-
-
 def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
-    """When the student is asked: as it is told, or evenly, as its kind is sampled."""
-    spread = lcm_times if config.prompts else even_times
-    return config.times or spread(schedule, config.num_steps)
+    """Timesteps of the student: those of --times, or by --student-ratio."""
+    if config.times:
+        return config.times
+    if not config.student_ratio:
+        return (lcm_times if config.prompts else even_times)(schedule, config.num_steps)
+    if config.prompts:  # what the schedulers of diffusers can be told
+        return lcm_times(schedule, config.num_steps, highest=config.student_ratio)
+    return times_by_ratio(schedule, config.num_steps, highest=config.student_ratio)
 
 
-def teacher_pairs(config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher) -> Regression:
+DISTANCES: dict[str, Distance] = {"l1": absolute_error, "l2": squared_error, "huber": pseudo_huber()}
+
+
+def teacher_pairs(
+    config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, *, number: int, purpose: str = "pairs"
+) -> Pairs:
     """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike; every rank makes all of them.
 
-    Without gradients there is room for eight times the batch of the training.
+    Without gradients there is room for eight times the batch of the training. ``purpose`` separates the noise of
+    those that are trained on from that of those held out.
     """
-    numbers = torch.arange(config.num_pairs) % max(1, teacher.num_classes)
+    numbers = torch.arange(number) % max(1, teacher.num_classes)
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
     labels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    times = grid(target.schedule, config.pair_steps)
+    times = grid(target.schedule, config.pair_steps, shift=teacher.shift)
     device = next(teacher.denoiser.network.parameters()).device
+    seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        pairs = make_pairs(
-            target, labels, num=config.num_pairs, shape=teacher.shape, times=times, seed=config.seed,
+        return make_pairs(
+            target, labels, num=number, shape=teacher.shape, times=times, seed=seed,
             batch=min(256, 8 * config.batch_size), device=device,
         )  # fmt: skip
-    return Regression(pairs=pairs, weight=config.regression_weight, batch=config.batch_size)
-
-
-def warm_up(
-    config: Config, method: DMD, student: Phase, accelerator: Accelerator, teacher: Teacher | PromptedTeacher
-) -> None:
-    """Start the student from regression on teacher pairs: it then only has to be moved, not found."""
-    network = student.network
-    regression = method.regression or teacher_pairs(config, method.teacher, teacher)
-    optimizer = adamw(network, config.warmup_lr)
-    phase = Phase(
-        name="warm-up", network=network, optimizer=optimizer, ema=average_of(network, config),
-        loss=lambda batch, rng: {"loss": regression.loss(method.student, rng)},
-        lr_schedule=cosine(optimizer, config.warmup_steps, warmup=20),
-    )  # fmt: skip
-    reports = train([phase], lambda rng: None, accelerator, steps=config.warmup_steps, seed=config.seed)
-    for _ in progress(reports, "warm-up", config.warmup_steps, accelerator):
-        pass
-    if phase.ema is not None and student.ema is not None:
-        phase.ema.source.load_state_dict(phase.ema.network.state_dict())
-        student.ema.reset()
 
 
 def average_of(network: nn.Module, config: Config) -> EMA | None:
@@ -167,7 +185,8 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
     student, fake = (
         adamw(network, rate, betas=config.betas, kind=config.optimizer)
         for network, rate in (
-            (method.student.denoiser.network, config.student_lr), (method.fake.network, config.fake_lr),
+            (method.student.denoiser.network, config.student_lr or 1e-5),
+            (method.fake.network, config.fake_lr or 1e-5),
         )
     )  # fmt: skip
     for optimizer in (student, fake) if config.offload else ():

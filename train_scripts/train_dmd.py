@@ -19,21 +19,12 @@ import torch
 from command import fingerprint, identity, run, show_plan
 from distill_options import Config, check, presets_for
 from distill_texts import distil_texts
-from fitting import fit, prepare, resume, start
+from fitting import prepare, start
 from images import load_images
-from monitoring import check_evaluation, watcher
+from monitoring import Watch, check_evaluation, watcher
 from networks import Teacher, load_teacher
-from roles import (
-    averaged,
-    build_method,
-    build_phases,
-    build_roles,
-    plan_of_pairs,
-    planned_roles,
-    teacher_pairs,
-    warm_up,
-    with_pairs,
-)
+from roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
+from stages import Stages, distil
 
 from distill.student import Student, save_student
 from score import freeze
@@ -62,6 +53,7 @@ def distil_images(config: Config) -> Path:
             f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
         )
     check_evaluation(config, data)
+    config = settled(config, teacher, real=True)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
     freeze(teacher.denoiser.network)
@@ -79,29 +71,24 @@ def distil_images(config: Config) -> Path:
         batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
         return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
 
+    def watch(student: Student) -> Watch:
+        sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
+        save = lambda to: save_student(student, to, teacher.facts)  # noqa: E731
+        with accelerator.autocast():
+            return watcher(config, sampled, data, teacher=teacher, save=save)
+
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    method = with_pairs(config, method, teacher)
-    phases = build_phases(config, method)
-    average = Student(replace(teacher.denoiser, network=averaged(phases[0])), method.student.times)
     inputs = {"data": fingerprint([data.images, data.labels]), "teacher": teacher.identity()}
-    own = identity(config, accelerator, inputs)
-    first = resume(config, phases, accelerator, own)
-    if first == 0 and config.warmup_steps:
-        warm_up(config, method, phases[0], accelerator, teacher)
-    sampled = replace(teacher, denoiser=average.denoiser, times=average.times)
-    with accelerator.autocast():
-        watch = watcher(
-            config, sampled, data, teacher=teacher, save=lambda to: save_student(average, to, teacher.facts)
-        )
-    fit(
-        config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
-        columns=min(10, data.num_classes), preview=lambda: preview(average, teacher),
-        watch=watch,
+    stages = Stages(
+        config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
+        own=identity(config, accelerator, inputs),
     )  # fmt: skip
+    columns = min(10, data.num_classes)
+    student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
     folder = config.out / "student"
     if accelerator.is_main_process:
-        save_student(average, folder, teacher.facts)
+        save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
 

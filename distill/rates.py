@@ -1,0 +1,111 @@
+"""Learning rates that are measured, not guessed: a range test before the training.
+
+The rate that suits a network depends on its architecture, its scale and on what part of it learns (all weights, or
+a LoRA). So :func:`range_test` raises the rate step by step on one batch and reads off where the loss
+is lowest, before it blows up (Smith 2015, arXiv 1506.01186, section 3.3). Which fraction of that rate each stage of a
+distillation takes is written in :class:`Rates`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates of a distillation.
+
+    Attributes:
+        warmup: of the regression on teacher pairs.
+        student: of the student in distribution matching.
+        fake: of the fake score; above the student's, which it has to follow.
+    """
+
+    warmup: float
+    student: float
+    fake: float
+
+    @classmethod
+    def from_warmup(cls, warmup: float) -> "Rates":
+        """Fractions of the warm-up's rate: 1 / 50 for the student, 1 / 10 for the fake score.
+
+        A one-step student that has learned its pairs only needs to be sharpened; at the warm-up's rate the noise
+        of the gradient moves it further than that (docs/distillation.md has the measurement).
+        """
+        return cls(warmup, warmup / 50, warmup / 10)
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Losses along a rising learning rate.
+
+    Attributes:
+        rates: of each step, rising.
+        losses: before each step.
+        rate: that the test recommends.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    rate: float
+
+
+def range_test(
+    network: nn.Module, loss: Callable[[], Tensor], *, low: float = 1e-6, high: float = 0.1, steps: int = 50,
+    clip_norm: float = math.inf,
+) -> RangeTest:  # fmt: skip
+    """Find the learning rate of AdamW for a network; its weights are put back afterwards.
+
+    Args:
+        network: in the state in which the training will begin.
+        loss: returns the loss of the network on one batch, the same at each call: otherwise the scatter
+            between batches hides what a step changes.
+        low: rate of the first step.
+        high: rate of the last step.
+        steps: network updates; their rates rise by a constant factor.
+        clip_norm: largest gradient norm, as in the training.
+
+    Raises:
+        ValueError: the loss does not fall at any rate, or is not finite at the first step.
+    """
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in learned]
+    optimizer = torch.optim.AdamW(learned, low, weight_decay=0.0, fused=True)
+    rates, losses = [], []
+    for step in range(steps):
+        rate = low * (high / low) ** (step / (steps - 1))
+        value = loss()
+        rates.append(rate)
+        losses.append(float(value.detach()))
+        if not math.isfinite(losses[-1]) or losses[-1] > 4 * losses[0]:
+            break
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(learned, clip_norm)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        torch._foreach_copy_(learned, before)
+    return RangeTest(tuple(rates), tuple(losses), best_rate(rates, losses))
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """A third of the rate at which the loss, averaged over three steps, is lowest.
+
+    At that rate itself the loss no longer falls: what each step gains it loses to its own size. Raises
+    ``ValueError`` where the loss never falls.
+    """
+    if not losses or not math.isfinite(losses[0]):
+        raise ValueError(f"the loss must be finite before the first step; got {list(losses[:1])}.")
+    padded = [losses[0], *losses, losses[-1]]
+    smooth = [sum(padded[step : step + 3]) / 3 for step in range(len(losses))]
+    lowest = min(range(len(smooth)), key=lambda step: smooth[step] if math.isfinite(smooth[step]) else math.inf)
+    if lowest == 0:
+        raise ValueError(
+            f"the loss of {losses[0]:.4g} falls at no learning rate between {rates[0]:.1g} and {rates[-1]:.1g}."
+        )
+    return rates[lowest] / 3
