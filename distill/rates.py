@@ -1,8 +1,8 @@
 """Learning rates that are measured, not guessed: a range test before the training.
 
 The rate that suits a network depends on its architecture, its scale and on what part of it learns (all weights, or
-a LoRA). So :func:`range_test` raises the rate step by step on one batch and reads off where the loss
-is lowest, before it blows up (Smith 2015, arXiv 1506.01186, section 3.3). Which fraction of that rate each stage of a
+a LoRA). So :func:`range_test` raises the rate step by step on one batch and reads off where the loss is lowest,
+before it blows up (Smith 2015, arXiv 1506.01186, section 3.3). Which fraction of that rate each stage of a
 distillation takes is written in :class:`Rates`.
 """
 
