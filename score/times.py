@@ -1,6 +1,8 @@
 """How training times are drawn. Each function returns a sampler ``(n, schedule, generator) -> t``."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from math import inf
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +28,44 @@ def uniform(low: float = 0.02, high: float = 0.98) -> TimeSampler:
             start = (round(low / cell) - 0.5) * cell
             width = (round(high / cell) + 0.5) * cell - start
         return schedule.at((start + width * _rand(n, generator)).clamp(0, 1)).float()
+
+    return draw
+
+
+def between_ratios(low: float, high: float) -> TimeSampler:
+    """Uniform in the schedule's customary spacing, as :func:`uniform`, where sigma / alpha lies in [low, high].
+
+    A range of noise levels means the same for every schedule, a range of timesteps does not: 0.15 to 20 is t = 42
+    to 768 of DDPM's linear betas, 24 to the end, where sigma / alpha is 14.6, of Stable Diffusion's. Integer
+    timesteps stay integers, each drawn as often as the others.
+
+    Raises:
+        ValueError: not 0 <= low < high; or, when times are drawn, a range that holds no time of the schedule.
+    """
+    _check_ratios(low, high)
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        first, last = _fractions(schedule, low, high)
+        return schedule.at((first + (last - first) * _rand(n, generator)).clamp(0, 1)).float()
+
+    return draw
+
+
+def log_uniform(low: float, high: float) -> TimeSampler:
+    """log(sigma / alpha) uniform between log(low) and log(high): as many times in each octave of noise.
+
+    The same distribution on every schedule, but for rounding to integer timesteps. Levels that the schedule does
+    not reach are left out. Errors as of :func:`between_ratios`; low must be above 0 and high finite.
+    """
+    _check_ratios(low, high)
+    if low == 0 or high == inf:
+        raise ValueError(f"log-uniform times need 0 < low < high < inf; got low={low}, high={high}.")
+
+    def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
+        ends = schedule.at(torch.tensor(_fractions(schedule, low, high), dtype=torch.float64).clamp(0, 1))
+        start, stop = schedule.ratio(ends).clamp(low, high).log().tolist()
+        t = _time(schedule, (start + (stop - start) * _rand(n, generator)).exp())
+        return t.clamp(*ends.float().tolist())  # the nearest integer of a level near an end may lie outside
 
     return draw
 
@@ -103,6 +143,41 @@ def ramp(step: float, start: float, first: float, last: float, end: float) -> fl
     if step >= end:
         return last
     return first if step <= start else first + (last - first) * (step - start) / (end - start)
+
+
+def _check_ratios(low: float, high: float) -> None:
+    if not 0 <= low < high:
+        raise ValueError(f"noise levels sigma / alpha need 0 <= low < high; got low={low}, high={high}.")
+
+
+@lru_cache(maxsize=64)
+def _fractions(schedule: Schedule, low: float, high: float) -> tuple[float, float]:
+    # The first and last fraction of the customary spacing with a noise level in [low, high]. For integer timesteps
+    # these are the edges of whole cells, so that each has the same share, those at the ends of time included.
+    def ratio(fraction: float) -> float:
+        return float(schedule.ratio(schedule.at(torch.tensor(fraction, dtype=torch.float64).clamp(0, 1))))
+
+    start, stop = -schedule.cell / 2, 1 + schedule.cell / 2
+    first = _bisect(lambda fraction: ratio(fraction) >= low, start, stop)[1]
+    last = _bisect(lambda fraction: ratio(fraction) > high, start, stop)[0]
+    if not (low <= ratio(first) <= high and first < last):
+        raise ValueError(
+            f"{schedule} has no time with sigma / alpha in [{low:g}, {high:g}]; it reaches {ratio(0):g} to "
+            f"{ratio(1):g}. Choose a range that overlaps it, wider than one timestep."
+        )
+    return first, last
+
+
+def _bisect(beyond: Callable[[float], bool], start: float, stop: float) -> tuple[float, float]:
+    # Neighbours between which a monotone condition becomes true; start or stop twice if it always or never is.
+    if beyond(start):
+        return start, start
+    if not beyond(stop):
+        return stop, stop
+    for _ in range(60):
+        middle = (start + stop) / 2
+        start, stop = (start, middle) if beyond(middle) else (middle, stop)
+    return start, stop
 
 
 def _check_progress(progress: float) -> None:
