@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from distill import regression
-from distill.regression import Pairs, Regression, lpips, make_pairs, pseudo_huber, squared_error
+from distill.regression import Pairs, Regression, absolute_error, lpips, make_pairs, pseudo_huber, squared_error
 from distill.student import Student
 from score.denoiser import NetworkDenoiser
 from score.guidance import guided
@@ -158,6 +158,14 @@ def test_squared_error_is_its_formula_per_sample(images):
     close(gradient, 2 * (a - b) / 9)
 
 
+def test_absolute_error_is_its_formula_per_sample(images):
+    a, b = images[0].requires_grad_(), images[1]
+    distance = absolute_error(a, b)
+    close(distance, torch.stack([(x - y).abs().mean() for x, y in zip(a, b, strict=True)]))
+    (gradient,) = torch.autograd.grad(distance.sum(), a)
+    close(gradient, (a - b).sign() / 9)
+
+
 @pytest.mark.parametrize("c", [0.03, 1.0])
 def test_pseudo_huber_is_its_formula_per_sample(images, c):
     a, b = images[0].requires_grad_(), images[1]
@@ -288,7 +296,7 @@ def pairs(generator):
     return Pairs(noise, x0, LABELS)
 
 
-@pytest.mark.parametrize("measure", [squared_error, pseudo_huber(0.1)])
+@pytest.mark.parametrize("measure", [squared_error, absolute_error, pseudo_huber(0.1)])
 def test_the_loss_is_the_mean_distance_of_the_chosen_pairs(student, pairs, measure):
     rng = Rng(0, 3, index=5)
     loss = Regression(pairs=pairs, distance=measure, batch=4).loss(student, rng)

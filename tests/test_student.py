@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.student import Student, even_times, load_student, save_student
+from distill.student import Student, even_times, load_student, save_student, times_by_ratio
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser
 from score.network import ResidualMLP
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
@@ -135,6 +135,68 @@ def test_even_times_make_a_student_of_any_schedule(schedule, num_steps):
     assert times[0] == pytest.approx(schedule.t_max)
     assert all(a > b > schedule.t_min for a, b in pairwise(times))
     assert Student(make_denoiser(schedule), times).num_steps == num_steps
+
+
+RATIOS = {1: [3.5], 2: [3.5, 0.7], 4: [3.5, 3.5**0.75 * 0.14**0.25, 0.7, 3.5**0.25 * 0.14**0.75]}
+
+
+@pytest.mark.parametrize("num_steps", list(RATIOS))
+def test_times_by_ratio_are_the_same_noise_on_every_schedule(schedule, num_steps):
+    """One geometric sequence, solved for t by hand: r on EDM, r / (1 + r) on a flow, the nearest integer else."""
+    wanted = torch.tensor(RATIOS[num_steps], dtype=torch.float64)
+    times = torch.tensor(times_by_ratio(schedule, num_steps), dtype=torch.float64)
+    if isinstance(schedule, VariancePreserving):
+        bar = schedule.alphas_cumprod
+        log_ratios = ((1 - bar) / bar).log() / 2
+        close(times, (log_ratios[None] - wanted.log()[:, None]).abs().argmin(1).double())
+    else:
+        close(times, wanted if isinstance(schedule, Karras) else wanted / (1 + wanted))
+    assert Student(make_denoiser(schedule), tuple(times.tolist())).num_steps == num_steps
+
+
+def test_times_by_ratio_keep_an_eps_student_off_pure_noise():
+    ddpm = VariancePreserving.linear()
+    assert 1 / ddpm.alpha(torch.tensor(ddpm.t_max)) > 150
+    assert 1 / ddpm.alpha(torch.tensor(times_by_ratio(ddpm, 1)[0])) < 3.65
+    assert times_by_ratio(ddpm, 1) == (503.0,)
+    terminal = VariancePreserving(torch.linspace(0.99, 0.0, 100, dtype=torch.float64))
+    assert terminal.ratio(torch.tensor(times_by_ratio(terminal, 1)[0])) == pytest.approx(3.5, abs=0.3)
+
+
+def test_times_by_ratio_begin_at_t_max_where_the_schedule_ends_below():
+    gentle = VariancePreserving(torch.linspace(0.99, 0.2, 50, dtype=torch.float64))  # sigma / alpha up to 2
+    assert times_by_ratio(gentle, 2)[0] == 49.0
+    close(gentle.ratio(torch.tensor(times_by_ratio(gentle, 2)[1])).item(), (2 * 0.14) ** 0.5, rtol=0.02, atol=0)
+    assert times_by_ratio(Karras(), 1, highest=1000.0) == pytest.approx((80.0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "std"), [("karras", 3.640055, 3.5), ("vp", 1.0, 1.0), ("flow", 0.808901, 1.0)]
+)
+def test_the_first_input_has_the_spread_that_the_docstring_says(schedules, noise, name, wanted, std):
+    schedule, seen = schedules[name], []
+    student = Student(make_denoiser(schedule), times_by_ratio(schedule, 1))
+    t = torch.tensor(times_by_ratio(schedule, 1)[0], dtype=torch.float64)
+    close((schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).sqrt().item(), wanted, rtol=1e-5, atol=0)
+    raw = student.denoiser.network
+    raw.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    student.sample(noise, LABELS)
+    close(seen[0], std * noise)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps >= 1 .* got num_steps=0"),
+        ({"num_steps": 1, "lowest": 0.0}, "lowest=0.0"),
+        ({"num_steps": 1, "highest": 0.1}, "highest=0.1"),
+        ({"num_steps": 1, "highest": float("inf")}, "highest=inf"),
+        ({"num_steps": 999}, "has fewer than 999 distinct times"),
+    ],
+)
+def test_times_by_ratio_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        times_by_ratio(VariancePreserving.scaled_linear(), **settings)
 
 
 @pytest.mark.parametrize("times", [(), (0.5, 0.5), (0.25, 0.5), (1.0, 0.5, 0.7)])

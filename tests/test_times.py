@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import annealed, constant, log_normal, logit_normal, ramp, shifted, sqrt_annealed, uniform
+from score.times import (
+    annealed,
+    between_ratios,
+    constant,
+    log_normal,
+    log_uniform,
+    logit_normal,
+    ramp,
+    shifted,
+    sqrt_annealed,
+    uniform,
+)
 
 close = torch.testing.assert_close
 N = 20_000
@@ -33,6 +44,8 @@ ALL = {
     "shifted": shifted(uniform(), 3.0),
     "annealed": annealed(0.5),
     "sqrt_annealed": sqrt_annealed(0.37),
+    "between_ratios": between_ratios(0.15, 5.0),
+    "log_uniform": log_uniform(0.15, 5.0),
     "constant": constant(0.5),
 }
 
@@ -106,6 +119,62 @@ def test_log_normal_is_clamped_to_the_schedule():
     assert t.max() == 80
 
 
+def test_a_range_of_noise_levels_is_uniform_in_the_customary_spacing(schedule):
+    """Each schedule's own closed form: t on a flow, t^(1/7) for EDM, integers for variance-preserving ones."""
+    t = between_ratios(0.25, 4.0)(N, schedule, seeded()).double()
+    if isinstance(schedule, RectifiedFlow):
+        assert distance_to((t - 0.2) / 0.6) < TOLERANCE  # ratio / (1 + ratio)
+    elif isinstance(schedule, Karras):
+        low, high = 0.25 ** (1 / 7), 4 ** (1 / 7)
+        assert distance_to((t ** (1 / 7) - low) / (high - low)) < TOLERANCE
+    else:
+        bar = schedule.alphas_cumprod
+        allowed = (((1 - bar) / bar).sqrt() >= 0.25) & (((1 - bar) / bar).sqrt() <= 4)
+        counts = torch.bincount(t.long(), minlength=1000)
+        assert (counts[~allowed] == 0).all()
+        share = allowed.sum().item()
+        close(counts[allowed] / N, torch.full((share,), 1 / share), rtol=0, atol=5 * (share * N) ** -0.5)
+
+
+@pytest.mark.parametrize("times", [between_ratios, log_uniform])
+def test_a_range_beyond_the_schedule_ends_with_it(schedule, times):
+    ends = schedule.ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+    ratio = schedule.ratio(times(1e-4, 1e4)(N, schedule, seeded()).double())
+    low, high = (float(end) for end in ends.clamp(1e-4, 1e4))
+    assert low * (1 - 1e-6) <= ratio.min() < low * 1.2 + 1e-3
+    assert high * 0.5 < ratio.max() <= high * (1 + 1e-3)  # float32 near a flow's t = 1
+
+
+def test_the_ends_of_integer_time_have_the_share_of_the_others_in_a_range():
+    vp = VariancePreserving(torch.linspace(0.9, 0.1, 5, dtype=torch.float64))
+    for sampler, first in ((between_ratios(0, math.inf), 0), (between_ratios(0.5, 100), 1)):  # ratios 1/3 to 3
+        counts = torch.bincount(sampler(N, vp, seeded()).long(), minlength=5)
+        assert (counts[:first] == 0).all()
+        close(counts[first:] / N, torch.full((5 - first,), 1 / (5 - first)), rtol=0, atol=0.012)
+
+
+def test_a_terminal_timestep_without_signal_is_drawn_only_where_it_is_meant():
+    vp = VariancePreserving(torch.linspace(0.9, 0.0, 5, dtype=torch.float64))
+    assert between_ratios(0.5, 1e9)(N, vp, seeded()).max() == 3
+    assert log_uniform(0.5, 1e9)(N, vp, seeded()).max() == 3
+    assert between_ratios(0.5, math.inf)(N, vp, seeded()).max() == 4
+
+
+def test_log_uniform_is_uniform_in_the_log_of_the_noise_level(schedule):
+    ratio = schedule.ratio(log_uniform(0.15, 10.0)(N, schedule, seeded()).double())
+    values = (ratio / 0.15).log() / math.log(10 / 0.15)
+    assert distance_to(values) < TOLERANCE + (0.02 if isinstance(schedule, VariancePreserving) else 0)
+    assert 0.15 * (1 - 1e-6) <= ratio.min() <= ratio.max() <= 10 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("times", [between_ratios, log_uniform])
+def test_a_range_that_holds_no_time_is_refused(times):
+    vp = VariancePreserving(torch.linspace(0.9, 0.1, 5, dtype=torch.float64))
+    for schedule, low, high in ((Karras(), 90, 100), (Karras(), 1e-5, 1e-4), (vp, 3.1, 4), (vp, 1.05, 1.1)):
+        with pytest.raises(ValueError, match=rf"no time with sigma / alpha in \[{low:g}, {high:g}\]; it reaches"):
+            times(low, high)(5, schedule, seeded())
+
+
 def test_logit_normal_is_normal_in_the_logit_of_flow_time():
     t = logit_normal()(N, RectifiedFlow(), seeded())
     assert distance_to(normal_cdf(torch.logit(t.double()))) < TOLERANCE
@@ -167,6 +236,12 @@ def test_constant_is_constant(schedule):
         (lambda: uniform(0.5, 0.4), "0 <= low <= high <= 1; got low=0.5, high=0.4"),
         (lambda: uniform(-0.1, 0.4), "got low=-0.1"),
         (lambda: uniform(0.1, 20), "high=20"),
+        (lambda: between_ratios(2.0, 1.0), "0 <= low < high; got low=2.0, high=1.0"),
+        (lambda: between_ratios(-1.0, 1.0), "got low=-1.0"),
+        (lambda: between_ratios(1.0, math.nan), "high=nan"),
+        (lambda: log_uniform(1.0, 1.0), "0 <= low < high"),
+        (lambda: log_uniform(0.0, 1.0), "0 < low < high < inf; got low=0.0"),
+        (lambda: log_uniform(1.0, math.inf), "high=inf"),
         (lambda: shifted(uniform(), 0.0), "shift must be above 0; got 0.0"),
         (lambda: shifted(uniform(), -3.0), "shift must be above 0; got -3.0"),
         (lambda: annealed(1.01), r"progress must lie in \[0, 1\]; got 1.01"),
