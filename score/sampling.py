@@ -5,7 +5,8 @@ generic over the step; none of them disables gradients, so wrap them in ``torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from score.denoiser import Cond, Denoiser
+from score.grids import grid as grid  # where a sampler is, its grid is looked for
 from score.randomness import Generators, normal_like
 from score.schedule import Images, PerSample, Schedule, per_sample
 
@@ -20,27 +22,56 @@ Step = Callable[[Denoiser, Tensor, Tensor, Tensor | None, Cond, Generators | Non
 """(denoiser, x_t, t, s, cond, generator) -> x_s; t and s are (b,), s = None is the clean image."""
 
 
-def grid(
-    schedule: Schedule, num_steps: int, low: float = 0.0, high: float = 1.0, *, shift: float = 1.0
-) -> Float[Tensor, " n"]:
-    """``num_steps`` decreasing times between two fractions of the schedule's customary spacing, float64.
+@dataclass(frozen=True)
+class Point:
+    """A point of a sampling trajectory where the denoiser has been called: ``x0`` is its answer."""
 
-    A flow reaches sigma = 0, where a network call changes nothing: that end is left out (1, 0.75, 0.5, 0.25).
-    ``shift`` multiplies the noise levels sigma / alpha: 1 is none, SD3 uses 3 (arXiv 2403.03206, Eq. 23).
-    Raises ``ValueError`` if there are fewer distinct times than steps (integer timesteps).
+    t: PerSample
+    x_t: Images
+    x0: Images
+
+
+@dataclass(frozen=True)
+class Multistep:
+    """A solver that remembers earlier answers of the denoiser: one call a step; see ``score.solvers``.
+
+    Each step is DDIM's with another x0, a combination of answers. Points come oldest first.
+
+    Attributes:
+        predict: (schedule, points, s) -> the x0 to step towards from ``points[-1]`` to time s.
+        correct: (schedule, points) -> the x0 to have stepped towards from ``points[-2]`` to ``points[-1]``, now
+            that the answer there is known; None: that step stays as it is.
+        memory: earlier points that are kept for the next step.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
-    if not shift > 0:
-        raise ValueError(f"shift must be above 0; got {shift}. 1 means none.")
-    times = schedule.at(torch.linspace(high, low, num_steps, dtype=torch.float64))
-    if schedule.sigma(times[-1]) == 0:
-        times = schedule.at(torch.linspace(high, low, num_steps + 1, dtype=torch.float64))[:-1]
-    if shift != 1:
-        times = schedule.snap(schedule.time(shift * schedule.ratio(times)).clamp(schedule.t_min, schedule.t_max))
-    if num_steps > 1 and not bool((times.diff() < 0).all()):
-        raise ValueError(f"{schedule} has fewer than {num_steps} distinct times to step through; ask for fewer.")
-    return times
+
+    predict: Callable[[Schedule, tuple[Point, ...], Tensor], Tensor]
+    correct: Callable[[Schedule, tuple[Point, ...]], Tensor] | None = None
+    memory: int = 1
+
+    def advance(
+        self,
+        denoiser: Denoiser,
+        points: tuple[Point, ...],
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor | None,
+        cond: Cond,
+    ) -> tuple[Tensor, tuple[Point, ...]]:
+        """x_s and the points to remember; the state is passed on, never held. s = None is the clean image."""
+        points = (*points, Point(t, x_t, denoiser(x_t, t, cond).to(x_t.dtype)))
+        if s is None:
+            return points[-1].x0, points
+        if self.correct is not None and len(points) > 1:
+            corrected = towards(denoiser.schedule, points[-2], self.correct(denoiser.schedule, points), t)
+            points = (*points[:-1], replace(points[-1], x_t=corrected))
+        x_s = towards(denoiser.schedule, points[-1], self.predict(denoiser.schedule, points, s), s)
+        return x_s, points[-self.memory :]
+
+
+def towards(schedule: Schedule, point: Point, x0: Images, s: PerSample) -> Images:
+    """From ``point`` to time s on the line on which the clean image is ``x0``: DDIM with eta = 0."""
+    keep = schedule.sigma(s) / schedule.sigma(point.t)
+    return _mix(point.x_t, keep, x0, schedule.alpha(s) - schedule.alpha(point.t) * keep)
 
 
 def initial_noise(schedule: Schedule, noise: Images, t: Tensor | float) -> Tensor:
@@ -55,7 +86,7 @@ def sample(
     cond: Cond,
     *,
     times: Float[Tensor, " n"],
-    step: Step | None = None,
+    step: Step | Multistep | None = None,
     generator: Generators | None = None,
     checkpoint: bool = False,
 ) -> Images:
@@ -65,20 +96,25 @@ def sample(
         denoiser: the (guided) teacher or student.
         x_t: noisy images at times[0]; pure noise from :func:`initial_noise`, or a diffused image.
         cond: conditioning, batch b.
-        times: (n,) strictly decreasing; :func:`grid`. DDIM and DDPM cost n network calls, Heun at most 2n - 1.
-        step: :func:`ddim` () by default.
+        times: (n,) strictly decreasing; :func:`grid`. Heun costs at most 2n - 1 network calls, all others n.
+        step: :func:`ddim` () by default; a :class:`Multistep` remembers.
         generator: for steps that add noise.
         checkpoint: recompute each step in the backward pass, so that memory does not grow with n.
     """
     step = ddim() if step is None else step
     _check_decreasing(times)
     batch = [t.to(x_t.device).expand(len(x_t)) for t in times]
+    points: tuple[Point, ...] = ()
     for t, s in zip(batch, [*batch[1:], None], strict=True):
-        if checkpoint:
-            x_t = recompute(step, denoiser, x_t, t, s, cond, generator, use_reentrant=False)
+        if isinstance(step, Multistep):
+            x_t, points = _call(checkpoint, step.advance, denoiser, points, x_t, t, s, cond)
         else:
-            x_t = step(denoiser, x_t, t, s, cond, generator)
+            x_t = _call(checkpoint, step, denoiser, x_t, t, s, cond, generator)
     return x_t
+
+
+def _call(checkpoint: bool, function: Callable[..., Any], *args: Any) -> Any:
+    return recompute(function, *args, use_reentrant=False) if checkpoint else function(*args)
 
 
 def ddim(eta: float = 0.0) -> Step:
@@ -248,7 +284,7 @@ def sdedit(
     *,
     times: Float[Tensor, " n"],
     generator: Generators,
-    step: Step | None = None,
+    step: Step | Multistep | None = None,
     mask: Bool[Tensor, "b *shape"] | None = None,
     checkpoint: bool = False,
 ) -> Images:
@@ -264,24 +300,34 @@ def sdedit(
         times: (n,) strictly decreasing: ``grid(schedule, n, high=strength)``.
         generator: for the noise.
         step: :func:`ddim` () by default.
-        mask: True where the image may change; outside, the result equals ``image`` exactly.
+        mask: True where the image may change; outside, the result equals ``image`` exactly. Not for a
+            :class:`Multistep`, which would remember what was there before.
         checkpoint: recompute each step in the backward pass.
+
+    Raises:
+        ValueError: a mask with a :class:`Multistep`.
     """
     if len(times) == 0:
         return image
-    step, schedule = ddim() if step is None else step, denoiser.schedule
+    schedule = denoiser.schedule
+    x_t = schedule.diffuse(image, normal_like(image, generator), times[0].to(image.device).expand(len(image)))
+    if mask is not None:
+        step = _masked(ddim() if step is None else step, image, mask)
+    return sample(denoiser, x_t, cond, times=times, step=step, generator=generator, checkpoint=checkpoint)
+
+
+def _masked(step: Step | Multistep, image: Tensor, mask: Tensor) -> Step:
+    if isinstance(step, Multistep):
+        raise ValueError("a mask needs a sampler without memory: ddim(), ddpm() or heun(); got a Multistep.")
 
     def masked(
         inner: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
     ) -> Tensor:
         x_s = step(inner, x_t, t, s, cond, generator)
-        if mask is None:
-            return x_s
-        known = image if s is None else schedule.diffuse(image, normal_like(image, generator), s)
+        known = image if s is None else inner.schedule.diffuse(image, normal_like(image, generator), s)
         return torch.where(mask, x_s, known)
 
-    x_t = schedule.diffuse(image, normal_like(image, generator), times[0].to(image.device).expand(len(image)))
-    return sample(denoiser, x_t, cond, times=times, step=masked, generator=generator, checkpoint=checkpoint)
+    return masked
 
 
 def _mix(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:

@@ -192,49 +192,6 @@ def test_eta_outside_zero_and_one_raises(eta):
 # Loops ----------------------------------------------------------------------------------------------------------
 
 
-def test_grid_falls_from_the_noisiest_to_the_cleanest_time(schedule):
-    times = grid(schedule, 10)
-    assert times.shape == (10,)
-    assert times.dtype == torch.float64
-    assert (times.diff() < 0).all()
-    last = 0.1 if isinstance(schedule, RectifiedFlow) else schedule.t_min
-    close(times[[0, -1]], torch.tensor([schedule.t_max, last], dtype=torch.float64))
-    close(grid(schedule, 3, low=0.2, high=0.6), schedule.at(torch.tensor([0.6, 0.4, 0.2], dtype=torch.float64)))
-    close(grid(schedule, 1), torch.tensor([schedule.t_max], dtype=torch.float64))
-
-
-def test_no_call_of_a_flow_is_spent_at_its_clean_end():
-    """At sigma = 0 a denoiser returns what it is given."""
-    close(grid(RectifiedFlow(), 4), torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
-    close(grid(RectifiedFlow(), 2, high=0.5), torch.tensor([0.5, 0.25], dtype=torch.float64))
-    close(grid(RectifiedFlow(), 2, low=0.1), torch.tensor([1.0, 0.1], dtype=torch.float64))
-
-
-def test_a_shifted_grid_has_its_noise_levels_multiplied(schedule):
-    plain, shifted = grid(schedule, 6, high=0.8), grid(schedule, 6, high=0.8, shift=3.0)
-    if schedule.cell:
-        assert torch.equal(shifted, shifted.round())
-        close(shifted, schedule.time(3 * schedule.ratio(plain)), atol=0.5, rtol=0)
-    else:
-        close(schedule.ratio(shifted), 3 * schedule.ratio(plain))
-
-
-def test_sd3s_shift_is_its_formula():
-    """arXiv 2403.03206, Eq. 23; pure noise stays pure noise."""
-    t = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
-    close(grid(RectifiedFlow(), 4, shift=3.0), 3 * t / (1 + 2 * t))
-    with pytest.raises(ValueError, match="shift must be above 0; got 0"):
-        grid(RectifiedFlow(), 4, shift=0)
-
-
-def test_grid_of_more_steps_than_times_raises():
-    assert grid(SD, 1000).tolist() == list(range(999, -1, -1))
-    with pytest.raises(ValueError, match="fewer than 1001 distinct times"):
-        grid(SD, 1001)
-    with pytest.raises(ValueError, match="num_steps must be at least 1; got 0"):
-        grid(SD, 0)
-
-
 def test_initial_noise_is_scaled_to_the_schedule(schedule):
     noise = normal(4, 2)
     factor = schedule.t_max if isinstance(schedule, Karras) else 1.0
@@ -552,7 +509,7 @@ def test_karras_sampling_is_diffusers_edm_euler(image_noise):
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
     scheduler.set_timesteps(20)
     schedule, raw = Karras(), Raw()
-    close(grid(schedule, 20).float(), scheduler.sigmas[:-1], rtol=1e-5, atol=0)
+    close(grid(schedule, 20, spacing="uniform").float(), scheduler.sigmas[:-1], rtol=1e-5, atol=0)
     x = x_t = initial_noise(schedule, image_noise, 80.0)
     for t in scheduler.timesteps:
         x = scheduler.step(raw(scheduler.scale_model_input(x, t), t.expand(2)), t, x).prev_sample

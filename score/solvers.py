@@ -1,0 +1,155 @@
+"""Solvers of the probability-flow ODE beyond DDIM, and which one to take for how many network calls.
+
+DPM-Solver++ and UniPC integrate x0 against lambda = log(alpha / sigma) exactly where x0 is a line or a parabola in
+lambda. In x0 prediction that is DDIM's step towards another x0: they are :class:`score.sampling.Multistep`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from score.grids import Spacing, grid
+from score.sampling import Multistep, Point, Step, ddim, ddpm, heun
+from score.schedule import Schedule, per_sample
+
+Solver = Literal["ddim", "ddpm", "heun", "dpm++", "unipc"]
+"""A sampler by name: :func:`score.sampling.ddim`, ``ddpm`` and ``heun``, :func:`dpm_solver` and :func:`unipc`."""
+
+FEW_CALLS_HEUN = 20
+FEW_CALLS_UNIFORM = 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A solver and its times: ``sample(denoiser, x_t, cond, times=plan.times, step=plan.step)``.
+
+    Attributes:
+        solver: its name.
+        spacing: of its grid.
+        times: (n,) where the steps start.
+        step: what :func:`score.sampling.sample` takes.
+        num_calls: network calls an image.
+    """
+
+    solver: Solver
+    spacing: Spacing
+    times: Float[Tensor, " n"]
+    step: Step | Multistep
+    num_calls: int
+
+
+def plan(
+    schedule: Schedule,
+    num_calls: int,
+    solver: Solver | Literal["auto"] = "auto",
+    spacing: Spacing | Literal["auto"] = "auto",
+    *,
+    shift: float = 1.0,
+) -> Plan:
+    """How to sample with at most ``num_calls`` network calls an image, in one place for all who sample.
+
+    Args:
+        schedule: of the teacher.
+        num_calls: Heun pays two a step, except for its last step and one from pure noise: 9 steps cost 17 calls.
+        solver: by name; "auto" is :func:`auto_solver`.
+        spacing: of the grid; "auto" is :func:`auto_spacing`.
+        shift: of the noise levels; see :func:`score.grids.grid`.
+
+    Raises:
+        ValueError: an unknown name, or more calls than the schedule has timesteps.
+    """
+    chosen = auto_solver(num_calls) if solver == "auto" else solver
+    if chosen not in get_args(Solver):
+        raise ValueError(f"solver must be auto or one of {', '.join(get_args(Solver))}; got {solver!r}.")
+    spaced = auto_spacing(schedule, chosen) if spacing == "auto" else spacing
+    free = int(bool(schedule.alpha(torch.tensor(schedule.t_max)) == 0))  # Heun is Euler from alpha = 0
+    num_steps = (num_calls + 1 + free) // 2 if chosen == "heun" else num_calls
+    times = grid(schedule, num_steps, spacing=spaced, shift=shift)
+    steps = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpm++": dpm_solver, "unipc": unipc}
+    paid = max(1, 2 * num_steps - 1 - free) if chosen == "heun" else num_steps
+    return Plan(chosen, spaced, times, steps[chosen](), paid)
+
+
+def auto_solver(num_calls: int) -> Solver:
+    """UniPC"""
+    return "unipc"
+
+
+def auto_spacing(schedule: Schedule, solver: Solver) -> Spacing:
+    """TODO"""
+    return "log-snr"
+
+
+def caution(chosen: Plan) -> str:
+    """Why DDIM is likely to do better in as many calls, or nothing; measured in docs/solvers.md."""
+    if chosen.solver in ("ddim", "ddpm"):
+        return ""
+    if chosen.spacing == "uniform" and chosen.num_calls < FEW_CALLS_UNIFORM:
+        return (
+            f"{chosen.solver} on the uniform grid is worse than ddim below {FEW_CALLS_UNIFORM} calls, and this is "
+            f"{chosen.num_calls}: its first steps are too long. Leave the grid to auto, or use more calls."
+        )
+    if chosen.solver == "heun" and 1 < chosen.num_calls < FEW_CALLS_HEUN:
+        return (
+            f"heun pays two calls a step and is worse than ddim below {FEW_CALLS_HEUN} calls, and this is "
+            f"{chosen.num_calls}. Leave the sampler to auto, or use more calls."
+        )
+    return ""
+
+
+def dpm_solver() -> Multistep:
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): second order, one call a step.
+
+    First order where a line through two answers does not exist: on the first step, after pure noise
+    (alpha = 0), and to the clean image.
+    """
+    return Multistep(_extrapolated)
+
+
+def unipc() -> Multistep:
+    """UniPC of order 2 with B_2 (Zhao et al. 2023, arXiv 2302.04867, Algorithms 5 and 6): one call a step.
+
+    Its predictor is DPM-Solver++ 2M; the corrector then repeats each step with the answer at its end. A step from
+    pure noise (alpha = 0) is not corrected, since it has no length in lambda.
+    """
+    return Multistep(_extrapolated, _interpolated, memory=2)
+
+
+def _extrapolated(schedule: Schedule, points: tuple[Point, ...], s: Tensor) -> Tensor:
+    # x0 half way to s on the line through the last two answers: (1 + 1 / 2r) x0 - 1 / 2r x0_before, r = h_before / h.
+    now = points[-1]
+    if len(points) == 1:
+        return now.x0
+    h, h_before = _length(schedule, now.t, s), _length(schedule, points[-2].t, now.t)
+    return now.x0 + _times(_finite(h / (2 * h_before), h), now.x0 - points[-2].x0)
+
+
+def _interpolated(schedule: Schedule, points: tuple[Point, ...]) -> Tensor:
+    # UniC (Eq. 5): integrate the parabola through the last three answers, at r < 0, 0 and 1 along the step, under the
+    # weight exp(lambda): it must have the step's mean and mean square. With two answers the paper takes their mean.
+    start, end = points[-2:]
+    h = _length(schedule, start.t, end.t)
+    if len(points) == 2:
+        return start.x0 + _times(_finite(torch.full_like(h, 0.5), h), end.x0 - start.x0)
+    before, r = points[-3], -_length(schedule, points[-3].t, start.t) / h
+    mean = -1 / torch.expm1(-h) - 1 / h
+    mean_square = -1 / torch.expm1(-h) - 2 * mean / h
+    share = (mean - mean_square) / (1 - r)
+    earlier, later = _finite(share / r, h), _finite(mean - share, h)
+    return start.x0 + _times(earlier, before.x0 - start.x0) + _times(later, end.x0 - start.x0)
+
+
+def _length(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    # Of a step in lambda = log(alpha / sigma); infinite from alpha = 0 and to sigma = 0.
+    return schedule.ratio(t).log() - schedule.ratio(s).log()
+
+
+def _finite(weight: Tensor, h: Tensor) -> Tensor:
+    return torch.where(h.isfinite(), weight, 0)
+
+
+def _times(weight: Tensor, difference: Tensor) -> Tensor:
+    return per_sample(weight, difference) * difference
