@@ -119,7 +119,7 @@ class Guarded:
         if self.accelerator.is_main_process:
             checkpoint.save(folder, step, self.phases, own, also=(self._best_step,))
         self.accelerator.wait_for_everyone()
-        self._say(f"{error}. That is the {self.setbacks + 1}th time: the run ends here")
+        self._say(f"{error}; after {self.setbacks} setbacks before it, the run ends here")
 
     def restore(self, folder: Path, own: Any) -> None:
         """Load the weights and optimizers of the best step; rates, and what the guard has seen, stay.

@@ -235,6 +235,4 @@ def match_guarded(
     guarded.restore(stages.folder, stages.own)
     best = guarded.best
     if best is not None and stages.accelerator.is_main_process:
-        print(
-            f"best weights: those of step {best[0]}, {best[1].distance:.4g} from the teacher in its own features"
-        )
+        print(f"best weights: step {best[0]}, {best[1].distance:.4g} from the teacher in its own features")

@@ -1,0 +1,157 @@
+"""The guard against closed forms, and a run that drifts, goes back and resumes."""
+
+import math
+from dataclasses import replace
+
+import distill_options
+import pytest
+import torch
+import train_dmd
+from torch import nn
+
+from distill.guard import GROUPS, Guard, Look, as_record, difference, distance, from_record, is_worse, left_out
+from distill.guard import middle_layer, pooled
+from distill.regression import Pairs
+from distill.student import Student
+from score.denoiser import NetworkDenoiser
+from score.network import ResidualMLP
+from score.schedule import RectifiedFlow
+
+close = torch.testing.assert_close
+
+
+class Affine(nn.Module):
+    """x0 = scale * x_t + shift, through a layer that a guard can listen to."""
+
+    def __init__(self, scale=1.0, shift=0.0):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(shift))
+        self.middle = nn.Identity()
+
+    def forward(self, x_t, t):
+        return self.middle(self.scale * x_t + self.shift)
+
+
+def look_of(values):
+    mean = sum(values) / len(values)
+    lacking = tuple((sum(values) - value) / (len(values) - 1) for value in values)
+    return Look(mean, 0.0, 0.0, 0.0, lacking)
+
+
+def make_guard(number=256, **changes):
+    noise = torch.randn(number, 3, generator=torch.Generator().manual_seed(0))
+    teacher = NetworkDenoiser(Affine(), RectifiedFlow(), "x0")
+    return Guard(teacher=teacher, layer="middle", pairs=Pairs(noise, noise, {}), **changes)
+
+
+def student_of(network):
+    return Student(NetworkDenoiser(network, RectifiedFlow(), "x0"), (1.0,))
+
+
+def test_distance_of_shifted_gaussians_is_their_shift_over_the_spread():
+    wanted = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    size = wanted.var(0).sum()
+    shift = torch.tensor([1.0, 0.0, -2.0, 0.0], dtype=torch.float64)
+    close(distance([wanted + shift], [wanted]), float(5 / size))
+    # Stretched by 2 about its mean, each principal axis adds its own variance: tr A (1 - 2)^2.
+    stretched = (wanted - wanted.mean(0)) * 2 + wanted.mean(0)
+    close(distance([stretched, wanted], [wanted, wanted]), 1.0)
+
+
+def test_a_student_that_is_its_teacher_is_at_no_distance():
+    look = make_guard().look(student_of(Affine()))
+    assert look.error == 0
+    assert look.brightness == 0
+    assert abs(look.distance) < 1e-6
+    assert max(map(abs, look.left_out)) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [64, 100])
+def test_brightness_and_error_say_by_how_much(batch):
+    look = make_guard(batch=batch).look(student_of(Affine(shift=0.25)))
+    assert look.brightness == pytest.approx(0.25, abs=1e-6)
+    assert look.error == pytest.approx(0.25, abs=1e-6)
+    assert look.distance > 0.02
+    assert look.kernel > 0
+    further = make_guard().look(student_of(Affine(shift=0.5)))
+    assert further.distance > look.distance
+
+
+def test_features_are_taken_at_the_noise_levels_asked_for():
+    guard = make_guard(ratios=(0.5, 2.0))
+    low, high = guard.features(torch.zeros(256, 3))
+    # On a flow x_t = (1 - t) x0 + t eps with t = r / (1 + r): of zeros, the spread of the features is t.
+    assert float(low.std()) == pytest.approx(1 / 3, rel=0.1)
+    assert float(high.std()) == pytest.approx(2 / 3, rel=0.1)
+
+
+def test_the_error_of_a_difference_is_the_jackknife_of_a_mean():
+    """For a mean, the delete-one jackknife is the textbook's s / sqrt(n)."""
+    values = torch.randn(GROUPS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gap, error = difference(look_of((values + 3).tolist()), look_of([0.0] * GROUPS))
+    assert gap == pytest.approx(float(values.mean() + 3))
+    assert error == pytest.approx(float(values.std() / math.sqrt(GROUPS)))
+
+
+def test_scatter_that_both_looks_share_does_not_count():
+    scatter = torch.randn(GROUPS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    best, now = look_of(scatter.tolist()), look_of((scatter + 0.01).tolist())
+    assert is_worse(now, best)
+    assert not is_worse(best, now)
+    assert not is_worse(best, best)
+
+
+def test_a_difference_within_its_noise_is_no_setback_and_nan_is_one():
+    values = [1.0, -1.0] * (GROUPS // 2)
+    noisy = Look(0.3, 0.0, 0.0, 0.0, look_of(values).left_out)
+    assert not is_worse(noisy, look_of([0.0] * GROUPS))
+    nan = float("nan")
+    assert is_worse(Look(nan, nan, nan, nan, (nan,) * GROUPS), look_of([0.0] * GROUPS))
+
+
+def test_each_group_is_left_out_once():
+    groups = left_out(20)
+    assert len(groups) == GROUPS
+    lacking = [sorted(set(range(20)) - set(kept.tolist())) for kept in groups]
+    assert sorted(number for group in lacking for number in group) == list(range(20))
+
+
+def test_a_record_holds_the_look():
+    look = look_of([0.1 * number for number in range(GROUPS)])
+    assert from_record(as_record(look, 7)) == look
+    assert as_record(look, 7)["step"] == 7
+
+
+def test_nan_images_are_a_look_of_nan():
+    look = make_guard().look(student_of(Affine(scale=float("nan"))))
+    assert math.isnan(look.distance)
+    assert is_worse(look, make_guard().look(student_of(Affine())))
+
+
+def test_too_few_pairs_are_refused():
+    with pytest.raises(ValueError, match="at least 16 pairs; got 8"):
+        make_guard(number=8)
+
+
+def test_features_are_averaged_over_positions():
+    grid = torch.arange(24.0).reshape(2, 3, 2, 2)
+    close(pooled(grid), grid.mean((2, 3)))
+    tokens = torch.arange(24.0).reshape(2, 4, 3)
+    close(pooled(tokens), tokens.mean(1))
+    close(pooled(grid[:, :, 0, 0]), grid[:, :, 0, 0])
+    with pytest.raises(ValueError, match="features must be"):
+        pooled(torch.zeros(3))
+
+
+def test_the_middle_of_known_networks():
+    assert middle_layer(ResidualMLP((2,), depth=4)) == ResidualMLP((2,), depth=4).bottleneck
+    stack = nn.Module()
+    stack.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+    assert middle_layer(stack) == "blocks.3"
+    unet = nn.Module()
+    unet.inner = nn.Module()
+    unet.inner.mid_block = nn.Identity()
+    unet.blocks = stack.blocks
+    assert middle_layer(unet) == "inner.mid_block"
+    with pytest.raises(ValueError, match="no layer of a Linear"):
+        middle_layer(nn.Linear(2, 2))

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill.rates import Rates, best_rate, range_test
+
+
+def problem(scale):
+    """A linear network whose weights have a given size, and its loss on one batch."""
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Linear(8, 8, bias=False)
+    nn.init.normal_(network.weight, std=scale, generator=generator)
+    x = torch.randn(64, 8, generator=generator)
+    target = x @ (2 * scale * torch.randn(8, 8, generator=generator))
+    return network, lambda: ((network(x) - target) / scale).square().mean()
+
+
+def test_the_network_is_put_back():
+    network, loss = problem(0.1)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    range_test(network, loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_the_rate_follows_the_size_of_the_weights():
+    """AdamW moves each weight by about its rate: weights ten times as large want ten times the rate."""
+    small, large = (range_test(*problem(scale)).rate for scale in (0.001, 0.01))
+    assert 6 < large / small < 16
+
+
+def test_training_at_the_recommended_rate_works_and_at_ten_times_it_does_not():
+    ends = {}
+    for factor in (0.01, 1, 30):
+        network, loss = problem(0.1)
+        rate = factor * range_test(network, loss).rate
+        optimizer = torch.optim.AdamW(network.parameters(), rate)
+        for _ in range(60):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        ends[factor] = float(value.detach())
+    assert ends[1] < 0.5 * ends[0.01]
+    assert ends[1] < 0.5 * ends[30]
+
+
+def test_the_best_rate_is_a_third_of_where_the_loss_is_lowest():
+    rates = [10.0**-n for n in range(6, 0, -1)]
+    assert best_rate(rates, [1.0, 1.0, 0.8, 0.5, 0.9, 9.0]) == pytest.approx(1e-3 / 3)
+    assert best_rate(rates, [1.0, 0.9, 0.5, 0.4, math.nan]) == pytest.approx(1e-4 / 3)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.1, 1.2], [math.nan], [math.inf, 1.0]])
+def test_a_loss_that_does_not_fall_is_refused(losses):
+    with pytest.raises(ValueError, match=r"falls at no learning rate|must be finite"):
+        best_rate([1e-4, 1e-3, 1e-2][: len(losses)], losses)
+
+
+def test_a_loss_that_explodes_ends_the_test_early():
+    network, loss = problem(0.1)
+    test = range_test(network, loss, high=100.0, steps=80)
+    assert len(test.losses) < 80
+    assert test.losses[-1] > 4 * test.losses[0]
+
+
+def test_later_stages_take_fractions():
+    rates = Rates.from_warmup(1e-3)
+    assert (rates.warmup, rates.student, rates.fake) == pytest.approx((1e-3, 2e-5, 1e-4))

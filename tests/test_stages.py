@@ -1,0 +1,158 @@
+"""The default recipe on a tiny teacher: what its stages write, how they resume, and that they end with the best."""
+
+import dataclasses
+import json
+import signal
+
+import distill_options
+import fitting
+import pytest
+import stages
+import torch
+import train_dmd
+import train_teacher
+from networks import load_teacher
+from safetensors.torch import load_file
+
+from score import checkpoint
+from score.schedule import Karras
+
+TINY = {
+    "steps": 12, "batch_size": 16, "save_every": 4, "log_every": 2, "student_every": 2, "warmup_steps": 6,
+    "num_pairs": 40, "pair_steps": 3, "fake_warmup": 3, "guard_images": 64, "guard_every": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher")
+    return train_teacher.main(train_teacher.Config(out=out, steps=30, batch_size=64, width=32, depth=2))
+
+
+def config_for(out, teacher, **changes):
+    return dataclasses.replace(distill_options.auto(), out=out, teacher=str(teacher), **{**TINY, **changes})
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+def kill(monkeypatch, name, step):
+    """Let the stage whose config lies in the folder ``name`` die after a step."""
+    whole = fitting.follow
+
+    def follow(reports, accelerator, **options):
+        for report in whole(reports, accelerator, **options):
+            yield report
+            if report.step == step and any(key.startswith(f"{name}/") for key in report.metrics):
+                raise Killed
+
+    monkeypatch.setattr(fitting, "follow", follow)
+
+
+def test_the_student_is_asked_where_the_noise_is_moderate(tmp_path, teacher):
+    folder = train_dmd.main(config_for(tmp_path, teacher))
+    student = load_teacher(str(folder))
+    assert isinstance(student.denoiser.schedule, Karras)
+    assert student.times == (pytest.approx(3.5),)
+    assert (tmp_path / "warm-up" / "logs").is_dir()
+    assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.01
+
+
+@pytest.mark.parametrize(("name", "step", "resumed"), [("warm-up", 5, 4), ("fake", 7, 4), ("fake", 2, 0)])
+def test_a_run_killed_in_any_stage_resumes_to_the_same_weights(
+    tmp_path, teacher, monkeypatch, capsys, name, step, resumed
+):
+    whole = weights(train_dmd.main(config_for(tmp_path / "whole", teacher)))
+    with monkeypatch.context() as patch:
+        kill(patch, name, step)
+        with pytest.raises(Killed):
+            train_dmd.main(config_for(tmp_path / "cut", teacher))
+    capsys.readouterr()
+    again = weights(train_dmd.main(config_for(tmp_path / "cut", teacher)))
+    printed = capsys.readouterr()
+    assert same(whole, again)
+    assert (f"resumed from step {resumed}" in printed.out) == bool(resumed)
+    assert ("learning rates" in printed.err) == (name == "warm-up")
+
+
+def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, teacher, capsys):
+    """At a rate that spoils it, each look is a setback: the run goes back, and ends before its last step."""
+    drifting = config_for(tmp_path / "run", teacher, student_lr=0.5, steps=40, max_setbacks=2, student_every=1)
+    result = weights(train_dmd.main(drifting))
+    printed = capsys.readouterr()
+    assert printed.err.count("at half the learning rates") == 2
+    assert "the run ends here" in printed.err
+    assert "best weights: step 0" in printed.out
+    begun = load_file(tmp_path / "run" / "checkpoints" / "step-000000000" / "student.ema.safetensors")
+    assert all(torch.equal(result[name], begun[name]) for name in begun)
+    assert same(result, weights(train_dmd.main(drifting)))
+    assert "half" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [6, 11])
+def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, monkeypatch, step):
+    drifting = {"student_lr": 0.5, "steps": 16, "student_every": 1, "save_every": 3}
+    whole = train_dmd.main(config_for(tmp_path / "whole", teacher, **drifting))
+    with monkeypatch.context() as patch:
+        kill(patch, "fake", step)
+        with pytest.raises(Killed):
+            train_dmd.main(config_for(tmp_path / "cut", teacher, **drifting))
+    again = train_dmd.main(config_for(tmp_path / "cut", teacher, **drifting))
+    assert same(weights(whole), weights(again))
+    ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut")]
+    fakes = [load_file(end / "fake.safetensors") for end in ends]
+    assert same(*fakes)
+
+
+def test_without_a_guard_the_last_weights_are_the_result(tmp_path, teacher):
+    folder = train_dmd.main(config_for(tmp_path, teacher, guard_images=0))
+    last = load_file(tmp_path / "checkpoints" / "step-000000012" / "student.ema.safetensors")
+    assert all(torch.equal(weights(folder)[name], last[name]) for name in last)
+
+
+def test_given_rates_are_taken_and_no_range_test_is_made(tmp_path, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "range_test", lambda *args, **options: pytest.fail("tested"))
+    rates = {"warmup_lr": 1e-3, "student_lr": 2e-5, "fake_lr": 1e-4}
+    train_dmd.main(config_for(tmp_path, teacher, **rates))
+    assert "learning rates" not in capsys.readouterr().err
+    state = torch.load(tmp_path / "checkpoints" / "step-000000000" / "state.pt", weights_only=True)
+    for name, rate in (("student", 2e-5), ("fake", 1e-4)):
+        assert state["phases"][name]["lr_schedule"]["base_lrs"] == [rate]
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_rates_are_measured_with_and_without_pairs(tmp_path, teacher, capsys, steps):
+    train_dmd.main(config_for(tmp_path, teacher, warmup_steps=steps, regression_weight=0.0, guard_images=0))
+    assert "learning rates: warm-up" in capsys.readouterr().err
+    state = torch.load(tmp_path / "checkpoints" / "step-000000000" / "state.pt", weights_only=True)
+    student, fake = (state["phases"][name]["lr_schedule"]["base_lrs"][0] for name in ("student", "fake"))
+    assert fake == pytest.approx(5 * student)
+
+
+def test_another_config_is_refused_before_pairs_are_made(tmp_path, teacher, monkeypatch):
+    train_dmd.main(config_for(tmp_path, teacher))
+    monkeypatch.setattr(stages, "teacher_pairs", lambda *args, **options: pytest.fail("made pairs"))
+    with pytest.raises(ValueError, match=r"ema_decay: 0\.99 there, 0\.5 now"):
+        train_dmd.main(config_for(tmp_path, teacher, ema_decay=0.5))
+
+
+def test_sigterm_in_the_warm_up_saves_it(tmp_path, teacher, monkeypatch):
+    def ask(step, saving):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    whole = stages.fit
+    monkeypatch.setattr(stages, "fit", lambda *args, **options: whole(*args, **{**options, "check": ask}))
+    with pytest.raises(SystemExit) as stop:
+        train_dmd.main(config_for(tmp_path, teacher))
+    assert stop.value.code == 143
+    assert checkpoint.newest(tmp_path / "warm-up" / "checkpoints").name == "step-000000004"
