@@ -11,15 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from score.grids import Spacing, grid
+from score.grids import LEVELS, Spacing, grid
 from score.sampling import Multistep, Point, Step, ddim, ddpm, heun
-from score.schedule import Schedule, per_sample
+from score.schedule import RectifiedFlow, Schedule, VariancePreserving, per_sample
 
 Solver = Literal["ddim", "ddpm", "heun", "dpm++", "unipc"]
 """A sampler by name: :func:`score.sampling.ddim`, ``ddpm`` and ``heun``, :func:`dpm_solver` and :func:`unipc`."""
 
-FEW_CALLS_HEUN = 20
-FEW_CALLS_UNIFORM = 40
+HEUN_CALLS = 15
+"""Calls from which Heun is as good as DDIM."""
+UNIFORM_CALLS = 50
+"""Calls from which other solvers than DDIM are as good as it on a uniform grid of a variance-preserving schedule."""
+SMALL_ALPHA = 1 / LEVELS[1]
+"""An alpha(t_max) below it starts beyond all useful noise levels: plain DDPM has 0.006, Stable Diffusion 0.07."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ def plan(
     Raises:
         ValueError: an unknown name, or more calls than the schedule has timesteps.
     """
-    chosen = auto_solver(num_calls) if solver == "auto" else solver
+    chosen = auto_solver(schedule, num_calls) if solver == "auto" else solver
     if chosen not in get_args(Solver):
         raise ValueError(f"solver must be auto or one of {', '.join(get_args(Solver))}; got {solver!r}.")
-    spaced = auto_spacing(schedule, chosen) if spacing == "auto" else spacing
+    spaced = auto_spacing(schedule, chosen, num_calls, shift) if spacing == "auto" else spacing
     free = int(bool(schedule.alpha(torch.tensor(schedule.t_max)) == 0))  # Heun is Euler from alpha = 0
     num_steps = (num_calls + 1 + free) // 2 if chosen == "heun" else num_calls
     times = grid(schedule, num_steps, spacing=spaced, shift=shift)
@@ -73,31 +77,43 @@ def plan(
     return Plan(chosen, spaced, times, steps[chosen](), paid)
 
 
-def auto_solver(num_calls: int) -> Solver:
-    """UniPC"""
-    return "unipc"
+def auto_solver(schedule: Schedule, num_calls: int) -> Solver:
+    """UniPC, or DDIM in up to four calls from a start where 1 / alpha multiplies an eps network's errors."""
+    fragile = 0 < _last_alpha(schedule) < SMALL_ALPHA
+    return "ddim" if fragile and num_calls < 5 else "unipc"
 
 
-def auto_spacing(schedule: Schedule, solver: Solver) -> Spacing:
-    """TODO"""
-    return "log-snr"
+def auto_spacing(schedule: Schedule, solver: Solver, num_calls: int, shift: float = 1.0) -> Spacing:
+    """The grid that was best with a solver on such a schedule: docs/solvers.md has the figures.
+
+    A flow is sampled as it is customary unless a solver with memory has six calls or more; a ``shift`` belongs to
+    the customary times. Heun's first step must not start from next to nothing but noise.
+    """
+    multistep = solver in ("dpm++", "unipc")
+    if isinstance(schedule, RectifiedFlow):
+        return "log-snr" if multistep and num_calls >= 6 and shift == 1 else "trailing"
+    if solver == "ddpm" or (solver == "heun" and _last_alpha(schedule) < SMALL_ALPHA):
+        return "trailing"
+    return "log-snr" if multistep else "karras"
 
 
-def caution(chosen: Plan) -> str:
-    """Why DDIM is likely to do better in as many calls, or nothing; measured in docs/solvers.md."""
-    if chosen.solver in ("ddim", "ddpm"):
+def caution(schedule: Schedule, chosen: Plan) -> str:
+    """Say where DDIM is clearly better in as many calls, or nothing; docs/solvers.md has the figures."""
+    if chosen.solver in ("ddim", "ddpm") or chosen.num_calls == 1:
         return ""
-    if chosen.spacing == "uniform" and chosen.num_calls < FEW_CALLS_UNIFORM:
-        return (
-            f"{chosen.solver} on the uniform grid is worse than ddim below {FEW_CALLS_UNIFORM} calls, and this is "
-            f"{chosen.num_calls}: its first steps are too long. Leave the grid to auto, or use more calls."
-        )
-    if chosen.solver == "heun" and 1 < chosen.num_calls < FEW_CALLS_HEUN:
-        return (
-            f"heun pays two calls a step and is worse than ddim below {FEW_CALLS_HEUN} calls, and this is "
-            f"{chosen.num_calls}. Leave the sampler to auto, or use more calls."
-        )
-    return ""
+    few = HEUN_CALLS if chosen.solver == "heun" else 0
+    if chosen.spacing == "uniform" and isinstance(schedule, VariancePreserving):
+        few = UNIFORM_CALLS
+    if chosen.num_calls >= few:
+        return ""
+    return (
+        f"{chosen.solver} on the {chosen.spacing} grid draws worse than ddim below {few} network calls; this is "
+        f"{chosen.num_calls}. Leave sampler and grid to auto, or allow more calls."
+    )
+
+
+def _last_alpha(schedule: Schedule) -> float:
+    return float(schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)))
 
 
 def dpm_solver() -> Multistep:

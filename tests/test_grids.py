@@ -43,19 +43,21 @@ def test_edm_grids_are_the_papers():
     """Eq. 5 with its end; left out, the end is where the clean image comes instead."""
     levels = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
     close(grid(Karras(), 5, spacing="uniform"), torch.tensor(levels, dtype=torch.float64))
-    for spacing in ("trailing", "karras"):
-        close(grid(Karras(), 4, spacing=spacing), torch.tensor(levels[:-1], dtype=torch.float64))
+    close(grid(Karras(), 4, spacing="trailing"), torch.tensor(levels[:-1], dtype=torch.float64))
+    within = Karras(*LEVELS)
+    close(grid(within, 4, spacing="karras"), grid(within, 4, spacing="trailing"))
+    close(grid(Karras(), 4, spacing="karras")[1:], grid(within, 4, spacing="karras")[1:])
 
 
 @pytest.mark.parametrize("schedule", [Karras(), RectifiedFlow(), CONTINUOUS], ids=repr)
 def test_log_snr_multiplies_the_noise_level_by_the_same_factor(schedule):
-    ratio = schedule.ratio(grid(schedule, 7, spacing="log-snr"))
-    factors = ratio[1:] / ratio[:-1]
-    close(factors[1:], factors[1:2].expand(5))
+    """From the largest useful level, whose place pure noise takes, towards the smallest, which is left out."""
     lowest = max(float(schedule.ratio(torch.tensor(schedule.t_min))), LEVELS[0])
     highest = min(float(schedule.ratio(torch.tensor(schedule.t_max))), LEVELS[1])
-    assert factors[-1].item() == pytest.approx((lowest / highest) ** (1 / 7))
-    assert ratio[-1].item() * factors[-1].item() == pytest.approx(lowest)
+    times = grid(schedule, 7, spacing="log-snr")
+    assert times[0] == schedule.t_max
+    powers = torch.arange(1, 7, dtype=torch.float64) / 7
+    close(schedule.ratio(times[1:]), highest * (lowest / highest) ** powers)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -76,7 +78,7 @@ def test_every_grid_falls_from_pure_noise_in_as_many_times_as_asked(schedule, sp
             assert times[-1] > schedule.t_min, "a call at the clean end changes next to nothing"
 
 
-def test_pure_noise_has_an_infinite_level_and_takes_the_place_of_edms_largest():
+def test_pure_noise_has_an_infinite_level_and_takes_the_place_of_the_largest():
     for schedule in (ZERO_SNR, RectifiedFlow()):
         times = grid(schedule, 4, spacing="log-snr")
         assert schedule.alpha(times[0]) == 0
