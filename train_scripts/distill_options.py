@@ -25,8 +25,12 @@ class Config(RunOptions, DataOptions, EvalOptions):
     ] = "digits"
     """Where all other values come from unless they are given; the usual one is digits, with --prompts text."""
     teacher: str = "runs/teacher/teacher"
-    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function. With
-    --prompts: name or folder of a diffusers text-to-image pipeline, or "toyworld", the one that ships."""
+    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function, such as
+    mine:teacher for a function in mine.py, whose code is run. With --prompts: name or folder of a diffusers
+    text-to-image pipeline, or "toyworld", the one that ships."""
+    network: str = ""
+    """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
+    whose code is run. What a folder names is never run."""
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
     steps: int = 2000
@@ -52,7 +56,8 @@ class Config(RunOptions, DataOptions, EvalOptions):
     alpha_in_gradient: bool = False
     """Keep the factor alpha(t) of the DMD paper's gradient, which its code drops. No difference for EDM."""
     gan_weight: float = 0.01
-    """Weight of the student's adversarial term; 0: the student never sees real images."""
+    """Weight of the student's adversarial term; 0: the student never sees real images, and no
+    --data are needed."""
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's."""
     warmup_steps: int = 500
@@ -101,7 +106,7 @@ TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative", "teacher_size", "allow_pickle", "lora", "lora_rank", "lora_alpha",
     "validation_prompts",
 )  # fmt: skip
-IMAGES_ONLY = ("data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
+IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
 LORA_ONLY = ("lora_rank", "lora_alpha")
 
 

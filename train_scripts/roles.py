@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from distill_options import Config
 from fitting import adamw, cosine, progress
-from networks import Teacher, build_network, probe_bottleneck
+from networks import Teacher, another_network, probe_bottleneck
 from prompted import PromptedTeacher
 from torch import nn
 
@@ -43,7 +43,7 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
-    fake = build_network(teacher.facts, num_steps=fake_steps(config, teacher.facts)).eval()
+    fake = another_network(teacher, num_steps=fake_steps(config, teacher.facts)).eval()
     lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
     if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
         raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")

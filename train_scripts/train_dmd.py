@@ -13,14 +13,12 @@ with --lora. Stopped runs resume: run the same command again.
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from command import fingerprint, identity, run, show_plan
+from command import identity, run, show_plan
 from distill_options import Config, check, presets_for
 from distill_texts import distil_texts
 from fitting import fit, prepare, resume, start
-from images import load_images
 from monitoring import check_evaluation, watcher
 from networks import Teacher, load_teacher
 from roles import (
@@ -34,10 +32,11 @@ from roles import (
     warm_up,
     with_pairs,
 )
+from student_data import data_identity, student_batches, student_data
 
 from distill.student import Student, save_student
 from score import freeze
-from score.randomness import Rng, shuffled
+from score.randomness import Rng
 
 __all__ = ["Config", "main", "teacher_pairs"]
 
@@ -50,17 +49,13 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    teacher, data = load_teacher(config.teacher), load_images(config)
+    teacher = load_teacher(config.teacher, config.network)
     if teacher.times:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
     teacher.guided(config.guidance)  # or it says why not
-    if data.shape != teacher.shape or data.num_classes > max(1, teacher.num_classes):
-        raise ValueError(
-            f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
-            f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
-        )
+    data = student_data(config, teacher)
     check_evaluation(config, data)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
@@ -75,16 +70,13 @@ def distil_images(config: Config) -> Path:
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
     method = build_method(config, teacher, *networks)
 
-    def batches(rng: Rng) -> dict[str, Any]:
-        batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
-        return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
-
+    batches = student_batches(config, teacher, data, accelerator.device)
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
     method = with_pairs(config, method, teacher)
     phases = build_phases(config, method)
     average = Student(replace(teacher.denoiser, network=averaged(phases[0])), method.student.times)
-    inputs = {"data": fingerprint([data.images, data.labels]), "teacher": teacher.identity()}
+    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
     own = identity(config, accelerator, inputs)
     first = resume(config, phases, accelerator, own)
     if first == 0 and config.warmup_steps:
@@ -96,7 +88,7 @@ def distil_images(config: Config) -> Path:
         )
     fit(
         config, phases, batches, accelerator, own=own, first=first, rollout=method.rollout,
-        columns=min(10, data.num_classes), preview=lambda: preview(average, teacher),
+        columns=min(10, max(1, teacher.num_classes)), preview=lambda: preview(average, teacher),
         watch=watch,
     )  # fmt: skip
     folder = config.out / "student"
