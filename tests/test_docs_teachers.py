@@ -18,7 +18,7 @@ LINEAR = VariancePreserving.linear().alphas_cumprod
 COSINE = torch.cos(torch.linspace(0, 1, 1001).double()[1:] * torch.pi / 2) ** 2
 
 # The owner's network: exact for pixels N(mean, std^2) in the owner's units, once its weights are loaded.
-OWNER = '''
+OWNER = """
 import torch
 from torch import nn
 
@@ -36,7 +36,7 @@ class UNet(nn.Module):
 
     def forward(self, {arguments}):
 {body}
-'''
+"""
 TABLE = "        a = torch.load('table.pt', weights_only=True)[t.long()]\n"
 NOISE = "        return (x_t - alpha * x0) / sigma"
 BODIES = [
@@ -45,7 +45,8 @@ BODIES = [
      "        assert not t.is_floating_point()\n" + TABLE
      + "        x0, alpha, sigma = self.x0(x_t, a.sqrt(), (1 - a).sqrt(), 0.1 * y)\n"
      + "        return alpha * (x_t - alpha * x0) / sigma - sigma * x0"),
-    ("x_t, t", "        x0, alpha, sigma = self.x0(x_t, t, 1 - t)\n        return x0 - (x_t - alpha * x0) / sigma"),
+    ("x_t, t",
+     "        x0, alpha, sigma = self.x0(x_t, t, 1 - t)\n        return x0 - (x_t - alpha * x0) / sigma"),
     ("x, c_noise",
      "        sigma = (4 * c_noise).exp()\n        total = (sigma**2 + 0.25).reshape(-1, 1, 1, 1)\n"
      "        x_t = x * total.sqrt()\n        x0, alpha, s = self.x0(x_t, torch.ones_like(sigma), sigma)\n"

@@ -223,7 +223,7 @@ def test_sigma_data_of_a_users_teacher_weights_the_fake_score(tmp_path, monkeypa
     method = roles.build_method(config, teacher, student, fake)
     t = torch.tensor([0.5, 2.0])
     wanted = (t**2 + sigma_data**2) / (t * sigma_data) ** 2
-    torch.testing.assert_close(method.fake_weight(teacher.denoiser.schedule, t).float(), wanted)
+    torch.testing.assert_close(method.fake_weight(t, teacher.denoiser.schedule).float(), wanted)
     x_t = torch.randn(2, 1, 8, 8)
     assert torch.equal(method.fake(x_t, t, {}), teacher.denoiser(x_t, t, {}))
     assert not {id(p) for p in fake.parameters()} & {id(p) for p in teacher.denoiser.network.parameters()}
@@ -246,7 +246,7 @@ def test_no_data_are_asked_for_where_nothing_uses_them(own_module, tmp_path, mon
     common = {"teacher": own_module, "steps": 2, "batch_size": 8, "warmup_steps": 0, "out": tmp_path / "run"}
     folder = train_dmd.main(train_dmd.Config(**common, gan_weight=0.0, eval_every=2, eval_images=4))
     assert load_teacher(str(folder), "mine:bare").times == (1.0,)
-    with pytest.raises(ValueError, match="the GAN term needs images.*--data names none.*--gan-weight 0"):
+    with pytest.raises(ValueError, match=r"the GAN term needs images.*--data names none.*--gan-weight 0"):
         train_dmd.main(train_dmd.Config(**common, dry_run=True))
     with pytest.raises(ValueError, match="the GAN term and --features need images"):
         train_dmd.main(train_dmd.Config(**common, features=tmp_path, dry_run=True))
