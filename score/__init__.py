@@ -9,6 +9,7 @@ Conventions, everywhere:
 - Everything random takes a ``generator``; losses reduce per sample first; counts are ``num_*``.
 """
 
+from score.data_scale import rescaled_data as rescaled_data
 from score.denoiser import Cond as Cond
 from score.denoiser import Conditioned as Conditioned
 from score.denoiser import Denoiser as Denoiser

@@ -1,16 +1,24 @@
 """The guard against closed forms, and a run that drifts, goes back and resumes."""
 
 import math
-from dataclasses import replace
 
-import distill_options
 import pytest
 import torch
-import train_dmd
 from torch import nn
 
-from distill.guard import GROUPS, Guard, Look, as_record, difference, distance, from_record, is_worse, left_out
-from distill.guard import middle_layer, pooled
+from distill.guard import (
+    GROUPS,
+    Guard,
+    Look,
+    as_record,
+    difference,
+    distance,
+    from_record,
+    is_worse,
+    left_out,
+    middle_layer,
+    pooled,
+)
 from distill.regression import Pairs
 from distill.student import Student
 from score.denoiser import NetworkDenoiser

@@ -31,6 +31,7 @@ MODULES = {
     "times": {"schedule"},
     "network": {"schedule"},
     "denoiser": {"schedule"},
+    "data_scale": {"schedule", "denoiser"},
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
     "pretrained": {"schedule", "denoiser"},

@@ -1,25 +1,35 @@
 """Teachers from anywhere, and networks that are built again from what is saved beside them."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import roles
+import sample
+import student_data
 import torch
 import train_dmd
 import train_teacher
+import user_code
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from networks import UNet, build_network, load_teacher, probe_bottleneck
+from images import ImageSet
+from networks import Teacher, UNet, build_network, load_teacher, probe_bottleneck
 from safetensors.torch import load_file, save_file
 
-from score import Karras, VariancePreserving
+from score import Karras, NetworkDenoiser, VariancePreserving
+from score.randomness import Rng
 
 OWN = """
 import torch
 from networks import Teacher
 from score import NetworkDenoiser, RectifiedFlow
 from score.network import ResidualMLP
+
+def bare():
+    return ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2)
 
 def teacher():
     torch.manual_seed(0)
@@ -29,6 +39,9 @@ def teacher():
 
 def nothing():
     return 3
+
+def other():
+    return torch.nn.Linear(2, 2)
 """
 
 
@@ -100,15 +113,162 @@ def test_a_function_of_the_user_is_a_teacher_and_its_student_is_found_again(own_
         warmup_steps=2, num_pairs=10,
     )  # fmt: skip
     folder = train_dmd.main(config)
-    student = load_teacher(str(folder))
-    assert student.times == (1.0,)
     saved = load_file(folder / "model.safetensors")
-    assert all(torch.equal(saved[name], value) for name, value in student.denoiser.network.state_dict().items())
+    for network in ("mine:bare", "mine:teacher"):
+        student = load_teacher(str(folder), network)
+        assert student.times == (1.0,)
+        state = student.denoiser.network.state_dict()
+        assert all(torch.equal(saved[name], value) for name, value in state.items())
+    for network, message in (
+        ("", "it names 'mine:teacher', and what a folder names is not run.*pass --network"),
+        ("mine:nothing", "must return a network, .*got int"), ("mine:other", "do not fit Linear"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_teacher(str(folder), network)
+
+
+def hostile(folder, name):
+    """A teacher's folder that names code in the current folder, which leaves a mark when it is run."""
+    config = train_teacher.Config(out=folder / "run", steps=1, batch_size=8, width=8, depth=1)
+    place = train_teacher.main(config) / "denoiser.json"
+    description = json.loads(place.read_text())
+    description["facts"] |= {"network": "function", "options": {"name": name}}
+    place.write_text(json.dumps(description))
+    return place.parent
+
+
+def test_what_a_folder_names_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    marks = "open('ran', 'w')\ndef make():\n    pass\n"
+    (tmp_path / "payload.py").write_text(marks)
+    folder = hostile(tmp_path, "payload:make")
+    (folder / "weights.py").write_text(marks)
+    for tried in (
+        lambda: load_teacher(str(folder)),
+        lambda: sample.main(sample.Config(model=str(folder), out=tmp_path / "samples")),
+        lambda: train_dmd.main(train_dmd.Config(teacher=str(folder), out=tmp_path / "out", dry_run=True)),
+        lambda: build_network(json.loads((folder / "denoiser.json").read_text())["facts"]),
+    ):
+        with pytest.raises(ValueError, match="'payload:make'"):
+            tried()
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="must return a network"):
+        load_teacher(str(folder), "payload:make")  # typed: it is run
+    assert (tmp_path / "ran").exists()
+    assert not any("weights" in name for name in sys.modules if name.startswith(str(folder)))
+
+
+def test_a_name_in_a_folder_cannot_forge_lines(tmp_path):
+    with pytest.raises(ValueError, match=r"it names '\\x1b\[2J\\nok: a+'") as caught:
+        load_teacher(str(hostile(tmp_path, "\x1b[2J\nok: " + "a" * 10_000)))
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_network_is_refused_where_it_has_no_use(own_module, tmp_path):
+    config = train_teacher.Config(out=tmp_path / "run", steps=1, batch_size=8, width=8, depth=1)
+    for name in (own_module, str(train_teacher.main(config)), str(diffusers_folder(tmp_path / "plain"))):
+        with pytest.raises(ValueError, match="--network is for students of a module:function"):
+            load_teacher(name, "mine:bare")
+
+
+def test_a_users_module_neither_loses_to_a_script_nor_replaces_it(tmp_path, monkeypatch):
+    """unet.py is a module of the scripts, too; the user's imports its neighbour."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    ours = sys.modules["unet"]
+    (tmp_path / "neighbour.py").write_text("value = 7")
+    (tmp_path / "unet.py").write_text("import neighbour\ndef mine():\n    return neighbour.value\n")
+    assert user_code.call("unet:mine") == 7
+    assert sys.modules["unet"] is ours
+    import unet
+
+    assert unet is ours
+    assert user_code.user_function("json:dumps") is json.dumps
+    with pytest.raises(ValueError, match="expected module:function"):
+        user_code.call("../unet:mine")
+
+
+EDM = """
+import torch
+from networks import Teacher
+from score import Karras, NetworkDenoiser, karras_denoiser, rescaled_data
+from score.network import ResidualMLP
+
+def plain():
+    return karras_denoiser(ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2), Karras(), 0.3)
+
+def wrapped():
+    return Teacher(plain(), (1, 8, 8), 0)
+
+def half():
+    return Teacher(rescaled_data(plain(), 0.5, 0.5), (1, 8, 8), 0)
+
+def told():
+    return Teacher(NetworkDenoiser(plain().network.network, Karras(), "x0"), (1, 8, 8), 0, {"sigma_data": 0.7})
+
+def wrong():
+    return Teacher(plain(), (1, 8, 8), 0, {"sigma_data": float("nan")})
+"""
+
+
+@pytest.mark.parametrize(("name", "sigma_data"), [("wrapped", 0.3), ("half", 0.6), ("told", 0.7)])
+def test_sigma_data_of_a_users_teacher_weights_the_fake_score(tmp_path, monkeypatch, name, sigma_data):
+    """In the units of [-1, 1]: data shown at half their size have twice the spread."""
+    (tmp_path / "edm.py").write_text(EDM)
+    monkeypatch.chdir(tmp_path)
+    teacher = load_teacher(f"edm:{name}")
+    config = train_dmd.Config(gan_weight=0.0)
+    student, fake = roles.build_roles(config, teacher)
+    method = roles.build_method(config, teacher, student, fake)
+    t = torch.tensor([0.5, 2.0])
+    wanted = (t**2 + sigma_data**2) / (t * sigma_data) ** 2
+    torch.testing.assert_close(method.fake_weight(t, teacher.denoiser.schedule).float(), wanted)
+    x_t = torch.randn(2, 1, 8, 8)
+    assert torch.equal(method.fake(x_t, t, {}), teacher.denoiser(x_t, t, {}))
+    assert not {id(p) for p in fake.parameters()} & {id(p) for p in teacher.denoiser.network.parameters()}
+    with pytest.raises(ValueError, match="sigma_data must be a number above 0; got nan"):
+        load_teacher("edm:wrong")
+
+
+def test_labels_are_ignored_by_a_teacher_without_classes(own_module, tmp_path):
+    images, labels = np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 3
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    common = {"steps": 2, "batch_size": 8, "warmup_steps": 0, "eval_every": 2, "eval_images": 4}
+    folder = train_dmd.main(train_dmd.Config(
+        **common, teacher=own_module, data=str(tmp_path / "data.npz"), out=tmp_path / "run",
+    ))  # fmt: skip
+    assert load_teacher(str(folder), "mine:bare").num_classes == 0
+
+
+def test_no_data_are_asked_for_where_nothing_uses_them(own_module, tmp_path, monkeypatch):
+    monkeypatch.setattr(student_data, "load_images", lambda options: pytest.fail("loaded images"))
+    common = {"teacher": own_module, "steps": 2, "batch_size": 8, "warmup_steps": 0, "out": tmp_path / "run"}
+    folder = train_dmd.main(train_dmd.Config(**common, gan_weight=0.0, eval_every=2, eval_images=4))
+    assert load_teacher(str(folder), "mine:bare").times == (1.0,)
+    with pytest.raises(ValueError, match=r"the GAN term needs images.*--data names none.*--gan-weight 0"):
+        train_dmd.main(train_dmd.Config(**common, dry_run=True))
+    with pytest.raises(ValueError, match="the GAN term and --features need images"):
+        train_dmd.main(train_dmd.Config(**common, features=tmp_path, dry_run=True))
+
+
+def test_classes_are_drawn_alike_where_there_are_no_images():
+    facts = {"network": "mlp", "shape": [1, 8, 8], "num_classes": 3, "options": {"width": 8, "depth": 1}}
+    teacher = Teacher(NetworkDenoiser(build_network(facts), Karras(), "x0"), (1, 8, 8), 3, facts)
+    config = train_dmd.Config(batch_size=3000, gan_weight=0.0)
+    batch = student_data.student_batches(config, teacher, None, torch.device("cpu"))(Rng(0, 0))
+    counts = torch.bincount(batch["cond"]["class_labels"], minlength=3)
+    assert len(counts) == 3
+    assert counts.min() > 900
+    assert (batch["size"], "real" in batch) == (3000, False)
+    labelled = ImageSet(torch.zeros(4, 1, 8, 8), torch.arange(4), ("a", "b", "c", "d"), 8)
+    with pytest.raises(ValueError, match="of 3 classes; --data holds"):
+        student_data.check_data(labelled, teacher)
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("mine:absent", "no such function"), ("absent:teacher", "no such function"), ("mine:nothing", "got int"),
-    ("absent", "is not a denoiser's folder"),
+    ("absent", "is not a denoiser's folder"), ("mine:", "expected module:function"), ("mine:torch", "a module"),
 ])  # fmt: skip
 def test_what_is_no_teacher_is_refused(own_module, name, message):
     with pytest.raises(ValueError, match=message):

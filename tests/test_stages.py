@@ -1,4 +1,4 @@
-"""The default recipe on a tiny teacher: what its stages write, how they resume, and that they end with the best."""
+"""The default recipe on a tiny teacher: what its stages write, how they resume, which weights they keep."""
 
 import dataclasses
 import json

@@ -29,8 +29,12 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Where all other values come from unless they are given. Default: auto, with --prompts text; both are meant
     for any teacher, and docs/distillation.md explains each of their numbers."""
     teacher: str = "runs/teacher/teacher"
-    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function. With
-    --prompts: name or folder of a diffusers text-to-image pipeline, or "toyworld", the one that ships."""
+    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function, such as
+    mine:teacher for a function in mine.py, whose code is run. With --prompts: name or folder of a diffusers
+    text-to-image pipeline, or "toyworld", the one that ships."""
+    network: str = ""
+    """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
+    whose code is run. What a folder names is never run."""
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
     steps: int = 2000
@@ -125,7 +129,7 @@ TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative", "teacher_size", "allow_pickle", "lora", "lora_rank", "lora_alpha",
     "validation_prompts",
 )  # fmt: skip
-IMAGES_ONLY = ("data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
+IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
 IMAGE_PRESETS = ("auto", "digits")
 MIN_GUARD = 64
 LORA_ONLY = ("lora_rank", "lora_alpha")

@@ -63,12 +63,14 @@ def alarms(seen: Look, wanted: Look) -> list[str]:
     return said
 
 
-def check_evaluation(options: EvalOptions, data: ImageSet) -> None:
+def check_evaluation(options: EvalOptions, data: ImageSet | None) -> None:
     """Raise ``ValueError`` for options that cannot work with these images."""
     check_numbers(options, not_negative=("eval_every",))
     if options.eval_images < 2:
         raise ValueError(f"--eval-images must be at least 2; got {options.eval_images}.")
     if options.features is not None:
+        if data is None:
+            raise ValueError("--features compare with images: pass --data, too.")
         load_features(options.features, data)
         if not options.eval_every:
             raise ValueError(
@@ -77,14 +79,14 @@ def check_evaluation(options: EvalOptions, data: ImageSet) -> None:
 
 
 def watcher(
-    config: Any, model: Teacher, data: ImageSet, *, teacher: Teacher | None, save: Callable[[Path], Any]
+    config: Any, model: Teacher, data: ImageSet | None, *, teacher: Teacher | None, save: Callable[[Path], Any]
 ) -> Watch:
     """What to do after each step: figures of the averaged weights every ``--eval-every`` steps and at the end.
 
     Args:
         config: :class:`EvalOptions` of a script, with its steps, seed, guidance if any, and out.
         model: the averaged weights as something to sample.
-        data: training data: the mark of the figures.
+        data: training data: the mark of the figures; None where nothing is compared with them.
         teacher: whose samples are the mark of the alarms; None: the training data.
         save: writes the averaged weights into ``--out/best`` when their Fréchet distance is the smallest so far.
     """
@@ -94,15 +96,11 @@ def watcher(
         model="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
     )
     parts = torch.arange(options.num_images).split(options.batch_size)
-    times = -(-options.num_images // len(data))
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).repeat(times)
-    batch = data.batch(chosen[: options.num_images], torch.Generator().manual_seed(0))
-    # Classes as frequent as in the data: others would look, and measure, different.
-    real, labels = batch.images, batch.labels % max(1, model.num_classes)
+    real, labels = marks(data, options.num_images, max(1, model.num_classes))
     bar = tqdm(parts, desc="teacher samples", disable=None, leave=False)
     wanted = look(real if teacher is None else sample.draw(options, teacher, bar, labels))
     device = next(model.denoiser.network.parameters()).device
-    network = None if config.features is None else load_features(config.features, data).to(device)
+    network = None if config.features is None or data is None else load_features(config.features, data).to(device)
     best = config.out / "best"
 
     def watch(step: int) -> dict[str, float]:
@@ -122,6 +120,19 @@ def watcher(
         return figures
 
     return watch
+
+
+def marks(data: ImageSet | None, num_images: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Real images to compare with, and labels as frequent as theirs: others would look, and measure, different.
+
+    Without data no images, and all classes alike.
+    """
+    if data is None:
+        return torch.zeros(0), torch.arange(num_images) % num_classes
+    times = -(-num_images // len(data))
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).repeat(times)
+    batch = data.batch(chosen[:num_images], torch.Generator().manual_seed(0))
+    return batch.images, batch.labels % num_classes
 
 
 def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, float]:

@@ -1,12 +1,10 @@
 """The networks of the scripts, and teachers from anywhere: our folders, diffusers' folders, a user's function."""
 
-import importlib
+import copy
 import json
 import math
-import os
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,9 +13,11 @@ from command import fingerprint
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from unet import UNet
+from user_code import call
 
 from distill.student import TIMES
 from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
+from score.data_scale import RescaledData
 from score.network import ResidualMLP
 from score.pretrained import PartReader, read_json, read_schedule
 from score.storage import describe_schedule, load_denoiser, read_facts
@@ -46,7 +46,9 @@ class Teacher:
         denoiser: network, schedule and prediction kind.
         shape: (c, h, w) of an image.
         num_classes: label ``num_classes`` is the null class; 0 means that the network takes no labels.
-        facts: how :func:`build_network` makes another network like it; JSON-able, saved beside every student.
+        facts: how :func:`build_network` makes another network like it; JSON-able, saved beside every student. The
+            function of a user has to say nothing here, or sigma_data, the spread of the images in [-1, 1] if its
+            network has the preconditioning of EDM in itself.
         times: conditioning times, for a student; empty for a teacher.
         null_class: whether label ``num_classes`` was trained to mean no label, which guidance needs.
     """
@@ -54,7 +56,7 @@ class Teacher:
     denoiser: NetworkDenoiser
     shape: tuple[int, int, int]
     num_classes: int
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     times: tuple[float, ...] = ()
     null_class: bool = True
     shift: ClassVar[float] = 1.0
@@ -94,7 +96,7 @@ def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
     """The network that ``facts`` of a saved teacher or student describe, with fresh weights.
 
     ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for facts that describe
-    no network, or one so large that building it would not end.
+    no network, one so large that building it would not end, or one that a function of a user builds.
     """
     options = facts.get("options", {})
     if not isinstance(options, dict):
@@ -119,24 +121,36 @@ def _build(facts: Mapping[str, Any], num_steps: int) -> nn.Module:
     elif family == "diffusers":
         network = UNet2DModel.from_config(options)
     elif family == "function":
-        network = from_function(options["name"]).denoiser.network
+        raise ValueError(f"a user's function builds this network ({str(options.get('name'))[:80]!r}).")
     else:
         raise ValueError(f"the saved denoiser does not say how its network is built; got network={family!r}.")
     sigma_data = facts.get("sigma_data")
-    if sigma_data is not None and not (isinstance(sigma_data, int | float) and 0 < sigma_data < math.inf):
-        raise ValueError(f"sigma_data must be a number above 0; got {sigma_data!r}.")
-    return network if sigma_data is None else KarrasPreconditioning(network, sigma_data)
+    return network if sigma_data is None else KarrasPreconditioning(network, check_sigma_data(sigma_data))
 
 
-def load_teacher(name: str) -> Teacher:
-    """A teacher by name: a folder of train_teacher.py, a folder of diffusers, or ``module:function``.
+def another_network(teacher: Teacher, num_steps: int = 0) -> nn.Module:
+    """A second network like a loaded teacher's, such as the fake score's: a copy where no facts describe it."""
+    if teacher.facts.get("network") == "function":
+        return copy.deepcopy(teacher.denoiser.network)
+    return build_network(teacher.facts, num_steps)
 
-    Raises ``ValueError`` for anything else.
+
+def load_teacher(name: str, network: str = "") -> Teacher:
+    """A teacher or student by name: a folder of our scripts, a folder of diffusers, or ``module:function``.
+
+    Args:
+        name: module:function runs that code. Nothing that a folder holds is run or names what is.
+        network: for the student of a module:function, the module:function that builds its network.
+
+    Raises:
+        ValueError: anything else, a folder that needs ``network``, or one that has no use for it.
     """
     folder = Path(name)
     if not folder.exists() and ":" in name:
+        _check_unused(network, name)
         return from_function(name)
     if (folder / "unet" / "config.json").is_file() or _is_diffusers(folder / "config.json"):
+        _check_unused(network, name)
         return from_diffusers(folder)
     for inner in ("teacher", "student"):
         if (folder / inner / "denoiser.json").is_file():
@@ -145,9 +159,30 @@ def load_teacher(name: str) -> Teacher:
     missing = sorted({"shape", "num_classes", "network"} - facts.keys())
     if missing:
         raise ValueError(f"{folder} does not say its {', '.join(missing)}; was it written by train_teacher.py?")
-    denoiser = load_denoiser(folder, build_network(facts))
+    denoiser = load_denoiser(folder, _network_of(folder, facts, network))
     times, null_class = tuple(facts.get(TIMES, ())), bool(facts.get("null_class", True))
     return Teacher(denoiser, tuple(facts["shape"]), facts["num_classes"], facts, times, null_class)
+
+
+def _check_unused(network: str, name: str) -> None:
+    if network:
+        raise ValueError(f"--network is for students of a module:function; {name} says how its network is built.")
+
+
+def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Module:
+    if facts["network"] != "function":
+        _check_unused(network, str(folder))
+        return build_network(facts)
+    if network:
+        return own_network(network)
+    # A folder may come from anywhere. Its word for the function is repeated here, and never imported.
+    options = facts.get("options")
+    hint = str(options.get("name") if isinstance(options, dict) else None)[:80]
+    raise ValueError(
+        f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
+        "folder names is not run. If you have that code and trust it, pass --network module:function: a function "
+        "that returns the network, or the teacher, with weights of any kind."
+    )
 
 
 def _is_diffusers(config: Path) -> bool:
@@ -207,28 +242,54 @@ def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int
 
 
 def from_function(name: str) -> Teacher:
-    """What ``module:function`` returns when it is called without arguments: a :class:`Teacher`.
+    """The :class:`Teacher` that ``module:function`` returns when it is called without arguments; runs that code.
 
-    The current folder is searched first. Its facts are replaced, so that a student of it can be built again.
+    Its facts are replaced, except for sigma_data: with what is saved beside a student, ``name`` is only a hint.
     """
-    module_name, _, function_name = name.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        teacher = function()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: no such function, or it fails ({error}). Expected module:function.") from error
+    teacher = call(name)
     if not isinstance(teacher, Teacher):
         raise ValueError(
-            f"{name} must return a networks.Teacher(denoiser, shape, num_classes, facts); got "
-            f"{type(teacher).__name__}."
+            f"{name} must return a networks.Teacher(denoiser, shape, num_classes); got {type(teacher).__name__}."
         )
     facts = {
         "network": "function", "options": {"name": name}, "shape": list(teacher.shape),
-        "num_classes": teacher.num_classes,
+        "num_classes": teacher.num_classes, "null_class": teacher.null_class,
     }  # fmt: skip
+    sigma_data = teacher.facts.get("sigma_data", preconditioned(teacher.denoiser.network))
+    if sigma_data is not None:
+        facts["sigma_data"] = check_sigma_data(sigma_data)
     return Teacher(teacher.denoiser, teacher.shape, teacher.num_classes, facts, null_class=teacher.null_class)
+
+
+def own_network(name: str) -> nn.Module:
+    """The network that the user's ``module:function`` builds: returned as such, in a denoiser, or in a teacher.
+
+    Raises ``ValueError`` for a function that fails, or returns anything else.
+    """
+    built = call(name)
+    built = built.denoiser if isinstance(built, Teacher) else built
+    built = built.network if isinstance(built, NetworkDenoiser) else built
+    if not isinstance(built, nn.Module):
+        raise ValueError(
+            f"--network {name} must return a network, a NetworkDenoiser or a networks.Teacher; got "
+            f"{type(built).__name__}."
+        )
+    return built
+
+
+def preconditioned(network: nn.Module) -> float | None:
+    """sigma_data of the images in [-1, 1] if a network is under EDM's preconditioning, None if it is not."""
+    if isinstance(network, RescaledData):
+        inner = preconditioned(network.network)
+        return None if inner is None else inner / network.scale
+    return network.sigma_data if isinstance(network, KarrasPreconditioning) else None
+
+
+def check_sigma_data(value: object) -> float:
+    """``value`` as a number. Raises ``ValueError`` unless it is finite and above 0."""
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"sigma_data must be a number above 0; got {value!r}.")
+    return float(value)
 
 
 def from_diffusers(folder: Path) -> Teacher:

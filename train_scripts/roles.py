@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from distill_options import Config
 from fitting import adamw, cosine
-from networks import Teacher, build_network, probe_bottleneck
+from networks import Teacher, another_network, probe_bottleneck
 from prompted import PromptedTeacher
 from torch import nn
 
@@ -17,6 +18,7 @@ from distill.adversarial import Critic, discriminator_head
 from distill.backbone import offload_state, shared_backbone
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
+from distill.pair_store import PairsOf, stored_pairs
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
 from distill.student import Student, even_times, times_by_ratio
 from score import Denoiser, freeze
@@ -76,7 +78,7 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
-    fake = build_network(teacher.facts, num_steps=fake_steps(config, teacher.facts)).eval()
+    fake = another_network(teacher, num_steps=fake_steps(config, teacher.facts)).eval()
     lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
     if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
         raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
@@ -150,24 +152,45 @@ DISTANCES: dict[str, Distance] = {"l1": absolute_error, "l2": squared_error, "hu
 
 
 def teacher_pairs(
-    config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, *, number: int, purpose: str = "pairs"
-) -> Pairs:
-    """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike; every rank makes all of them.
+    config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, accelerator: Accelerator, *, number: int,
+    identity: str, purpose: str = "pairs",
+) -> Pairs:  # fmt: skip
+    """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike.
 
-    Without gradients there is room for eight times the batch of the training. ``purpose`` separates the noise of
-    those that are trained on from that of those held out.
+    They are kept on disk, where other runs find them; ranks share the work. Without gradients there is room for
+    eight times the batch of the training.
+
+    Args:
+        config: of the run.
+        target: the teacher under guidance.
+        teacher: whose conditions they have.
+        accelerator: of all ranks.
+        number: of pairs.
+        identity: a hash of the teacher.
+        purpose: separates the noise of pairs that are trained on from that of others.
     """
     numbers = torch.arange(number) % max(1, teacher.num_classes)
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
-    labels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     times = grid(target.schedule, config.pair_steps, shift=teacher.shift)
     device = next(teacher.denoiser.network.parameters()).device
     seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
-    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        return make_pairs(
-            target, labels, num=number, shape=teacher.shape, times=times, seed=seed,
-            batch=min(256, 8 * config.batch_size), device=device,
-        )  # fmt: skip
+    wanted = PairsOf(
+        teacher=identity, cond=cond, times=times, num=number, shape=teacher.shape, seed=seed,
+        guidance=config.guidance, negative=config.negative, precision=config.precision,
+    )  # fmt: skip
+
+    def make(shard: int, num_shards: int) -> Pairs:
+        with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+            return make_pairs(
+                target, cond, num=number, shape=teacher.shape, times=times, seed=seed, rank=shard,
+                num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
+            )  # fmt: skip
+
+    return stored_pairs(
+        make, wanted.key(), number, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
 
 
 def average_of(network: nn.Module, config: Config) -> EMA | None:

@@ -43,7 +43,10 @@ class Config:
 
     model: str
     """Folder of train_teacher.py or train_dmd.py, a diffusers folder, the name of a diffusers model online, or
-    module:function."""
+    module:function, whose code is run."""
+    network: str = ""
+    """For the student of a module:function: the module:function that builds its network, whose code is run. What a
+    folder names is never run."""
     prompts: tuple[str, ...] = ()
     """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class."""
     negative_prompt: str = ""
@@ -115,6 +118,8 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
             f"{config.model} is a LoRA, which needs its teacher: load it in diffusers, as its README.md says."
         )
     if config.prompts or is_hub_model(config.model):
+        if config.network:
+            raise ValueError("--network is for students of a module:function; leave it out with --prompts.")
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
             config.model, config.prompts, negative=config.negative_prompt, size=config.size,
@@ -123,7 +128,7 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
     for name in ("negative_prompt", "size", "allow_pickle"):
         if getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} is for text-to-image models; leave it out.")
-    return load_teacher(config.model)
+    return load_teacher(config.model, config.network)
 
 
 def columns(config: Config) -> int:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from distill.dmd import DMD
 from distill.guard import Guard, middle_layer
 from distill.rates import Rates, range_test
-from distill.regression import Regression
+from distill.regression import Pairs, Regression
 from distill.student import Student
 from score import checkpoint
 from score.randomness import Rng
@@ -52,6 +52,13 @@ class Stages:
     def folder(self) -> Path:
         """Folder of the checkpoints."""
         return self.config.out / "checkpoints"
+
+    def pairs(self, number: int, purpose: str) -> Pairs:
+        """Pairs of the teacher, made or found on disk."""
+        return teacher_pairs(
+            self.config, self.method.teacher, self.teacher, self.accelerator, number=number,
+            identity=self.own["teacher"], purpose=purpose,
+        )  # fmt: skip
 
 
 def distil(
@@ -88,7 +95,7 @@ def make_regression(stages: Stages) -> Regression | None:
     config = stages.config
     if not config.warmup_steps and not config.regression_weight:
         return None
-    pairs = teacher_pairs(config, stages.method.teacher, stages.teacher, number=config.num_pairs)
+    pairs = stages.pairs(config.num_pairs, "pairs")
     distance = DISTANCES[config.regression_loss]
     return Regression(pairs=pairs, weight=config.regression_weight, distance=distance, batch=config.batch_size)
 
@@ -102,7 +109,7 @@ def make_guard(stages: Stages) -> Guard | None:
         layer = config.bottleneck or middle_layer(teacher.denoiser.network)
     except ValueError as error:
         raise ValueError(f"{error} Pass --bottleneck, or --guard-images 0.") from error
-    pairs = teacher_pairs(config, stages.method.teacher, teacher, number=config.guard_images, purpose="guard")
+    pairs = stages.pairs(config.guard_images, "guard")
     return Guard(teacher=teacher.denoiser, layer=layer, pairs=pairs, batch=config.batch_size)
 
 

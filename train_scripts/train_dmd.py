@@ -13,22 +13,21 @@ with --lora. Stopped runs resume: run the same command again.
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from command import fingerprint, identity, run, show_plan
+from command import identity, run, show_plan
 from distill_options import Config, check, presets_for
 from distill_texts import distil_texts
 from fitting import prepare, start
-from images import load_images
 from monitoring import Watch, check_evaluation, watcher
 from networks import Teacher, load_teacher
 from roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from stages import Stages, distil
+from student_data import data_identity, student_batches, student_data
 
 from distill.student import Student, save_student
 from score import freeze
-from score.randomness import Rng, shuffled
+from score.randomness import Rng
 
 __all__ = ["Config", "main", "teacher_pairs"]
 
@@ -41,19 +40,15 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    teacher, data = load_teacher(config.teacher), load_images(config)
+    teacher = load_teacher(config.teacher, config.network)
     if teacher.times:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
     teacher.guided(config.guidance)  # or it says why not
-    if data.shape != teacher.shape or data.num_classes > max(1, teacher.num_classes):
-        raise ValueError(
-            f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
-            f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
-        )
+    data = student_data(config, teacher)
     check_evaluation(config, data)
-    config = settled(config, teacher, real=True)
+    config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
     freeze(teacher.denoiser.network)
@@ -66,25 +61,23 @@ def distil_images(config: Config) -> Path:
     teacher.denoiser.network.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
     method = build_method(config, teacher, *networks)
-
-    def batches(rng: Rng) -> dict[str, Any]:
-        batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
-        return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
+    batches = student_batches(config, teacher, data, accelerator.device)
 
     def watch(student: Student) -> Watch:
         sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
-        save = lambda to: save_student(student, to, teacher.facts)  # noqa: E731
         with accelerator.autocast():
-            return watcher(config, sampled, data, teacher=teacher, save=save)
+            return watcher(
+                config, sampled, data, teacher=teacher, save=lambda to: save_student(student, to, teacher.facts)
+            )
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    inputs = {"data": fingerprint([data.images, data.labels]), "teacher": teacher.identity()}
+    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),
     )  # fmt: skip
-    columns = min(10, data.num_classes)
+    columns = min(10, max(1, teacher.num_classes))
     student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
     folder = config.out / "student"
     if accelerator.is_main_process:
