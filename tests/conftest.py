@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: exact distributions on every schedule, in float64, from fixed seeds."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,19 @@ from score.exact import GaussianMixture
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Prompts, pairs and renders that tests make are not left in the user's cache, nor found there."""
+    before, folder = os.environ.get("XDG_CACHE_HOME"), tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
 
 SCHEDULES = {"karras": Karras(), "flow": RectifiedFlow(), "vp": VariancePreserving.scaled_linear()}
 
