@@ -2,11 +2,11 @@
 
 With a guided teacher DMD's gradient is a sum (its Eq. 6): fake score less conditional teacher, which matches
 distributions, and (scale - 1) times unconditional less conditional teacher, which builds the guidance into the
-student. The paper's Eq. 8 asks the two at noise levels of their own. Matching has the whole range. Guidance has what
-the student's current step has still to decide: an input of that step settles what is noisier than itself.
+student. Its Eq. 8 asks the two at noise levels of their own. Matching has the whole range. Guidance has what the
+student's current step has still to decide: the input of that step settles what is noisier than itself.
 
-The paper's time runs from noise, 0, to data, 1, so that its tau_CA > t (section 4.1, Algorithm 1) means *less* noise
-than the input of the current step. At the first step, whose input is pure noise, it is the whole range.
+The paper's time runs from noise, 0, to data, 1, so that its tau_CA > t (section 4.1, Algorithm 1) means *less*
+noise than the input of the current step. At the first step, whose input is pure noise, it is the whole range.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class SeparateGuidance:
     """The noise levels of the guidance term; :attr:`distill.dmd.DMD.times` are then those of matching alone.
 
     With ``below_step=False`` and the range of matching, the gradient is in the mean the coupled one, and the paper
-    found hardly a difference; it found a clear one with guidance below the step (section 4.3, four steps). A student
-    of one step has a single difference: the range.
+    found hardly a difference; it found a clear one with guidance below the step (section 4.3, four steps). For a
+    student of one step only low and high matter.
 
     Attributes:
         low: smallest sigma / alpha.
@@ -52,8 +52,8 @@ class SeparateGuidance:
         level = float(student.denoiser.schedule.ratio(torch.tensor(student.times[step], dtype=torch.float64)))
         if not self.low < level:
             raise ValueError(
-                f"guidance needs noise levels below that of step {step + 1}, sigma / alpha = {level:g}; its smallest "
-                f"is low={self.low:g}. Lower it, or use below_step=False."
+                f"guidance needs noise levels below that of step {step + 1}, sigma / alpha = {level:g}; its "
+                f"smallest is low={self.low:g}. Lower it, or use below_step=False."
             )
         return between_ratios(self.low, min(self.high, level))
 
@@ -67,7 +67,7 @@ class SeparateGuidance:
 def decoupled_gradient(
     teacher: Guided, fake: Denoiser, x0: Images, cond: Cond, *, matching: Noisy, guidance: Noisy, weight: Weight
 ) -> ScoreGradient:
-    """weight (fake - positive) at one noise level plus weight (scale - 1) (negative - positive) at another.
+    """Weight (fake - positive) at one noise level plus weight (scale - 1) (negative - positive) at another.
 
     In x0 space, where a difference of scores is a difference of clean images, times a factor that is part of the
     weight. Each term has the weight of the coupled gradient, with its guided target, at its own noise level. So at

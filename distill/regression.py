@@ -1,8 +1,8 @@
 """Regression on teacher pairs: DMD's second term and a good start for any student (arXiv 2311.18828, section 3.3).
 
-A pair is a noise and the image that the deterministic teacher makes of it; for students of several steps also points
-on the way, see :mod:`distill.trajectory`. Item i of a set depends on the seed and i alone, so ranks and restarts can
-split the work in any way.
+A pair is a noise and the image that the deterministic teacher makes of it; for students of several steps also
+points on the way, see :mod:`distill.trajectory`. Item i of a set depends on the seed and i alone, so ranks and
+restarts can split the work in any way.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,8 +155,8 @@ def make_pairs(
         num_ranks: number of shards.
         batch: images at a time.
         device: where to compute; the pairs come back to the CPU.
-        keep: times at which to keep the noisy image, for a few-step student ``student.times[1:]``. The grid is made
-            to stop there: at most so many network calls more, and slightly other images.
+        keep: times at which to keep the noisy image, for a few-step student ``student.times[1:]``. The grid is
+            made to stop there: at most so many network calls more, and slightly other images.
     """
     sizes = {len(value) for value in cond.values()} | ({num} if num is not None else set())
     if len(sizes) != 1:
@@ -183,9 +183,9 @@ def make_pairs(
 def teacher_batch(pairs: Pairs, size: int, rng: Rng, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A batch whose "real" images are the teacher's, each with the condition that it was made under as "cond".
 
-    For :class:`distill.dmd.GAN` where there are no data: the critic then tells the student from its teacher, which a
-    student can reach, not from data that the teacher misses as well (arXiv 2606.12575, its "distribution-aligned
-    adversarial learning"). Rows as of :func:`score.randomness.shuffled`.
+    For :class:`distill.dmd.GAN` where there are no data: the critic then tells the student from its teacher, which
+    a student can reach, not from data that the teacher misses as well (arXiv 2606.12575, abstract: "more attainable
+    and informative"). Rows as of :func:`score.randomness.shuffled`.
     """
     chosen = shuffled(len(pairs.x0), size, rng)
     cond = {name: value[chosen].to(device) for name, value in pairs.cond.items()}
@@ -220,7 +220,8 @@ class Regression:
     def loss(self, student: Student, rng: Rng) -> Tensor:
         """Mean distance over a batch of pairs, with gradient to the student.
 
-        Raises ``ValueError`` if the pairs lack states at the student's later times, or for a wrong number of shares.
+        Raises ``ValueError`` if the pairs lack states at the student's later times, and for another number of
+        shares than steps.
         """
         shares = self.shares or (1.0,) * student.num_steps
         if len(shares) != student.num_steps:

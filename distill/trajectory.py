@@ -1,10 +1,10 @@
 """Points of the teacher's trajectory, for the warm-up of students of several steps.
 
-The first step of a student sees pure noise; regression teaches it the image that the teacher makes of that noise. A
-later step sees a noisy image. There the teacher's own path from the same noise serves: the point x_t on it is a
-noisy image, and where the path ends is known, so no call of the teacher is added. The points of many paths at time t
-are distributed as the teacher's images noised to t, which is what a finished student shows its later steps. (Under
-guidance this holds only nearly: the guided denoiser is not that of a distribution.)
+The first step of a student sees pure noise; regression teaches it the image that the teacher makes of that noise.
+A later step sees a noisy image. There the teacher's own path from the same noise serves: the point x_t on it is a
+noisy image, and where the path ends is known, so no call of the teacher is added. The points of many paths at time
+t are distributed as the teacher's images noised to t, which is what a finished student shows its later steps.
+(Under guidance this holds only nearly: a guided denoiser is not that of a distribution.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,8 +65,8 @@ def inputs(student: Student, noise: Images, states: States, steps: Int[Tensor, "
     lacking = [t for t in student.times[1:] if t not in states]
     if lacking:
         raise ValueError(
-            f"regression of a student of {student.num_steps} steps needs teacher pairs with states at its later times "
-            f"{', '.join(f'{t:g}' for t in student.times[1:])}; {', '.join(f'{t:g}' for t in lacking)} "
+            f"regression of a student of {student.num_steps} steps needs teacher pairs with states at its later "
+            f"times {', '.join(f'{t:g}' for t in student.times[1:])}; {', '.join(f'{t:g}' for t in lacking)} "
             "missing. Make them with make_pairs(..., keep=student.times[1:])."
         )
     first = initial_noise(student.denoiser.schedule, noise, student.times[0])

@@ -331,7 +331,7 @@ def test_an_epoch_of_the_loss_visits_every_pair(student, pairs):
 
 def test_a_few_step_student_needs_states_and_as_many_shares(student, pairs):
     few = Student(student.denoiser, (1.0, 0.5, 0.25))
-    with pytest.raises(ValueError, match="with states at its later times 0.5, 0.25; 0.5, 0.25 missing"):
+    with pytest.raises(ValueError, match=r"with states at its later times 0\.5, 0\.25; 0\.5, 0\.25 missing"):
         Regression(pairs=pairs).loss(few, Rng(0, 0))
     with pytest.raises(ValueError, match="needs 3 shares, one a step; got 2"):
         Regression(pairs=pairs, shares=(1, 1)).loss(few, Rng(0, 0))

@@ -1,5 +1,7 @@
 """Warm-up of few-step students, against the linear map by which DDIM moves a single Gaussian."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,7 +44,7 @@ def factors(schedule, times):
     """
     ratios = [float(schedule.ratio(t)) for t in times] + [0.0]
     product, found = 1.0, [1.0]
-    for r, s in zip(ratios, ratios[1:], strict=False):
+    for r, s in pairwise(ratios):
         product *= 1 + (s - r) * r / (STD**2 + r**2)
         found.append(product)
     return found
