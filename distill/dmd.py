@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill.adversarial import critic_accuracy, critic_loss, generator_loss, logits_alone
+from distill.decoupled import SeparateGuidance, decoupled_gradient
 from distill.regression import Regression
 from distill.student import Student
 from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
@@ -30,6 +31,7 @@ from score.gradient import (
     time_not_finite,
     weighted_error,
 )
+from score.guidance import Guided, Perpendicular
 from score.randomness import Rng
 from score.schedule import Images, PerSample, Schedule, per_sample
 from score.times import TimeSampler, uniform
@@ -96,6 +98,8 @@ class DMD:
         gradient_weight: of the distribution matching term.
         gan: the adversarial term, or None.
         regression: teacher pairs (DMD's own term), or None.
+        guidance: noise levels of the guidance term alone, ``times`` being then those of matching (arXiv 2511.22677);
+            None: one draw for both. No effect, and no call, where the teacher is not guided.
     """
 
     teacher: Denoiser
@@ -111,6 +115,7 @@ class DMD:
     gradient_weight: float = 1.0
     gan: GAN | None = None
     regression: Regression | None = None
+    guidance: SeparateGuidance | None = None
 
     def __post_init__(self) -> None:
         if self.student_every < 1:
@@ -119,11 +124,34 @@ class DMD:
                 "each student update."
             )
         self._difference(self.fake)  # or it says why not
+        if self.guidance is not None:
+            self._check_guidance(self.guidance)
+
+    def _check_guidance(self, guidance: SeparateGuidance) -> None:
+        if type(self).gradient is not DMD.gradient:
+            raise ValueError(f"the gradient of {type(self).__name__} has no guidance term: guidance must be None.")
+        if isinstance(self.teacher, Perpendicular) or (isinstance(self.teacher, Guided) and self.teacher.rescale):
+            raise ValueError(
+                "guidance at noise levels of its own needs a teacher of score.guidance.guided with rescale 0; "
+                f"{type(self.teacher).__name__} does not split into two terms. Set guidance to None."
+            )
+        guidance.check(self.student)
 
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
         """Weight * (fake - teacher) at one draw of t and noise; ``fake_cond`` adds to or overrides ``cond``."""
         baseline = Conditioned(self.fake.unwrapped(), fake_cond)
         return self._difference(baseline).gradient(x0, cond, generator=generator)
+
+    def _gradient(self, batch: Mapping[str, Any], generator: Generator) -> ScoreGradient:
+        x0, cond, fake_cond = batch["x0"], batch["cond"], batch["fake_cond"]
+        if self.guidance is None or not isinstance(self.teacher, Guided):
+            return self.gradient(x0, cond, fake_cond, generator=generator)
+        x0, times = x0.detach(), self.guidance.times(self.student, batch.get("step", 0))
+        return decoupled_gradient(
+            self.teacher, Conditioned(self.fake.unwrapped(), fake_cond), x0, cond, weight=self.weight,
+            matching=self.noisy(x0, cond, self.times, generator),
+            guidance=self.noisy(x0, cond, times, generator),
+        )  # fmt: skip
 
     def _difference(self, baseline: Denoiser) -> ScoreDistillation:
         """Raises ``ValueError`` for a teacher on another schedule."""
@@ -135,7 +163,7 @@ class DMD:
 
         Raises:
             ValueError: teacher, student and fake score do not agree on shapes, schedules or conditions; the GAN
-                term lacks real images or a critic; regression with a few-step student.
+                term lacks real images or a critic; pairs without states for regression of a few-step student.
         """
         rng = Rng(0, 0)
         batch = self.rollout(batch, (), rng)
@@ -154,7 +182,7 @@ class DMD:
         self.fake_loss(batch, rng)
 
     def rollout(self, batch: Mapping[str, Any], due: tuple[str, ...], rng: Rng) -> dict[str, Any]:
-        """Add the student's images "x0", with gradient if the student is due, and "fake_cond".
+        """Add the student's images "x0", with gradient if the student is due, their "step" and "fake_cond".
 
         A few-step student stops at a step drawn in common by all ranks, so that none waits for another.
         """
@@ -167,12 +195,13 @@ class DMD:
         with torch.set_grad_enabled(learns):
             x0 = student.simulate(noise, batch["cond"], steps=steps, generator=rng("simulation"))
         step = torch.full((size,), steps - 1, device=device)
-        return {**batch, "x0": x0, "fake_cond": {self.step_key: step} if self.step_key else {}}
+        told = {self.step_key: step} if self.step_key else {}
+        return {**batch, "x0": x0, "step": steps - 1, "fake_cond": told}
 
     def student_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
         """Distribution matching, and the adversarial and regression terms that are switched on."""
         x0, cond = batch["x0"], batch["cond"]
-        gradient = self.gradient(x0, cond, batch["fake_cond"], generator=rng("gradient"))
+        gradient = self._gradient(batch, rng("gradient"))
         loss = self.gradient_weight * inject(x0, gradient.value) / x0.numel()
         metrics = {**gradient.metrics, "x0_mean": x0.mean(), "x0_std": x0.std()}
         if self.gan is not None and self.gan.generator_weight:

@@ -1,12 +1,14 @@
 """Regression on teacher pairs: DMD's second term and a good start for any student (arXiv 2311.18828, section 3.3).
 
-A pair is a noise and the image that the deterministic teacher makes of it. Item i of a set depends on the seed and
-i alone, so ranks and restarts can split the work in any way.
+A pair is a noise and the image that the deterministic teacher makes of it; for students of several steps also
+points on the way, see :mod:`distill.trajectory`. Item i of a set depends on the seed and i alone, so ranks and
+restarts can split the work in any way.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.student import Student
+from distill.trajectory import States, inputs, recording, step_numbers, through
 from score.denoiser import Cond, Denoiser
 from score.randomness import Rng, derived_generator, shuffled
-from score.sampling import Step, initial_noise, sample
+from score.sampling import Step, ddim, initial_noise, sample
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(images, targets) -> (b,) distance of each pair."""
@@ -96,17 +99,20 @@ class Pairs:
         noise: (n, *shape) standard normal, not yet scaled to a schedule.
         x0: (n, *shape) the teacher's images.
         cond: conditions, batch n.
+        states: time -> (n, *shape), noisy images on the way from the noise to the image.
     """
 
     noise: Float[Tensor, "n *shape"]
     x0: Float[Tensor, "n *shape"]
     cond: Cond
+    states: States = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write one shard as safetensors, under a temporary name first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".writing-{path.name}")
         tensors = {"noise": self.noise, "x0": self.x0, **{f"cond.{k}": v for k, v in self.cond.items()}}
+        tensors |= {f"state.{time!r}": value for time, value in self.states.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
         temporary.rename(path)
 
@@ -118,7 +124,8 @@ class Pairs:
             raise ValueError(f"need shards of one set of teacher pairs; got {[str(path) for path in paths]}.")
         joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
         cond = {name.removeprefix("cond."): value for name, value in joined.items() if name.startswith("cond.")}
-        return cls(joined["noise"], joined["x0"], cond)
+        states = {float(name[6:]): value for name, value in joined.items() if name.startswith("state.")}
+        return cls(joined["noise"], joined["x0"], cond, states)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -132,7 +139,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 def make_pairs(
     teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, num: int | None = None,
     step: Step | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", keep: Sequence[float] = (),
 ) -> Pairs:  # fmt: skip
     """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
 
@@ -148,6 +155,8 @@ def make_pairs(
         num_ranks: number of shards.
         batch: images at a time.
         device: where to compute; the pairs come back to the CPU.
+        keep: times at which to keep the noisy image, for a few-step student ``student.times[1:]``. The grid is
+            made to stop there: at most so many network calls more, and slightly other images.
     """
     sizes = {len(value) for value in cond.values()} | ({num} if num is not None else set())
     if len(sizes) != 1:
@@ -159,42 +168,69 @@ def make_pairs(
         )
     items = torch.arange(rank, size, num_ranks)
     noises, images = [], []
+    times, states = through(times, keep), {float(t): list[Tensor]() for t in keep}
+    step = recording(ddim() if step is None else step, states) if keep else step
     for part in tqdm(items.split(batch), desc="teacher pairs", disable=None, leave=False):
         noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])
         own = {name: value[part].to(device) for name, value in cond.items()}
         x_t = initial_noise(teacher.schedule, noise.to(device), float(times[0]))
         images.append(sample(teacher, x_t, own, times=times, step=step).cpu())
         noises.append(noise)
-    return Pairs(torch.cat(noises), torch.cat(images), {name: value[items] for name, value in cond.items()})
+    own = {name: value[items] for name, value in cond.items()}
+    return Pairs(torch.cat(noises), torch.cat(images), own, {t: torch.cat(found) for t, found in states.items()})
+
+
+def teacher_batch(pairs: Pairs, size: int, rng: Rng, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A batch whose "real" images are the teacher's, each with the condition that it was made under as "cond".
+
+    For :class:`distill.dmd.GAN` where there are no data: the critic then tells the student from its teacher, which
+    a student can reach, not from data that the teacher misses as well (arXiv 2606.12575, abstract: "more attainable
+    and informative"). Rows as of :func:`score.randomness.shuffled`.
+    """
+    chosen = shuffled(len(pairs.x0), size, rng)
+    cond = {name: value[chosen].to(device) for name, value in pairs.cond.items()}
+    return {"cond": cond, "real": pairs.x0[chosen].to(device), "size": size}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Regression:
-    """The distance of a one-step student's images from its teacher's, for the same noise and condition.
+    """The distance of a student's images from its teacher's, for the same noise and condition.
+
+    Samples of a batch are shared out over the steps of the student, in one network call: the first step is asked
+    about the pair's noise, the others about the teacher's path from it (:mod:`distill.trajectory`).
 
     Attributes:
-        pairs: of the teacher.
+        pairs: of the teacher; with states at the later times of a student of several steps.
         weight: beside the distribution matching term (DMD: 0.25 with LPIPS).
         distance: :func:`absolute_error`, :func:`squared_error`, :func:`pseudo_huber` or :func:`lpips`.
         batch: pairs a step.
+        shares: of the batch for each step of the student; none: equal.
     """
 
     pairs: Pairs
     weight: float = 0.25
     distance: Distance = squared_error
     batch: int = 256
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.shares and not (min(self.shares) >= 0 and sum(self.shares) > 0):
+            raise ValueError(f"shares must be at least 0, and one of them more; got {self.shares}.")
 
     def loss(self, student: Student, rng: Rng) -> Tensor:
         """Mean distance over a batch of pairs, with gradient to the student.
 
-        Raises ``ValueError`` for a few-step student, whose images are not functions of the first noise alone.
+        Raises ``ValueError`` if the pairs lack states at the student's later times, and for another number of
+        shares than steps.
         """
-        if student.num_steps != 1:
-            raise ValueError(
-                f"regression on pairs needs a one-step student; this one takes {student.num_steps} steps."
-            )
+        shares = self.shares or (1.0,) * student.num_steps
+        if len(shares) != student.num_steps:
+            raise ValueError(f"regression needs {student.num_steps} shares, one a step; got {len(shares)}.")
         device = next(student.denoiser.network.parameters()).device
         chosen = shuffled(len(self.pairs.noise), self.batch, rng)
         noise, x0 = self.pairs.noise[chosen].to(device), self.pairs.x0[chosen].to(device)
         cond = {name: value[chosen].to(device) for name, value in self.pairs.cond.items()}
-        return self.distance(student.simulate(noise, cond, steps=1), x0).mean()
+        steps = step_numbers(shares, self.batch, rng)
+        x_t = inputs(student, noise, {t: state[chosen] for t, state in self.pairs.states.items()}, steps)
+        times = torch.tensor(student.times, device=device)[steps.to(device)]
+        return self.distance(student.denoiser(x_t, times, cond), x0).mean()

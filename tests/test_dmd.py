@@ -449,9 +449,9 @@ def test_check_refuses_a_gan_without_real_images():
         make_dmd(RectifiedFlow(), "GAN").check({"cond": LABELS})
 
 
-def test_check_refuses_regression_with_a_few_step_student():
+def test_check_refuses_regression_of_a_few_step_student_on_pairs_without_states():
     dmd = make_dmd(RectifiedFlow(), "few-step", regression=Regression(pairs=make_pairs(torch.float32)))
-    with pytest.raises(ValueError, match="one-step student"):
+    with pytest.raises(ValueError, match="needs teacher pairs with states"):
         dmd.check(batch_of(RNG))
 
 

@@ -6,7 +6,16 @@ import torch
 from safetensors.torch import save_file
 
 from distill import regression
-from distill.regression import Pairs, Regression, absolute_error, lpips, make_pairs, pseudo_huber, squared_error
+from distill.regression import (
+    Pairs,
+    Regression,
+    absolute_error,
+    lpips,
+    make_pairs,
+    pseudo_huber,
+    squared_error,
+    teacher_batch,
+)
 from distill.student import Student
 from score.denoiser import NetworkDenoiser
 from score.guidance import guided
@@ -320,7 +329,25 @@ def test_an_epoch_of_the_loss_visits_every_pair(student, pairs):
     assert torch.equal(torch.cat(seen).sort(0).values, pairs.x0.sort(0).values)
 
 
-def test_a_few_step_student_is_refused(student, pairs):
-    few = Student(student.denoiser, (1.0, 0.5))
-    with pytest.raises(ValueError, match="needs a one-step student; this one takes 2 steps"):
+def test_a_few_step_student_needs_states_and_as_many_shares(student, pairs):
+    few = Student(student.denoiser, (1.0, 0.5, 0.25))
+    with pytest.raises(ValueError, match=r"with states at its later times 0\.5, 0\.25; 0\.5, 0\.25 missing"):
         Regression(pairs=pairs).loss(few, Rng(0, 0))
+    with pytest.raises(ValueError, match="needs 3 shares, one a step; got 2"):
+        Regression(pairs=pairs, shares=(1, 1)).loss(few, Rng(0, 0))
+
+
+def test_teacher_batches_are_the_teachers_images_under_their_own_conditions(pairs):
+    """An epoch holds every image once, and each still has the label that it was made under."""
+    label_of = {tuple(x.tolist()): int(label) for x, label in zip(pairs.x0, LABELS["class_labels"], strict=True)}
+    batches = [teacher_batch(pairs, 3, Rng(5, 0, index=index)) for index in range(11)]
+    seen = torch.cat([batch["real"] for batch in batches])
+    labels = torch.cat([batch["cond"]["class_labels"] for batch in batches])
+    assert [label_of[tuple(x.tolist())] for x in seen] == labels.tolist()
+    assert torch.equal(seen[:11].sort(0).values, pairs.x0.sort(0).values)
+    assert {batch["size"] for batch in batches} == {3}
+    again = teacher_batch(pairs, 3, Rng(5, 0, index=4))
+    assert torch.equal(again["real"], batches[4]["real"])
+    assert not torch.equal(teacher_batch(pairs, 3, Rng(6, 0, index=4))["real"], batches[4]["real"])
+    unlabelled = teacher_batch(Pairs(pairs.noise, pairs.x0, {}), 3, Rng(5, 0))
+    assert (unlabelled["cond"], unlabelled["size"]) == ({}, 3)

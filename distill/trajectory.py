@@ -1,0 +1,74 @@
+"""Points of the teacher's trajectory, for the warm-up of students of several steps.
+
+The first step of a student sees pure noise; regression teaches it the image that the teacher makes of that noise.
+A later step sees a noisy image. There the teacher's own path from the same noise serves: the point x_t on it is a
+noisy image, and where the path ends is known, so no call of the teacher is added. The points of many paths at time
+t are distributed as the teacher's images noised to t, which is what a finished student shows its later steps.
+(Under guidance this holds only nearly: a guided denoiser is not that of a distribution.)
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distill.student import Student
+from score.denoiser import Cond, Denoiser
+from score.randomness import Generators, Rng
+from score.sampling import Step, initial_noise
+from score.schedule import Images
+
+States = Mapping[float, Tensor]
+"""Time -> (n, *shape): where each path stands at that time."""
+
+
+def through(times: Float[Tensor, " n"], points: Sequence[float]) -> Float[Tensor, " m"]:
+    """The sampling grid ``times`` with ``points`` added, so that sampling stops at each of them exactly.
+
+    Raises ``ValueError`` for a point above the grid, where sampling would not have begun.
+    """
+    if not points:
+        return times
+    if max(points) > float(times[0]):
+        raise ValueError(f"states are kept below the first time {float(times[0]):g}; got {max(points):g}.")
+    own = torch.tensor(points, dtype=torch.float64, device=times.device)
+    return torch.cat([times.double(), own]).unique().flip(0)
+
+
+def recording(step: Step, found: Mapping[float, list[Tensor]]) -> Step:
+    """``step``, which first adds x_t to ``found[t]`` where t is one of its keys, on the CPU."""
+
+    def recorded(
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
+    ) -> Tensor:
+        if (time := float(t[0])) in found:
+            found[time].append(x_t.cpu())
+        return step(denoiser, x_t, t, s, cond, generator)
+
+    return recorded
+
+
+def step_numbers(shares: Sequence[float], batch: int, rng: Rng) -> Int[Tensor, " batch"]:
+    """Which step each sample of a batch teaches, counted from 0: every step its share, to within one sample."""
+    ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    offset = torch.rand((), generator=rng("trajectory"), dtype=torch.float64)
+    places = (torch.arange(batch) + offset) / batch * ends[-1]
+    return torch.searchsorted(ends, places, right=True).clamp(max=len(shares) - 1)
+
+
+def inputs(student: Student, noise: Images, states: States, steps: Int[Tensor, " b"]) -> Images:
+    """What step ``steps[i]`` of the student sees of path i: its noise at the first, later the path's point.
+
+    Raises ``ValueError`` where ``states`` lack a time of the student.
+    """
+    lacking = [t for t in student.times[1:] if t not in states]
+    if lacking:
+        raise ValueError(
+            f"regression of a student of {student.num_steps} steps needs teacher pairs with states at its later "
+            f"times {', '.join(f'{t:g}' for t in student.times[1:])}; {', '.join(f'{t:g}' for t in lacking)} "
+            "missing. Make them with make_pairs(..., keep=student.times[1:])."
+        )
+    first = initial_noise(student.denoiser.schedule, noise, student.times[0])
+    points = [first, *(states[t].to(first) for t in student.times[1:])]
+    return torch.stack(points)[steps.to(noise.device), torch.arange(len(noise), device=noise.device)]
