@@ -38,6 +38,7 @@ class PairsOf:
         negative: what guidance moves away from.
         solver: name of the step.
         precision: of the network's arithmetic.
+        keep: times at which noisy images are kept, for students of several steps.
     """
 
     teacher: str
@@ -50,10 +51,11 @@ class PairsOf:
     negative: str = ""
     solver: str = "ddim"
     precision: str = "no"
+    keep: tuple[float, ...] = ()
 
     def key(self) -> str:
         """sha256 of all of it, 64 hexadecimal digits."""
-        words = [self.num, *self.shape, self.seed, float(self.guidance), self.solver, self.precision]
+        words = [self.num, *self.shape, self.seed, float(self.guidance), self.solver, self.precision, *self.keep]
         conditions = [part for name in sorted(self.cond) for part in (name, self.cond[name])]
         contents = ["teacher pairs 1", self.teacher, self.negative, repr(words), self.times.double(), *conditions]
         return content_key(*contents)
@@ -119,7 +121,9 @@ def _entry(pairs: Pairs) -> Entry:
         raise ValueError(
             "the teacher made images with nan or inf, which are no targets. Try float32, or a finer grid."
         )
-    return {"noise": pairs.noise, "x0": pairs.x0, **{f"cond.{name}": value for name, value in pairs.cond.items()}}
+    cond = {f"cond.{name}": value for name, value in pairs.cond.items()}
+    states = {f"state.{time!r}": value for time, value in pairs.states.items()}
+    return {"noise": pairs.noise, "x0": pairs.x0, **cond, **states}
 
 
 def _interleaved(entries: list[Entry], num: int) -> Pairs:
@@ -129,4 +133,5 @@ def _interleaved(entries: list[Entry], num: int) -> Pairs:
         for name, value in joined.items():
             value[number :: len(entries)] = entry[name]
     cond = {name.removeprefix("cond."): value for name, value in joined.items() if name.startswith("cond.")}
-    return Pairs(joined["noise"], joined["x0"], cond)
+    states = {float(name[6:]): value for name, value in joined.items() if name.startswith("state.")}
+    return Pairs(joined["noise"], joined["x0"], cond, states)

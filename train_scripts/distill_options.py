@@ -70,6 +70,11 @@ class Config(RunOptions, DataOptions, EvalOptions):
     gan_weight: float | None = None
     """Weight of the student's adversarial term. 0: the student never sees real images. Default: 0.01 where there
     are real images and the network has a bottleneck to listen to, else 0."""
+    reals: Literal["data", "teacher"] = "data"
+    """What the GAN term takes for real: --data, or the images of the teacher pairs, which need no data."""
+    separate_guidance: bool = False
+    """Draw noise levels of its own for the guidance term, below that of a few-step student's current step
+    (decoupled DMD). No effect at --guidance 1."""
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's."""
     warmup_steps: int | None = None
@@ -168,6 +173,11 @@ def check(config: Config) -> None:
         raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
+    if config.reals == "teacher" and not (config.warmup_steps != 0 or config.regression_weight):
+        raise ValueError(
+            "--reals teacher takes the images of the teacher pairs, which --warmup-steps 0 and --regression-weight "
+            "0 do without. Pass one of them above 0, or --reals data."
+        )
     if config.gan_weight and not config.critic_weight:
         raise ValueError("--critic-weight 0 trains no critic for the GAN term. Pass 0.01, or --gan-weight 0.")
     if config.prompts:

@@ -84,6 +84,8 @@ def distil_texts(config: Config) -> Path:
     def batches(rng: Rng) -> dict[str, Any]:
         chosen = shuffled(len(texts.prompts), config.batch_size, rng)
         real = {} if latents is None else {"real": latents(chosen).to(accelerator.device)}
+        if config.gan_weight and latents is None:  # those of the teacher pairs, which are not made yet
+            real = {"real": torch.zeros(len(chosen), *teacher.shape, device=accelerator.device)}
         return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
 
     with accelerator.autocast():
@@ -111,7 +113,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
         teacher = prompted(texts.prompts, negative, source)
     config, latents = settled(config, teacher, real), None
-    if config.gan_weight and not config.dry_run:
+    if config.gan_weight and config.reals == "data" and not config.dry_run:
         latents = encode_images(texts.images, teacher.source, accelerator)
     return Inputs(config, teacher, texts, latents, shown)
 
@@ -127,7 +129,7 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
             f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
         )
     if config.gan_weight:
-        if not len(texts.images):
+        if not len(texts.images) and config.reals == "data":
             raise ValueError(
                 f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
                 "them, or pass --gan-weight 0."

@@ -16,6 +16,7 @@ from torch import nn
 
 from distill.adversarial import Critic, discriminator_head
 from distill.backbone import offload_state, shared_backbone
+from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
 from distill.pair_store import PairsOf, stored_pairs
@@ -47,6 +48,7 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
     """
     gan = config.gan_weight
     if gan is None:
+        real = real or config.reals == "teacher"
         gan = 0.01 if real and listens(teacher, config.bottleneck) else 0.0
     steps = config.steps if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate
@@ -129,6 +131,7 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
         fake=replace(teacher.denoiser, network=fake),
         shape=teacher.shape,
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
+        guidance=SeparateGuidance() if config.separate_guidance and config.guidance != 1 else None,
         step_key="step" if fake_steps(config, facts) else None,
         student_every=config.student_every,
         times=between_ratios(*config.ratio_range) if any(config.ratio_range) else uniform(0.02, 0.98),
@@ -153,7 +156,7 @@ DISTANCES: dict[str, Distance] = {"l1": absolute_error, "l2": squared_error, "hu
 
 def teacher_pairs(
     config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, accelerator: Accelerator, *, number: int,
-    identity: str, purpose: str = "pairs",
+    identity: str, purpose: str = "pairs", keep: tuple[float, ...] = (),
 ) -> Pairs:  # fmt: skip
     """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike.
 
@@ -168,6 +171,7 @@ def teacher_pairs(
         number: of pairs.
         identity: a hash of the teacher.
         purpose: separates the noise of pairs that are trained on from that of others.
+        keep: times at which the noisy image is kept, too.
     """
     numbers = torch.arange(number) % max(1, teacher.num_classes)
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
@@ -178,6 +182,7 @@ def teacher_pairs(
     wanted = PairsOf(
         teacher=identity, cond=cond, times=times, num=number, shape=teacher.shape, seed=seed,
         guidance=config.guidance, negative=config.negative, precision=config.precision,
+        keep=keep,
     )  # fmt: skip
 
     def make(shard: int, num_shards: int) -> Pairs:
@@ -185,6 +190,7 @@ def teacher_pairs(
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=times, seed=seed, rank=shard,
                 num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
+                keep=keep,
             )  # fmt: skip
 
     return stored_pairs(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from distill.dmd import DMD
 from distill.guard import Guard, middle_layer
 from distill.rates import Rates, range_test
-from distill.regression import Pairs, Regression
+from distill.regression import Pairs, Regression, teacher_batch
 from distill.student import Student
 from score import checkpoint
 from score.randomness import Rng
@@ -57,7 +57,7 @@ class Stages:
         """Pairs of the teacher, made or found on disk."""
         return teacher_pairs(
             self.config, self.method.teacher, self.teacher, self.accelerator, number=number,
-            identity=self.own["teacher"], purpose=purpose,
+            identity=self.own["teacher"], purpose=purpose, keep=self.method.student.times[1:],
         )  # fmt: skip
 
 
@@ -68,6 +68,9 @@ def distil(
     config, method = stages.config, stages.method
     checkpoint.check_config(stages.folder, stages.own)  # before the long work of making pairs
     regression = make_regression(stages)
+    if config.gan_weight and config.reals == "teacher" and regression is not None:
+        pairs, device = regression.pairs, stages.accelerator.device
+        stages = replace(stages, batches=lambda rng: teacher_batch(pairs, config.batch_size, rng, device))
     if config.regression_weight:
         stages = replace(stages, method=replace(method, regression=regression))
     phases = build_phases(config, stages.method)

@@ -21,11 +21,11 @@ def student_data(config: Config, teacher: Teacher) -> ImageSet | None:
     Raises:
         ValueError: images that are needed and not named, or that the teacher does not make.
     """
-    users = [name for name, used in (
-        ("the GAN term", bool(config.gan_weight)), ("--features", config.features is not None),
-    ) if used]  # fmt: skip
+    listens = config.reals == "data" and config.gan_weight != 0
+    users = ["the GAN term"] if listens and config.gan_weight else []
+    users += ["--features"] if config.features is not None else []
     digits = (teacher.shape, teacher.num_classes) == (SHAPE, NUM_CLASSES)
-    if config.data is None and not users and not (digits and config.gan_weight is None):
+    if config.data is None and not users and not (digits and listens):
         return None
     if config.data is None and not digits:
         raise ValueError(
@@ -61,9 +61,11 @@ def student_batches(
 
     def conditions(rng: Rng) -> dict[str, Any]:
         labels = torch.randint(max(1, teacher.num_classes), (config.batch_size,), generator=rng("labels"))
-        return {"cond": teacher.cond(labels.to(device)), "size": config.batch_size}
+        # Real images come with the teacher pairs, which are not made yet when the shapes are tried.
+        real = {"real": torch.zeros(config.batch_size, *teacher.shape, device=device)} if config.gan_weight else {}
+        return {"cond": teacher.cond(labels.to(device)), "size": config.batch_size, **real}
 
-    return conditions if data is None else real
+    return conditions if data is None or config.reals == "teacher" else real
 
 
 def data_identity(data: ImageSet | None) -> str:
