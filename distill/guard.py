@@ -8,10 +8,11 @@ checkpoints as an independent classifier does; against real images it rewards th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.adversarial import features_at
 from distill.regression import Pairs
@@ -170,12 +171,22 @@ def left_out(number: int) -> list[Tensor]:
     return [every[every % GROUPS != group] for group in range(GROUPS)]
 
 
-def middle_layer(network: nn.Module) -> str:
+def middle_layer(denoiser: NetworkDenoiser, shape: Sequence[int], cond: Cond) -> str:
     """Name of the submodule whose output describes an image: a UNet's bottleneck, or the middle of a stack.
 
-    Looks for a module's own ``bottleneck`` attribute, a ``mid_block``, and then the longest ``ModuleList`` or
-    ``Sequential`` of one kind of block. Raises ``ValueError`` where there is none of these.
+    A module's own ``bottleneck`` attribute or a ``mid_block`` is taken at its word. Otherwise one pass of the
+    network shows which outputs depend on the image (embeddings of time and conditions do not) and have the fewest
+    positions; of those the middle one in the order of the pass.
+
+    Args:
+        denoiser: any network.
+        shape: of one image.
+        cond: a condition of batch 1.
+
+    Raises:
+        ValueError: no output of a submodule depends on the image.
     """
+    network = denoiser.network
     modules = dict(network.named_modules())
     for prefix, module in modules.items():
         if isinstance(name := getattr(module, "bottleneck", None), str):
@@ -183,12 +194,41 @@ def middle_layer(network: nn.Module) -> str:
     for name in modules:
         if name.split(".")[-1] in ("mid_block", "middle_block"):
             return name
-    stacks = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-    stacks |= {name: len(module) for name, module in modules.items() if isinstance(module, nn.Sequential)}
-    if not stacks:
-        raise ValueError(f"no layer of a {type(network).__name__} is known to describe images; name one.")
-    longest = max(stacks, key=lambda name: stacks[name])
-    return f"{longest}.{list(modules[longest]._modules)[stacks[longest] // 2]}"
+    found = [(name, positions) for name, positions in _positions(denoiser, shape, cond) if name]
+    if not found:
+        raise ValueError(f"no part of a {type(network).__name__} depends on the image, so none can describe it.")
+    fewest = min(positions for _, positions in found)
+    narrow = [name for name, positions in found if positions == fewest]
+    return narrow[len(narrow) // 2]
+
+
+@torch.no_grad()
+def _positions(denoiser: NetworkDenoiser, shape: Sequence[int], cond: Cond) -> list[tuple[str, int]]:
+    # Submodules in the order of a pass, whose outputs differ between images, and their numbers of positions.
+    found: list[tuple[str, int]] = []
+    device = next(denoiser.network.parameters()).device
+
+    def note(name: str, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(output, Tensor) and output.ndim in (2, 3, 4) and len(output) == 2:
+            differ = not torch.allclose(output[0].float(), output[1].float(), rtol=1e-3, atol=1e-6)
+            # As in pooled: tokens of a sequence, or height times width.
+            positions = {2: 1, 3: output.shape[1], 4: output[0, 0].numel()}[output.ndim]
+            if differ and output[0].numel() > positions:
+                found.append((name, positions))
+
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+        for name, module in denoiser.network.named_modules()
+    ]
+    try:
+        x_t = torch.randn(2, *shape, generator=derived_generator("middle layer")).to(device)
+        t = _time(denoiser, 1.0).expand(2).to(device)
+        denoiser(x_t, t, {name: value[:1].expand(2, *value.shape[1:]).to(device) for name, value in cond.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _time(denoiser: NetworkDenoiser, ratio: float) -> Tensor:

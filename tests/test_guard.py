@@ -151,15 +151,50 @@ def test_features_are_averaged_over_positions():
         pooled(torch.zeros(3))
 
 
-def test_the_middle_of_known_networks():
-    assert middle_layer(ResidualMLP((2,), depth=4)) == ResidualMLP((2,), depth=4).bottleneck
-    stack = nn.Module()
-    stack.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
-    assert middle_layer(stack) == "blocks.3"
-    unet = nn.Module()
-    unet.inner = nn.Module()
-    unet.inner.mid_block = nn.Identity()
-    unet.blocks = stack.blocks
-    assert middle_layer(unet) == "inner.mid_block"
-    with pytest.raises(ValueError, match="no layer of a Linear"):
-        middle_layer(nn.Linear(2, 2))
+class Small(nn.Module):
+    """A UNet whose parts have names of their own, beside a time embedding longer than any of its stacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
+        self.down, self.deep = nn.Conv2d(1, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 1, 4, 4)
+
+    def forward(self, x_t, t):
+        h = self.embedding(t[:, None].expand(-1, 8))[:, :, None, None]
+        return self.up(self.deep(self.down(x_t) + h))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.leave = nn.Linear(6, 4)
+
+    def forward(self, x_t, t):
+        h = self.enter(x_t.reshape(len(x_t), 4, 4))
+        for block in self.blocks:
+            h = block(h)
+        return self.leave(h).reshape(x_t.shape)
+
+
+@pytest.mark.parametrize(("network", "shape", "expected"), [
+    (ResidualMLP((2,), depth=4), (2,), ResidualMLP((2,), depth=4).bottleneck), (Small(), (1, 8, 8), "deep"),
+    (Tokens(), (1, 4, 4), "blocks.2"),
+])  # fmt: skip
+def test_the_middle_of_a_network_depends_on_the_image_and_is_narrow(network, shape, expected):
+    assert middle_layer(NetworkDenoiser(network, RectifiedFlow(), "x0"), shape, {}) == expected
+
+
+def test_a_network_that_does_not_look_at_the_image_has_no_middle():
+    class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 2)
+
+        def forward(self, x_t, t):
+            return self.layer(t[:, None])
+
+    with pytest.raises(ValueError, match="no part of a Blind depends on the image"):
+        middle_layer(NetworkDenoiser(Blind(), RectifiedFlow(), "x0"), (2,), {})

@@ -19,6 +19,7 @@ from distill.backbone import offload_state, shared_backbone
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
+from distill.guard import middle_layer
 from distill.pair_store import PairsOf, stored_pairs
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
 from distill.student import Student, even_times, times_by_ratio
@@ -46,14 +47,15 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
     Raises:
         ValueError: a GAN term that was asked for and cannot be.
     """
-    gan = config.gan_weight
+    gan, layer = config.gan_weight, config.bottleneck
     if gan is None:
+        layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
-        gan = 0.01 if real and listens(teacher, config.bottleneck) else 0.0
+        gan = 0.01 if real and listens(teacher, layer) else 0.0
     steps = config.steps if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
-    return replace(config, gan_weight=gan, warmup_steps=steps, num_pairs=pairs)
+    return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
 
 
 def listens(teacher: Teacher | PromptedTeacher, bottleneck: str | None) -> bool:

@@ -104,14 +104,11 @@ def make_regression(stages: Stages) -> Regression | None:
 
 
 def make_guard(stages: Stages) -> Guard | None:
-    """A guard with held-out pairs; none at --guard-images 0, or where no layer of the network is known."""
+    """A guard with held-out pairs; none at --guard-images 0."""
     config, teacher = stages.config, stages.teacher
     if not config.guard_images:
         return None
-    try:
-        layer = config.bottleneck or middle_layer(teacher.denoiser.network)
-    except ValueError as error:
-        raise ValueError(f"{error} Pass --bottleneck, or --guard-images 0.") from error
+    layer = config.bottleneck or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
     pairs = stages.pairs(config.guard_images, "guard")
     return Guard(teacher=teacher.denoiser, layer=layer, pairs=pairs, batch=config.batch_size)
 
