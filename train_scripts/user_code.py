@@ -32,7 +32,7 @@ def user_function(name: str) -> Callable[[], Any]:
         raise ValueError(f"{name}: no such function, or its module fails ({error}).") from error
     if not callable(found):
         raise ValueError(f"{name} must be a function; got a {type(found).__name__}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def call(name: str) -> Any:
