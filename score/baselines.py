@@ -13,8 +13,8 @@ def best_without_network(x0: Images, noise: Images, ratio: float) -> dict[str, T
     """Mean squared error of each image of three denoisers of ``x0 + ratio noise``, (n,) each.
 
     ``constant`` is the mean image. ``linear`` is the Wiener filter: the mean image, and each frequency shrunk by
-    P / (P + ratio^2) with P its power. ``blurred`` is the better of four Gaussian blurs. Mean and power are those of
-    the other images, so that none is measured on what it was fitted to; with fewer than four they are its own.
+    P / (P + ratio^2) with P its power. ``blurred`` is the best of four Gaussian blurs. Mean and power are those
+    of the other images, so that none is measured on what it was fitted to; of fewer than four they are their own.
     """
     others = len(x0) >= 4
     mean = _mean_of_others(x0) if others else x0.mean([0, *range(2, x0.ndim)], keepdim=True)

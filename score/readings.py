@@ -37,7 +37,7 @@ class Reading:
         shift: see ``scale``.
         arrange: the order of the numbers in an image, as the network knows it.
         restore: the inverse of ``arrange``.
-        wrapped: the network's wrapper applies ``scale`` and ``shift`` to x_t itself, but leaves the schedule as it is.
+        wrapped: the wrapper applies ``scale`` and ``shift`` to x_t itself, but leaves the schedule as it is.
         sigma_data: of EDM's preconditioning, put round the network here; None for none.
         hidden: a sigma_data that the network was wrapped with inside, to be undone first.
     """
@@ -88,8 +88,8 @@ class Reading:
         return first.to(x_t.dtype)
 
     def _preconditioned(self, known: Images, level: PerSample, t: PerSample, cond: Cond) -> Tensor:
-        # arXiv 2206.00364, Table 1. Where the network hides another preconditioning, it is asked for the same input
-        # of its inner network, and the inner output is solved for.
+        # arXiv 2206.00364, Table 1. Where the network hides another preconditioning, its inner network is given
+        # the same input, and the inner output is solved for.
         assert self.sigma_data is not None
         skip, out, into = (per_sample(c, known) for c in coefficients(level, self.sigma_data))
         if self.hidden is None:

@@ -96,6 +96,21 @@ def few_step_samples(
     return found
 
 
+def strange_range(samples: Images) -> list[Finding]:
+    """Own samples that do not fill [-1, 1], which pictures of many pixels do; only a warning, since some do not."""
+    values = samples.double().flatten()
+    values = values[:: -(-len(values) // 1_000_000)].cpu()  # all that torch's quantile takes
+    low, high = values.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
+    # A dark set may lack white and a bright one black, but hardly both, nor anything below the middle.
+    if -1.6 < low < -0.1 and high < 1.6 and (low < -0.7 or high > 0.7):
+        return []
+    message = (
+        f"its own samples lie in [{low:.2f}, {high:.2f}] (1 % and 99 %); expected about [-1, 1]. If its data were "
+        "scaled otherwise, rescale x_t and the schedule together in the wrapper."
+    )
+    return [Finding("data_scale", "warning", message)]
+
+
 def wrong_conditions(base: Reading, output: Output, trial: Trial, null: Cond | None) -> list[Finding]:
     """Labels or prompts that do not belong to the images, and a null condition that was never learned.
 
@@ -112,8 +127,8 @@ def wrong_conditions(base: Reading, output: Output, trial: Trial, null: Cond | N
         found.append(shifted)
     elif gain.worse or (len(trial.x0) >= 16 and gain.mean > -0.002 and gain.mean > -2 * gain.error):
         message = (
-            f"its error of x0 is {_percent(gain.mean)} under the images' own labels or prompts, compared with those "
-            "of other images; expected clearly smaller. Do labels and images belong together, in the teacher's order?"
+            f"its error of x0 is {_percent(gain.mean)} under the images' own labels or prompts than under those of "
+            "other images; expected clearly smaller. Do they belong together, in the order of its training?"
         )
         found.append(Finding("labels", "warning", message))
     if null is not None:
@@ -121,8 +136,8 @@ def wrong_conditions(base: Reading, output: Output, trial: Trial, null: Cond | N
         without = tried(base, trial.under(whole)).get(output)
         if without is not None and (loss := difference(without, wrong, trial.floor)).worse and loss.mean > 0.1:
             message = (
-                f"without a label or prompt its error is {_percent(loss.mean)} than under wrong ones; expected smaller. "
-                "It was not trained without them: pass --guidance 1, or the right null class."
+                f"without a label or prompt its error is {_percent(loss.mean)} than under wrong ones; expected "
+                "smaller. It was not trained without them: pass --guidance 1, or the right null class."
             )
             found.append(Finding("null_class", "warning", message))
     return found
@@ -189,9 +204,9 @@ def time_off_by_one(base: Reading, output: Output, trial: Trial, generator: Gene
         if all(gain.better for gain in gains):
             what = "t + 1" if offset > 0 else "t - 1"
             message = (
-                f"at t = 2, 4 and 8 its error of eps is {_percent(max(gain.mean for gain in gains[:3]))} or more if it "
-                f"is told {what}, which is better than t and than two steps. Pass {what} in the wrapper, or take the "
-                "schedule's table from where its training counts from."
+                f"at t = 2, 4 and 8 its error of eps is at least {_percent(max(gain.mean for gain in gains[:3]))} if "
+                f"it is told {what}, and one more step is worse. Pass {what} in the wrapper, or start the schedule's "
+                "table where its training starts to count."
             )
             return [Finding("off_by_one", "warning", message)]
     return []

@@ -22,7 +22,8 @@ SIGNIFICANT = 4.0
 FLOOR = 1e-4
 """Share of the data's variance below which all errors are alike: nothing is left to denoise."""
 
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, ArithmeticError)
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, ArithmeticError)
+"""What networks raise that cannot be asked as a mistake would have it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ def tried(reading: Reading, trial: Trial) -> dict[Output, Errors]:
         return errors(reading, trial)
     except torch.OutOfMemoryError:
         raise
-    except _FAILURES:
+    except FAILURES:
         return {}
 
 
@@ -132,8 +133,8 @@ class Difference:
 def difference(a: Errors, b: Errors, floor: float) -> Difference:
     """Log of the ratio of mean errors ``a`` to ``b``, averaged over the levels at which both are finite.
 
-    The mean over images comes before the log: a denoiser is the best in mean squared error, while one that guesses a
-    single image does better by the mean of logs. The standard error is that of the influence of each image on it.
+    The mean over images comes before the log: a denoiser is the best in mean squared error, while one that guesses
+    a single image does better by the mean of logs. The standard error is that of each image's influence on it.
     """
     usable = (a.isfinite() & b.isfinite()).all(1)
     if not bool(usable.any()):

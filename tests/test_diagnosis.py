@@ -14,7 +14,11 @@ from score.readings import coefficients, declared
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
 from score.trials import difference, errors, levels_of, make_trial
 
-LINEAR, SCALED, COSINE = VariancePreserving.linear(), VariancePreserving.scaled_linear(), VariancePreserving.cosine()
+LINEAR, SCALED, COSINE = (
+    VariancePreserving.linear(),
+    VariancePreserving.scaled_linear(),
+    VariancePreserving.cosine(),
+)
 FLOW, EDM = RectifiedFlow(), Karras()
 
 
@@ -171,3 +175,85 @@ def test_a_good_teacher_passes(teacher):
 def test_a_gaussian_that_no_one_beats_linearly_passes(schedule, generator):
     exact = GaussianMixture(torch.zeros(1, 1, 4, 4), torch.tensor([0.7]), torch.ones(1), schedule)
     assert not ask(exact, exact.sample(64, generator)).findings
+
+
+def labelled(shift=0, null=None):
+    labels = torch.arange(len(X)) % 5
+    network = Memory(X, LINEAR, "eps", labels=labels)
+    if shift:
+        network.exact = EmpiricalDistribution(X, LINEAR, (labels + shift) % 5)
+    return NetworkDenoiser(network, LINEAR, "eps"), {"class_labels": labels}
+
+
+def test_labels_of_the_teacher_pass():
+    teacher, cond = labelled()
+    assert not ask(teacher, cond=cond, null={"class_labels": torch.tensor([5])}).findings
+
+
+@pytest.mark.parametrize("wrong", [1, -1, "shuffled"])
+def test_labels_of_other_images_are_named(wrong):
+    teacher, cond = labelled(wrong if isinstance(wrong, int) else 0)
+    if wrong == "shuffled":
+        cond = {"class_labels": cond["class_labels"][torch.randperm(len(X), generator=torch.Generator().manual_seed(3))]}
+    found = ask(teacher, cond=cond)
+    assert found.names == ("labels",)
+    if wrong != "shuffled":
+        assert ("raised" if wrong == 1 else "lowered") in found.findings[0].message
+
+
+OWN = ["v for eps", "eps for v", "x0 for flow", "minus the flow", "t in 0 to 1", "no weights"]
+
+
+@pytest.mark.parametrize("mistake", OWN)
+def test_without_data_the_own_samples_show_that_something_is_wrong(mistake):
+    found = ask(MISTAKES[mistake][1](), None, noise=torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    assert found.own
+    assert len(found.errors) == 1
+
+
+def test_without_data_a_teacher_of_half_the_size_is_suspected():
+    noise = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert ask(vp(X / 2), None, noise=noise, bounded=True).names == ("data_scale",)
+    assert not ask(vp(X / 2), None, noise=noise).findings
+
+
+def test_the_linear_filter_is_the_best_one_for_a_gaussian(generator):
+    # White data of variance 1: each number is shrunk by 1 / (1 + r^2), and the error is r^2 / (1 + r^2).
+    x0 = torch.randn(4000, 1, 2, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    found = best_without_network(x0, noise, 2.0)
+    assert float(found["linear"].mean()) == pytest.approx(0.8, rel=0.02)
+    assert float(found["constant"].mean()) == pytest.approx(1.0, rel=0.02)
+    assert float(found["blurred"].mean()) > 0.8
+
+
+def test_a_difference_is_the_log_ratio_of_mean_errors_with_its_standard_error(generator):
+    b = torch.rand(2, 5000, generator=generator, dtype=torch.float64) + 1
+    a = b * torch.tensor([[0.5], [0.25]], dtype=torch.float64)
+    exact = difference(a, b, 0.0)
+    assert exact.mean == pytest.approx(-1.5 * torch.tensor(2.0).log().item())
+    assert exact.error == pytest.approx(0, abs=1e-12)
+    # Independent errors: the variance of log(mean a / mean b) is that of a / mean a plus that of b / mean b, over n.
+    other = torch.rand(1, 5000, generator=generator, dtype=torch.float64) + 1
+    expected = (2 * (1 / 12) / 1.5**2 / 5000) ** 0.5
+    assert difference(other, b[:1], 0.0).error == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("denoiser", "size"), [(vp(), 1), (karras_denoiser(Inner(X, 0.5), EDM, 0.5), 1)])
+def test_the_declared_reading_gives_the_denoisers_own_x0(denoiser, size, generator):
+    base, output = declared(denoiser)
+    ratios = levels_of(denoiser.schedule, (0.3, 2.0), 1.0)
+    trial = make_trial(X[:6], {}, ratios, generator, batch_size=4)
+    found = errors(base, trial)[output]
+    for i, ratio in enumerate(ratios):
+        t = denoiser.schedule.time(ratio).float().expand(6)
+        x_t = denoiser.schedule.diffuse(X[:6], trial.noise[i], t)
+        expected = (denoiser(x_t, t, {}) - X[:6]).flatten(1).square().mean(1)
+        torch.testing.assert_close(found[i].float(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_every_mistake_is_another_reading():
+    for denoiser in (vp(), vp(schedule=FLOW, kind="flow"), karras_denoiser(Inner(X, 0.5), EDM, 0.5)):
+        base, _ = declared(denoiser)
+        names = [mistake.words for mistake in mistakes(base, X, 1.0)]
+        assert len(names) == len(set(names))
