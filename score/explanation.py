@@ -59,6 +59,7 @@ class Counted:
         self.calls = 0
 
     def __call__(self, *args: Any, **cond: Tensor) -> Any:
+        """The network's answer."""
         self.calls += 1
         return self.network(*args, **cond)
 

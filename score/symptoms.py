@@ -97,7 +97,7 @@ def few_step_samples(
 
 
 def strange_range(samples: Images) -> list[Finding]:
-    """Own samples that do not fill [-1, 1], which pictures of many pixels do; only a warning, since some do not."""
+    """Own samples that do not fill [-1, 1], as pictures mostly do; a warning, since some do not."""
     values = samples.double().flatten()
     values = values[:: -(-len(values) // 1_000_000)].cpu()  # all that torch's quantile takes
     low, high = values.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
@@ -127,8 +127,8 @@ def wrong_conditions(base: Reading, output: Output, trial: Trial, null: Cond | N
         found.append(shifted)
     elif gain.worse or (len(trial.x0) >= 16 and gain.mean > -0.002 and gain.mean > -2 * gain.error):
         message = (
-            f"its error of x0 is {_percent(gain.mean)} under the images' own labels or prompts than under those of "
-            "other images; expected clearly smaller. Do they belong together, in the order of its training?"
+            f"its error of x0 is {_percent(gain.mean)} under the images' own labels or prompts than under those "
+            "of other images; expected clearly smaller. Do they belong together, in the order of its training?"
         )
         found.append(Finding("labels", "warning", message))
     if null is not None:
@@ -167,10 +167,8 @@ def _shifted_labels(base: Reading, output: Output, trial: Trial, own: Errors) ->
         moved = (labels + shift).clamp(int(labels.min()), int(labels.max()))
         found = tried(base, trial.under({**trial.cond, "class_labels": moved})).get(output)
         if found is not None and (gain := difference(found, own, trial.floor)).better and gain.mean < -0.02:
-            message = (
-                f"its error of x0 is {_percent(gain.mean)} if all labels are {'raised' if shift > 0 else 'lowered'} "
-                "by one. Count classes from 0, in the order of the teacher's training."
-            )
+            how = "raised" if shift > 0 else "lowered"
+            message = f"its error of x0 is {_percent(gain.mean)} if all labels are {how} by one. Count classes from 0, in the order of the teacher's training."
             return Finding("labels", "warning", message)
     return None
 
@@ -203,10 +201,10 @@ def time_off_by_one(base: Reading, output: Output, trial: Trial, generator: Gene
         ]
         if all(gain.better for gain in gains):
             what = "t + 1" if offset > 0 else "t - 1"
+            least = _percent(max(gain.mean for gain in gains[: len(EARLY)]))
             message = (
-                f"at t = 2, 4 and 8 its error of eps is at least {_percent(max(gain.mean for gain in gains[:3]))} if "
-                f"it is told {what}, and one more step is worse. Pass {what} in the wrapper, or start the schedule's "
-                "table where its training starts to count."
+                f"at t = 2, 4 and 8 its error of eps is at least {least} if it is told {what}, and one more step "
+                f"is worse. Pass {what} in the wrapper, or start the schedule's table where its training did."
             )
             return [Finding("off_by_one", "warning", message)]
     return []

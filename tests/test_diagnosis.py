@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "dropout": ("random", lambda: vp(dropout=0.2)),
     "two heads": ("shape", lambda: NetworkDenoiser(Wrapped(Memory(X, LINEAR, "eps"), after=twice), LINEAR, "eps")),
-    "nan": ("not_finite", lambda: NetworkDenoiser(Wrapped(Memory(X, FLOW, "v"), after=lambda x: x / 0), FLOW, "v")),
+    "nan": ("not_finite", lambda: NetworkDenoiser(Wrapped(Memory(X, FLOW, "v"), after=infinite), FLOW, "v")),
     "no weights": ("does_not_denoise", lambda: karras_denoiser(ResidualMLP((3, 8, 8), width=8, depth=1), EDM)),
 }  # fmt: skip
 
@@ -139,8 +139,16 @@ def twice(x):
     return torch.cat([x, x], 1)
 
 
+def infinite(x):
+    return x / 0
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def ask(denoiser, x0=X, cond=None, **options):
-    return diagnose(denoiser, x0, cond or {}, generator=torch.Generator().manual_seed(0), **options)
+    return diagnose(denoiser, x0, cond or {}, generator=seeded(0), **options)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -194,7 +202,7 @@ def test_labels_of_the_teacher_pass():
 def test_labels_of_other_images_are_named(wrong):
     teacher, cond = labelled(wrong if isinstance(wrong, int) else 0)
     if wrong == "shuffled":
-        cond = {"class_labels": cond["class_labels"][torch.randperm(len(X), generator=torch.Generator().manual_seed(3))]}
+        cond = {"class_labels": cond["class_labels"][torch.randperm(len(X), generator=seeded(3))]}
     found = ask(teacher, cond=cond)
     assert found.names == ("labels",)
     if wrong != "shuffled":
@@ -206,13 +214,13 @@ OWN = ["v for eps", "eps for v", "x0 for flow", "minus the flow", "t in 0 to 1",
 
 @pytest.mark.parametrize("mistake", OWN)
 def test_without_data_the_own_samples_show_that_something_is_wrong(mistake):
-    found = ask(MISTAKES[mistake][1](), None, noise=torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    found = ask(MISTAKES[mistake][1](), None, noise=torch.randn(16, 3, 8, 8, generator=seeded(1)))
     assert found.own
     assert len(found.errors) == 1
 
 
 def test_without_data_a_teacher_of_half_the_size_is_suspected():
-    noise = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(16, 3, 8, 8, generator=seeded(1))
     assert ask(vp(X / 2), None, noise=noise, bounded=True).names == ("data_scale",)
     assert not ask(vp(X / 2), None, noise=noise).findings
 
@@ -233,7 +241,7 @@ def test_a_difference_is_the_log_ratio_of_mean_errors_with_its_standard_error(ge
     exact = difference(a, b, 0.0)
     assert exact.mean == pytest.approx(-1.5 * torch.tensor(2.0).log().item())
     assert exact.error == pytest.approx(0, abs=1e-12)
-    # Independent errors: the variance of log(mean a / mean b) is that of a / mean a plus that of b / mean b, over n.
+    # Independent errors: the variance of log(mean a / mean b) is a sum of two, over n.
     other = torch.rand(1, 5000, generator=generator, dtype=torch.float64) + 1
     expected = (2 * (1 / 12) / 1.5**2 / 5000) ** 0.5
     assert difference(other, b[:1], 0.0).error == pytest.approx(expected, rel=0.05)
