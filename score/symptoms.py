@@ -168,7 +168,10 @@ def _shifted_labels(base: Reading, output: Output, trial: Trial, own: Errors) ->
         found = tried(base, trial.under({**trial.cond, "class_labels": moved})).get(output)
         if found is not None and (gain := difference(found, own, trial.floor)).better and gain.mean < -0.02:
             how = "raised" if shift > 0 else "lowered"
-            message = f"its error of x0 is {_percent(gain.mean)} if all labels are {how} by one. Count classes from 0, in the order of the teacher's training."
+            message = (
+                f"its error of x0 is {_percent(gain.mean)} if all labels are {how} by one. Count classes from 0, "
+                "in the order of the teacher's training."
+            )
             return Finding("labels", "warning", message)
     return None
 
