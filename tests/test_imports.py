@@ -43,6 +43,16 @@ MODULES = {
     "storage": {"atomic", "schedule", "denoiser"},
     "gradient": {"randomness", "schedule", "denoiser", "times"},
     "sampling": {"randomness", "schedule", "denoiser", "exact"},
+    "readings": {"schedule", "denoiser"},
+    "mistakes": {"schedule", "readings"},
+    "baselines": {"schedule"},
+    "trials": {"randomness", "schedule", "denoiser", "readings"},
+    "symptoms": {"schedule", "denoiser", "sampling", "readings", "mistakes", "trials"},
+    "own_samples": {"schedule", "denoiser", "baselines", "readings", "mistakes", "trials"},
+    "explanation": {
+        *("schedule", "denoiser", "baselines", "readings", "mistakes", "trials", "symptoms", "own_samples")
+    },
+    "diagnosis": {"randomness", "schedule", "denoiser", "symptoms", "explanation"},
     "lora": set(),
     "metrics": {"schedule", "denoiser", "exact"},
     "atomic": set(),

@@ -1,0 +1,110 @@
+"""The check of a teacher that runs before it is distilled: a table, what is wrong, and a picture."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+from torchvision.utils import save_image
+
+from score import Cond, NetworkDenoiser
+from score.diagnosis import Diagnosis, diagnose
+
+PICTURE = "teacher_check.png"
+COLUMNS = 8
+
+
+class Checked(Protocol):
+    """What teachers of classes and of prompts have in common."""
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """Network, schedule and prediction kind."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of x0."""
+
+    def cond(self, labels: Tensor) -> Cond:
+        """The condition of labels."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 to images."""
+
+
+def num_checked(shape: Sequence[int]) -> int:
+    """How many images a teacher is asked about: 64, fewer where they are large, at least 8."""
+    return max(8, min(64, 2**20 // torch.Size(shape).numel()))
+
+
+def check_teacher(
+    teacher: Checked, x0: Tensor | None, labels: Tensor, *, null: Cond | None = None, bounded: bool = True,
+    seed: int = 0, batch_size: int = 64, out: Path | None = None,
+) -> Diagnosis:  # fmt: skip
+    """Print what is wrong with a teacher, draw a few of its samples, and refuse one that cannot be distilled.
+
+    Args:
+        teacher: of classes or of prompts, frozen, on its device.
+        x0: (n, c, h, w) data in [-1, 1], or latents of a latent teacher; None asks it about its own samples.
+        labels: (n,) the numbers of their classes or prompts; without ``x0`` those to draw, ``num_checked`` many.
+        null: the condition without class or prompt, batch 1, where guidance needs it.
+        bounded: x0 are pictures; False for latents.
+        seed: of the noise.
+        batch_size: images in a call of the network.
+        out: folder for ``teacher_check.png``, which must exist; None draws nothing.
+
+    Raises:
+        ValueError: an error among the findings, with what was found, expected, and what to do.
+    """
+    device = next(teacher.denoiser.network.parameters(), torch.empty(0)).device
+    generator = Generator().manual_seed(seed)
+    noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
+    start = time.perf_counter()
+    found = diagnose(
+        teacher.denoiser, None if x0 is None else x0.to(device), teacher.cond(labels.to(device)), null=null,
+        noise=noise, generator=generator, batch_size=batch_size, bounded=bounded,
+    )  # fmt: skip
+    print(describe(found, time.perf_counter() - start))
+    for finding in found.findings:
+        if finding.severity == "warning":
+            print(finding, file=sys.stderr)
+    if out is not None and found.samples:
+        draw_check(teacher, found, out / PICTURE)
+    if found.errors:
+        said = " ".join(f"{finding.name}: {finding.message}" for finding in found.errors)
+        raise ValueError(f"the teacher check stopped the run: {said} Or train anyway with --skip-teacher-check.")
+    return found
+
+
+def describe(found: Diagnosis, seconds: float) -> str:
+    """The table of a diagnosis, and how its images and samples look."""
+    on = "its own samples, which show fewer mistakes than data" if found.own else "data"
+    number = 0 if found.images is None else len(found.images)
+    lines = [f"teacher check on {number} images ({on}): {found.calls} calls, {seconds:.1f} s"]
+    if found.rows:
+        lines.append("  noise/data        t   teacher  constant    linear      blur   x0: mean   std  range")
+    for row in found.rows:
+        lines.append(
+            f"  {row.ratio:10.3g} {row.t:8.4g} {row.teacher:9.3g} {row.constant:9.3g} {row.linear:9.3g} "
+            f"{row.blurred:9.3g} {row.mean:10.2f} {row.std:5.2f}  {row.low:.2f} to {row.high:.2f}"
+        )
+    looked = {} if found.images is None else {"images": found.images}
+    looked |= {f"{steps} steps": images for steps, images in sorted(found.samples.items())}
+    for name, images in looked.items():
+        low, high = float(images.min()), float(images.max())
+        lines.append(f"  {name}: mean {images.mean():.2f}, std {images.std():.2f}, {low:.2f} to {high:.2f}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def draw_check(teacher: Checked, found: Diagnosis, path: Path) -> None:
+    """Rows of images that were asked about, then samples of 1, 2 and 4 steps (16 without data), as a PNG file."""
+    rows = [] if found.images is None or found.own else [found.images[:COLUMNS]]
+    rows += [images[:COLUMNS] for _, images in sorted(found.samples.items())]
+    # One by one: a large autoencoder needs gigabytes for each.
+    decoded = [torch.cat([teacher.decode(one).float().cpu() for one in row.split(1)]) for row in rows]
+    pictures = (torch.cat(decoded).nan_to_num().clamp(-1, 1) + 1) / 2
+    save_image(pictures, path, nrow=len(rows[0]), padding=1, pad_value=0.5)
