@@ -18,6 +18,7 @@ close = torch.testing.assert_close
 SOLVERS = {"ddim": ddim(), "heun": heun(), "dpm++": dpm_solver(), "unipc": unipc()}
 MULTISTEP = [pytest.param(solver, id=name) for name, solver in SOLVERS.items() if name in ("dpm++", "unipc")]
 
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

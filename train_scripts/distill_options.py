@@ -102,6 +102,8 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
     bottleneck: str | None = None
     """Submodule whose output the critic reads. None: the network's own choice, or its mid_block."""
+    skip_teacher_check: bool = False
+    """Do not ask the teacher about a few images before the training, and train with one that fails the check."""
     offload: bool = False
     """Keep the optimisers' state in the computer's memory between their steps."""
 
@@ -173,10 +175,10 @@ def check(config: Config) -> None:
         raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
-    if config.reals == "teacher" and not (config.warmup_steps != 0 or config.regression_weight):
+    if config.reals == "teacher" and config.warmup_steps == 0 and not config.regression_weight:
         raise ValueError(
-            "--reals teacher takes the images of the teacher pairs, which --warmup-steps 0 and --regression-weight "
-            "0 do without. Pass one of them above 0, or --reals data."
+            "--reals teacher takes the images of the teacher pairs, of which --warmup-steps 0 and "
+            "--regression-weight 0 make none. Pass one of them above 0, or --reals data."
         )
     if config.gan_weight and not config.critic_weight:
         raise ValueError("--critic-weight 0 trains no critic for the GAN term. Pass 0.01, or --gan-weight 0.")

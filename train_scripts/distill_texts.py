@@ -18,6 +18,7 @@ from networks import identity_of, probe_bottleneck
 from prompted import PromptedTeacher
 from roles import build_method, build_text_roles, plan_of_pairs, planned_roles, settled, student_times
 from stages import Stages, distil
+from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 from texts import Texts, read_texts
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -26,7 +27,8 @@ import toyworld
 from distill.dmd import DMD
 from distill.export import read_student_facts, scheduler_for
 from distill.student import Student
-from score import Cond, hub
+from score import Cond, checkpoint, hub
+from score.diagnosis import Diagnosis
 from score.pretrained import read_json
 from score.randomness import Rng, shuffled
 
@@ -79,6 +81,9 @@ def distil_texts(config: Config) -> Path:
     if config.dry_run:
         show(config, teacher, networks)
         return config.out
+    found = None
+    if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
+        found = ask_teacher(config, teacher, latents)
     method = build_method(config, teacher, *(place(network, config, accelerator) for network in networks))
 
     def batches(rng: Rng) -> dict[str, Any]:
@@ -90,12 +95,28 @@ def distil_texts(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
+    if found is not None and found.samples and accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        draw_check(teacher, found, config.out / PICTURE)
     average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
         save(config, average, teacher, out, accelerator.num_processes)
         print(f"student: {out}")
     return out
+
+
+def ask_teacher(config: Config, teacher: PromptedTeacher, latents: Latents | None) -> Diagnosis:
+    """Check the teacher on a few latents of the prompts' images, or on its own.
+
+    Raises ``ValueError`` for a teacher that fails.
+    """
+    count = num_checked(teacher.shape)
+    chosen = torch.randperm(teacher.num_classes, generator=torch.Generator().manual_seed(0))
+    chosen = chosen.repeat(-(-count // len(chosen)))[:count]
+    null = teacher.negative if config.guidance != 1 else None
+    x0 = None if latents is None else latents(chosen)
+    return check_teacher(teacher, x0, chosen, null=null, bounded=False, batch_size=config.batch_size)
 
 
 def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:

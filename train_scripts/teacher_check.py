@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from command import is_first_rank
 from torch import Generator, Tensor
 from torchvision.utils import save_image
 
@@ -67,11 +68,13 @@ def check_teacher(
         teacher.denoiser, None if x0 is None else x0.to(device), teacher.cond(labels.to(device)), null=null,
         noise=noise, generator=generator, batch_size=batch_size, bounded=bounded,
     )  # fmt: skip
-    print(describe(found, time.perf_counter() - start))
+    speaks = is_first_rank()
+    if speaks:
+        print(describe(found, time.perf_counter() - start))
     for finding in found.findings:
-        if finding.severity == "warning":
+        if finding.severity == "warning" and speaks:
             print(finding, file=sys.stderr)
-    if out is not None and found.samples:
+    if out is not None and found.samples and speaks:
         draw_check(teacher, found, out / PICTURE)
     if found.errors:
         said = " ".join(f"{finding.name}: {finding.message}" for finding in found.errors)

@@ -19,14 +19,17 @@ from command import identity, run, show_plan
 from distill_options import Config, check, presets_for
 from distill_texts import distil_texts
 from fitting import prepare, start
+from images import ImageSet
 from monitoring import Watch, check_evaluation, watcher
 from networks import Teacher, load_teacher
 from roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from stages import Stages, distil
 from student_data import data_identity, student_batches, student_data
+from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 from distill.student import Student, save_student
-from score import freeze
+from score import checkpoint, freeze
+from score.diagnosis import Diagnosis
 from score.randomness import Rng
 
 __all__ = ["Config", "main", "teacher_pairs"]
@@ -48,6 +51,10 @@ def distil_images(config: Config) -> Path:
     teacher.guided(config.guidance)  # or it says why not
     data = student_data(config, teacher)
     check_evaluation(config, data)
+    found = None
+    if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
+        freeze(teacher.denoiser.network)
+        found = ask_teacher(config, teacher, data)
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
@@ -77,6 +84,9 @@ def distil_images(config: Config) -> Path:
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),
     )  # fmt: skip
+    if found is not None and found.samples and accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        draw_check(teacher, found, config.out / PICTURE)
     columns = min(10, max(1, teacher.num_classes))
     student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
     folder = config.out / "student"
@@ -84,6 +94,17 @@ def distil_images(config: Config) -> Path:
         save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
+
+
+def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diagnosis:
+    """Check the teacher on a few images of the data, or on its own. Raises ``ValueError`` for one that fails."""
+    number, generator = num_checked(teacher.shape), torch.Generator().manual_seed(0)
+    x0, labels = None, torch.arange(number) % max(1, teacher.num_classes)
+    if data is not None:
+        batch = data.batch(torch.randperm(len(data), generator=generator)[:number], generator)
+        x0, labels = batch.images, batch.labels
+    null = teacher.cond(torch.tensor([teacher.num_classes])) if config.guidance != 1 else None
+    return check_teacher(teacher, x0, labels, null=null, batch_size=config.batch_size)
 
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
