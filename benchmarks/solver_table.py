@@ -124,7 +124,9 @@ def load(config: Config, name: str) -> Model:
     """A teacher or student, on the device. Raises ``ValueError`` for a teacher where a student is expected."""
     model = sample.load_model(drawing(config, name, 1, "ddim", "trailing"), torch.device(config.device))
     if bool(model.times) != (name != config.teacher):
-        raise ValueError(f"{name} is a {'student' if model.times else 'teacher'}; --teacher and --students differ.")
+        raise ValueError(
+            f"{name} is a {'student' if model.times else 'teacher'}; --teacher and --students differ."
+        )
     model.denoiser.network.to(config.device)
     return model
 
@@ -164,7 +166,10 @@ def measure(
     key, paid = "student", len(model.times)
     if not model.times:
         chosen = sample.plan_of(options, model)
-        key, paid = f"{chosen.solver if len(chosen.times) > 1 else 'ddim'} {chosen.times.tolist()}", chosen.num_calls
+        key, paid = (
+            f"{chosen.solver if len(chosen.times) > 1 else 'ddim'} {chosen.times.tolist()}",
+            chosen.num_calls,
+        )
         for cells in table["cells"].values():
             for cell in cells.values():
                 if cell["key"] == key:
@@ -284,7 +289,9 @@ def picture(config: Config, table: Mapping[str, Any], size: tuple[int, int] = (9
     return image
 
 
-def axes(canvas: ImageDraw.ImageDraw, place: Any, calls: Sequence[int], values: Sequence[float], size: Any) -> None:
+def axes(
+    canvas: ImageDraw.ImageDraw, place: Any, calls: Sequence[int], values: Sequence[float], size: Any
+) -> None:
     """Calls below, distances at the left, in the units of the data."""
     for number in calls:
         x, _ = place((number, values[0]))

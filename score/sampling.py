@@ -49,13 +49,7 @@ class Multistep:
     memory: int = 1
 
     def advance(
-        self,
-        denoiser: Denoiser,
-        points: tuple[Point, ...],
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor | None,
-        cond: Cond,
+        self, denoiser: Denoiser, points: tuple[Point, ...], x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond
     ) -> tuple[Tensor, tuple[Point, ...]]:
         """x_s and the points to remember; the state is passed on, never held. s = None is the clean image."""
         points = (*points, Point(t, x_t, denoiser(x_t, t, cond).to(x_t.dtype)))

@@ -102,7 +102,14 @@ def test_a_plan_makes_the_calls_it_says_and_no_more_than_allowed(schedule, solve
     for allowed in (1, 2, 3, 6, 7):
         calls.clear()
         chosen = plan(schedule, allowed, solver)
-        sample(counting, torch.zeros(2, 2, dtype=torch.float64), {}, times=chosen.times, step=chosen.step, generator=torch.Generator())
+        sample(
+            counting,
+            torch.zeros(2, 2, dtype=torch.float64),
+            {},
+            times=chosen.times,
+            step=chosen.step,
+            generator=torch.Generator(),
+        )
         assert len(calls) == chosen.num_calls
         assert allowed - 1 <= chosen.num_calls <= allowed
 

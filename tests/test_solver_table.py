@@ -21,15 +21,15 @@ from score.metrics import frechet_distance
 def config(tmp_path_factory):
     """An untrained teacher of digits, a student of two steps, and features that nothing was taught."""
     out = tmp_path_factory.mktemp("table")
-    folder = train_teacher.main(
-        train_teacher.Config(out=out / "run", steps=2, batch_size=16, width=16, depth=1)
-    )
+    folder = train_teacher.main(train_teacher.Config(out=out / "run", steps=2, batch_size=16, width=16, depth=1))
     teacher = load_teacher(str(folder))
     save_student(Student(teacher.denoiser, (20.0, 1.0)), out / "student", teacher.facts)
     torch.manual_seed(0)
     save_classifier(Classifier(Facts(1, 8, 4, num_features=4)).eval(), out / "features")
     random = np.random.RandomState(0)
-    np.savez(out / "real.npz", images=random.randint(0, 256, (40, 1, 8, 8)).astype(np.uint8), labels=np.arange(40) % 4)
+    np.savez(
+        out / "real.npz", images=random.randint(0, 256, (40, 1, 8, 8)).astype(np.uint8), labels=np.arange(40) % 4
+    )
     return solver_table.Config(
         teacher=str(folder), reference=str(out / "real.npz"), features=out / "features", num_images=20,
         students=(str(out / "student"),), calls=(1, 3), solvers=("ddim", "heun", "dpm++"),

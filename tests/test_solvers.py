@@ -18,6 +18,7 @@ close = torch.testing.assert_close
 SOLVERS = {"ddim": ddim(), "heun": heun(), "dpm++": dpm_solver(), "unipc": unipc()}
 MULTISTEP = [pytest.param(solver, id=name) for name, solver in SOLVERS.items() if name in ("dpm++", "unipc")]
 
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -78,7 +79,9 @@ def test_a_step_of_dpm_solver_is_its_formula(schedule, mixture):
     a1, a2, s1, s2 = schedule.alpha(t1)[0], schedule.alpha(t2)[0], schedule.sigma(t1)[0], schedule.sigma(t2)[0]
     x2 = s2 / s1 * x1 - a2 * math.expm1(-h) * d
     close(a1 / s1 * math.exp(h), a2 / s2)
-    close(sample(mixture, x0, {}, times=torch.stack([t0[0], t1[0], t2[0]]), step=dpm_solver()), mixture(x2, t2, {}))
+    close(
+        sample(mixture, x0, {}, times=torch.stack([t0[0], t1[0], t2[0]]), step=dpm_solver()), mixture(x2, t2, {})
+    )
 
 
 def test_unipc_corrects_by_the_parabola_through_its_answers(schedule):
@@ -98,7 +101,9 @@ def test_unipc_corrects_by_the_parabola_through_its_answers(schedule):
         lam = torch.linspace(-math.log(levels[index - 1]), -math.log(levels[index]), 200001, dtype=torch.float64)
         integral = torch.trapezoid(lam.exp() * (1 - 0.3 * lam + 0.2 * lam**2), lam)
         before, after = times[index - 1], times[index]
-        exact = schedule.sigma(after) / schedule.sigma(before) * states[index - 1] + schedule.sigma(after) * integral
+        exact = (
+            schedule.sigma(after) / schedule.sigma(before) * states[index - 1] + schedule.sigma(after) * integral
+        )
         close(states[index], exact, rtol=1e-8, atol=1e-8)
 
 
