@@ -97,7 +97,7 @@ def few_step_samples(
 
 
 def unlike_pictures(samples: Images, bounded: bool) -> str:
-    """What makes own samples no pictures at all, in words: not finite, far too large, or white noise; or nothing."""
+    """Say why own samples are no pictures at all: not finite, far too large, white noise; or nothing."""
     largest = float(samples.abs().max())
     if not bool(samples.isfinite().all()) or largest > (4.0 if bounded else 30.0):
         return f"its own samples reach {largest:.3g}; expected about {'1' if bounded else '4'} at most"
@@ -153,7 +153,7 @@ def wrong_conditions(base: Reading, output: Output, trial: Trial, null: Cond | N
 
 
 def better_conditions(base: Reading, output: Output, trial: Trial, null: Cond | None) -> list[Finding]:
-    """Labels raised or lowered by one, or none, that explain the images better than their own; the best of these."""
+    """Labels raised or lowered by one, or none, where they explain the images better than their own."""
     own = errors(base, trial)[output]
     choices = {} if null is None else {"they are left out": _whole(null, len(trial.x0))}
     labels = trial.cond.get("class_labels")
@@ -172,8 +172,8 @@ def better_conditions(base: Reading, output: Output, trial: Trial, null: Cond | 
         return []
     best, how = min(found)
     message = (
-        f"the images' labels or prompts are not the teacher's: its error of x0 is {_percent(best)} if {how}. Count "
-        "classes from 0, in the order of its training, and give each image its own prompt."
+        f"the images' labels or prompts are not the teacher's: its error of x0 is {_percent(best)} if {how}. "
+        "Count classes from 0, in the order of its training, and give each image its own prompt."
     )
     return [Finding("labels", "error" if best < -0.7 else "warning", message)]
 
@@ -200,7 +200,7 @@ def exchanged(cond: Cond) -> Cond | None:
 def time_off_by_one(base: Reading, output: Output, trial: Trial, generator: Generator) -> list[Finding]:
     """Integer times that the network knows one earlier or later: at the first times each step counts.
 
-    One step must be better than none and better than two, at three times: a network that is merely vague about low
+    One step must be better than none and than two, at each of three times: a network that is merely vague about low
     noise prefers ever smaller or ever larger times instead.
     """
     schedule = base.schedule
@@ -218,14 +218,11 @@ def time_off_by_one(base: Reading, output: Output, trial: Trial, generator: Gene
     scale = early.ratios[:, None] ** 2
     found = {offset: error / scale for offset, error in found.items()}
     for offset in (1, -1):
-        gains = [
-            difference(found[offset][[i]], found[other][[i]], 1e-9)
-            for other in (0, 2 * offset)
-            for i in range(len(EARLY))
-        ]
-        if all(gain.better for gain in gains):
+        pairs = [(found[offset], found[other]) for other in (0, 2 * offset)]
+        each = [difference(a[[i]], b[[i]], 1e-9).mean for a, b in pairs for i in range(len(EARLY))]
+        if all(difference(a, b, 1e-9).better for a, b in pairs) and max(each) < 0:
             what = "t + 1" if offset > 0 else "t - 1"
-            least = _percent(max(gain.mean for gain in gains[: len(EARLY)]))
+            least = _percent(max(each[: len(EARLY)]))
             message = (
                 f"at t = 2, 4 and 8 its error of eps is at least {least} if it is told {what}, and one more step "
                 f"is worse. Pass {what} in the wrapper, or start the schedule's table where its training did."
