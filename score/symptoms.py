@@ -200,7 +200,7 @@ def exchanged(cond: Cond) -> Cond | None:
 def time_off_by_one(base: Reading, output: Output, trial: Trial, generator: Generator) -> list[Finding]:
     """Integer times that the network knows one earlier or later: at the first times each step counts.
 
-    One step must be better than none and than two, at each of three times: a network that is merely vague about low
+    One step must be better than none and than two, at each of three times: a network merely vague about low
     noise prefers ever smaller or ever larger times instead.
     """
     schedule = base.schedule
