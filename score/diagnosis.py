@@ -17,10 +17,12 @@ from score.randomness import normal_like
 from score.schedule import Images
 from score.symptoms import (
     Finding,
+    better_conditions,
     broken_answers,
     few_step_samples,
     strange_range,
     time_off_by_one,
+    unlike_pictures,
     wrong_conditions,
 )
 
@@ -92,16 +94,20 @@ def diagnose(
     except ValueError as error:  # eps at alpha = 0
         return Diagnosis((Finding("schedule", "error", str(error)),), images=x0, own=x0 is None)
     images = samples[OWN_STEPS] if x0 is None else x0
-    if not bool(images.isfinite().all()) or float(images.abs().max()) > 1e4:
-        message = f"{OWN_STEPS} DDIM steps end in numbers up to {float(images.abs().max()):.3g}; expected images."
-        return Diagnosis(
-            (Finding("does_not_denoise", "error", message),), images=images, own=True, samples=samples
-        )
-    asked = Asked.about(denoiser, images, cond, generator, batch_size, own=x0 is None)
+    strange = unlike_pictures(images, bounded) if x0 is None else ""
+    # Nothing can be measured on images that are none; noise keeps the search for another reading going.
+    asked_on = start if strange else images
+    asked = Asked.about(denoiser, asked_on, cond, generator, batch_size, own=x0 is None)
+    if strange:
+        message = f"this teacher does not denoise: {strange}. Are its weights loaded?"
+        findings = asked.from_samples() or [Finding("does_not_denoise", "error", message)]
+        return Diagnosis(tuple(findings), (), images, True, samples, asked.counted.calls + sum(samples) + 3)
     findings = asked.named()
     if bounded and x0 is None:
         findings = findings or strange_range(images)
-    if not findings or all(finding.severity == "warning" for finding in findings):
+    if [finding.name for finding in findings] == ["does_not_denoise"]:
+        findings = better_conditions(asked.base, asked.output, asked.middle_trial, null) or findings
+    elif all(finding.severity == "warning" for finding in findings):
         findings += wrong_conditions(asked.base, asked.output, asked.middle_trial, null)
         findings += time_off_by_one(asked.base, asked.output, asked.trial, generator)
     order = tuple(sorted(findings, key=lambda finding: finding.severity))

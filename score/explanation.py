@@ -149,20 +149,20 @@ class Asked:
         return self._useless() if useless else []
 
     def _useless(self) -> list[Finding]:
-        """What does not denoise: on its own samples another reading may still make sense of it."""
-        found = None
-        if self.own:
-            few = self.trial.part(8, self.middle)
-            candidates = mistakes(self.base, few.x0, self.time_scale)
-            found = most_consistent(
-                self.base, self.output, candidates, few.noise[0], few.cond, self.generator, few.batch_size
-            )
-        if found is None:
-            return [Finding("does_not_denoise", "error", self._useless_message())]
-        what, fix = self._correction(*found)
-        message = (
-            f"it does not denoise the samples it draws, but would if {what}. {fix} Data would tell for certain."
+        found = self.from_samples() if self.own else []
+        return found or [Finding("does_not_denoise", "error", self._useless_message())]
+
+    def from_samples(self) -> list[Finding]:
+        """The reading that knows its own samples best, if one does: all that there is to go by without data."""
+        few = self.trial.part(8, self.middle)
+        candidates = mistakes(self.base, few.noise[0] / 2, self.time_scale)
+        found = most_consistent(
+            self.base, self.output, candidates, few.noise[0], few.cond, self.generator, few.batch_size
         )
+        if found is None:
+            return []
+        what, fix = self._correction(*found)
+        message = f"it draws no pictures, but may if {what}. {fix} Only data would tell for certain."
         return [Finding(found[0].name, "error", message)]
 
     def _tried(self, candidates: Iterable[Mistake]) -> list[_Explanation]:

@@ -15,6 +15,7 @@ from score.denoiser import Cond
 from score.mistakes import Mistake
 from score.readings import OUTPUTS, Output, Reading
 from score.schedule import Images
+from score.symptoms import unlike_pictures
 from score.trials import FAILURES, Difference, difference, levels_of, make_trial, tried
 
 STEPS = 8
@@ -47,7 +48,7 @@ def consistency(
         raise
     except FAILURES:
         return None
-    if not bool(x0.isfinite().all()) or float(x0.abs().max()) > 1e4:
+    if unlike_pictures(x0, bounded=False):
         return None
     ratios = levels_of(reading.schedule, (0.3, 1.0, 3.0), float(x0.double().std()) + 1e-6)
     trial = make_trial(x0, cond, ratios / float(reading.levels(torch.ones(1))), generator, batch_size)

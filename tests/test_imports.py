@@ -50,7 +50,7 @@ MODULES = {
     "baselines": {"schedule"},
     "trials": {"randomness", "schedule", "denoiser", "readings"},
     "symptoms": {"schedule", "denoiser", "sampling", "readings", "mistakes", "trials"},
-    "own_samples": {"schedule", "denoiser", "baselines", "readings", "mistakes", "trials"},
+    "own_samples": {"schedule", "denoiser", "baselines", "readings", "mistakes", "trials", "symptoms"},
     "explanation": {
         *("schedule", "denoiser", "baselines", "readings", "mistakes", "trials", "symptoms", "own_samples")
     },
