@@ -98,8 +98,8 @@ class DMD:
         gradient_weight: of the distribution matching term.
         gan: the adversarial term, or None.
         regression: teacher pairs (DMD's own term), or None.
-        guidance: noise levels of the guidance term alone, ``times`` being then those of matching (arXiv
-            2511.22677); None: one draw for both. No effect, and no call, where the teacher is not guided.
+        guidance: noise levels of the guidance term, ``times`` being then those of matching (arXiv 2511.22677), or
+            None: one draw for both. No effect, and no call, where the teacher is not guided.
     """
 
     teacher: Denoiser

@@ -73,7 +73,7 @@ def test_states_and_images_are_those_of_the_closed_form(teacher, schedule):
 def test_many_steps_come_to_the_flow_map(teacher, schedule):
     """Along the exact path (y - MEAN) / sqrt(STD^2 + r^2) is constant."""
     t = times_by_ratio(schedule, 2)[1]
-    times = grid(schedule, 400, low=0.002, high=0.9)
+    times = grid(schedule, 150, low=0.002, high=0.9)
     pairs = make_pairs(teacher, {}, num=3, shape=(2,), times=times, step=heun(), keep=(t,))
     noise = pairs.noise * float(schedule.initial_std(times[0])) / float(schedule.alpha(times[0])) - MEAN
     spread = (STD**2 + float(schedule.ratio(times[0])) ** 2) ** 0.5
