@@ -99,7 +99,11 @@ def stored_pairs(
 
 def _fetch(cache: TensorCache, names: list[Content], make: MakeShard) -> list[Entry]:
     missing = sum(not cache.path(name).is_file() for name in names)
-    bar = tqdm(total=missing, desc=f"shards of teacher pairs in {cache.folder}", disable=None if missing else True)
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file need not hold every shard
+    bar = tqdm(
+        total=missing, desc="shards of teacher pairs", disable=not missing, mininterval=interval,
+        maxinterval=interval,
+    )  # fmt: skip
 
     def made(contents: list[Content]) -> list[Entry]:
         entries = []
