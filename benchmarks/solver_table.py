@@ -1,6 +1,6 @@
-"""Quality against network calls: each solver on each grid, few-step students beside; from how many calls one pays.
+r"""Quality against network calls: each solver on each grid, and from how many calls a few-step student pays.
 
-    python benchmarks/solver_table.py --teacher runs/teacher/teacher --reference images/ --features runs/features \\
+    python benchmarks/solver_table.py --teacher runs/teacher/teacher --reference images/ --features runs/features \
         --students runs/student/student --out runs/solvers
     python benchmarks/solver_table.py --teacher toyworld/pipeline --prompts prompts.txt --guidance 3 ...
 
@@ -137,8 +137,8 @@ def reference_features(config: Config, teacher: Model, network: Any, classifier:
     wanted = (classifier.facts.channels, classifier.facts.resolution) if classifier else (channels, height)
     if height != width or wanted != (channels, height):
         raise ValueError(
-            f"{config.teacher} draws {channels} x {height} x {width}; --features {config.features} take {wanted[0]} "
-            f"x {wanted[1]} x {wanted[1]}. Train features on images of that size."
+            f"{config.teacher} draws {channels} x {height} x {width}; --features {config.features} take "
+            f"{wanted[0]} x {wanted[1]} x {wanted[1]}. Train features on images of that size."
         )
     mode: Literal["grey", "rgb"] = "grey" if channels == 1 else "rgb"
     images = load_images(DataOptions(data=config.reference, resolution=height, channels=mode))

@@ -19,8 +19,8 @@ DEFAULT: Spacing = "trailing"
 """The spacing where none is asked for, on every schedule; measured in docs/solvers.md."""
 
 LEVELS = (0.01, 30.0)
-"""Noise levels sigma / alpha between which karras and log-snr are even: little happens beyond, for data of unit scale.
-A grid that spends its calls on EDM's 0.002 to 80 is worse; measured in docs/solvers.md."""
+"""Noise levels sigma / alpha between which karras and log-snr are even. Little happens beyond, for data of unit
+scale: a grid that spends its calls on EDM's 0.002 to 80 is worse; measured in docs/solvers.md."""
 
 
 def grid(
@@ -32,10 +32,10 @@ def grid(
     shift: float = 1.0,
     spacing: Spacing = DEFAULT,
 ) -> Float[Tensor, " n"]:
-    """``num_steps`` decreasing times at which to call the denoiser, float64; the clean image comes after the last.
+    """``num_steps`` decreasing times at which to call the denoiser, float64; the clean image follows the last.
 
     Args:
-        schedule: its integer timesteps, if it has them, are kept; where two would be the same, neighbours are taken.
+        schedule: its integer timesteps, if it has them, are kept; where two would be the same, neighbours serve.
         num_steps: at least 1.
         low: fraction of the schedule's customary spacing where the times end. At low = 0 a call changes next to
             nothing: all spacings but ``uniform`` leave it out, and so does ``uniform`` where sigma is 0.

@@ -21,7 +21,7 @@ Solver = Literal["ddim", "ddpm", "heun", "dpm++", "unipc"]
 HEUN_CALLS = 15
 """Calls from which Heun is as good as DDIM."""
 UNIFORM_CALLS = 50
-"""Calls from which other solvers than DDIM are as good as it on a uniform grid of a variance-preserving schedule."""
+"""Calls from which other solvers are as good as DDIM on the uniform grid of a variance-preserving schedule."""
 SMALL_ALPHA = 1 / LEVELS[1]
 """An alpha(t_max) below it starts beyond all useful noise levels: plain DDPM has 0.006, Stable Diffusion 0.07."""
 
@@ -135,7 +135,7 @@ def unipc() -> Multistep:
 
 
 def _extrapolated(schedule: Schedule, points: tuple[Point, ...], s: Tensor) -> Tensor:
-    # x0 half way to s on the line through the last two answers: (1 + 1 / 2r) x0 - 1 / 2r x0_before, r = h_before / h.
+    # x0 half way to s on the line through the last two answers: (1 + 1/2r) x0 - 1/2r x0_before, r = h_before / h.
     now = points[-1]
     if len(points) == 1:
         return now.x0
@@ -144,8 +144,8 @@ def _extrapolated(schedule: Schedule, points: tuple[Point, ...], s: Tensor) -> T
 
 
 def _interpolated(schedule: Schedule, points: tuple[Point, ...]) -> Tensor:
-    # UniC (Eq. 5): integrate the parabola through the last three answers, at r < 0, 0 and 1 along the step, under the
-    # weight exp(lambda): it must have the step's mean and mean square. With two answers the paper takes their mean.
+    # UniC (Eq. 5): integrate the parabola through the last three answers, at r < 0, 0 and 1 along the step, under
+    # the weight exp(lambda): match the step's mean and mean square. With two answers the paper takes their mean.
     start, end = points[-2:]
     h = _length(schedule, start.t, end.t)
     if len(points) == 2:

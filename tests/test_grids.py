@@ -141,8 +141,10 @@ def test_a_grid_of_more_steps_than_times_raises(spacing):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_steps": 0}, "num_steps must be at least 1; got 0"), ({"shift": 0.0}, "shift must be above 0; got 0"),
-    ({"low": 0.5, "high": 0.4}, "0 <= low <= high <= 1; got low=0.5, high=0.4"), ({"high": 1.5}, "got low=0.0, high=1.5"),
-    ({"low": math.nan}, "got low=nan"), ({"spacing": "leading"}, "spacing must be one of uniform, .*; got 'leading'"),
+    ({"low": 0.5, "high": 0.4}, "0 <= low <= high <= 1; got low=0.5, high=0.4"),
+    ({"high": 1.5}, "got low=0.0, high=1.5"),
+    ({"low": math.nan}, "got low=nan"),
+    ({"spacing": "leading"}, "spacing must be one of uniform, .*; got 'leading'"),
 ])  # fmt: skip
 def test_numbers_out_of_range_raise(changes, message):
     with pytest.raises(ValueError, match=message):

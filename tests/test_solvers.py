@@ -1,6 +1,7 @@
 """DPM-Solver++ and UniPC: order, diffusers' numbers, ends of time, gradients."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def flow_of_gaussian(u, high, low, mean=0.7, std=0.5):
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2), ("unipc", 3)])
 def test_order_of_convergence_on_a_gaussian(schedule, solver, order):
-    """UniC of order p raises the order to p + 1 (arXiv 2302.04867, Theorem 3.1): the point before the last is used.
+    """UniC of order p raises the order to p + 1 (arXiv 2302.04867, Theorem 3.1).
 
     The x0 that a sampler returns is one call without a step after it, so that the corrected state is read off it.
     """
@@ -57,7 +58,7 @@ def states_of(solver, denoiser, x_t, times):
     if not hasattr(solver, "advance"):
         batch = [t.expand(len(x_t)) for t in times]
         states = [x_t]
-        for t, s in zip(batch, batch[1:], strict=False):
+        for t, s in pairwise(batch):
             states.append(solver(denoiser, states[-1], t, s, {}, None))
         return states
     points, states = (), []
