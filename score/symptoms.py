@@ -189,7 +189,7 @@ def _percent(log: float) -> str:
 def exchanged(cond: Cond) -> Cond | None:
     """The conditions of other images, as many different ones as a rotation gives; None where all are alike."""
     n = len(next(iter(cond.values()), ()))
-    rows = torch.cat([value.flatten(1).double().cpu() for value in cond.values()], 1) if n > 1 else None
+    rows = torch.cat([value.reshape(n, -1).double().cpu() for value in cond.values()], 1) if n > 1 else None
     if rows is None:
         return None
     changed = [float((rows.roll(shift, 0) != rows).any(1).double().mean()) for shift in range(1, n)]
