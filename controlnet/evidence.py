@@ -229,7 +229,7 @@ class Validation:
     def images(self, denoiser: ControlledDenoiser | NetworkDenoiser) -> Tensor:
         """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare base."""
         denoiser, probe = denoiser.unwrapped(), self.probe
-        times = grid(denoiser.schedule, self.num_steps)
+        times = grid(denoiser.schedule, self.num_steps, spacing="uniform")
 
         def draw(rows: Tensor) -> Tensor:
             seeds = [derived_generator(self.seed, "validation", row) for row in rows.tolist()]

@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.student import Student
-from distill.trajectory import States, inputs, recording, step_numbers, through
+from distill.trajectory import Recorded, States, inputs, step_numbers, through
 from score.denoiser import Cond, Denoiser
 from score.randomness import Rng, derived_generator, shuffled
-from score.sampling import Step, ddim, initial_noise, sample
+from score.sampling import Multistep, Step, initial_noise, sample
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(images, targets) -> (b,) distance of each pair."""
@@ -138,7 +138,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def make_pairs(
     teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, num: int | None = None,
-    step: Step | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
+    step: Step | Multistep | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
     device: torch.device | str = "cpu", keep: Sequence[float] = (),
 ) -> Pairs:  # fmt: skip
     """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
@@ -169,12 +169,14 @@ def make_pairs(
     items = torch.arange(rank, size, num_ranks)
     noises, images = [], []
     times, states = through(times, keep), {float(t): list[Tensor]() for t in keep}
-    step = recording(ddim() if step is None else step, states) if keep else step
+    watched = Recorded(teacher, {t: torch.empty(0) for t in states})
     for part in tqdm(items.split(batch), desc="teacher pairs", disable=None, leave=False):
         noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])
         own = {name: value[part].to(device) for name, value in cond.items()}
         x_t = initial_noise(teacher.schedule, noise.to(device), float(times[0]))
-        images.append(sample(teacher, x_t, own, times=times, step=step).cpu())
+        images.append(sample(watched, x_t, own, times=times, step=step).cpu())
+        for t, found in states.items():
+            found.append(watched.latest[t])
         noises.append(noise)
     own = {name: value[items] for name, value in cond.items()}
     return Pairs(torch.cat(noises), torch.cat(images), own, {t: torch.cat(found) for t, found in states.items()})

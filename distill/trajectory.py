@@ -8,6 +8,7 @@ t are distributed as the teacher's images noised to t, which is what a finished 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from distill.student import Student
 from score.denoiser import Cond, Denoiser
-from score.randomness import Generators, Rng
-from score.sampling import Step, initial_noise
-from score.schedule import Images
+from score.randomness import Rng
+from score.sampling import initial_noise
+from score.schedule import Images, PerSample, Schedule
 
 States = Mapping[float, Tensor]
 """Time -> (n, *shape): where each path stands at that time."""
@@ -36,17 +37,28 @@ def through(times: Float[Tensor, " n"], points: Sequence[float]) -> Float[Tensor
     return torch.cat([times.double(), own]).unique().flip(0)
 
 
-def recording(step: Step, found: Mapping[float, list[Tensor]]) -> Step:
-    """``step``, which first adds x_t to ``found[t]`` where t is one of its keys, on the CPU."""
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A denoiser that remembers what it was last asked about at some times.
 
-    def recorded(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
-    ) -> Tensor:
-        if (time := float(t[0])) in found:
-            found[time].append(x_t.cpu())
-        return step(denoiser, x_t, t, s, cond, generator)
+    Attributes:
+        denoiser: asked in its place.
+        latest: time -> x_t on the CPU; its keys are the times that are remembered.
+    """
 
-    return recorded
+    denoiser: Denoiser
+    latest: dict[float, Tensor]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The inner denoiser's answer."""
+        if (time := float(t[0])) in self.latest:
+            self.latest[time] = x_t.cpu()
+        return self.denoiser(x_t, t, cond)
 
 
 def step_numbers(shares: Sequence[float], batch: int, rng: Rng) -> Int[Tensor, " batch"]:

@@ -131,7 +131,7 @@ def test_whatever_determines_the_pairs_is_in_their_key(labels):
     changes = {
         "teacher": "u", "cond": {"class_labels": 1 - labels["class_labels"]}, "times": torch.tensor([2.0, 1.5]),
         "num": 24, "shape": (2, 2, 1), "seed": 1, "guidance": 3.0, "negative": "blur", "solver": "heun",
-        "precision": "bf16",
+        "precision": "bf16", "keep": (1.5,),
     }  # fmt: skip
     assert set(changes) == set(vars(base))
     keys = [base.key(), *(replace(base, **{name: value}).key() for name, value in changes.items())]

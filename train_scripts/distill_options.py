@@ -88,7 +88,10 @@ class Config(RunOptions, DataOptions, EvalOptions):
     num_pairs: int = 0
     """Teacher pairs for the regressions. 0: one for every ten that the warm-up reads, at least 2,000."""
     pair_steps: int = 20
-    """DDIM steps of each pair."""
+    """Network calls of each pair."""
+    pair_sampler: Literal["auto", "ddim"] = "auto"
+    """How pairs are sampled. auto: as sample.py does, by the schedule and the number of calls; ddim: DDIM at
+    evenly spaced timesteps, of which the last is nearly clean."""
     fake_warmup: int = 200
     """Updates of the fake score on the student's images before the student's first one."""
     guard_images: int = 512
@@ -230,7 +233,7 @@ def auto() -> Config:
 
 PAPER: dict[str, Any] = {
     "student_ratio": 0.0, "ratio_range": (0.0, 0.0), "fake_warmup": 0, "guard_images": 0, "regression_weight": 0.0,
-    "regression_loss": "l2",
+    "regression_loss": "l2", "pair_sampler": "ddim",
 }  # fmt: skip
 """Of recipes that are meant to be as they were published or measured: no rule of the default recipe."""
 

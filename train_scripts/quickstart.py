@@ -103,7 +103,7 @@ def evaluate(
     config: Config, judge: Judge, teacher: NetworkDenoiser, student: Student, noise: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The figures, and the images they were measured on: same noise and labels for all."""
-    cond, times = {"class_labels": judge.labels}, grid(teacher.schedule, config.sampling_steps)
+    cond, times = {"class_labels": judge.labels}, grid(teacher.schedule, config.sampling_steps, spacing="uniform")
     x_t = initial_noise(teacher.schedule, noise, float(times[0]))
     slow, fast = sample(teacher, x_t, cond, times=times), student.sample(noise, cond)
     images = {

@@ -27,8 +27,8 @@ from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
 from score.ranks import unwrap
-from score.sampling import grid
 from score.schedule import Schedule
+from score.solvers import plan
 from score.times import between_ratios, uniform
 from score.training import EMA, Phase
 
@@ -160,7 +160,7 @@ def teacher_pairs(
     config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, accelerator: Accelerator, *, number: int,
     identity: str, purpose: str = "pairs", keep: tuple[float, ...] = (),
 ) -> Pairs:  # fmt: skip
-    """Pairs of the (guided) teacher in --pair-steps DDIM steps, all classes alike.
+    """Pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
 
     They are kept on disk, where other runs find them; ranks share the work. Without gradients there is room for
     eight times the batch of the training.
@@ -178,20 +178,24 @@ def teacher_pairs(
     numbers = torch.arange(number) % max(1, teacher.num_classes)
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
     cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    times = grid(target.schedule, config.pair_steps, shift=teacher.shift)
+    chosen = (
+        plan(target.schedule, config.pair_steps, shift=teacher.shift)
+        if config.pair_sampler == "auto"
+        else plan(target.schedule, config.pair_steps, "ddim", "uniform")
+    )
     device = next(teacher.denoiser.network.parameters()).device
     seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
     wanted = PairsOf(
-        teacher=identity, cond=cond, times=times, num=number, shape=teacher.shape, seed=seed,
+        teacher=identity, cond=cond, times=chosen.times, num=number, shape=teacher.shape, seed=seed,
         guidance=config.guidance, negative=config.negative, precision=config.precision,
-        keep=keep,
+        keep=keep, solver=chosen.solver,
     )  # fmt: skip
 
     def make(shard: int, num_shards: int) -> Pairs:
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
-                target, cond, num=number, shape=teacher.shape, times=times, seed=seed, rank=shard,
-                num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
+                target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
+                rank=shard, num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
                 keep=keep,
             )  # fmt: skip
 
