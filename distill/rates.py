@@ -1,8 +1,8 @@
 """Learning rates that are measured, not guessed: a range test before the training.
 
 The rate that suits a network depends on its architecture, its scale and on what part of it learns (all weights, or
-a LoRA). So :func:`range_test` raises the rate step by step on one batch and reads off where the loss is lowest,
-before it blows up (Smith 2015, arXiv 1506.01186, section 3.3). Which fraction of that rate each stage of a
+a LoRA). So :func:`range_test` raises the rate step by step on one batch and reads off where the loss no longer
+falls (Smith 2015, arXiv 1506.01186, section 3.3). Which fraction of that rate each stage of a
 distillation takes is written in :class:`Rates`.
 """
 
@@ -94,18 +94,20 @@ def range_test(
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """A third of the rate at which the loss, averaged over three steps, is lowest.
+    """A sixth of the last rate at which the loss, averaged over three steps, is below where it began.
 
-    At that rate itself the loss no longer falls: what each step gains it loses to its own size. Raises
-    ``ValueError`` where the loss never falls.
+    There a step undoes what the steps before it gained. Where the loss is lowest says less: a network that is
+    asked something new falls to a first plateau at rates far below those that it can be trained at.
+
+    Raises ``ValueError`` where the loss never falls.
     """
     if not losses or not math.isfinite(losses[0]):
         raise ValueError(f"the loss must be finite before the first step; got {list(losses[:1])}.")
     padded = [losses[0], *losses, losses[-1]]
     smooth = [sum(padded[step : step + 3]) / 3 for step in range(len(losses))]
-    lowest = min(range(len(smooth)), key=lambda step: smooth[step] if math.isfinite(smooth[step]) else math.inf)
-    if lowest == 0:
+    below = [step for step, loss in enumerate(smooth) if loss < losses[0]]
+    if not below:
         raise ValueError(
             f"the loss of {losses[0]:.4g} falls at no learning rate between {rates[0]:.1g} and {rates[-1]:.1g}."
         )
-    return rates[lowest] / 3
+    return rates[below[-1]] / 6

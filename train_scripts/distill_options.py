@@ -87,7 +87,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Weight of the regression on pairs beside the distribution matching; 0 means none."""
     num_pairs: int = 0
     """Teacher pairs for the regressions. 0: one for every ten that the warm-up reads, at least 2,000."""
-    pair_steps: int = 20
+    pair_steps: int = 16
     """Network calls of each pair."""
     pair_sampler: Literal["auto", "ddim"] = "auto"
     """How pairs are sampled. auto: as sample.py does, by the schedule and the number of calls; ddim: DDIM at
