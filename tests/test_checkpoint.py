@@ -169,6 +169,30 @@ def test_two_are_kept_unless_told_otherwise(tmp_path):
     assert names_in(tmp_path) == ["step-000000002", "step-000000003"]
 
 
+def test_a_step_that_must_stay_outlives_those_after_it(tmp_path):
+    """Such as the best one, to which a run goes back; it is not the newest, which a run resumes from."""
+    phases = make_phases()
+    for step in (1, 2, 3, 4, 5):
+        checkpoint.save(tmp_path, step, phases, CONFIG, also=(2, 77))
+    assert names_in(tmp_path) == ["step-000000002", "step-000000004", "step-000000005"]
+    assert load_quietly(tmp_path, phases) == 5
+    assert checkpoint.load(tmp_path, phases, CONFIG, before=3) == 2
+    assert checkpoint.newest(tmp_path, before=2) is None
+    checkpoint.save(tmp_path, 6, phases, CONFIG)
+    assert names_in(tmp_path) == ["step-000000005", "step-000000006"], "no longer"
+    checkpoint.save(tmp_path, 1, phases, CONFIG, also=(6,))
+    assert names_in(tmp_path) == ["step-000000001"], "later ones are of a run that was started again"
+
+
+def test_another_config_is_met_without_loading_anything(history):
+    folder, phases, states = history
+    checkpoint.check_config(folder, CONFIG)
+    checkpoint.check_config(folder / "nowhere", {"other": 1})
+    with pytest.raises(ValueError, match=r"belongs to another config \(lr: 0.01 there, 0.5 now\)"):
+        checkpoint.check_config(folder, {**CONFIG, "lr": 0.5})
+    assert_same(state_of(phases), states[3])
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 

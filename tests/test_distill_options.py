@@ -1,5 +1,6 @@
 """Options and presets of train_dmd.py, and the parts that are built of them."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,20 @@ import distill_options
 import pytest
 import roles
 import torch
-from distill_options import PRESETS, Config, presets_for
+from distill_options import IMAGE_PRESETS, PRESETS, Config, presets_for
+from networks import Teacher
 from prompted import PromptedTeacher
 
+from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
-from distill.student import Student
+from distill.student import Student, even_times
 from score.denoiser import NetworkDenoiser
-from score.schedule import RectifiedFlow
+from score.network import ResidualMLP
+from score.schedule import Karras, RectifiedFlow, VariancePreserving
+
+
+ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+"""An accelerator of one process, as far as pairs ask for it."""
 
 
 def parsed(monkeypatch, *arguments):
@@ -38,7 +46,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
     found = parsed(monkeypatch, "--teacher", "x", "--prompts", "y")
     assert found == replace(distill_options.text(), teacher="x", prompts="y")
     assert parsed(monkeypatch, "--teacher", "x", "--prompts=y") == found
-    assert (found.student_lr, found.gan_weight, found.warmup_steps) == (1e-5, 0.0, 0)
+    assert (found.student_lr, found.gan_weight, found.warmup_steps) == (0.0, None, None), "measured, and settled"
     assert found.guidance > 1
     distill_options.check(found)
 
@@ -46,11 +54,11 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
 def test_every_preset_passes_its_own_checks():
     for name, preset in PRESETS.items():
         config = preset()
-        distill_options.check(config if config.prompts or name == "digits" else replace(config, prompts="x"))
+        distill_options.check(config if config.prompts or name in IMAGE_PRESETS else replace(config, prompts="x"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"preset": "digits"}, "--preset digits has numbers for small images"),
+    ({"preset": "digits"}, "--preset digits is for teachers of images"),
     ({"preset": "sd15-1step", "prompts": ""}, "--preset sd15-1step is for .*: pass --prompts"),
     ({"preset": "digits", "prompts": "", "lora": True}, "--lora is for text-to-image teachers"),
     ({"preset": "digits", "prompts": "", "long_prompts": "cut"}, "--long-prompts is for text-to-image"),
@@ -65,6 +73,19 @@ def test_every_preset_passes_its_own_checks():
     ({"eval_every": 2, "eval_images": 1}, "--eval-images must be at least 2"),
     ({"validation_prompts": ("a", " ")}, "--validation-prompts must say something"),
     ({"lora": True, "compile": True}, "--compile is not for --lora"),
+    ({"preset": "auto"}, "--preset auto is for teachers of images.*pass --preset text"),
+    ({"ratio_range": (1.0, 1.0)}, "--ratio-range needs 0 < first < last, or 0 0; got 1 1"),
+    ({"ratio_range": (0.0, 20.0)}, "--ratio-range needs 0 < first"),
+    ({"ratio_range": (2.0, math.inf)}, "--ratio-range needs 0 < first"),
+    ({"ratio_range": (math.nan, 1.0)}, "--ratio-range needs 0 < first"),
+    ({"guard_images": 63}, "--guard-images must be 0 or at least 64; got 63"),
+    ({"guard_every": 0}, "--guard-every must be above 0"), ({"guard_images": -64}, "--guard-images must be at least"),
+    ({"num_pairs": -1}, "--num-pairs must be at least 0"), ({"max_setbacks": -1}, "--max-setbacks must be at least"),
+    ({"student_ratio": -1.0}, "--student-ratio must be at least 0"), ({"fake_warmup": -1}, "--fake-warmup must be"),
+    ({"student_lr": -1e-5}, "--student-lr must be at least 0"), ({"fake_lr": 2.0}, "--fake-lr must be at most 1"),
+    ({"warmup_steps": -1}, "--warmup-steps must be at least 0"), ({"gan_weight": -0.1}, "--gan-weight must be at"),
+    ({"gan_weight": math.nan}, "--gan-weight must be"),
+    ({"reals": "teacher", "regression_weight": 0.0}, "--reals teacher takes the images of the teacher pairs"),
 ])  # fmt: skip
 def test_options_that_contradict_are_refused_before_anything_is_read(tmp_path, changes, message):
     config = Config(**{"preset": "text", "prompts": "x", "out": tmp_path, "warmup_steps": 0, **changes})
@@ -77,7 +98,7 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
     sizes = []
 
     class Many:
-        num_classes, shape = 700, (2,)
+        num_classes, shape, shift = 700, (2,), 1.0
         denoiser = NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow")
 
         def cond(self, labels):
@@ -85,7 +106,8 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
             return {"embeds": labels.float()[:, None]}
 
     monkeypatch.setattr(roles, "make_pairs", lambda target, cond, **options: cond)
-    found = roles.teacher_pairs(Config(num_pairs=800), Many.denoiser, Many()).pairs["embeds"]
+    monkeypatch.setattr(roles, "stored_pairs", lambda make, *args, **options: make(0, 1))
+    found = roles.teacher_pairs(Config(), Many.denoiser, Many(), ALONE, number=800, identity="many")["embeds"]
     assert max(sizes) <= 250
     assert torch.equal(found[:, 0], torch.arange(800.0) % 700)
 
@@ -94,11 +116,13 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
 def test_pairs_are_made_in_batches_that_fit_where_the_training_does(monkeypatch, batch_size, wanted):
     seen = []
     teacher = SimpleNamespace(
-        num_classes=2, shape=(2,), cond=lambda labels: {"embeds": labels.float()[:, None]},
+        num_classes=2, shape=(2,), shift=1.0, cond=lambda labels: {"embeds": labels.float()[:, None]},
         denoiser=NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow"),
     )  # fmt: skip
     monkeypatch.setattr(roles, "make_pairs", lambda *args, **options: seen.append(options["batch"]))
-    roles.teacher_pairs(Config(batch_size=batch_size), teacher.denoiser, teacher)
+    monkeypatch.setattr(roles, "stored_pairs", lambda make, *args, **options: make(0, 1))
+    config = Config(batch_size=batch_size)
+    roles.teacher_pairs(config, teacher.denoiser, teacher, ALONE, number=600, identity="one")
     assert seen == [wanted]
 
 
@@ -120,3 +144,116 @@ def test_the_learning_rates_fall_or_stay(schedule, last):
         factor = phase.lr_schedule.lr_lambdas[0]
         assert factor(updates) == pytest.approx(end)
         assert factor(0) < 0.1
+
+
+# What the options leave open.
+
+
+class Tokens(torch.nn.Module):
+    """A network whose narrowest part is a sequence, which no critic reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = torch.nn.Linear(1, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, x_t, t):
+        return self.out(self.into(x_t.flatten(1)[..., None])).view_as(x_t)
+
+
+def teacher_of(network, num_classes=0):
+    return Teacher(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1, 4, 4), num_classes)
+
+
+@pytest.fixture(scope="module")
+def listening():
+    """A teacher with a bottleneck."""
+    torch.manual_seed(0)
+    return teacher_of(ResidualMLP((1, 4, 4), num_classes=3, width=8, depth=3), 3)
+
+
+def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(listening):
+    found = roles.settled(Config(), listening, real=True)
+    assert (found.gan_weight, found.bottleneck) == (0.01, "blocks.1")
+    assert roles.settled(Config(reals="teacher"), listening, real=False).gan_weight == 0.01
+    deaf = teacher_of(Tokens())
+    for config, teacher, real in (
+        (Config(), listening, False), (Config(), deaf, True), (Config(reals="teacher"), deaf, False),
+        (Config(critic_weight=0.0), listening, True),
+    ):  # fmt: skip
+        assert roles.settled(config, teacher, real).gan_weight == 0.0
+    for weight in (0.0, 0.3):
+        assert roles.settled(Config(gan_weight=weight), deaf, real=True).gan_weight == weight, "as it was asked for"
+    assert roles.settled(Config(bottleneck="blocks.0"), listening, real=True).bottleneck == "blocks.0"
+    with pytest.raises(ValueError, match="got --bottleneck nowhere"):
+        roles.settled(Config(bottleneck="nowhere"), listening, real=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "pairs"),
+    [
+        ({}, 2000, 12_800), ({"steps": 100}, 100, 2000), ({"batch_size": 101, "accumulate": 3}, 2000, 60_600),
+        ({"warmup_steps": 1001, "batch_size": 33}, 1001, 3304), ({"warmup_steps": 0}, 0, 2000),
+        ({"num_pairs": 7}, 2000, 7),
+    ],
+)  # fmt: skip
+def test_the_warm_up_is_as_long_as_the_rest_and_reads_each_pair_ten_times(listening, changes, steps, pairs):
+    found = roles.settled(Config(**changes), listening, real=False)
+    assert (found.warmup_steps, found.num_pairs) == (steps, pairs)
+
+
+def test_what_is_settled_stays_settled(listening):
+    """Such is the config that is saved beside a run and printed by a dry run."""
+    found = roles.settled(Config(), listening, real=True)
+    assert roles.settled(found, listening, real=False) == found
+
+
+def test_a_student_begins_at_a_moderate_noise_level_unless_told():
+    schedule = VariancePreserving.scaled_linear()
+
+    def levels(config):
+        times = torch.tensor(roles.student_times(config, schedule), dtype=torch.float64)
+        return schedule.ratio(times).tolist()
+
+    assert levels(Config()) == [pytest.approx(3.5, rel=5e-3)]
+    assert levels(Config(num_steps=2)) == pytest.approx([3.5, 0.7], rel=5e-3)
+    assert levels(Config(num_steps=4)) == pytest.approx([3.5, 1.565, 0.7, 0.313], rel=5e-3)
+    assert roles.student_times(Config(), Karras()) == (pytest.approx(3.5),)
+    assert roles.student_times(Config(), RectifiedFlow()) == (pytest.approx(3.5 / 4.5),)
+    assert roles.student_times(Config(student_ratio=0.0, num_steps=2), schedule) == even_times(schedule, 2)
+    assert roles.student_times(Config(times=(7.0, 3.0)), schedule) == (7.0, 3.0)
+
+
+def test_a_student_of_prompts_begins_where_a_scheduler_can():
+    """Evenly spaced below the highest timestep whose noise level is 3.5; from the noisiest one at ratio 0."""
+    schedule = VariancePreserving.scaled_linear()
+    assert roles.student_times(Config(prompts="x"), schedule) == (712.0,)
+    assert schedule.ratio(torch.tensor(712.0, dtype=torch.float64)) == pytest.approx(3.5, rel=5e-3)
+    assert roles.student_times(Config(prompts="x", num_steps=4), schedule) == (711.0, 533.0, 355.0, 177.0)
+    assert roles.student_times(Config(prompts="x", num_steps=4, student_ratio=0.0), schedule) == (
+        999.0, 749.0, 499.0, 249.0,
+    )  # fmt: skip
+    assert roles.student_times(Config(prompts="x", num_steps=2), RectifiedFlow()) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("changes", "kind"), [
+    ({}, type(None)), ({"separate_guidance": True}, type(None)), ({"guidance": 3.0}, type(None)),
+    ({"separate_guidance": True, "guidance": 3.0}, SeparateGuidance),
+])  # fmt: skip
+def test_guidance_is_drawn_apart_where_that_is_asked_for(listening, changes, kind):
+    config = Config(gan_weight=0.0, **changes)
+    student, fake = roles.build_roles(config, listening)
+    method = roles.build_method(config, listening, student, fake)
+    assert type(method.guidance) is kind
+
+
+@pytest.mark.parametrize(("given", "ends"), [((0.15, 20.0), (0.15, 20.0)), ((0.0, 0.0), (0.02 / 0.98, 0.98 / 0.02))])
+def test_teacher_and_student_are_compared_within_the_ratio_range(listening, given, ends):
+    config = Config(gan_weight=0.0, ratio_range=given)
+    method = roles.build_method(config, listening, *roles.build_roles(config, listening))
+    schedule = listening.denoiser.schedule
+    t = method.times(schedule, 4000, torch.Generator().manual_seed(0))
+    ratios = schedule.ratio(t.double())
+    assert float(ratios.min()) == pytest.approx(ends[0], rel=0.1)
+    assert float(ratios.max()) == pytest.approx(ends[1], rel=0.1)
+    assert ratios.min() > ends[0] * 0.99
+    assert ratios.max() < ends[1] * 1.01

@@ -41,19 +41,72 @@ def test_weights_that_are_not_finite_stop_every_rank_before_one_saves(monkeypatc
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def lost(asked):
+def lost(error, asked):
     with fitting.sigterm(Accelerator(cpu=True)):
         if asked:
             os.kill(os.getpid(), signal.SIGTERM)
-        raise FloatingPointError("lost")
+        raise error("lost")
 
 
-def test_sigterm_in_a_step_that_is_lost_still_ends_the_run():
+class WayBackError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, WayBackError])
+def test_sigterm_in_a_step_that_is_lost_still_ends_the_run(error):
+    """So it does where a guard sends the run back: it would go on for as long as the next step is."""
     with pytest.raises(SystemExit) as stopped:
-        lost(asked=True)
+        lost(error, asked=True)
     assert stopped.value.code == 143
-    with pytest.raises(FloatingPointError, match="lost"):
-        lost(asked=False)
+    with pytest.raises(error, match="lost"):
+        lost(error, asked=False)
+
+
+def reports_of(steps):
+    return lambda *args, **options: (Report(step, ("scene",), {"loss": torch.zeros(())}) for step in steps)
+
+
+def test_steps_that_must_stay_are_saved_at_once_and_kept(monkeypatch, tmp_path):
+    config, asked = RunOptions(out=tmp_path, steps=9, save_every=4), []
+
+    def keep(step):
+        asked.append(step)
+        return (3,) if step >= 3 else ()
+
+    monkeypatch.setattr(fitting, "train", reports_of(range(1, 10)))
+    fitting.fit(config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, keep=keep)
+    assert asked == list(range(1, 10))
+    saved = sorted(int(path.name[5:]) for path in tmp_path.glob("checkpoints/step-*"))
+    assert saved == [3, 8, 9], "that of step 4 is the oldest of those that need not stay"
+
+
+def test_what_sends_a_run_back_leaves_nothing_of_its_step(monkeypatch, tmp_path):
+    def keep(step):
+        if step == 4:
+            raise WayBackError
+        return ()
+
+    config, seen = RunOptions(out=tmp_path, steps=9, save_every=2), []
+    monkeypatch.setattr(fitting, "train", reports_of(range(1, 10)))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(WayBackError):
+        fitting.fit(
+            config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, keep=keep,
+            watch=lambda step: seen.append(step) or {},
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["step-000000002"]
+    assert seen == [1, 2, 3]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_ranks_can_speak_after_a_stage_that_is_not_the_last(monkeypatch, tmp_path, last):
+    ended, accelerator = [], Accelerator(cpu=True)
+    monkeypatch.setattr(fitting, "train", reports_of([1]))
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(1))
+    config = RunOptions(out=tmp_path, steps=1)
+    fitting.fit(config, [make_phase()], lambda rng: {}, accelerator, own={}, first=0, last=last)
+    assert ended == [1] * last
 
 
 @pytest.mark.parametrize("all_watch", [False, True])

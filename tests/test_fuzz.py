@@ -130,7 +130,7 @@ def flag_values(field):
     """Values for one option: good ones, bad ones, and none of its kind."""
     if field.type is bool:
         return st.sampled_from([[], ["maybe"]])
-    if field.name in ("width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps"):
+    if field.name in ("width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps", "fake_warmup"):
         return st.sampled_from([[word] for word in (*NUMBERS, "4", "8")])
     return st.sampled_from([[word] for word in (*NUMBERS, "4", "unet", "bf16", "skip", "missing/folder")])
 
@@ -161,6 +161,8 @@ def test_flags_of_the_teacher(fresh, words, dry):
 @given(words=flags(train_dmd.Config, {*SLOW, "teacher"}), dry=st.booleans())
 def test_flags_of_the_distillation(fresh, teacher, words, dry):
     small = ["--teacher", str(teacher), *SMALL, "--student-every", "1", "--warmup-steps", "1", "--num-pairs", "4"]
+    small += ["--pair-steps", "2", "--fake-warmup", "1", "--guard-images", "64", "--skip-teacher-check"]
+    small += ["--student-lr", "1e-4", "--fake-lr", "1e-4", "--warmup-lr", "1e-3"]
     check("train_dmd", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "student")
 
 

@@ -35,12 +35,14 @@ class Run:
         options = {
             "--teacher": teacher, "--out": out, "--steps": STEPS, "--save-every": SAVE_EVERY, "--batch-size": 16,
             "--student-every": 5, "--warmup-steps": 3, "--num-pairs": 20, "--accumulate": accumulate,
+            "--pair-steps": 3, "--fake-warmup": 3, "--student-lr": 3e-4, "--fake-lr": 3e-4, "--warmup-lr": 1e-3,
+            "--guard-images": 64, "--guard-every": STEPS // 2,
         }  # fmt: skip
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         self.command = [*launcher, str(ROOT / "train_scripts" / "train_dmd.py")]
-        self.command += [str(word) for item in options.items() for word in item]
+        self.command += ["--skip-teacher-check", *(str(word) for item in options.items() for word in item)]
         self.out, self.log = out, out.with_suffix(".log")
 
     def start(self):

@@ -140,6 +140,24 @@ def test_whatever_determines_the_pairs_is_in_their_key(labels):
     assert replace(base, guidance=2.0).key() == base.key()
 
 
+def test_states_on_the_way_survive_the_disk(teacher, labels, tmp_path):
+    """In the order of the items, as all else; exactly at the times that a student will ask for."""
+    keep = (2.7182818, 0.3)
+    options = {"shape": (2,), "times": grid(teacher.schedule, 4), "keep": keep}
+
+    def make(shard, count):
+        return make_pairs(teacher, labels, **options, rank=shard, num_ranks=count)
+
+    expected = make_pairs(teacher, labels, **options)
+    for source in (make, lambda shard, count: pytest.fail("made again")):
+        found = stored_pairs(source, "key", NUM, tmp_path, shard_size=SHARD)
+        assert same(found, expected)
+        assert found.states.keys() == set(keep)
+        for time in keep:
+            torch.testing.assert_close(found.states[time], expected.states[time])
+    assert found.states[0.3].std() < found.states[2.7182818].std()
+
+
 def test_pairs_are_kept_beside_the_prompts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_pairs_folder() == tmp_path / "scorefield" / "pairs"

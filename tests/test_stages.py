@@ -1,19 +1,25 @@
 """The default recipe on a tiny teacher: what its stages write, how they resume, which weights they keep."""
 
+import contextlib
 import dataclasses
 import json
 import signal
 
 import distill_options
 import fitting
+import guarding
 import pytest
 import stages
+import student_data
 import torch
 import train_dmd
 import train_teacher
 from networks import load_teacher
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill import regression
+from distill.student import Student
 from score import checkpoint
 from score.schedule import Karras
 
@@ -64,7 +70,11 @@ def test_the_student_is_asked_where_the_noise_is_moderate(tmp_path, teacher):
     student = load_teacher(str(folder))
     assert isinstance(student.denoiser.schedule, Karras)
     assert student.times == (pytest.approx(3.5),)
-    assert (tmp_path / "warm-up" / "logs").is_dir()
+    for name, curve in (("warm-up", "warm-up/loss"), ("", "student/gradient_rms")):
+        scalars = EventAccumulator(str(tmp_path / name / "logs")).Reload().Scalars
+        assert [event.step for event in scalars(curve)] == [2, 4, 6] if name else scalars(curve)
+        looks = [event.step for event in scalars("guard/distance")]
+        assert looks == ([1, 2, 3, 4, 5, 6] if name else [0, 4, 8, 12])
     assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.01
 
 
@@ -114,6 +124,91 @@ def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher
     assert same(*fakes)
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_few_step_student_warms_up_on_the_teachers_paths(tmp_path, teacher, monkeypatch, steps):
+    """Each step learns in the warm-up, the later ones from the states that were kept on the way."""
+    asked, kept, inputs = set(), [], regression.inputs
+
+    def noted(student, noise, states, numbers):
+        asked.update(numbers.tolist())
+        kept.append(tuple(states))
+        return inputs(student, noise, states, numbers)
+
+    monkeypatch.setattr(regression, "inputs", noted)
+    folder = train_dmd.main(config_for(tmp_path, teacher, num_steps=steps))
+    student = load_teacher(str(folder))
+    ratios = {2: [3.5, 0.7], 4: [3.5, 1.565, 0.7, 0.313]}[steps]
+    assert student.times == pytest.approx(ratios, rel=1e-3)
+    assert asked == set(range(steps))
+    assert set(kept) == {student.times[1:]}
+    whole = Student(student.denoiser, student.times)
+    images = whole.sample(
+        torch.randn(10, *student.shape), student.cond(torch.arange(10)), generator=torch.Generator().manual_seed(0)
+    )
+    assert images.isfinite().all()
+
+
+def test_the_teachers_images_are_the_real_ones_where_that_is_asked_for(tmp_path, teacher, monkeypatch):
+    """Each with its own condition; no data are read, and there is a GAN term all the same."""
+    monkeypatch.setattr(student_data, "load_images", lambda options: pytest.fail("loaded images"))
+    seen, pairs = [], []
+    whole, batch_of = stages.teacher_pairs, stages.teacher_batch
+
+    def made(*args, **options):
+        pairs.append(whole(*args, **options))
+        return pairs[-1]
+
+    def batch(*args):
+        seen.append(batch_of(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(stages, "teacher_pairs", made)
+    monkeypatch.setattr(stages, "teacher_batch", batch)
+    train_dmd.main(config_for(tmp_path, teacher, reals="teacher", steps=4))
+    assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.01
+    assert len(seen) >= 4
+    known = {tuple(x0.flatten().tolist()): int(label) for x0, label in zip(
+        pairs[0].x0, pairs[0].cond["class_labels"], strict=True
+    )}  # fmt: skip
+    for x0, label in zip(seen[-1]["real"], seen[-1]["cond"]["class_labels"], strict=True):
+        assert known[tuple(x0.flatten().tolist())] == int(label)
+
+
+def test_guidance_that_is_drawn_apart_gives_another_student(tmp_path, teacher):
+    settings = {"guidance": 3.0, "guard_images": 0, "steps": 4, "gan_weight": 0.0, "ema_decay": 0.0}
+    one, other = (
+        weights(train_dmd.main(config_for(tmp_path / str(apart), teacher, separate_guidance=apart, **settings)))
+        for apart in (False, True)
+    )
+    assert not same(one, other)
+
+
+def test_a_dry_run_shows_the_check_of_the_teacher_and_the_plan_and_writes_nothing(tmp_path, teacher, capsys):
+    """The teacher of this test learned for moments: the check says so, and may stop at it."""
+    config = config_for(tmp_path / "run", teacher, dry_run=True, skip_teacher_check=False, num_pairs=0)
+    with contextlib.suppress(ValueError):
+        train_dmd.main(config)
+    printed = capsys.readouterr().out
+    assert "teacher check on 64 images (data)" in printed
+    assert "noise/data" in printed
+    train_dmd.main(dataclasses.replace(config, skip_teacher_check=True))
+    printed = capsys.readouterr().out
+    assert "teacher check" not in printed
+    assert "2,064 teacher pairs of 3 network calls each, 6 warm-up updates of the student" in printed
+    assert '"gan_weight": 0.01' in printed, "as it was settled"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_checked_resumes_without_another_check(tmp_path, teacher, capsys):
+    """Whether it was changes no number: the same run goes on."""
+    train_dmd.main(config_for(tmp_path, teacher))
+    capsys.readouterr()
+    train_dmd.main(config_for(tmp_path, teacher, skip_teacher_check=False))
+    printed = capsys.readouterr().out
+    assert "resumed from step 12" in printed
+    assert "teacher check" not in printed
+
+
 def test_without_a_guard_the_last_weights_are_the_result(tmp_path, teacher):
     folder = train_dmd.main(config_for(tmp_path, teacher, guard_images=0))
     last = load_file(tmp_path / "checkpoints" / "step-000000012" / "student.ema.safetensors")
@@ -144,6 +239,35 @@ def test_another_config_is_refused_before_pairs_are_made(tmp_path, teacher, monk
     monkeypatch.setattr(stages, "teacher_pairs", lambda *args, **options: pytest.fail("made pairs"))
     with pytest.raises(ValueError, match=r"ema_decay: 0\.99 there, 0\.5 now"):
         train_dmd.main(config_for(tmp_path, teacher, ema_decay=0.5))
+
+
+def test_sigterm_ends_a_run_that_a_guard_sends_back_in_the_same_step(tmp_path, teacher, monkeypatch):
+    go_back = guarding.Guarded.go_back
+    monkeypatch.setattr(guarding.Guarded, "go_back", lambda *args: pytest.fail("went on"))
+    look = guarding.Guarded.look
+
+    def asked(self):
+        signal.raise_signal(signal.SIGTERM)
+        return look(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "begin", after(stages.begin, lambda: patch.setattr(guarding.Guarded, "look", asked)))
+        with pytest.raises(SystemExit) as stop:
+            train_dmd.main(config_for(tmp_path, teacher, student_lr=0.5, student_every=1))
+    assert stop.value.code == 143
+    monkeypatch.setattr(guarding.Guarded, "go_back", go_back)
+    train_dmd.main(config_for(tmp_path, teacher, student_lr=0.5, student_every=1))
+
+
+def after(function, then):
+    """The function, and then something else."""
+
+    def both(*args, **options):
+        result = function(*args, **options)
+        then()
+        return result
+
+    return both
 
 
 def test_sigterm_in_the_warm_up_saves_it(tmp_path, teacher, monkeypatch):

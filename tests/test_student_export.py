@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,7 +75,7 @@ def changed(network, strength):
     return network
 
 
-def make_student(teacher, num_steps, lora):
+def make_student(teacher, num_steps, lora, highest=math.inf):
     denoiser = teacher.denoiser
     if lora:
         alpha = 2.0  # a scale of its own has to be exported, too
@@ -82,7 +83,7 @@ def make_student(teacher, num_steps, lora):
         changed(role.network, 0.5)
     else:
         role = replace(denoiser, network=changed(copy.deepcopy(denoiser.network), 0.2))
-    return Student(role, lcm_times(denoiser.schedule, num_steps))
+    return Student(role, lcm_times(denoiser.schedule, num_steps, highest=highest))
 
 
 CASES = [
@@ -94,6 +95,9 @@ CASES = [
     if (family != "sd2" or kind in ("full", "lora"))
     and (steps == 4 or (family in ("sd", "sd3", "toyworld") and kind in ("full", "lora")))
 ]
+# From a moderate noise level on, as the default recipe has it: the scheduler's betas are cut off there.
+CUT_OFF = [("toyworld", 1, "cut"), ("toyworld", 4, "cut"), ("sd2", 2, "cut"), ("sdxl", 4, "cut-lora")]
+CASES += CUT_OFF
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,8 @@ def answers(folders, tmp_path_factory):
         if family not in teachers:
             teachers[family] = load_teacher(source, cache=root / "cache")
         teacher = teachers[family]
-        student = make_student(teacher, steps, kind != "full")
+        lora = kind not in ("full", "cut")
+        student = make_student(teacher, steps, lora, 3.5 if kind.startswith("cut") else math.inf)
         noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(3))
         torch.save(noise, root / f"{name}.pt")
         generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
@@ -116,7 +121,7 @@ def answers(folders, tmp_path_factory):
         with torch.no_grad():
             x0 = student.sample(noise, cond, generator=generators)
             wanted[name] = (teacher.decode(x0).clamp(-1, 1) / 2 + 0.5, teacher.decode(x0).std())
-        lora = kind in ("lora", "fused")
+        lora = kind in ("lora", "fused", "cut-lora")
         write = export_pipeline if kind == "merged" else Student.export  # which knows a LoRA by its twin
         out = write(student, source, root / name)
         scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
@@ -142,6 +147,21 @@ def test_stock_diffusers_gives_the_image_of_the_training(answers, family, steps,
     assert spread > 0.01, "a flat picture would prove nothing"
     # It is the prompt, the noise and the weights that made it.
     assert (images[0] - images[1]).abs().max() > 8 / 255
+
+
+@pytest.mark.parametrize(("family", "steps", "kind"), CUT_OFF)
+def test_the_exported_scheduler_begins_at_the_students_noise_level(answers, family, steps, kind):
+    """Its betas are the teacher's up to there: the noise between two steps is that of the training."""
+    root, _, _ = answers
+    scheduler = LCMScheduler.from_pretrained(root / f"{family}-{steps}-{kind}" / "scheduler")
+    scheduler.set_timesteps(steps)
+    times = {1: [712], 2: [711, 355], 4: [711, 533, 355, 177]}[steps]
+    assert scheduler.timesteps.tolist() == times
+    assert len(scheduler.config.trained_betas) == times[0] + 1
+    whole = VariancePreserving.scaled_linear().alphas_cumprod
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), whole[: times[0] + 1].double(), rtol=1e-4, atol=0)
+    facts = read_student_facts(root / f"{family}-{steps}-{kind}")
+    assert facts["dmd2_denoising_timesteps"] == times
 
 
 def test_another_kind_of_student_gives_another_image(answers):
@@ -224,10 +244,35 @@ def test_lcm_times_are_those_of_the_paper():
         lcm_times(VariancePreserving.scaled_linear(), 1001)
 
 
-@pytest.mark.parametrize("times", [(399.0,), (999.0, 749.0, 500.0, 250.0), (999.0, 500.0), (998.5,)])
-def test_times_that_no_scheduler_has_are_refused_with_those_that_one_has(times):
-    with pytest.raises(ValueError, match=r"no LCMScheduler asks at the times .* in \d step.*; expected 999"):
+def test_lcm_times_below_a_noise_level_are_evenly_spaced_down_from_it():
+    schedule = VariancePreserving.scaled_linear()
+    assert lcm_times(schedule, 1, highest=3.5) == (712.0,)
+    assert lcm_times(schedule, 4, highest=3.5) == (711.0, 533.0, 355.0, 177.0), "713 // 4 = 178 apart"
+    assert lcm_times(schedule, 4, highest=1e6) == lcm_times(schedule, 4), "above all that there is"
+    for highest in (0.5, 1.0, 3.5, 10.0):
+        (t,) = lcm_times(schedule, 1, highest=highest)
+        ratios = schedule.ratio(torch.tensor([t - 1, t, t + 1], dtype=torch.float64))
+        assert (ratios - highest).abs().argmin() == 1, "the timestep that is nearest to it"
+    assert lcm_times(RectifiedFlow(), 2, highest=3.5) == (1.0, 0.5), "whose scheduler begins at 1"
+    with pytest.raises(ValueError, match="takes 1 to 713 steps; got 714"):
+        lcm_times(schedule, 714, highest=3.5)
+
+
+@pytest.mark.parametrize(
+    ("times", "first"),
+    [((999.0, 749.0, 500.0, 250.0), 999), ((999.0, 500.0), 999), ((998.5,), 998), ((711.0, 356.0), 711)],
+)
+def test_times_that_no_scheduler_has_are_refused_with_those_that_one_has(times, first):
+    message = rf"no LCMScheduler asks at the times .* in \d step.*; expected {first}"
+    with pytest.raises(ValueError, match=message):
         scheduler_for(student_at(times), SETTINGS)
+
+
+@pytest.mark.parametrize("times", [(399.0,), (711.0, 355.0)])
+def test_times_below_the_noisiest_are_asked_by_a_scheduler_that_begins_there(times):
+    scheduler = scheduler_for(student_at(times), SETTINGS)
+    scheduler.set_timesteps(len(times))
+    assert scheduler.timesteps.tolist() == list(times)
 
 
 def test_uneven_times_of_a_flow_are_refused():

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import sample
+import stages
 import tiny_pipelines as tiny
 import torch
 import train_dmd
@@ -38,7 +39,8 @@ from score import hub
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "steps": 4, "batch_size": 4, "student_every": 2, "save_every": 2, "log_every": 1, "warmup_steps": 2,
-    "num_pairs": 4, "pair_steps": 2, "guidance": 3.0,
+    "num_pairs": 4, "pair_steps": 2, "guidance": 3.0, "regression_weight": 0.0, "guard_images": 0, "fake_warmup": 0,
+    "student_lr": 1e-4, "fake_lr": 1e-4, "warmup_lr": 1e-3, "skip_teacher_check": True,
 }  # fmt: skip
 PLAIN = {"gan_weight": 0.0}
 PROMPTS = ("a red mug", "a blue chair", "cone", "two mugs", "a sea", "a tree")
@@ -80,9 +82,14 @@ def config_of(root, out, **changes):
 
 
 KINDS = {
-    "full": {}, "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0},
+    "full": {}, "four": {"num_steps": 4, "warmup_steps": 0, "gan_weight": 0.0, "student_ratio": 0.0},
     "lora": {"lora": True, "lora_rank": 2, "lora_alpha": 1.0, "gradient_checkpointing": True, "offload": True},
     "no_average": {"ema_decay": 0.0, "gan_weight": 0.0},
+    # The default recipe in two steps: measured rates, a guard, a warm-up on the teacher's paths.
+    "guarded": {
+        "num_steps": 2, "gan_weight": 0.0, "warmup_steps": 4, "regression_weight": 0.25, "guard_images": 64,
+        "guard_every": 2, "fake_warmup": 1, "student_lr": 0.0, "fake_lr": 0.0, "warmup_lr": 0.0, "batch_size": 8,
+    },
 }  # fmt: skip
 
 
@@ -94,12 +101,12 @@ def finished(root, tmp_path_factory):
 
 
 def test_a_run_writes_what_diffusers_loads(finished):
-    for kind, steps in (("full", 1), ("four", 4)):
+    for kind, times in (("full", [712]), ("guarded", [711, 355]), ("four", [999, 749, 499, 249])):
         pipe = StableDiffusionPipeline.from_pretrained(finished[kind], local_files_only=True)
         assert isinstance(pipe.scheduler, LCMScheduler)
-        pipe.scheduler.set_timesteps(steps)
-        assert pipe.scheduler.timesteps.tolist() == {1: [999], 4: [999, 749, 499, 249]}[steps]
-        assert read_student_facts(finished[kind])["dmd2_num_inference_steps"] == steps
+        pipe.scheduler.set_timesteps(len(times))
+        assert pipe.scheduler.timesteps.tolist() == times
+        assert read_student_facts(finished[kind])["dmd2_denoising_timesteps"] == times
     names = {path.name for path in finished["lora"].iterdir()}
     assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md"}
 
@@ -147,15 +154,13 @@ def test_validation_prompts_are_what_is_drawn(root, tmp_path, monkeypatch):
     """Decoded one by one: an autoencoder's activations are large."""
     shown, sizes, decode = [], [], hub.Teacher.decode
     monkeypatch.setattr(hub.Teacher, "decode", lambda self, x0: sizes.append(len(x0)) or decode(self, x0))
-    monkeypatch.setattr(
-        sys.modules["distill_texts"], "fit", lambda *args, **options: shown.append(options["preview"]())
-    )
+    monkeypatch.setattr(stages, "fit", lambda *args, **options: shown.append(options["preview"]()))
     train_dmd.main(config_of(root, tmp_path / "run", validation_prompts=("x", "y", "a red mug"), warmup_steps=0))
     assert shown[0].shape == (3, 3, 16, 16)
     assert sizes == [1, 1, 1]
     teacher = hub.load_teacher(root / "sd")
     noise = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0))
-    x0 = teacher.denoiser(noise, torch.full((3,), 999.0), teacher.prompts(["x", "y", "a red mug"]))
+    x0 = teacher.denoiser(noise, torch.full((3,), 712.0), teacher.prompts(["x", "y", "a red mug"]))
     torch.testing.assert_close(shown[0], teacher.decode(x0).detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -173,7 +178,7 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
         gc.collect()
         alive.append(sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects()))
 
-    monkeypatch.setattr(sys.modules["distill_texts"], "fit", spy)
+    monkeypatch.setattr(stages, "fit", spy)
     encoded = count_calls(monkeypatch, "score.families.StableDiffusionPipeline.encode_prompt")
     config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "new.txt"), gan_weight=0.0, warmup_steps=0)
     gc.collect()
@@ -300,7 +305,7 @@ class Run:
 def killed_after_its_first_checkpoint(run, config):
     """The newest checkpoint's step."""
     deadline = time.monotonic() + 240
-    while not any(config.out.glob("checkpoints/step-00000000*")):
+    while not any(config.out.glob("checkpoints/step-00000000[1-9]")):  # that of step 0 is written before the first
         assert run.process.poll() is None, run.log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -342,13 +347,13 @@ def test_a_killed_run_ends_in_the_same_student(root, finished, tmp_path, capsys)
     assert_equal(weights_of(student), weights_of(finished["full"]))
 
 
-@pytest.mark.parametrize("kind", ["lora", "no_average"])
+@pytest.mark.parametrize("kind", ["lora", "no_average", "guarded"])
 def test_a_run_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch, capsys, kind):
     class StopError(Exception):
         pass
 
     config = config_of(root, tmp_path / "cut", **KINDS[kind])
-    fit = sys.modules["distill_texts"].fit
+    fit = stages.fit
 
     def stopping(config, *args, **options):
         def check(step, saving):
@@ -358,11 +363,13 @@ def test_a_run_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch
         fit(config, *args, **options, check=check)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["distill_texts"], "fit", stopping)
+        patch.setattr(stages, "fit", stopping)
         with pytest.raises(StopError):
             train_dmd.main(config)
     student = train_dmd.main(config)
-    assert "resumed from step 2" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert printed.out.count("resumed from step 2") == 1
+    assert ("learning rates: " in printed.err) == (kind == "guarded"), "in its warm-up, which has to be begun again"
     assert_equal(weights_of(student), weights_of(finished[kind]))
 
 
@@ -418,16 +425,17 @@ def test_weights_that_mean_something_else_are_another_run(root, finished, tmp_pa
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"prompts": "{root}/gone.txt"}, "no such file"),
-    ({"prompts": "{root}/prompts.txt"}, "holds no images, which the GAN term needs"),
+    ({"prompts": "{root}/prompts.txt", "gan_weight": 0.01}, "holds no images, which the GAN term needs"),
     ({"teacher": "{root}/pixels"}, "takes no prompts"), ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"teacher": "{student}"}, "is a student"),
     ({"lora": True, "lora_rank": 0}, "--lora-rank must be above 0; got 0"),
     ({"lora": True, "lora_alpha": -1.0}, "--lora-alpha must be at least 0"),
-    ({"times": (399.0,)}, "no LCMScheduler asks at the times 399 in 1 step"),
+    ({"times": (399.5,)}, "no LCMScheduler asks at the times 399.5 in 1 step"),
     ({"times": (1200.0,)}, r"times must lie in \["), ({"times": (999.0, 499.0)}, "--times must be --num-steps 1"),
-    ({"num_steps": 1001, "warmup_steps": 0}, "takes 1 to 1000 steps; got 1001"),
+    ({"num_steps": 1001, "warmup_steps": 0}, "takes 1 to 713 steps; got 1001"),
+    ({"num_steps": 1001, "warmup_steps": 0, "student_ratio": 0.0}, "takes 1 to 1000 steps; got 1001"),
     ({"num_steps": 600, "warmup_steps": 0}, "at its last time 0 an LCMScheduler returns 1 x_t"),
-    ({"num_steps": 4}, "needs --num-steps 1"), ({"num_prompts": -1}, "--num-prompts must be at least 0"),
+    ({"num_prompts": -1}, "--num-prompts must be at least 0"),
     ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"teacher_size": 15}, "multiples of"),
     ({"eval_every": 2}, r"sees pictures of \(64, 64\); .* draws \(16, 16\)"),
     ({"num_prompts": 7}, "holds 6 prompts; got --num-prompts 7"),
@@ -443,7 +451,7 @@ def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_pat
 
 def test_a_teacher_without_bottleneck_is_refused_before_the_prompts_are_encoded(root, tmp_path, monkeypatch):
     monkeypatch.delattr("score.prompts.PromptEncoder.num_cut")
-    config = config_of(root, tmp_path / "run", teacher=str(root / "sd3"))
+    config = config_of(root, tmp_path / "run", teacher=str(root / "sd3"), gan_weight=0.01)
     with pytest.raises(ValueError, match=r"\(b, c, h, w\), .* transformer has none. Pass --gan-weight 0"):
         train_dmd.main(config)
     with pytest.raises(ValueError, match=r"transformer_blocks\.0 are \(1, \d+, 16\). Pass --gan-weight 0"):
@@ -465,7 +473,7 @@ def test_all_is_checked_before_pairs_are_made(root, tmp_path, monkeypatch):
         return make_pairs(*args, **options)
 
     monkeypatch.setattr(sys.modules["roles"], "make_pairs", noted)
-    train_dmd.main(config_of(root, tmp_path / "run", steps=2, regression_weight=0.1))
+    train_dmd.main(config_of(root, tmp_path / "run", steps=2, regression_weight=0.1, seed=5))
     assert before == [1]  # the warm-up learns from the same
 
 
@@ -499,7 +507,9 @@ def test_the_command_line_exits_with_2_and_one_line(root, tmp_path, monkeypatch,
 
 def test_prompts_without_images_need_no_option_more(root, make_accelerator):
     found = replace(distill_options.text(), teacher=str(root / "sd"), prompts=str(root / "prompts.txt"))
-    assert sys.modules["distill_texts"].load_inputs(found, make_accelerator()).teacher.num_classes == 6
+    inputs = sys.modules["distill_texts"].load_inputs(found, make_accelerator())
+    assert inputs.teacher.num_classes == 6
+    assert (inputs.config.gan_weight, inputs.latents) == (0.0, None)
 
 
 def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, monkeypatch):

@@ -487,6 +487,15 @@ def test_weights_that_differ_between_ranks_are_noticed(two_ranks):
         assert "weights of phase 'lost' differ between ranks" in answers["complaint"]
 
 
+def test_two_ranks_of_the_script_go_back_to_the_same_best_step(two_ranks):
+    """Through warm-up, range test, guard and setback: all of it needs ranks that can still speak."""
+    first, second = (answers["script"] for answers in two_ranks)
+    assert (first["best"], first["setbacks"], first["ended"]) == (0, 1, True)
+    weights = [answers.pop("weights") for answers in (first, second)]
+    assert first == second
+    assert torch.equal(*weights)
+
+
 def test_weights_of_a_phase_that_is_not_due_are_compared_too(two_ranks):
     for answers in two_ranks:
         assert "weights of phase 'lost' differ between ranks" in answers["complaint_not_due"]

@@ -121,7 +121,7 @@ def fit(
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
     check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
-    keep: Callable[[int], Collection[int]] = lambda step: (),
+    keep: Callable[[int], Collection[int]] = lambda step: (), last: bool = True,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
@@ -131,7 +131,7 @@ def fit(
     with the step and whether it is about to be saved, and it may raise. So do weights that are not finite, on all
     processes and before anything is saved. All call ``keep``, which returns the steps whose checkpoints must stay;
     a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
-    can still speak to each other. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and
+    can still speak to each other: they cannot afterwards, unless this stage of the run is not the ``last``. SIGTERM, which is how schedulers announce the end, saves a checkpoint first and
     then exits with 143.
     """
 
@@ -167,9 +167,19 @@ def fit(
     if not stop:
         finish()
     with suppress(OSError):
-        accelerator.end_training()
+        if stop or last:
+            accelerator.end_training()
+        else:  # that would part the ranks, too
+            close_log(accelerator)
     if stop:
         sys.exit(143)
+
+
+def close_log(accelerator: Accelerator) -> None:
+    """Write what TensorBoard has not written yet; what is logged from here on belongs to no log."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
 
 
 @contextmanager
@@ -177,7 +187,7 @@ def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
     """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step.
 
     Several ranks ask each other in every tenth step only, since each time they wait for one another. A step that
-    ends in ``FloatingPointError`` has nothing to save: the process that was asked exits with 143 instead.
+    raises, such as ``FloatingPointError``, has nothing to save: the process that was asked exits with 143 instead.
     """
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
@@ -192,11 +202,11 @@ def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
 
     try:
         yield answer
-    except FloatingPointError as error:
+    except Exception as error:
         if not asked:
             raise
         tqdm.write(f"asked to end by SIGTERM, in a step that is not saved: {error}", file=sys.stderr)
-        sys.exit(143)
+        raise SystemExit(143) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

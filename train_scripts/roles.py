@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from distill_options import Config
 from fitting import adamw, cosine
-from networks import Teacher, another_network, probe_bottleneck
+from networks import Teacher, another_network, find_bottleneck, probe_bottleneck
 from prompted import PromptedTeacher
 from torch import nn
 
@@ -45,13 +45,15 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
         real: whether there are real images.
 
     Raises:
-        ValueError: a GAN term that was asked for and cannot be.
+        ValueError: a --bottleneck that the network lacks.
     """
     gan, layer = config.gan_weight, config.bottleneck
+    if layer is not None:
+        find_bottleneck(teacher.denoiser.network, layer)
     if gan is None:
         layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
-        gan = 0.01 if real and listens(teacher, layer) else 0.0
+        gan = 0.01 if real and config.critic_weight and listens(teacher, layer) else 0.0
     steps = config.steps if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))

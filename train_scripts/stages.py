@@ -86,10 +86,13 @@ def distil(
     if checkpoint.newest(stages.folder) is None:
         begin(stages, regression, phases, guarded)
     first = resume(config, phases, stages.accelerator, stages.own)
+    if guarded is not None and guarded.best is not None and not first:
+        guarded.log(*guarded.best)  # the log was not open when it looked
     if guarded is None:
         match(stages, phases, first, columns, lambda: preview(average), looks)
     else:
         match_guarded(stages, phases, first, columns, lambda: preview(average), looks, guarded)
+    stages.accelerator.end_training()
     return average
 
 
@@ -183,15 +186,7 @@ def warm_up(stages: Stages, regression: Regression, student: Phase, rate: float,
         due = guard is not None and (step % every == 0 or step == part.steps)
         return guard.look(average).figures() if guard is not None and due else {}
 
-    fit(
-        part,
-        [phase],
-        lambda rng: None,
-        accelerator,
-        own={**stages.own, "stage": "warm-up"},
-        first=first,
-        watch=watch,
-    )
+    fit(part, [phase], lambda rng: None, accelerator, own=own, first=first, watch=watch, last=False)
     if phase.ema is not None and student.ema is not None:
         phase.ema.source.load_state_dict(phase.ema.network.state_dict())
         student.ema.reset()
@@ -220,7 +215,7 @@ def match(
     """Distribution matching from iteration ``first`` to the end."""
     fit(
         stages.config, phases, stages.batches, stages.accelerator, own=stages.own, first=first,
-        rollout=stages.method.rollout, columns=columns, preview=preview, watch=watch, keep=keep,
+        rollout=stages.method.rollout, columns=columns, preview=preview, watch=watch, keep=keep, last=False,
     )  # fmt: skip
 
 

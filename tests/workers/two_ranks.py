@@ -19,9 +19,11 @@ from score.gradient import TIME_NOT_FINITE
 from score.network import ResidualMLP
 from score.randomness import Rng, shuffled
 from score.ranks import check_same
-from score.schedule import Karras
+from score.schedule import Karras, RectifiedFlow
+from score.storage import save_denoiser
 from score.training import EMA, Phase, train
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARE = 4
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -248,6 +250,45 @@ def disagree(accelerator):
     return ""
 
 
+def distil_by_script(folder, rank):
+    """The default recipe of train_dmd.py at a rate that spoils the student: the run goes back, and then ends.
+
+    Its GAN term takes the teacher's images for real. What each rank ends with, and what it went back to.
+    """
+    sys.path.insert(0, str(ROOT / "train_scripts"))
+    import distill_options
+    import stages
+    import train_dmd
+
+    network = ResidualMLP((1, 4, 4), num_classes=2, width=16, depth=2)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.2)
+    options = {"shape": [1, 4, 4], "num_classes": 2, "network": "mlp", "options": {"width": 16, "depth": 2}}
+    teacher = NetworkDenoiser(network, RectifiedFlow(), "flow")
+    save_denoiser(teacher, folder / f"teacher{rank}", options)  # one path on both machines, of one content
+    config = replace(
+        distill_options.auto(), teacher=str(folder / f"teacher{rank}"), out=folder / "run", steps=12, batch_size=8,
+        student_every=1, warmup_steps=4, num_pairs=30, pair_steps=2, fake_warmup=2, guard_images=64, guard_every=4,
+        max_setbacks=1, student_lr=0.5, reals="teacher", save_every=6, log_every=4, skip_teacher_check=True,
+    )  # fmt: skip
+    notes, match, distil_all = {}, stages.match_guarded, train_dmd.distil
+
+    def matched(*args):
+        match(*args)
+        guarded = args[-1]
+        notes.update(best=guarded.best[0], setbacks=guarded.setbacks, ended=guarded.ended)
+
+    def distilled(*args, **settings):
+        student = distil_all(*args, **settings)
+        notes["weights"] = flat(student.denoiser.network)
+        return student
+
+    with patch.object(stages, "match_guarded", matched), patch.object(train_dmd, "distil", distilled):
+        train_dmd.main(config)
+    return notes
+
+
 def main(folder):
     from accelerate import Accelerator
 
@@ -270,7 +311,9 @@ def main(folder):
         "complaint": part_company(accelerator, every=1),
         "complaint_not_due": part_company(accelerator, every=3),
     }
-    torch.save(answers, folder / f"rank{accelerator.process_index}.pt")
+    rank = accelerator.process_index
+    answers["script"] = distil_by_script(folder, rank)  # the last, as it parts the ranks at its end
+    torch.save(answers, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
