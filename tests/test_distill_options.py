@@ -12,14 +12,13 @@ import pytest
 import roles
 import torch
 from distill_options import IMAGE_PRESETS, PRESETS, Config, presets_for
-from networks import Teacher
+from networks import Teacher, build_network
 from prompted import PromptedTeacher
 
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
 from distill.student import Student, even_times
 from score.denoiser import NetworkDenoiser
-from score.network import ResidualMLP
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
 
 
@@ -38,7 +37,7 @@ def parsed(monkeypatch, *arguments):
 def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
     found = parsed(monkeypatch, "--preset", "sdxl-4step-lora", "--prompts", "x", "--steps", "9")
     assert found == replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)
-    assert parsed(monkeypatch) == Config()
+    assert parsed(monkeypatch) == distill_options.auto()
     assert all(PRESETS[name]().preset == name for name in PRESETS)
 
 
@@ -160,15 +159,15 @@ class Tokens(torch.nn.Module):
         return self.out(self.into(x_t.flatten(1)[..., None])).view_as(x_t)
 
 
-def teacher_of(network, num_classes=0):
-    return Teacher(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1, 4, 4), num_classes)
+def teacher_of(network, num_classes=0, facts=None):
+    return Teacher(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1, 4, 4), num_classes, facts or {})
 
 
 @pytest.fixture(scope="module")
 def listening():
     """A teacher with a bottleneck."""
-    torch.manual_seed(0)
-    return teacher_of(ResidualMLP((1, 4, 4), num_classes=3, width=8, depth=3), 3)
+    facts = {"network": "mlp", "shape": [1, 4, 4], "num_classes": 3, "options": {"width": 8, "depth": 3}}
+    return teacher_of(build_network(facts), 3, facts)
 
 
 def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(listening):
@@ -197,7 +196,7 @@ def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(liste
     ],
 )  # fmt: skip
 def test_the_warm_up_is_as_long_as_the_rest_and_reads_each_pair_ten_times(listening, changes, steps, pairs):
-    found = roles.settled(Config(**changes), listening, real=False)
+    found = roles.settled(replace(distill_options.auto(), **changes), listening, real=False)
     assert (found.warmup_steps, found.num_pairs) == (steps, pairs)
 
 
