@@ -39,8 +39,8 @@ from score import hub
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "steps": 4, "batch_size": 4, "student_every": 2, "save_every": 2, "log_every": 1, "warmup_steps": 2,
-    "num_pairs": 4, "pair_steps": 2, "guidance": 3.0, "regression_weight": 0.0, "guard_images": 0, "fake_warmup": 0,
-    "student_lr": 1e-4, "fake_lr": 1e-4, "warmup_lr": 1e-3, "skip_teacher_check": True,
+    "num_pairs": 4, "pair_steps": 2, "guidance": 3.0, "regression_weight": 0.0, "guard_images": 0,
+    "fake_warmup": 0, "student_lr": 1e-4, "fake_lr": 1e-4, "warmup_lr": 1e-3, "skip_teacher_check": True,
 }  # fmt: skip
 PLAIN = {"gan_weight": 0.0}
 PROMPTS = ("a red mug", "a blue chair", "cone", "two mugs", "a sea", "a tree")
@@ -370,7 +370,7 @@ def test_a_run_resumes_from_its_checkpoint(root, finished, tmp_path, monkeypatch
     student = train_dmd.main(config)
     printed = capsys.readouterr()
     assert printed.out.count("resumed from step 2") == 1
-    assert ("learning rates: " in printed.err) == (kind == "guarded"), "in its warm-up, which has to be begun again"
+    assert ("learning rates: " in printed.err) == (kind == "guarded"), "it was in its warm-up"
     assert_equal(weights_of(student), weights_of(finished[kind]))
 
 
