@@ -12,16 +12,14 @@ import pytest
 import roles
 import torch
 from distill_options import IMAGE_PRESETS, PRESETS, Config, presets_for
-from networks import Teacher
+from networks import Teacher, build_network
 from prompted import PromptedTeacher
 
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
 from distill.student import Student, even_times
 from score.denoiser import NetworkDenoiser
-from score.network import ResidualMLP
 from score.schedule import Karras, RectifiedFlow, VariancePreserving
-
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 """An accelerator of one process, as far as pairs ask for it."""
@@ -38,7 +36,7 @@ def parsed(monkeypatch, *arguments):
 def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
     found = parsed(monkeypatch, "--preset", "sdxl-4step-lora", "--prompts", "x", "--steps", "9")
     assert found == replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)
-    assert parsed(monkeypatch) == Config()
+    assert parsed(monkeypatch) == distill_options.auto()
     assert all(PRESETS[name]().preset == name for name in PRESETS)
 
 
@@ -79,9 +77,9 @@ def test_every_preset_passes_its_own_checks():
     ({"ratio_range": (2.0, math.inf)}, "--ratio-range needs 0 < first"),
     ({"ratio_range": (math.nan, 1.0)}, "--ratio-range needs 0 < first"),
     ({"guard_images": 63}, "--guard-images must be 0 or at least 64; got 63"),
-    ({"guard_every": 0}, "--guard-every must be above 0"), ({"guard_images": -64}, "--guard-images must be at least"),
-    ({"num_pairs": -1}, "--num-pairs must be at least 0"), ({"max_setbacks": -1}, "--max-setbacks must be at least"),
-    ({"student_ratio": -1.0}, "--student-ratio must be at least 0"), ({"fake_warmup": -1}, "--fake-warmup must be"),
+    ({"guard_every": 0}, "--guard-every must be above 0"), ({"guard_images": -64}, "--guard-images must be at"),
+    ({"num_pairs": -1}, "--num-pairs must be at least 0"), ({"max_setbacks": -1}, "--max-setbacks must be at"),
+    ({"student_ratio": -1.0}, "--student-ratio must be at least 0"), ({"fake_warmup": -1}, "--fake-warmup must"),
     ({"student_lr": -1e-5}, "--student-lr must be at least 0"), ({"fake_lr": 2.0}, "--fake-lr must be at most 1"),
     ({"warmup_steps": -1}, "--warmup-steps must be at least 0"), ({"gan_weight": -0.1}, "--gan-weight must be at"),
     ({"gan_weight": math.nan}, "--gan-weight must be"),
@@ -160,15 +158,15 @@ class Tokens(torch.nn.Module):
         return self.out(self.into(x_t.flatten(1)[..., None])).view_as(x_t)
 
 
-def teacher_of(network, num_classes=0):
-    return Teacher(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1, 4, 4), num_classes)
+def teacher_of(network, num_classes=0, facts=None):
+    return Teacher(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1, 4, 4), num_classes, facts or {})
 
 
 @pytest.fixture(scope="module")
 def listening():
     """A teacher with a bottleneck."""
-    torch.manual_seed(0)
-    return teacher_of(ResidualMLP((1, 4, 4), num_classes=3, width=8, depth=3), 3)
+    facts = {"network": "mlp", "shape": [1, 4, 4], "num_classes": 3, "options": {"width": 8, "depth": 3}}
+    return teacher_of(build_network(facts), 3, facts)
 
 
 def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(listening):
@@ -182,7 +180,7 @@ def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(liste
     ):  # fmt: skip
         assert roles.settled(config, teacher, real).gan_weight == 0.0
     for weight in (0.0, 0.3):
-        assert roles.settled(Config(gan_weight=weight), deaf, real=True).gan_weight == weight, "as it was asked for"
+        assert roles.settled(Config(gan_weight=weight), deaf, real=True).gan_weight == weight, "as asked for"
     assert roles.settled(Config(bottleneck="blocks.0"), listening, real=True).bottleneck == "blocks.0"
     with pytest.raises(ValueError, match="got --bottleneck nowhere"):
         roles.settled(Config(bottleneck="nowhere"), listening, real=True)
@@ -197,7 +195,7 @@ def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(liste
     ],
 )  # fmt: skip
 def test_the_warm_up_is_as_long_as_the_rest_and_reads_each_pair_ten_times(listening, changes, steps, pairs):
-    found = roles.settled(Config(**changes), listening, real=False)
+    found = roles.settled(replace(distill_options.auto(), **changes), listening, real=False)
     assert (found.warmup_steps, found.num_pairs) == (steps, pairs)
 
 
@@ -246,12 +244,12 @@ def test_guidance_is_drawn_apart_where_that_is_asked_for(listening, changes, kin
     assert type(method.guidance) is kind
 
 
-@pytest.mark.parametrize(("given", "ends"), [((0.15, 20.0), (0.15, 20.0)), ((0.0, 0.0), (0.02 / 0.98, 0.98 / 0.02))])
+@pytest.mark.parametrize(("given", "ends"), [((0.15, 20.0), (0.15, 20.0)), ((0.0, 0.0), (1 / 49, 49.0))])
 def test_teacher_and_student_are_compared_within_the_ratio_range(listening, given, ends):
     config = Config(gan_weight=0.0, ratio_range=given)
     method = roles.build_method(config, listening, *roles.build_roles(config, listening))
     schedule = listening.denoiser.schedule
-    t = method.times(schedule, 4000, torch.Generator().manual_seed(0))
+    t = method.times(4000, schedule, torch.Generator().manual_seed(0))
     ratios = schedule.ratio(t.double())
     assert float(ratios.min()) == pytest.approx(ends[0], rel=0.1)
     assert float(ratios.max()) == pytest.approx(ends[1], rel=0.1)

@@ -126,11 +126,16 @@ def fresh():
 NUMBERS = ["-1", "0", "1", "2", "3", "nan", "inf", "-inf", "1e-9", "0.5", "1e9", "99999999999999999999", "", "two"]
 
 
+COUNTS = (
+    "width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps", "fake_warmup",
+)  # fmt: skip
+
+
 def flag_values(field):
     """Values for one option: good ones, bad ones, and none of its kind."""
     if field.type is bool:
         return st.sampled_from([[], ["maybe"]])
-    if field.name in ("width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps", "fake_warmup"):
+    if field.name in COUNTS:
         return st.sampled_from([[word] for word in (*NUMBERS, "4", "8")])
     return st.sampled_from([[word] for word in (*NUMBERS, "4", "unet", "bf16", "skip", "missing/folder")])
 

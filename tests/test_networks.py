@@ -257,7 +257,7 @@ def test_no_data_are_asked_for_where_nothing_uses_them(own_module, tmp_path, mon
         train_dmd.main(train_dmd.Config(**common, gan_weight=0.01, dry_run=True))
     with pytest.raises(ValueError, match="the GAN term and --features need images"):
         train_dmd.main(train_dmd.Config(**common, gan_weight=0.01, features=tmp_path, dry_run=True))
-    with pytest.raises(ValueError, match="^--features needs? images"):
+    with pytest.raises(ValueError, match=r"^--features needs? images"):
         train_dmd.main(train_dmd.Config(**common, features=tmp_path, dry_run=True))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 
 import distill_options
@@ -36,6 +37,32 @@ def teacher(tmp_path_factory):
     return train_teacher.main(train_teacher.Config(out=out, steps=30, batch_size=64, width=32, depth=2))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, teacher):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_dmd.main(config_for(out, teacher))
+    return out
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of it, to be run again."""
+    shutil.copytree(finished, tmp_path / "again")
+    return tmp_path / "again"
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory, teacher):
+    """A run at a rate that spoils the student, and that goes back twice."""
+    out = tmp_path_factory.mktemp("runs") / "drifted"
+    train_dmd.main(config_for(out, teacher, **DRIFTING))
+    return out
+
+
+DRIFTING = {"student_lr": 0.5, "steps": 16, "student_every": 1, "save_every": 3}
+
+
 def config_for(out, teacher, **changes):
     return dataclasses.replace(distill_options.auto(), out=out, teacher=str(teacher), **{**TINY, **changes})
 
@@ -65,24 +92,22 @@ def kill(monkeypatch, name, step):
     monkeypatch.setattr(fitting, "follow", follow)
 
 
-def test_the_student_is_asked_where_the_noise_is_moderate(tmp_path, teacher):
-    folder = train_dmd.main(config_for(tmp_path, teacher))
-    student = load_teacher(str(folder))
+def test_the_student_is_asked_where_the_noise_is_moderate(finished):
+    student = load_teacher(str(finished / "student"))
     assert isinstance(student.denoiser.schedule, Karras)
     assert student.times == (pytest.approx(3.5),)
     for name, curve in (("warm-up", "warm-up/loss"), ("", "student/gradient_rms")):
-        scalars = EventAccumulator(str(tmp_path / name / "logs")).Reload().Scalars
+        scalars = EventAccumulator(str(finished / name / "logs")).Reload().Scalars
         assert [event.step for event in scalars(curve)] == [2, 4, 6] if name else scalars(curve)
         looks = [event.step for event in scalars("guard/distance")]
         assert looks == ([1, 2, 3, 4, 5, 6] if name else [0, 4, 8, 12])
-    assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.01
+    assert json.loads((finished / "config.json").read_text())["gan_weight"] == 0.01
 
 
 @pytest.mark.parametrize(("name", "step", "resumed"), [("warm-up", 5, 4), ("fake", 7, 4), ("fake", 2, 0)])
 def test_a_run_killed_in_any_stage_resumes_to_the_same_weights(
-    tmp_path, teacher, monkeypatch, capsys, name, step, resumed
+    tmp_path, teacher, finished, monkeypatch, capsys, name, step, resumed
 ):
-    whole = weights(train_dmd.main(config_for(tmp_path / "whole", teacher)))
     with monkeypatch.context() as patch:
         kill(patch, name, step)
         with pytest.raises(Killed):
@@ -90,7 +115,7 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_weights(
     capsys.readouterr()
     again = weights(train_dmd.main(config_for(tmp_path / "cut", teacher)))
     printed = capsys.readouterr()
-    assert same(whole, again)
+    assert same(weights(finished / "student"), again)
     assert (f"resumed from step {resumed}" in printed.out) == bool(resumed)
     assert ("learning rates" in printed.err) == (name == "warm-up")
 
@@ -110,16 +135,14 @@ def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, te
 
 
 @pytest.mark.parametrize("step", [6, 11])
-def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, monkeypatch, step):
-    drifting = {"student_lr": 0.5, "steps": 16, "student_every": 1, "save_every": 3}
-    whole = train_dmd.main(config_for(tmp_path / "whole", teacher, **drifting))
+def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, drifted, monkeypatch, step):
     with monkeypatch.context() as patch:
         kill(patch, "fake", step)
         with pytest.raises(Killed):
-            train_dmd.main(config_for(tmp_path / "cut", teacher, **drifting))
-    again = train_dmd.main(config_for(tmp_path / "cut", teacher, **drifting))
-    assert same(weights(whole), weights(again))
-    ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut")]
+            train_dmd.main(config_for(tmp_path / "cut", teacher, **DRIFTING))
+    again = train_dmd.main(config_for(tmp_path / "cut", teacher, **DRIFTING))
+    assert same(weights(drifted / "student"), weights(again))
+    ends = [checkpoint.newest(out / "checkpoints") for out in (drifted, tmp_path / "cut")]
     fakes = [load_file(end / "fake.safetensors") for end in ends]
     assert same(*fakes)
 
@@ -199,11 +222,9 @@ def test_a_dry_run_shows_the_check_of_the_teacher_and_the_plan_and_writes_nothin
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_was_checked_resumes_without_another_check(tmp_path, teacher, capsys):
-    """Whether it was changes no number: the same run goes on."""
-    train_dmd.main(config_for(tmp_path, teacher))
-    capsys.readouterr()
-    train_dmd.main(config_for(tmp_path, teacher, skip_teacher_check=False))
+def test_a_run_that_has_begun_resumes_without_a_check(again, teacher, capsys):
+    """Whether there was one changes no number: the same run goes on."""
+    train_dmd.main(config_for(again, teacher, skip_teacher_check=False))
     printed = capsys.readouterr().out
     assert "resumed from step 12" in printed
     assert "teacher check" not in printed
@@ -218,7 +239,7 @@ def test_without_a_guard_the_last_weights_are_the_result(tmp_path, teacher):
 def test_given_rates_are_taken_and_no_range_test_is_made(tmp_path, teacher, monkeypatch, capsys):
     monkeypatch.setattr(stages, "range_test", lambda *args, **options: pytest.fail("tested"))
     rates = {"warmup_lr": 1e-3, "student_lr": 2e-5, "fake_lr": 1e-4}
-    train_dmd.main(config_for(tmp_path, teacher, **rates))
+    train_dmd.main(config_for(tmp_path, teacher, guard_images=0, save_every=12, **rates))
     assert "learning rates" not in capsys.readouterr().err
     state = torch.load(tmp_path / "checkpoints" / "step-000000000" / "state.pt", weights_only=True)
     for name, rate in (("student", 2e-5), ("fake", 1e-4)):
@@ -227,18 +248,18 @@ def test_given_rates_are_taken_and_no_range_test_is_made(tmp_path, teacher, monk
 
 @pytest.mark.parametrize("steps", [0, 6])
 def test_rates_are_measured_with_and_without_pairs(tmp_path, teacher, capsys, steps):
-    train_dmd.main(config_for(tmp_path, teacher, warmup_steps=steps, regression_weight=0.0, guard_images=0))
+    changes = {"warmup_steps": steps, "regression_weight": 0.0, "guard_images": 0, "save_every": 12}
+    train_dmd.main(config_for(tmp_path, teacher, **changes))
     assert "learning rates: warm-up" in capsys.readouterr().err
     state = torch.load(tmp_path / "checkpoints" / "step-000000000" / "state.pt", weights_only=True)
     student, fake = (state["phases"][name]["lr_schedule"]["base_lrs"][0] for name in ("student", "fake"))
     assert fake == pytest.approx(5 * student)
 
 
-def test_another_config_is_refused_before_pairs_are_made(tmp_path, teacher, monkeypatch):
-    train_dmd.main(config_for(tmp_path, teacher))
+def test_another_config_is_refused_before_pairs_are_made(finished, teacher, monkeypatch):
     monkeypatch.setattr(stages, "teacher_pairs", lambda *args, **options: pytest.fail("made pairs"))
     with pytest.raises(ValueError, match=r"ema_decay: 0\.99 there, 0\.5 now"):
-        train_dmd.main(config_for(tmp_path, teacher, ema_decay=0.5))
+        train_dmd.main(config_for(finished, teacher, ema_decay=0.5))
 
 
 def test_sigterm_ends_a_run_that_a_guard_sends_back_in_the_same_step(tmp_path, teacher, monkeypatch):
