@@ -131,8 +131,8 @@ def fit(
     with the step and whether it is about to be saved, and it may raise. So do weights that are not finite, on all
     processes and before anything is saved. All call ``keep``, which returns the steps whose checkpoints must stay;
     a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
-    can still speak to each other: they cannot afterwards, unless this stage of the run is not the ``last``. SIGTERM,
-    which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    can still speak to each other: they cannot afterwards, unless this stage of the run is not the ``last``.
+    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
     """
 
     def look(step: int) -> None:
