@@ -233,7 +233,7 @@ def learn(network: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int
     return average.module.to(memory_format=torch.contiguous_format).eval()
 
 
-TRAININGS = {
+TRAININGS: dict[str, tuple[Callable[[], nn.Module], Callable[[Path], Callable[[nn.Module], Tensor]], float]] = {
     "ddpm": (SmallUNet, ddpm_loss, 2e-3), "flow": (SmallDiT, flow_loss, 1.5e-3),
     "tiles": (tiles_network, tiles_loss, 1e-3),
 }  # fmt: skip

@@ -71,10 +71,11 @@ def range_test(
     Raises:
         ValueError: the loss does not fall at any rate, or is not finite at the first step.
     """
-    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    learned: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in learned]
     optimizer = torch.optim.AdamW(learned, low, weight_decay=0.0, fused=True)
-    rates, losses = [], []
+    rates: list[float] = []
+    losses: list[float] = []
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
         value = loss()

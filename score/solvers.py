@@ -4,6 +4,7 @@ DPM-Solver++ and UniPC integrate x0 against lambda = log(alpha / sigma) exactly 
 lambda. In x0 prediction that is DDIM's step towards another x0: they are :class:`score.sampling.Multistep`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -72,7 +73,9 @@ def plan(
     free = int(bool(schedule.alpha(torch.tensor(schedule.t_max)) == 0))  # Heun is Euler from alpha = 0
     num_steps = (num_calls + 1 + free) // 2 if chosen == "heun" else num_calls
     times = grid(schedule, num_steps, spacing=spaced, shift=shift)
-    steps = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpm++": dpm_solver, "unipc": unipc}
+    steps: dict[str, Callable[[], Step | Multistep]] = {
+        "ddim": ddim, "ddpm": ddpm, "heun": heun, "dpm++": dpm_solver, "unipc": unipc
+    }  # fmt: skip
     paid = max(1, 2 * num_steps - 1 - free) if chosen == "heun" else num_steps
     return Plan(chosen, spaced, times, steps[chosen](), paid)
 
