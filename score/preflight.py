@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from score.pretrained import read_json
+from score.files import read_json
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Files that hold all tokens of a tokenizer, either of them."""
