@@ -218,7 +218,7 @@ def export_lora(
 def copied_parts(pipeline: Path) -> list[str]:
     """Folders of a teacher's pipeline that belong into its student's, too.
 
-    To be asked before a training, whose student could not be exported else. Raises ``ValueError`` for an index that
+    Call it before a training, too: else its student could not be exported. Raises ``ValueError`` for an index that
     ``score.components.check_index`` refuses, and for parts whose files are missing or links out of the folder.
     """
     index = read_json(pipeline / INDEX)

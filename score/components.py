@@ -1,4 +1,4 @@
-"""Parts of a downloaded pipeline: its index names no paths, its folders no code, and only known files are copied."""
+"""Parts of a downloaded pipeline: its index names no paths, its folders no code; only known files are copied."""
 
 import json
 import re
@@ -128,7 +128,7 @@ def _check_inside(file: Path, root: Path) -> None:
     real = file.resolve()
     cached = root.parent.name == "snapshots" and real.is_relative_to(blobs)
     if not (cached or real.is_relative_to(root)):
-        raise ValueError(f"{file} is a link out of {root}, to {real}; it is not copied. Put the file in its place.")
+        raise ValueError(f"{file} is a link out of {root}, to {real}, and not copied. Put the file in its place.")
     try:
         check_regular(real)
     except (OSError, ValueError) as error:
@@ -136,9 +136,9 @@ def _check_inside(file: Path, root: Path) -> None:
 
 
 def copy_part(folder: Path, part: str, target: Path) -> None:
-    """Copy the files of :func:`copied_files` into the new folder ``target``: links as files, pickles as safetensors.
+    """Copy the files of :func:`copied_files` into the new folder ``target``.
 
-    Text encoders in half precision become float32.
+    Links become files, pickles safetensors, and text encoders in half precision float32.
     """
     target.mkdir()
     files = copied_files(folder, part)

@@ -73,7 +73,7 @@ def _finite(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line, with escapes for what moves a cursor, forges a line or has no form: "a\nb" -> "a\\nb".
+    r"""``text`` on one line, with escapes for what moves a cursor or forges a line: a line feed becomes "\n".
 
     Escaped is what ``str.isprintable`` says no to: control characters, separators of lines, marks that turn the
     direction of writing, and halves of characters, as names that are not UTF-8 have them.

@@ -20,7 +20,7 @@ from score.components import check_part
 from score.denoiser import freeze
 from score.files import read_json
 from score.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
-from score.weights import check_finite, check_size
+from score.weights import check_counts, check_finite, check_size
 
 INDEX = "model_index.json"
 
@@ -104,6 +104,7 @@ class PartReader:
         return freeze(network).to(self.device)
 
     def _check_size(self, kind: Any, part: Path) -> None:
+        check_counts(read_json(part / "config.json"), part / "config.json")
         if issubclass(kind, ModelMixin):
             build, config = kind.from_config, kind.load_config(part, local_files_only=True)
         else:

@@ -1,5 +1,6 @@
 """Weights in safetensors, looked at before a network is made for them, and after they were read."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def check_fit(file: Path, planned: nn.Module) -> None:
     if faults:
         kind = type(planned).__name__
         raise ValueError(f"the weights in {file} do not fit the {kind} that is described beside: {faults[0]}.")
+
+
+MOST_LAYERS = 1000
+"""Layers or blocks in a row that a config may ask for: even planning a billion of them would not end."""
+
+
+def check_counts(config: Mapping[str, object], file: Path) -> None:
+    """Raise ``ValueError`` for a ``config.json`` that asks for more than ``MOST_LAYERS`` layers."""
+    for name, value in config.items():
+        numbers = re.findall(r"\d+", str(value)) if "layers" in name else []
+        if any(int(number[:9]) > MOST_LAYERS for number in numbers):
+            raise ValueError(f"{file}: {name} must be at most {MOST_LAYERS}; got {str(value)[:80]}.")
 
 
 def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:

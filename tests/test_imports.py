@@ -38,7 +38,7 @@ MODULES = {
     "weights": {"files"},
     "components": {"files"},
     "pretrained": {"schedule", "denoiser", "files", "weights", "components"},
-    "preflight": {"files", "pretrained"},
+    "preflight": {"components", "files", "pretrained"},
     "codec": {"cache", "files", "randomness", "schedule", "pretrained"},
     "prompts": {"cache", "denoiser"},
     "families": {"denoiser", "prompts"},

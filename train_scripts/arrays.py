@@ -108,8 +108,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def check_archive(file: IO[bytes]) -> IO[bytes]:
     """The npz file, at its start, if reading its arrays takes no more memory than it should.
 
-    Raises ``ValueError`` for sizes in the archive's directory out of proportion to the file, and for an array whose
-    header promises more than its member holds: numpy would first make room for it.
+    Raises ``ValueError`` for sizes in the archive's directory out of proportion to the file, and for an array
+    whose header promises more than its member holds: numpy would first make room for it.
     """
     packed = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:

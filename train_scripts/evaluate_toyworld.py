@@ -110,8 +110,8 @@ def load_pipeline(folder: Path, device: str) -> Any:
     weights that are missing, pickled or damaged, or that do not fit.
     """
     index = read_json(folder / INDEX)
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {str(index.get('_class_name'))[:80]!r}.")
+    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {str(name)[:80]!r}.")
     check_index(index, folder / INDEX, parts_of(index))
     reader = PartReader(torch.float32, torch.device("cpu"))
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

@@ -18,8 +18,8 @@ from user_code import call
 from distill.student import TIMES
 from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from score.data_scale import RescaledData
-from score.network import ResidualMLP
 from score.files import read_json
+from score.network import ResidualMLP
 from score.pretrained import PartReader, read_schedule
 from score.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
 from score.weights import check_fit

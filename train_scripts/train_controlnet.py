@@ -132,7 +132,8 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
     task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
     if is_first_rank():
-        print("".join(f"skipped: {printable(fault)}\n" for fault in task.bad[:MOST_FAULTS]), end="", file=sys.stderr)
+        for fault in task.bad[:MOST_FAULTS]:
+            print(f"skipped: {printable(fault)}", file=sys.stderr)
         if len(task.bad) > MOST_FAULTS:
             print(f"skipped: {len(task.bad) - MOST_FAULTS:,} more", file=sys.stderr)
     return base, task
