@@ -108,8 +108,7 @@ class PartReader:
         if issubclass(kind, ModelMixin):
             build, config = kind.from_config, kind.load_config(part, local_files_only=True)
         else:
-            options = {"local_files_only": True, "attn_implementation": "sdpa"}
-            build, config = kind, kind.config_class.from_pretrained(part, **options)
+            build, config = kind, kind.config_class.from_pretrained(part, attn_implementation="sdpa")
         with torch.device("meta"):
             check_size(part, [file for file in self.files(part) if file.suffix in SAFE], build(config))
 
