@@ -262,9 +262,7 @@ def test_a_network_that_its_weights_do_not_fill_is_never_built(tmp_path, monkeyp
 )
 def test_a_config_that_asks_for_more_than_the_weights_hold_is_refused(folder, part, changes):
     edit(folder / part / "config.json", **changes)
-    with pytest.raises(
-        ValueError, match=r"describes a network of .* numbers, and the weights|layers.* must be at most 1000"
-    ):
+    with pytest.raises(ValueError, match=r"describes a network of|layers.* must be at most 1000"):
         load_teacher(folder).prompts(["a"])
 
 
