@@ -59,7 +59,8 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = load_json(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}. Save the pipeline again with save_pretrained.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"cannot read {file}: {reason}. Save the pipeline again with save_pretrained.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}.")
     return content
