@@ -41,7 +41,7 @@ def check_index(index: Mapping[str, Any], file: Path, used: Iterable[str]) -> No
     Args:
         index: its content.
         file: where it was read, for the message.
-        used: parts that are read; each must have a class of diffusers or transformers, and a folder.
+        used: parts that are read; each must have a class of diffusers or transformers.
     """
     for name, value in index.items():
         if not _NAME.fullmatch(name):
@@ -51,11 +51,9 @@ def check_index(index: Mapping[str, Any], file: Path, used: Iterable[str]) -> No
     for name in used:
         library, _ = index[name] if _is_pair(index.get(name)) else (None, None)
         if library not in LIBRARIES:
+            wanted = "a tokenizer of transformers" if name.startswith("tokenizer") else "a class of diffusers"
             got = printable(str(index.get(name))[:80])
-            raise ValueError(f"{file}: {name} must be a class of {' or '.join(LIBRARIES)}; got {got}.")
-        # Some models keep their only network, with its config, at the top.
-        if not (file.parent / name).is_dir() and not (file.parent / "config.json").is_file():
-            raise ValueError(f"{file} names {name}, and there is no such folder. Download the model again.")
+            raise ValueError(f"{file} names an unsupported {name}: {got}; expected {wanted}.")
 
 
 def _is_pair(value: object) -> bool:

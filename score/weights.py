@@ -48,12 +48,14 @@ MOST_LAYERS = 1000
 """Layers or blocks in a row that a config may ask for: even planning a billion of them would not end."""
 
 
-def check_counts(config: Mapping[str, object], file: Path) -> None:
-    """Raise ``ValueError`` for a ``config.json`` that asks for more than ``MOST_LAYERS`` layers."""
+def check_counts(config: Mapping[str, object], part: Path) -> None:
+    """Raise ``ValueError`` for the ``config.json`` of a part that asks for more than ``MOST_LAYERS`` layers."""
     for name, value in config.items():
         numbers = re.findall(r"\d+", str(value)) if "layers" in name else []
         if any(int(number[:9]) > MOST_LAYERS for number in numbers):
-            raise ValueError(f"{file}: {name} must be at most {MOST_LAYERS}; got {str(value)[:80]}.")
+            raise ValueError(
+                f"{part / 'config.json'}: {name} must be at most {MOST_LAYERS}; got {str(value)[:80]}."
+            )
 
 
 def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:
@@ -65,7 +67,7 @@ def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:
     tensors = {id(x): x for x in (*planned.parameters(), *planned.buffers())}
     wanted = sum(x.numel() for x in tensors.values())
     stored = sum(torch.Size(shape).numel() for file in files for shape in read_shapes(file).values())
-    if stored and wanted > 1.5 * stored + 1_000_000:  # of pickles nothing is known
+    if wanted > 1.5 * stored + 1_000_000:
         raise ValueError(
             f"{part / 'config.json'} describes a network of {wanted:,} numbers, and the weights beside hold "
             f"{stored:,}. Download it again."

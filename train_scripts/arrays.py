@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -183,14 +184,14 @@ def _read_tensor(path: Path, ndim: int) -> np.ndarray:
     offset = 4 * (ndim + 1)
     try:
         with open_regular(path) as file:
-            packed = file.seek(0, 2)
-            file.seek(0)
-            opened: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            size, packed = os.fstat(file.fileno()).st_size, path.suffix == ".gz"
+            opened: Any = gzip.GzipFile(fileobj=file) if packed else file
             content = opened.read(offset)
             magic, *shape = struct.unpack(f">{ndim + 1}I", content)
-            check_packing(math.prod(shape), packed)
+            if packed:
+                check_packing(math.prod(shape), size)
             # One byte more than there should be, to see whether there are more.
-            content += opened.read(math.prod(shape) + 1)
+            content += opened.read(math.prod(shape) + 1 if packed else size)
     except (OSError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an idx file: {error}") from error
     if magic != 0x800 + ndim or len(content) - offset != math.prod(shape):
