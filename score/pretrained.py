@@ -36,9 +36,7 @@ _UNREADABLE = (
     UnpicklingError,
 )  # fmt: skip
 
-READ = (".json", ".txt", ".model")
-"""Endings of configs and vocabularies."""
-
+READ = (".json", ".txt", ".model")  # configs and vocabularies
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
 # Models that their owners deleted (2024 and 2025), and where others keep copies.

@@ -53,9 +53,8 @@ def check_counts(config: Mapping[str, object], part: Path) -> None:
     for name, value in config.items():
         numbers = re.findall(r"\d+", str(value)) if "layers" in name else []
         if any(int(number[:9]) > MOST_LAYERS for number in numbers):
-            raise ValueError(
-                f"{part / 'config.json'}: {name} must be at most {MOST_LAYERS}; got {str(value)[:80]}."
-            )
+            got = str(value)[:80]
+            raise ValueError(f"{part / 'config.json'}: {name} must be at most {MOST_LAYERS}; got {got}.")
 
 
 def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:
@@ -66,7 +65,8 @@ def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:
     """
     tensors = {id(x): x for x in (*planned.parameters(), *planned.buffers())}
     wanted = sum(x.numel() for x in tensors.values())
-    stored = sum(torch.Size(shape).numel() for file in files for shape in read_shapes(file).values())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    stored = sum(torch.Size(shape).numel() for file in weights for shape in read_shapes(file).values())
     if wanted > 1.5 * stored + 1_000_000:
         raise ValueError(
             f"{part / 'config.json'} describes a network of {wanted:,} numbers, and the weights beside hold "
