@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from score.cache import content_key
+from score.files import read_regular, read_text
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -45,9 +46,9 @@ class FolderRow:
         return str(self.files[key])
 
     def read(self, key: str) -> bytes:
-        """Raises ``ValueError`` if there is no such file."""
+        """Raises ``ValueError`` if there is no such file, or it is no regular one."""
         try:
-            return self.files[key].read_bytes()
+            return read_regular(self.files[key])
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror}") from error
 
@@ -118,7 +119,7 @@ def _folder_rows(folder: Path, text: str | None, image: str, maps: Sequence[str]
     file, rows = folder / "metadata.jsonl", list[Row]()
     columns = {"image": image, **{name: f"{name}_file_name" for name in maps}}
     # Not splitlines(): U+2028 and its like end no line of JSON. Some editors put a byte order mark first.
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

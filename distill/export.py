@@ -8,22 +8,23 @@ asks at exactly the student's times, and :func:`scheduler_for` refuses times for
 import copy
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchLCMScheduler, LCMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from distill.student import Student, even_times
 from score.atomic import whole_folder
 from score.codec import read_codec_config
-from score.families import DiffusersNetwork, family_of
+from score.components import UNUSED, check_copyable, check_index, copy_part
+from score.families import DiffusersNetwork, family_of, has_part, parts_of
+from score.files import read_json
 from score.lora import Twin, adapter_weights, merged
-from score.pretrained import INDEX, NOISE_SETTINGS, part_folder, read_json
+from score.pretrained import INDEX, NOISE_SETTINGS, part_folder
 from score.schedule import Schedule, VariancePreserving
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -31,8 +32,6 @@ LORA = "pytorch_lora_weights.safetensors"
 
 FACTS = "dmd2.json"
 """Beside a LoRA, what a pipeline's folder says in its ``model_index.json``."""
-
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> tuple[float, ...]:
@@ -147,17 +146,19 @@ def export_pipeline(
     Args:
         student: its network is a :class:`score.families.DiffusersNetwork`, or a twin of one, whose changes are
             added to the weights. Stored in the precision it has.
-        pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied. Text
-            encoders in half precision become float32, else the folder would not run when it is loaded plainly.
+        pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied: the files
+            of :func:`score.components.copied_files` and nothing else. Text encoders in half precision become
+            float32, else the folder would not run when it is loaded plainly.
         folder: replaced as a whole.
         card: text of the model card, above how to use it.
         base_model: name or folder of the teacher's pipeline, for the card.
         size: height and width in pixels that the student learned, if they are not the teacher's own.
 
     Raises:
-        ValueError: another network, or times that the scheduler cannot be asked at.
+        ValueError: another network, times that the scheduler cannot be asked at, or a folder that
+            :func:`copied_parts` refuses.
     """
-    index = read_json(pipeline / INDEX)
+    index, copied = read_json(pipeline / INDEX), copied_parts(pipeline)
     family = family_of(index)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     model = _model(student.unwrapped().denoiser.network)
@@ -168,12 +169,8 @@ def export_pipeline(
         model.register_to_config(sample_size=height if height == width else [height, width])
     text = card + (" The teacher's safety checker is not part of it." if _checks_safety(index) else "")
     with whole_folder(folder) as temporary:
-        for part, value in index.items():
-            copied = part not in (family.part, "scheduler", *UNUSED)
-            if copied and isinstance(value, list) and value[0] is not None:
-                shutil.copytree(pipeline / part, temporary / part)
-                if part.startswith("text_encoder"):
-                    _to_float32(temporary / part)
+        for part in copied:
+            copy_part(pipeline, part, temporary / part)
         model.save_pretrained(temporary / family.part, safe_serialization=True)
         scheduler.save_pretrained(temporary / "scheduler")
         index = _student_index(index, scheduler, facts)
@@ -218,6 +215,19 @@ def export_lora(
     return folder
 
 
+def copied_parts(pipeline: Path) -> list[str]:
+    """Folders of a teacher's pipeline that belong into its student's, too.
+
+    Call it before a training, too: else its student could not be exported. Raises ``ValueError`` for an index that
+    ``score.components.check_index`` refuses, and for parts whose files are missing or links out of the folder.
+    """
+    index = read_json(pipeline / INDEX)
+    check_index(index, pipeline / INDEX, parts_of(index))
+    parts = [part for part in parts_of(index) if part not in (family_of(index).part, "scheduler")]
+    check_copyable(pipeline, parts)
+    return parts
+
+
 def read_student_facts(folder: Path) -> dict[str, Any]:
     """The ``dmd2_*`` entries of an exported folder, empty for any other."""
     file = folder / (FACTS if (folder / FACTS).is_file() else INDEX)
@@ -238,7 +248,10 @@ def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> di
 
 
 def _student_index(index: Mapping[str, Any], scheduler: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: value for name, value in index.items() if name not in (*UNUSED, "requires_safety_checker")}
+    # Parts that this family has not are not copied, so they are not named either.
+    known = {*parts_of(index), *(name for name, value in index.items() if not has_part(index, name))}
+    dropped = {*UNUSED, "requires_safety_checker"}
+    own = {name: value for name, value in index.items() if name in known - dropped}
     own |= {"scheduler": ["diffusers", type(scheduler).__name__], **facts}
     if index["_class_name"] == "StableDiffusionPipeline":  # which asks for them by name
         own |= {name: [None, None] for name in UNUSED} | {"requires_safety_checker": False}
@@ -246,18 +259,7 @@ def _student_index(index: Mapping[str, Any], scheduler: Any, facts: Mapping[str,
 
 
 def _checks_safety(index: Mapping[str, Any]) -> bool:
-    return (index.get("safety_checker") or [None])[0] is not None
-
-
-def _to_float32(part: Path) -> None:
-    for file in part.glob("*.safetensors"):
-        weights = load_file(file)
-        if any(value.dtype in (torch.float16, torch.bfloat16) for value in weights.values()):
-            whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-            save_file(whole, file, metadata={"format": "pt"})
-    config = read_json(part / "config.json")
-    stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
-    (part / "config.json").write_text(json.dumps({**config, **stored}, indent=2))
+    return has_part(index, "safety_checker")
 
 
 def _scheduler_settings(pipeline: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from score.cache import content_key
-from score.pretrained import PartReader, read_config, read_json
+from score.files import read_json
+from score.pretrained import PartReader, read_config
 from score.randomness import Generators, normal_like
 from score.schedule import Images
 
@@ -113,6 +114,8 @@ def load_codec(
     if tiling:
         vae.enable_tiling()
     scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
+    if not isinstance(scaling, int | float) or not scaling > 0:
+        raise ValueError(f"{part / 'config.json'}: scaling_factor must be a number above 0; got {scaling!r}.")
     return Codec(vae, scaling=float(scaling), shift=float(shift or 0), factor=factor, channels=channels)
 
 

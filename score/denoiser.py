@@ -4,6 +4,7 @@ A network of any prediction kind, a Gaussian mixture, a guided or a ControlNet t
 thing to the methods built on this package: ``denoiser(x_t, t, cond) -> x0``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -102,8 +103,11 @@ class KarrasPreconditioning(nn.Module):
         return torch.tensor(self.sigma_data, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore sigma_data."""
-        self.sigma_data = float(state)
+        """Restore sigma_data. Raises ``ValueError`` unless it is finite and above 0."""
+        sigma_data = float(state)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be a finite number above 0; got {sigma_data}.")
+        self.sigma_data = sigma_data
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,6 +145,23 @@ def _sd3_encoder(parts: Parts, network: nn.Module, device: torch.device) -> Enco
     return encode
 
 
+def has_part(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a ``model_index.json`` names a class for ``part``; one that is left out is [null, null] there."""
+    value = index.get(part)
+    return isinstance(value, list) and bool(value) and value[0] is not None
+
+
+def parts_of(index: Mapping[str, Any]) -> list[str]:
+    """Folders that a pipeline of this ``model_index.json`` is made of, text encoders only as far as it has them.
+
+    Raises ``ValueError`` as :func:`family_of` does.
+    """
+    family = family_of(index)
+    texts = [part for part in family.texts if has_part(index, part)]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in texts]
+    return [family.part, "scheduler", *texts, *tokenizers, *(["vae"] if family.texts else [])]
+
+
 _SD = Family("unet", UNet2DConditionModel, {"text_encoder": CLIPTextModel}, encoder=_sd_encoder)
 _SDXL = Family(
     "unet", UNet2DConditionModel, {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},

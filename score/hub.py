@@ -19,8 +19,10 @@ import transformers
 from torch import Tensor
 
 from score.codec import Codec, load_codec, read_codec_config
+from score.components import check_index
 from score.denoiser import Cond, NetworkDenoiser, freeze
-from score.families import DiffusersNetwork, Family, Parts, family_of
+from score.families import DiffusersNetwork, Family, Parts, family_of, has_part, parts_of
+from score.files import read_json
 from score.preflight import (
     check_device,
     check_dtype,
@@ -39,7 +41,6 @@ from score.pretrained import (
     fingerprint,
     part_folder,
     read_config,
-    read_json,
     read_schedule,
 )
 from score.prompts import Encode, PromptEncoder, default_cache_folder
@@ -219,7 +220,9 @@ def _check_parts(
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if (folder / INDEX).is_file():
-        return read_json(folder / INDEX)
+        index = read_json(folder / INDEX)
+        check_index(index, folder / INDEX, parts_of(index))
+        return index
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("_class_name") == "UNet2DModel":
         return {"_class_name": "DDPMPipeline"}
@@ -233,7 +236,7 @@ def _weights_of(index: Mapping[str, Any]) -> list[str]:
 
 
 def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[str, type]:
-    present = {part: kind for part, kind in family.texts.items() if (index.get(part) or [None])[0] is not None}
+    present = {part: kind for part, kind in family.texts.items() if has_part(index, part)}
     if missing := family.texts.keys() - present.keys() - set(family.optional):
         raise ValueError(
             f"{folder / INDEX} lacks {', '.join(sorted(missing))}, without which there are no prompts."

@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from score.files import open_regular
+
 
 def open_image(source: Any) -> Image.Image:
     """A path or bytes as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8.
 
-    Raises ``ValueError`` for floats outside [0, 1] and for 32-bit integers, whose white nobody knows.
+    Raises ``ValueError`` for floats outside [0, 1], for 32-bit integers, whose white nobody knows, and for a path
+    that is no regular file.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+    opened = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    with opened, Image.open(opened) as file:
         kind, image = file.format, ImageOps.exif_transpose(file)
         image.load()
     # The scale comes from the file's type: one taken from its pixels would brighten the dark images of a set.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from score.pretrained import read_json
+from score.components import check_part
+from score.files import read_json
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Files that hold all tokens of a tokenizer, either of them."""
@@ -108,6 +109,7 @@ def check_tokenizer(part: Path) -> None:
 
     transformers makes an empty tokenizer of a folder without one, and then all prompts are alike.
     """
+    check_part(part)
     held = {path.name for path in part.iterdir() if path.stat().st_size} if part.is_dir() else set()
     if not any(held.issuperset(names) for names in VOCABULARIES):
         expected = ", or ".join(" and ".join(names) for names in VOCABULARIES)

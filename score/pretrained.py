@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 from safetensors import SafetensorError
 from torch import nn
 
+from score.components import check_part
 from score.denoiser import freeze
+from score.files import read_json
 from score.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
+from score.weights import check_counts, check_finite, check_size
 
 INDEX = "model_index.json"
 
@@ -34,9 +36,7 @@ _UNREADABLE = (
     UnpicklingError,
 )  # fmt: skip
 
-READ = (".json", ".txt", ".model")
-"""Endings of configs and vocabularies."""
-
+READ = (".json", ".txt", ".model")  # configs and vocabularies
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
 # Models that their owners deleted (2024 and 2025), and where others keep copies.
@@ -71,14 +71,17 @@ class PartReader:
     def read(self, kind: type, part: Path, dtype: torch.dtype | None = None) -> nn.Module:
         """A frozen network of class ``kind`` from the folder ``part``.
 
-        Raises ``ValueError`` for weights that are missing, pickled or damaged, or that do not fit.
+        Raises ``ValueError`` for weights that are missing, pickled or damaged, that do not fit, or that are not
+        finite, and for what :func:`score.components.check_part` refuses.
         """
+        check_part(part)
         variant = self.find_variant(part)
         options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
         if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
             options = {"dtype": dtype or self.dtype, "attn_implementation": "sdpa"}
         reader: Any = kind
         try:
+            self._check_size(kind, part)
             network, report = reader.from_pretrained(
                 part, use_safetensors=None if self.allow_pickle else True, local_files_only=True,
                 variant=variant, output_loading_info=True, **options,
@@ -95,7 +98,18 @@ class PartReader:
                 f"the weights in {part} have {len(surplus)} tensors, such as {surplus[0]}, that its config.json "
                 "has no place for. Save it again."
             )
+        check_finite(network.state_dict(), part)
         return freeze(network).to(self.device)
+
+    def _check_size(self, kind: Any, part: Path) -> None:
+        check_counts(read_json(part / "config.json"), part)
+        if issubclass(kind, ModelMixin):
+            build, config = kind.from_config, kind.load_config(part, local_files_only=True)
+        else:
+            build, config = kind, kind.config_class.from_pretrained(part, attn_implementation="sdpa")
+        if not any(file.suffix in PICKLED for file in self.files(part)):  # whose sizes only their reader knows
+            with torch.device("meta"):
+                check_size(part, self.files(part), build(config))
 
     def read_tokenizer(self, kind: Any, part: Path) -> Any:
         """A tokenizer of class ``kind`` from the folder ``part``. Raises ``ValueError`` where it is damaged."""
@@ -216,17 +230,6 @@ def _missing_message(name: str, error: Exception) -> str:
             "stable-diffusion-v1-5/stable-diffusion-v1-5. Offline, only models downloaded before are found."
         )
     return f"{name!r} is no folder here and could not be downloaded ({reason}). {remedy}"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``ValueError`` for a file that is missing or holds something else."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}. Save the pipeline again with save_pretrained.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}.")
-    return content
 
 
 def read_config(kind: type, part: Path) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch import nn
 
 from score.atomic import whole_folder
 from score.denoiser import NetworkDenoiser
+from score.files import check_regular, load_json
 from score.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving, check_kind
+from score.weights import check_finite
 
 FORMAT = "scorefield-denoiser-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "denoiser.json"
@@ -50,11 +52,11 @@ def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
     """
     description = _read(folder)
     try:
+        check_regular(folder / WEIGHTS)
         load_model(network, str(folder / WEIGHTS))
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
-    if not all(bool(p.isfinite().all()) for p in network.parameters()):
-        raise ValueError(f"the weights in {folder} hold nan or inf. Save them from an earlier checkpoint.")
+    check_finite(network.state_dict(), folder / WEIGHTS)
     try:
         schedule = restore_schedule(description["schedule"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -69,7 +71,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = load_json(folder / DESCRIPTION)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a denoiser's folder: no readable {DESCRIPTION} ({error}). Pass a folder that "
@@ -85,6 +87,9 @@ def _read(folder: Path) -> dict[str, Any]:
         if not isinstance(description[name], wanted):
             got = type(description[name]).__name__
             raise ValueError(f"{folder / DESCRIPTION}: {name} must be {wanted}; got {got}. It was edited.")
+    if not description["time_scale"] > 0:
+        got = description["time_scale"]
+        raise ValueError(f"{folder / DESCRIPTION}: time_scale must be above 0; got {got}. It was edited.")
     return description
 
 

@@ -17,7 +17,9 @@ from torch.nn import functional
 from tqdm import tqdm, trange
 
 from score.atomic import whole_file
+from score.files import load_json
 from score.randomness import Rng, shuffled
+from score.weights import check_finite
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, describe
 from toyworld.data import HELD_OUT, as_bytes, draw_scenes
@@ -204,11 +206,12 @@ def load_judge(folder: Path | None = None, *, device: torch.device | str = "cpu"
     """The judge in ``folder``, or the one that ships, frozen. Raises ``ValueError`` if there is none."""
     folder = Path(__file__).parent if folder is None else folder
     try:
-        description = json.loads((folder / "judge.json").read_text())
+        description = load_json(folder / "judge.json")
         if description.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         judge = Judge()
         judge.load_state_dict(load_file(folder / "judge.safetensors"))
+        check_finite(judge.state_dict(), folder / "judge.safetensors")
         judge.facts = Facts(**description)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no judge of train_judge.py: {error}") from error

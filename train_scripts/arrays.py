@@ -2,19 +2,27 @@
 
 import gzip
 import math
+import os
 import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from score.files import open_regular
+
 MOST_CLASSES = 1000
 """That a set may number whatever its size: samples of one class of ImageNet's are a set of their own."""
+
+
+MOST_PACKED = 100
+"""Times that arrays may be larger than their compressed file, if they are above a GiB: photographs reach 3, one
+colour 1,000."""
 
 
 def stored_size(resolution: int, crop: str) -> int:
@@ -75,7 +83,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises ``ValueError`` naming the file for missing arrays, shapes, ranges or values that cannot be trained on.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(check_archive(file), allow_pickle=False) as arrays:
             images = arrays["images"]
             labels = arrays["labels"] if "labels" in arrays else np.zeros(len(images), np.int64)
     except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
@@ -96,6 +104,40 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return check_values(images, str(path)), labels.astype(np.int64)
+
+
+def check_archive(file: IO[bytes]) -> IO[bytes]:
+    """The npz file, at its start, if reading its arrays takes no more memory than it should.
+
+    Raises ``ValueError`` for sizes in the archive's directory out of proportion to the file, and for an array
+    whose header promises more than its member holds: numpy would first make room for it.
+    """
+    packed = file.seek(0, 2)
+    with zipfile.ZipFile(file) as archive:
+        used = [info for info in archive.infolist() if info.filename in ("images.npy", "labels.npy")]
+        check_packing(sum(info.file_size for info in used), packed)
+        for info in used:
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2_0
+                shape, _, dtype = read(member)
+            if math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{info.filename} says it has shape {shape}, and holds {info.file_size:,} bytes")
+    file.seek(0)
+    return file
+
+
+def _header_2_0(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return np.lib.format.read_array_header_2_0(member)
+
+
+def check_packing(size: int, packed: int) -> None:
+    """Raise ``ValueError`` for a compressed file of ``packed`` bytes that would fill the memory with ``size``."""
+    if size > max(2**30, MOST_PACKED * packed):
+        raise ValueError(
+            f"its {packed:,} bytes would become {size:,}, more than {MOST_PACKED} times as many and than a GiB; "
+            "store it without compression if that is right"
+        )
 
 
 def check_values(images: np.ndarray, source: str) -> np.ndarray:
@@ -139,12 +181,19 @@ def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_tensor(path: Path, ndim: int) -> np.ndarray:
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = struct.unpack_from(f">{ndim + 1}I", content)
-    except (OSError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an idx file: {error}") from error
     offset = 4 * (ndim + 1)
+    try:
+        with open_regular(path) as file:
+            size, packed = os.fstat(file.fileno()).st_size, path.suffix == ".gz"
+            opened: Any = gzip.GzipFile(fileobj=file) if packed else file
+            content = opened.read(offset)
+            magic, *shape = struct.unpack(f">{ndim + 1}I", content)
+            if packed:
+                check_packing(math.prod(shape), size)
+            # One byte more than there should be, to see whether there are more.
+            content += opened.read(math.prod(shape) + 1 if packed else size)
+    except (OSError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an idx file: {error}") from error
     if magic != 0x800 + ndim or len(content) - offset != math.prod(shape):
         raise ValueError(
             f"{path} is no whole idx file of bytes in {ndim} dimensions: magic number {magic:#x}, sizes {shape}, "

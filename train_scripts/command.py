@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from score.files import printable
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -68,6 +71,7 @@ def run(
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
     stopped because it was not finite exits with 1.
     """
+    warnings.formatwarning = one_line
     if presets is None:
         config = tyro.cli(config_type, description=description)
     else:
@@ -92,10 +96,18 @@ def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) ->
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say why and exit. Every rank speaks, since only one of several machines may lack a file."""
+    """Say why in one line and exit. Every rank speaks, since only one of several machines may lack a file."""
     rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
-    print(f"error{rank}: {message}", file=sys.stderr)
+    print(f"error{rank}: {printable(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as Python prints it, on one line whatever names it holds, without the line of code."""
+    del line
+    return f"{printable(filename)}:{lineno}: {category.__name__}: {printable(str(message))}\n"
 
 
 def is_first_rank() -> bool:

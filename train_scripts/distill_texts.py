@@ -25,11 +25,11 @@ from torch.utils.data import Subset
 
 import toyworld
 from distill.dmd import DMD
-from distill.export import read_student_facts, scheduler_for
+from distill.export import copied_parts, read_student_facts, scheduler_for
 from distill.student import Student
 from score import Cond, checkpoint, hub
 from score.diagnosis import Diagnosis
-from score.pretrained import read_json
+from score.files import read_json
 from score.randomness import Rng, shuffled
 
 WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
@@ -142,6 +142,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
 def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
     """Raise ``ValueError`` for what teacher and prompts cannot do, before the long work of encoding them."""
     folder = hub.pipeline_folder(teacher_name(config))
+    copied_parts(folder)
     times = student_times(config, source.denoiser.schedule)
     scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
     if config.eval_every and source.size != SIZE:

@@ -2,7 +2,7 @@
 
     python train_scripts/evaluate_students.py --students runs/text-1step/student runs/text-4step/student
 
-Teacher and students are loaded and called as any program would that imports diffusers alone. The teacher's
+Teacher and students are called as any program would that imports diffusers alone. The teacher's
 pictures are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
 """
 
@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 from command import check_device, check_numbers, check_out, fingerprint, run
-from diffusers import FlowMatchLCMScheduler, LCMScheduler, StableDiffusionPipeline
 from evaluate_toyworld import Config as Drawing
-from evaluate_toyworld import draw
+from evaluate_toyworld import draw, load_pipeline, load_scheduler
 from judged import Bench, make_bench
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import make_grid
 
 import toyworld
-from distill.export import FACTS, read_student_facts
+from distill.export import FACTS, LORA, read_student_facts
 from score.cache import TensorCache
-from score.pretrained import read_json
+from score.files import check_regular
 from score.prompts import default_cache_folder
-
-SCHEDULERS = {kind.__name__: kind for kind in (LCMScheduler, FlowMatchLCMScheduler)}
+from score.weights import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def check(config: Config) -> None:
 
 def teacher_pictures(config: Config, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
-    pipeline = load(config.teacher, config.device)
+    pipeline = load_pipeline(config.teacher, config.device)
     weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
@@ -122,18 +122,17 @@ def student_pictures(config: Config, folder: Path, bench: Bench) -> Tensor:
 def load_student(config: Config, folder: Path) -> Any:
     """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
     if not (folder / FACTS).is_file():
-        return load(folder, config.device)
-    pipeline = load(config.teacher, config.device)
-    pipeline.load_lora_weights(folder)
-    kind = SCHEDULERS[read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]]
-    pipeline.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+        return load_pipeline(folder, config.device)
+    pipeline = load_pipeline(config.teacher, config.device)
+    try:
+        check_regular(folder / LORA)
+        weights = load_file(folder / LORA)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--students {folder}: its weights {LORA} cannot be read: {error}") from error
+    check_finite(weights, folder / LORA)
+    pipeline.load_lora_weights(weights)  # not the folder, of which diffusers would also take a pickle
+    pipeline.scheduler = load_scheduler(folder)
     return pipeline
-
-
-def load(folder: Path, device: str) -> Any:
-    """A pipeline of diffusers."""
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    return pipeline.to(device)
 
 
 def drawing(config: Config, steps: int, guidance: float) -> Drawing:

@@ -2,8 +2,8 @@
 
     python train_scripts/evaluate_toyworld.py --pipeline runs/toyworld/pipeline --out runs/toyworld/figures
 
-The pipeline is loaded and called as any program would that imports diffusers alone; the judge and the renders only
-look at what came out.
+The pipeline is called as any program would that imports diffusers alone; the judge and the renders only look at
+what came out. Its parts are read strictly: no pickles, no code, nothing missing.
 """
 
 import json
@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from command import check_device, check_numbers, check_out, run
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
+from transformers import CLIPTextModel
 
+from score.components import check_index
+from score.families import parts_of
+from score.files import read_json
 from score.metrics import extract_features, frechet_distance, kernel_distance
+from score.preflight import check_tokenizer, tokenizer_class
+from score.pretrained import INDEX, PartReader
 from score.randomness import derived_generator
 from toyworld.captions import caption
 from toyworld.data import HELD_OUT
@@ -61,8 +68,7 @@ def main(config: Config) -> Path:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
     if not (config.pipeline / "model_index.json").is_file():
         raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(config.pipeline, local_files_only=True)
-    pipeline = pipeline.to(config.device)
+    pipeline = load_pipeline(config.pipeline, config.device)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
     renders, attributes = render_pictures(asked, config.seed)
@@ -95,6 +101,37 @@ def main(config: Config) -> Path:
     Image.fromarray(pixels).save(config.out / "contact_sheet.png")
     print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
     return config.out
+
+
+def load_pipeline(folder: Path, device: str) -> Any:
+    """A Stable Diffusion pipeline of diffusers in float32, read part by part as ``score.hub`` reads a teacher.
+
+    Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
+    weights that are missing, pickled or damaged, or that do not fit.
+    """
+    index = read_json(folder / INDEX)
+    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {str(name)[:80]!r}.")
+    check_index(index, folder / INDEX, parts_of(index))
+    reader = PartReader(torch.float32, torch.device("cpu"))
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    parts: dict[str, Any] = {part: reader.read(kind, folder / part) for part, kind in kinds.items()}
+    check_tokenizer(folder / "tokenizer")
+    parts["tokenizer"] = reader.read_tokenizer(tokenizer_class(index, "tokenizer"), folder / "tokenizer")
+    parts["scheduler"] = load_scheduler(folder)
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline: Any = StableDiffusionPipeline(**parts, **unused)
+    return pipeline.to(device)
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler in ``folder / "scheduler"``. Raises ``ValueError`` unless it is one of diffusers."""
+    settings = read_json(folder / "scheduler" / "scheduler_config.json")
+    name = settings.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"{folder / 'scheduler'} must be a scheduler of diffusers; got {str(name)[:80]!r}.")
+    return kind.from_config(settings)  # type: ignore[attr-defined]
 
 
 def draw(config: Config, pipeline: Any, prompts: list[str]) -> Tensor:

@@ -14,7 +14,9 @@ from torch.nn import functional
 from tqdm import trange
 
 from score.atomic import whole_folder
+from score.files import check_regular, read_text
 from score.randomness import Rng, shuffled
+from score.weights import check_finite, check_fit
 
 FORMAT = "scorefield-features-1"
 
@@ -117,15 +119,19 @@ def save_classifier(network: Classifier, folder: Path) -> Path:
 def load_classifier(folder: Path) -> Classifier:
     """The classifier in ``folder``. Raises ``ValueError`` if there is none."""
     try:
-        description = json.loads((folder / "features.json").read_text())
+        description = json.loads(read_text(folder / "features.json"))  # an accuracy may be unknown, NaN
         if description.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         names = tuple(description.pop("class_names", ()))
         facts = Facts(**description, class_names=names)
         if not all(isinstance(name, str) for name in names) or len(names) not in (0, facts.num_classes):
             raise ValueError(f"class_names must be the names of its {facts.num_classes} classes; got {names}")
+        with torch.device("meta"):
+            planned = Classifier(facts)
+        check_fit(folder / "model.safetensors", planned)
         network = Classifier(facts)
         load_model(network, str(folder / "model.safetensors"))
+        check_finite(network.state_dict(), folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no classifier of train_features.py: {error}") from error
     return network.eval().requires_grad_(False)
@@ -138,6 +144,7 @@ def inception(weights: Path, device: torch.device | str = "cpu") -> Callable[[Te
     """
     try:
         # Tensors alone, first: torch-fidelity itself would run any code that a pickle holds.
+        check_regular(weights)
         held = torch.load(weights, map_location="cpu", weights_only=True)
         if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
             raise TypeError("no state dict of tensors")

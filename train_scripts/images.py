@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from score.files import printable, read_text
 from score.pictures import open_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
@@ -195,7 +196,7 @@ def _is_hidden(path: Path) -> bool:
 
 def _from_metadata(path: Path) -> Iterator[Item]:
     # splitlines would also split at characters that a name may hold, such as U+2028.
-    for number, line in enumerate((path / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path / "metadata.jsonl").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -259,7 +260,7 @@ def _from_items(source: Source, options: DataOptions) -> ImageSet:
                     f"unusable image {name}: {error} Repair it, or pass --on-bad-data skip."
                 ) from error
     if bad:
-        print(f"left out {len(bad)} unusable images, the first: {bad[0]}")
+        print(f"left out {len(bad)} unusable images, the first: {printable(bad[0])}")
     if not images:
         raise ValueError(f"no usable image among {len(items)} of --data {options.data}.")
     labels, names = number_classes(kept, source.class_names)

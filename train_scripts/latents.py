@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from score import hub
 from score.cache import Content, TensorCache, content_key
+from score.files import read_regular
 from score.pictures import open_image
 from score.prompts import default_cache_folder
 
@@ -89,7 +90,7 @@ class Latents:
         """Hash of an image's file, which is not decoded."""
         image = self.images[number]
         try:
-            return content_key(image.read_bytes() if isinstance(image, Path) else image)
+            return content_key(read_regular(image) if isinstance(image, Path) else image)
         except (OSError, ValueError) as error:  # a path with a null byte is no path
             raise ValueError(f"{named(image, number)} cannot be used: {error}") from error
 

@@ -18,9 +18,11 @@ from user_code import call
 from distill.student import TIMES
 from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from score.data_scale import RescaledData
+from score.files import read_json
 from score.network import ResidualMLP
-from score.pretrained import PartReader, read_json, read_schedule
-from score.storage import describe_schedule, load_denoiser, read_facts
+from score.pretrained import PartReader, read_schedule
+from score.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
+from score.weights import check_fit
 
 
 class Probed(Protocol):
@@ -172,6 +174,10 @@ def _check_unused(network: str, name: str) -> None:
 def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Module:
     if facts["network"] != "function":
         _check_unused(network, str(folder))
+        # Facts and weights may come from anywhere. A network that would fill the memory costs none on "meta".
+        with torch.device("meta"):
+            planned = build_network(facts)
+        check_fit(folder / WEIGHTS, planned)
         return build_network(facts)
     if network:
         return own_network(network)

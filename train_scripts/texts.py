@@ -12,6 +12,7 @@ import torch
 from captioned import rendered
 from torch import Tensor
 
+from score import files
 from score.prompts import default_cache_folder
 from score.randomness import derived_generator
 from toyworld.captions import Attributes, caption, describe
@@ -84,8 +85,8 @@ def read_file(path: Path, num: int) -> Texts:
 def read_text(path: Path) -> str:
     """Text of a file, without a byte order mark. Raises ``ValueError`` for one that is none."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--prompts {path} cannot be read as text: {error}") from error
 
 

@@ -37,6 +37,7 @@ from controlnet.training import adamw, compile_lightly, control_phase, lighten, 
 from controlnet.verdict import Evidence, EvidenceLog
 from score.cache import TensorCache
 from score.denoiser import NetworkDenoiser, freeze
+from score.files import printable
 from score.gradient import min_snr_weight
 from score.prompts import default_cache_folder
 from score.training import EMA, Phase
@@ -131,7 +132,8 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
     task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
     if is_first_rank():
-        print("".join(f"skipped: {fault}\n" for fault in task.bad[:MOST_FAULTS]), end="", file=sys.stderr)
+        for fault in task.bad[:MOST_FAULTS]:
+            print(f"skipped: {printable(fault)}", file=sys.stderr)
         if len(task.bad) > MOST_FAULTS:
             print(f"skipped: {len(task.bad) - MOST_FAULTS:,} more", file=sys.stderr)
     return base, task
