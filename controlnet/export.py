@@ -17,7 +17,7 @@ from controlnet.evidence import Probe, Standing
 from controlnet.verdict import Evidence
 from score.atomic import whole_folder
 from score.pretrained import PartReader, find_model
-from score.ranks import unwrap
+from score.wrapping import unwrap
 
 SAMPLES = "samples.png"
 

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from score.wrapping import is_ddp
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def check_same(what: str, value: int, fix: str, accelerator: Accelerator) -> Non
 
 def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
     """Average the gradients over ranks in one flat all-reduce, unless DDP has done it."""
-    if accelerator.num_processes == 1 or isinstance(network, DistributedDataParallel):
+    if accelerator.num_processes == 1 or is_ddp(network):
         return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if not gradients:
@@ -59,11 +60,6 @@ def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside a DDP wrapper, or the network itself."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def broadcast_weights(networks: Iterable[nn.Module], accelerator: Accelerator) -> None:

@@ -26,7 +26,7 @@ from distill.student import Student, even_times, times_by_ratio
 from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
-from score.ranks import unwrap
+from score.wrapping import unwrap
 from score.schedule import Schedule
 from score.solvers import plan
 from score.times import between_ratios, uniform
