@@ -65,13 +65,13 @@ def check_replaceable(folder: Path, own: Callable[[str], bool] | None = None) ->
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; a folder is to be written there. Move it, or choose another --out.")
+        raise ValueError(f"{folder} is a file; a folder is to be written there. Move it, or write elsewhere.")
     if others := foreign(folder, own):
         name, why = others[0]
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         raise ValueError(
-            f"{folder} would be replaced, but it holds {name}{more}, which {why}. Move it elsewhere, or choose "
-            "another --out."
+            f"{folder} would be replaced, but it holds {name}{more}, which {why}. Move it elsewhere, or "
+            "write to another folder."
         )
 
 

@@ -3,13 +3,15 @@
 Networks wrapped in DDP average their gradients themselves; for all others it is done here.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from score.wrapping import is_ddp
@@ -46,6 +48,20 @@ def check_same(what: str, value: int, fix: str, accelerator: Accelerator) -> Non
     every_rank = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
     if len(set(every_rank)) > 1:
         raise ValueError(f"{what} must be the same on all ranks; got {every_rank}. {fix}")
+
+
+def check_same_fields(own: Mapping[str, Any], fix: str, accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` on every rank, naming the fields, unless all of them hold the same ones."""
+    if accelerator.num_processes == 1:
+        return
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in own.items()}
+    every = gather_object([texts])
+    names = sorted({name for one in every for name in one if one[name] != every[0].get(name)} | {
+        name for one in every for name in every[0].keys() - one.keys()
+    })
+    if names:
+        listing = "; ".join(f"{name}: {', '.join(str(one.get(name)) for one in every)}" for name in names)
+        raise ValueError(f"the {len(every)} ranks of a run must be alike; they differ in {listing}. {fix}")
 
 
 def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:

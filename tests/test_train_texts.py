@@ -33,6 +33,7 @@ import toyworld
 from distill.backbone import shared_backbone
 from distill.export import read_student_facts
 from distill.student import Student
+from score.atomic import MARKER
 from score import hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,7 @@ def test_a_run_writes_what_diffusers_loads(finished):
         assert pipe.scheduler.timesteps.tolist() == {1: [999], 4: [999, 749, 499, 249]}[steps]
         assert read_student_facts(finished[kind])["dmd2_num_inference_steps"] == steps
     names = {path.name for path in finished["lora"].iterdir()}
-    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md"}
+    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md", MARKER}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "four"])
