@@ -78,9 +78,7 @@ def check_replaceable(folder: Path, own: Callable[[str], bool] | None = None) ->
 def foreign(folder: Path, own: Callable[[str], bool] | None = None) -> list[tuple[str, str]]:
     """Files in a folder that must not be removed, each with the reason; empty if all are ours."""
     names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     )
     if own is not None:
         return [(name, "no run wrote") for name in names if not own(name)]

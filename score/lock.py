@@ -51,7 +51,8 @@ class FolderLock:
                 if self._descriptor is None:
                     os.close(descriptor)
         os.ftruncate(self._descriptor, 0)
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def _lock(self, descriptor: int) -> bool:
@@ -96,6 +97,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _describe(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {int(holder['process'])} on {str(holder['host'])!r} since {str(holder['since'])}"
+        return f"process {int(holder['process'])} on {str(holder['host'])!r} since {holder['since']!s}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its process has not said which it is"

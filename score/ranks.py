@@ -56,9 +56,8 @@ def check_same_fields(own: Mapping[str, Any], fix: str, accelerator: Accelerator
         return
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in own.items()}
     every = gather_object([texts])
-    names = sorted({name for one in every for name in one if one[name] != every[0].get(name)} | {
-        name for one in every for name in every[0].keys() - one.keys()
-    })
+    fields = sorted({name for one in every for name in one})
+    names = [name for name in fields if len({one.get(name) for one in every}) > 1]
     if names:
         listing = "; ".join(f"{name}: {', '.join(str(one.get(name)) for one in every)}" for name in names)
         raise ValueError(f"the {len(every)} ranks of a run must be alike; they differ in {listing}. {fix}")

@@ -14,8 +14,8 @@ import trimesh
 from closed_form_scenes import Ball
 from PIL import Image
 
-from sds import export as module
 from score.atomic import MARKER, whole_folder
+from sds import export as module
 from sds.export import FILES, Export, export
 from sds.level import compare, pictures_of, surface_at
 from sds.mesh import recoloured, sample_lattice

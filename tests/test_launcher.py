@@ -140,10 +140,13 @@ except ValueError as error:
 def test_every_rank_is_told_what_differs_before_anything_is_written(tmp_path, what, message):
     script = tmp_path / "worker.py"
     # Options and code are compared as soon as there is an Accelerator, inputs when they are known.
-    guarded = WORKER.replace("accelerator = fitting.start(config)", (
-        "try:\n    accelerator = fitting.start(config)\n"
-        "except ValueError as error:\n    print(f'rank {rank}: {error}', flush=True)\n    sys.exit()"
-    ))
+    guarded = WORKER.replace(
+        "accelerator = fitting.start(config)",
+        (
+            "try:\n    accelerator = fitting.start(config)\n"
+            "except ValueError as error:\n    print(f'rank {rank}: {error}', flush=True)\n    sys.exit()"
+        ),
+    )
     script.write_text(guarded)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "train_scripts"))
@@ -152,8 +155,10 @@ def test_every_rank_is_told_what_differs_before_anything_is_written(tmp_path, wh
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if message:
-        assert all(any(line.startswith(f"rank {r}:") and message in line for line in done.stdout.splitlines())
-                   for r in (0, 1)), done.stdout + done.stderr
+        assert all(
+            any(line.startswith(f"rank {r}:") and message in line for line in done.stdout.splitlines())
+            for r in (0, 1)
+        ), done.stdout + done.stderr
         assert not (tmp_path / "run").exists()
     else:
         assert "rank" not in done.stdout

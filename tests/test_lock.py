@@ -16,8 +16,14 @@ from command import RunOptions
 from score.lock import NAME, FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parent.parent
-HOLDER = "import sys; from pathlib import Path; from score.lock import FolderLock\nlock = FolderLock(Path(sys.argv[1]))\n"
-HOLDER += "lock.acquire(); print('held', flush=True); sys.stdin.read()\n"
+HOLDER = """
+import sys
+from pathlib import Path
+from score.lock import FolderLock
+FolderLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture

@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def fit(monkeypatch, out, number):
     network = nn.Linear(2, 2)
-    phase = Phase(
-        name="p", network=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1), loss=lambda batch, rng: {}
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    phase = Phase(name="p", network=network, optimizer=optimizer, loss=lambda batch, rng: {})
 
     def train(*args, **options):
         for step in range(1, 9):
@@ -33,13 +32,11 @@ def fit(monkeypatch, out, number):
             yield Report(step, ("p",), {"loss": torch.zeros(())})
 
     monkeypatch.setattr(fitting, "train", train)
-    fitting.fit(RunOptions(out=out, steps=8, save_every=100), [phase], lambda rng: {}, Accelerator(cpu=True), own={},
-                first=0)  # fmt: skip
+    config = RunOptions(out=out, steps=8, save_every=100)
+    fitting.fit(config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_each_signal_saves_and_has_its_own_exit_code(monkeypatch, tmp_path, number, code):
     before = signal.signal(number, signal.default_int_handler)
     try:
@@ -77,7 +74,8 @@ with stopping.stop_signals(Accelerator(cpu=True)) as asked:
 def test_the_second_ctrl_c_ends_at_once():
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "train_scripts"))
     environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-c", TWICE]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "2\n"
     assert done.returncode == -signal.SIGINT  # which a shell shows as 130
     assert "press it again to end at once" in done.stderr

@@ -33,8 +33,8 @@ import toyworld
 from distill.backbone import shared_backbone
 from distill.export import read_student_facts
 from distill.student import Student
-from score.atomic import MARKER
 from score import hub
+from score.atomic import MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {

@@ -1,7 +1,7 @@
-"""Settings of ``accelerate config`` and ``accelerate launch``: each is honoured, or refused before anything is written.
+"""Settings of ``accelerate config`` and ``accelerate launch``: honoured, or refused before anything is written.
 
-They arrive as variables ``ACCELERATE_...``, which an Accelerator follows without a word. A run follows its own command
-line: what contradicts it would train something else than its config says.
+They arrive as variables ``ACCELERATE_...``, which an Accelerator follows without a word. A run follows its own
+command line: what contradicts it would train something else than its config says.
 """
 
 import os

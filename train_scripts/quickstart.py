@@ -57,7 +57,8 @@ def main(config: Config) -> Path:
         for part in (config, recipe, student_config(config, teacher_out / "teacher")):
             print(type(part).__module__, json.dumps(resolved(part), indent=2))
         return config.out
-    resumed, start = any(checkpoint.steps(config.out / name / "checkpoints") for name in ("teacher", "student")), time.perf_counter()
+    resumed = any(checkpoint.steps(config.out / name / "checkpoints") for name in ("teacher", "student"))
+    start = time.perf_counter()
     student_out = train_dmd.main(student_config(config, train_teacher.main(recipe)))
     teacher, student = load_teacher(str(teacher_out / "teacher")), load_teacher(str(student_out))
     judge = Judge(config.seed, config.num_images)

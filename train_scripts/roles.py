@@ -26,11 +26,11 @@ from distill.student import Student, even_times, times_by_ratio
 from score import Denoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
-from score.wrapping import unwrap
 from score.schedule import Schedule
 from score.solvers import plan
 from score.times import between_ratios, uniform
 from score.training import EMA, Phase
+from score.wrapping import unwrap
 
 PAIR_USES = 10
 """How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""

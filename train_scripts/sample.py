@@ -151,7 +151,8 @@ def check_samples_out(out: Path) -> None:
         raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
     if others := foreign(place):
         raise ValueError(
-            f"--out {out} holds {others[0][0]}, which is no earlier sample or was changed since. Choose another --out."
+            f"--out {out} holds {others[0][0]}, which is no earlier sample, or was changed since. Choose another "
+            "--out."
         )
 
 

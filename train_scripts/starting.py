@@ -15,7 +15,7 @@ from score.atomic import whole_file
 from score.ranks import check_same_fields
 
 IDENTITY = "identity.json"
-"""In ``--out``: what the run there was made from; the proof, where there is no checkpoint yet, that it is the same."""
+"""In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
 
 PLACES = ("out", "data", "teacher", "prompts", "base", "features", "cache")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
@@ -48,8 +48,8 @@ def check_earlier(
 ) -> None:
     """Raise ``ValueError`` where ``out`` holds results of another run, and no checkpoint to go on from.
 
-    With a checkpoint, :func:`score.checkpoint.load` compares; one that was removed must not let another run replace
-    what the first one made.
+    With a checkpoint, :func:`score.checkpoint.load` compares; one that was removed must not let another run
+    replace what the first one made.
     """
     if checkpoint.steps(out / "checkpoints" if checkpoints is None else checkpoints):
         return

@@ -20,10 +20,10 @@ def stop_signals(accelerator: Accelerator) -> Iterator[Callable[[int], int]]:
     """Ask at a step whether any rank got SIGTERM, SIGINT or SIGHUP: the signal's number, or 0.
 
     All ranks get the same answer, and stop after the same step. Several ranks ask each other in every tenth step
-    only, since each time they wait for one another. A step that ends in ``FloatingPointError`` has nothing to save:
-    the process that was asked exits with 128 + the signal's number instead. After one SIGINT the next ends the
-    process at once; what is on disk is whole at any moment. A signal that was ignored before, as under nohup, still
-    is.
+    only, since each time they wait for one another. A step that ends in ``FloatingPointError`` has nothing to
+    save: the process that was asked exits with 128 + the signal's number instead. After one SIGINT the next ends
+    the process at once; what is on disk is whole at any moment. A signal that was ignored before, as under nohup,
+    still is.
     """
     asked: list[int] = []
 

@@ -18,9 +18,9 @@ from controlnet.scores import MASK_SCORES
 from controlnet.training import control_phase, unlock
 from score.randomness import Rng
 from score.ranks import shared_rows, verify_weights
-from score.wrapping import unwrap
 from score.times import uniform
 from score.training import train
+from score.wrapping import unwrap
 
 STEPS, BATCH, NAME = 2, 2, "pixels"
 
