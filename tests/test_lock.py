@@ -16,11 +16,15 @@ from command import RunOptions
 from score.lock import NAME, FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parent.parent
+# Without the package, whose import takes seconds.
 HOLDER = """
-import sys
+import importlib.util, sys
 from pathlib import Path
-from score.lock import FolderLock
-FolderLock(Path(sys.argv[1])).acquire()
+spec = importlib.util.spec_from_file_location("lock", sys.argv[1])
+sys.modules["lock"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+lock = module.FolderLock(Path(sys.argv[2]))
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -29,9 +33,8 @@ sys.stdin.read()
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds ``tmp_path / "run"``."""
-    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+    words = [sys.executable, "-c", HOLDER, str(ROOT / "score" / "lock.py"), str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         yield process
         process.kill()
