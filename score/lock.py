@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,23 +37,30 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock. Raises :class:`FolderInUseError`, naming who holds it; nothing is written then."""
         absolute = Path(os.path.realpath(self.folder))
-        self._made = [path for path in (absolute, *absolute.parents) if not path.exists()]
-        absolute.mkdir(parents=True, exist_ok=True)
-        path = absolute / NAME
+        tries = 0
         while self._descriptor is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._made += [path for path in (absolute, *absolute.parents) if not path.exists()]
+            try:
+                absolute.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(absolute / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:  # a run that left nothing may have removed its folder just now
+                tries += 1
+                if tries == 5:
+                    raise
+                continue
             try:
                 if not self._lock(descriptor):
+                    (absolute / NAME).unlink(missing_ok=True)
                     return
                 # A run that ended a moment ago may have removed this very file after we opened it.
-                if _is_at(descriptor, path):
+                if _is_at(descriptor, absolute / NAME):
                     self._descriptor = descriptor
             finally:
                 if self._descriptor is None:
                     os.close(descriptor)
-        os.ftruncate(self._descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def _lock(self, descriptor: int) -> bool:
@@ -66,25 +74,23 @@ class FolderLock:
         except OSError as error:
             warnings.warn(
                 f"{self.folder} is on a file system without locks ({error}): start no second run in it.",
-                stacklevel=4,
+                stacklevel=3,
             )
             return False
         return True
 
     def release(self) -> None:
         """Give the folder back; leave nothing of it if nothing was written there."""
-        if self._descriptor is None:
-            return
         absolute = Path(os.path.realpath(self.folder))
-        if _is_at(self._descriptor, absolute / NAME):
-            (absolute / NAME).unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
-        for path in self._made:
-            try:
+        if self._descriptor is not None:
+            if _is_at(self._descriptor, absolute / NAME):
+                (absolute / NAME).unlink()
+            os.close(self._descriptor)
+            self._descriptor = None
+        with suppress(OSError):
+            for path in self._made:
                 path.rmdir()
-            except OSError:
-                return
+        self._made.clear()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -116,9 +116,9 @@ def hold(folder: Path, held: ExitStack) -> None:
     if not is_first_rank():
         return
     lock = FolderLock(folder)
+    held.callback(lock.release)
     with suppress(OSError):
         lock.acquire()
-        held.callback(lock.release)
 
 
 def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) -> C:
