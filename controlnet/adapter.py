@@ -17,11 +17,11 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.nn.parallel import DistributedDataParallel
 
 from score.denoiser import Cond, NetworkDenoiser
 from score.families import DiffusersNetwork, model_arguments
 from score.schedule import Images, PerSample, Schedule
+from score.wrapping import unwrap
 
 WIDTHS = (16, 32, 96, 256)
 """Channels of ControlNet's hint embedding, halving the resolution from each to the next."""
@@ -220,9 +220,7 @@ class ControlledDenoiser:
 
     def unwrapped(self) -> Self:
         """The same without DDP wrappers, for calls that are not part of the adapter's own training step."""
-        adapter = self.adapter
-        inner: nn.Module = adapter.module if isinstance(adapter, DistributedDataParallel) else adapter
-        return replace(self, base=self.base.unwrapped(), adapter=inner)
+        return replace(self, base=self.base.unwrapped(), adapter=unwrap(self.adapter))
 
     def _hint_and_first(self, batch: int) -> tuple[Tensor, int]:
         # The hint of the samples from ``first`` on, which are those that are controlled.

@@ -17,14 +17,14 @@ from controlnet.evidence import Probe, Standing
 from controlnet.verdict import Evidence
 from score.atomic import whole_folder
 from score.pretrained import PartReader, find_model
-from score.ranks import unwrap
+from score.wrapping import unwrap
 
 SAMPLES = "samples.png"
 
 
 def save_adapter(
     adapter: nn.Module, folder: Path, card: str, *, samples: Tensor | None = None, unet: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, report: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write an :class:`EncoderCopy` so that ``ControlNetModel.from_pretrained(folder)`` loads it, without loss.
 
@@ -38,9 +38,10 @@ def save_adapter(
         samples: (1, 3, h, w) in [0, 1], kept as samples.png; :func:`contact_sheet`.
         unet: what an unlocked decoder belongs to, kept in the folder ``unet``: the adapter is of no use without.
         dtype: of the weights on disk; as they are by default.
+        report: JSON-able figures, kept as report.json.
 
     Raises:
-        ValueError: another adapter, which diffusers has no class for.
+        ValueError: another adapter, which diffusers has no class for; a folder with files of someone else.
         FloatingPointError: a weight is not finite; nothing is written.
     """
     inner = unwrap(adapter)
@@ -58,6 +59,8 @@ def save_adapter(
             part = part if dtype is None else copy.deepcopy(part).to(dtype)
             part.save_pretrained(place, safe_serialization=True)
         (temporary / "README.md").write_text(card)
+        if report is not None:
+            (temporary / "report.json").write_text(json.dumps(report, indent=2))
         if samples is not None:
             save_image(samples, temporary / SAMPLES)
     return folder

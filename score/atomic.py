@@ -1,29 +1,51 @@
-"""Folders and files that appear whole or not at all."""
+"""Folders and files that appear whole or not at all, and that never replace what someone else wrote."""
 
+import hashlib
+import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MARKER = ".scorefield.json"
+"""In each folder of :func:`whole_folder`: what was written there. Only such files are ever replaced or removed."""
+
+FORMAT = "scorefield-folder-1"
+SAMPLE = 2**19
+
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, own: Callable[[str], bool] | None = None) -> Iterator[Path]:
     """A new folder to write in, renamed to ``final`` when the block ends; after an error ``final`` is as before.
 
-    A kill within the block leaves ``.writing-...`` beside, which the next call removes. Replacing a folder takes
-    two renames: a kill just between them leaves the older one as ``.replaced-...``, which the next call puts back.
+    A link is followed: the folder that it leads to is replaced. A kill within the block leaves ``.writing-...``
+    beside, which the next call removes. Replacing a folder takes two renames: a kill just between them leaves the
+    older one as ``.replaced-...``, which the next call puts back.
+
+    Args:
+        final: not there, empty, or a folder that an earlier call wrote.
+        own: says of a name in ``final`` whether it is one of ours. Default: files that :data:`MARKER` lists and
+            that have not changed since; a new marker is written.
+
+    Raises:
+        ValueError: ``final`` is a file, or holds files that no call wrote, or that were changed since.
     """
+    final = Path(os.path.realpath(final))
     temporary, replaced = (final.with_name(f".{what}-{final.name}") for what in ("writing", "replaced"))
     if replaced.exists() and not final.exists():
         os.replace(replaced, final)
+    check_replaceable(final, own)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if own is None:
+            _write_marker(temporary)
         _flush_to_disk(temporary)
         shutil.rmtree(replaced, ignore_errors=True)
+        check_replaceable(final, own)  # again: the block may have taken hours
         if final.exists():
             os.replace(final, replaced)
         try:
@@ -36,6 +58,70 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, own: Callable[[str], bool] | None = None) -> None:
+    """Raise ``ValueError`` unless :func:`whole_folder` may replace ``folder``: it is not there, empty, or ours."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a folder is to be written there. Move it, or write elsewhere.")
+    if others := foreign(folder, own):
+        name, why = others[0]
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise ValueError(
+            f"{folder} would be replaced, but it holds {name}{more}, which {why}. Move it elsewhere, or "
+            "write to another folder."
+        )
+
+
+def foreign(folder: Path, own: Callable[[str], bool] | None = None) -> list[tuple[str, str]]:
+    """Files in a folder that must not be removed, each with the reason; empty if all are ours."""
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
+    if own is not None:
+        return [(name, "no run wrote") for name in names if not own(name)]
+    listed = _read_marker(folder)
+    return [
+        (name, "was changed since it was written" if name in listed else "no run wrote")
+        for name in names
+        if name != MARKER and (name not in listed or _fingerprint(folder / name) != listed[name])
+    ]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of :func:`whole_folder`, if it is there. Raises ``ValueError`` where it is not all ours."""
+    check_replaceable(folder)
+    if folder.exists():
+        shutil.rmtree(os.path.realpath(folder))
+
+
+def _write_marker(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    listed = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths}
+    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+
+
+def _read_marker(folder: Path) -> dict[str, str]:
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        return dict(marker["files"]) if marker["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _fingerprint(path: Path) -> str:
+    # Size and sha256: of all bytes, or of three samples of a large file, since weights are gigabytes and another
+    # tool's differ everywhere.
+    if path.is_symlink() or not path.is_file():
+        return "no file"
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for start in (0, (size - SAMPLE) // 2, size - SAMPLE) if size > 3 * SAMPLE else (0,):
+            file.seek(start)
+            digest.update(file.read(3 * SAMPLE if size <= 3 * SAMPLE else SAMPLE))
+    return f"{size} {digest.hexdigest()}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ under a temporary name and renamed, and the last two are kept: a kill at any mom
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -16,10 +17,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 
-from score.atomic import whole_folder
+from score.atomic import foreign, whole_folder
 from score.training import Phase
 
 MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"step-\d{9}")
+
+
+def steps(folder: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first, by their exact names: a copy of one under another name is not ours."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def is_own(name: str) -> bool:
+    """Whether a file in a checkpoint's folder is one that :func:`save` writes."""
+    return "/" not in name and (name in (MANIFEST, "state.pt", "config.json") or name.endswith(".safetensors"))
 
 
 def save(
@@ -34,11 +47,11 @@ def save(
         phases: as passed to ``train``.
         config: JSON-able; :func:`load` refuses another one.
         keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
-            from an earlier step, are removed.
+            from an earlier step, are removed. One that holds a file of someone else stays as it is.
         also: earlier steps whose checkpoints are kept, too, such as the best one.
 
     Raises:
-        ValueError: keep is below 1.
+        ValueError: keep is below 1, or the checkpoint of that step holds a file of someone else.
         FloatingPointError: a weight is not finite; nothing is written.
     """
     if keep < 1:
@@ -46,15 +59,16 @@ def save(
     check_finite(step, phases)
     final = folder / f"step-{step:09d}"
     for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
-        shutil.rmtree(unfinished)
-    with whole_folder(final) as temporary:
+        if _NAME.fullmatch(unfinished.name.removeprefix(".writing-")):
+            shutil.rmtree(unfinished)
+    with whole_folder(final, is_own) as temporary:
         _write(temporary, step, phases, config)
-    others = [path for path in sorted(folder.glob("step-*")) if path != final]
+    others = [path for path in steps(folder) if path != final]
     earlier = [path for path in others if path < final]
     kept = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
     kept += [path for path in earlier if path.name in {f"step-{step:09d}" for step in also}]
     for path in others:
-        if path not in kept:
+        if path not in kept and not path.is_symlink() and not foreign(path, is_own):
             shutil.rmtree(path)
     return final
 
@@ -90,7 +104,7 @@ def newest(folder: Path, before: int | None = None) -> Path | None:
 
     A damaged checkpoint is named in a warning and the one before it used.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(steps(folder)):
         if before is not None and path.name >= f"step-{before:09d}":
             continue
         damage = _damage(path)

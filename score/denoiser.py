@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from score.schedule import Images, Karras, Kind, PerSample, Schedule, check_kind, check_time, per_sample
+from score.wrapping import unwrap
 
 Cond = Mapping[str, Tensor]
 """Conditioning by the network's own keyword names, each tensor with the batch in front."""
@@ -69,9 +69,8 @@ class NetworkDenoiser:
         return self.schedule.to_x0(prediction, x_t, t, self.kind), tuple(extras)
 
     def unwrapped(self) -> "NetworkDenoiser":
-        """The same without a DDP wrapper: for calls that are not part of this network's own training step."""
-        inner = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
-        return replace(self, network=inner)
+        """The same without wrappers: for calls that are not part of this network's own training step."""
+        return replace(self, network=unwrap(self.network))
 
 
 class KarrasPreconditioning(nn.Module):

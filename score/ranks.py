@@ -3,15 +3,18 @@
 Networks wrapped in DDP average their gradients themselves; for all others it is done here.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from score.wrapping import is_ddp
 
 
 @contextmanager
@@ -47,9 +50,22 @@ def check_same(what: str, value: int, fix: str, accelerator: Accelerator) -> Non
         raise ValueError(f"{what} must be the same on all ranks; got {every_rank}. {fix}")
 
 
+def check_same_fields(own: Mapping[str, Any], fix: str, accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` on every rank, naming the fields, unless all of them hold the same ones."""
+    if accelerator.num_processes == 1:
+        return
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in own.items()}
+    every = gather_object([texts])
+    fields = sorted({name for one in every for name in one})
+    names = [name for name in fields if len({one.get(name) for one in every}) > 1]
+    if names:
+        listing = "; ".join(f"{name}: {', '.join(str(one.get(name)) for one in every)}" for name in names)
+        raise ValueError(f"the {len(every)} ranks of a run must be alike; they differ in {listing}. {fix}")
+
+
 def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
     """Average the gradients over ranks in one flat all-reduce, unless DDP has done it."""
-    if accelerator.num_processes == 1 or isinstance(network, DistributedDataParallel):
+    if accelerator.num_processes == 1 or is_ddp(network):
         return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if not gradients:
@@ -59,11 +75,6 @@ def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside a DDP wrapper, or the network itself."""
-    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def broadcast_weights(networks: Iterable[nn.Module], accelerator: Accelerator) -> None:

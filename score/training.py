@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from score.randomness import Rng
-from score.ranks import average_gradients, broadcast_weights, check_launch, sync_only_if, unwrap, verify_weights
+from score.ranks import average_gradients, broadcast_weights, check_launch, sync_only_if, verify_weights
+from score.wrapping import unwrap
 
 Batch = Any
 """Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""

@@ -191,19 +191,9 @@ def _describe(compared: Mapping[str, float], search: LevelSearch, mesh: Mesh, ch
     }
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ``ValueError`` for a folder to export to that is a file, or holds files that are not an export's."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected a folder to export to.")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.exists() else []
-    if others:
-        raise ValueError(f"{folder} holds {others[0]}, which is no export's. Choose a folder of its own.")
-
-
 @contextmanager
 def _whole_export(folder: Path) -> Iterator[Path]:
-    """A folder to write in, where :func:`check_folder` allows it."""
-    check_folder(folder)
+    """A folder to write in; a full disk is said to have changed nothing."""
     try:
         with whole_folder(folder) as temporary:
             yield temporary

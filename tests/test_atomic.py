@@ -1,11 +1,12 @@
 """A folder or file that is replaced is the old one or the new one, whenever the process dies."""
 
 import os
+import shutil
 
 import pytest
 
 from score import atomic
-from score.atomic import whole_file, whole_folder
+from score.atomic import MARKER, check_replaceable, remove_folder, whole_file, whole_folder
 
 
 class Killed(BaseException):
@@ -101,3 +102,103 @@ def test_files_in_subfolders_reach_the_disk_too(tmp_path, monkeypatch):
         (folder / "unet").mkdir()
         (folder / "unet" / "weights").write_text("x")
     assert {"weights", "unet"} <= set(synced)
+
+
+def foreign_file(folder):
+    (folder / "thesis.txt").write_text("years of work")
+
+
+def edited(folder):
+    (folder / "a.txt").write_text("mine")
+
+
+def linked(folder):
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("/etc/hostname")
+
+
+def without_marker(folder):
+    (folder / MARKER).unlink()
+
+
+def nested(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "thesis.txt").write_text("years of work")
+
+
+@pytest.mark.parametrize("change", [foreign_file, edited, linked, without_marker, nested])
+def test_only_what_a_run_wrote_is_replaced_or_removed(tmp_path, change):
+    final = tmp_path / "x"
+    write(final, "old")
+    change(final)
+    before = {path.name: path.read_bytes() for path in final.rglob("*") if path.is_file()}
+    for act in (lambda: write(final, "new"), lambda: remove_folder(final), lambda: check_replaceable(final)):
+        with pytest.raises(ValueError, match=r"would be replaced, but it holds .*txt.*Move it elsewhere"):
+            act()
+    assert {path.name: path.read_bytes() for path in final.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_that_comes_while_the_folder_is_written_is_kept(tmp_path):
+    write(tmp_path / "x", "old")
+    with pytest.raises(ValueError, match=r"thesis\.txt, which no run wrote"), whole_folder(tmp_path / "x"):
+        foreign_file(tmp_path / "x")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {MARKER, "a.txt", "thesis.txt"}
+
+
+def test_a_large_file_of_another_content_and_the_same_size_is_not_ours(tmp_path):
+    with whole_folder(tmp_path / "x") as folder:
+        (folder / "weights").write_bytes(bytes(4 * atomic.SAMPLE))
+    check_replaceable(tmp_path / "x")
+    (tmp_path / "x" / "weights").write_bytes(bytes(4 * atomic.SAMPLE - 1) + b"1")
+    with pytest.raises(ValueError, match="weights, which was changed"):
+        check_replaceable(tmp_path / "x")
+
+
+def test_an_empty_folder_and_a_copy_of_our_own_are_replaced_and_removed(tmp_path):
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x", "old")
+    shutil.copytree(tmp_path / "x", tmp_path / "y")
+    write(tmp_path / "y", "new")
+    assert (tmp_path / "y" / "a.txt").read_text() == "new"
+    for name in ("x", "y", "nowhere"):
+        remove_folder(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_a_folder_is_kept(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        write(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "big" / "student")
+    for text in ("old", "new"):
+        write(tmp_path / "x", text)
+        assert (tmp_path / "big" / "student" / "a.txt").read_text() == text
+    assert (tmp_path / "x").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "x"]
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["student"]
+
+
+def test_a_caller_may_know_its_files_by_name(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.own").write_text("old")
+    own = lambda name: name.endswith(".own")  # noqa: E731
+    with whole_folder(tmp_path / "x", own) as folder:
+        (folder / "b.own").write_text("new")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["b.own"], "and no marker"
+    foreign_file(tmp_path / "x")
+    with pytest.raises(ValueError, match="thesis"), whole_folder(tmp_path / "x", own):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"format": "scorefield-folder-1"}'])
+def test_a_marker_that_says_nothing_proves_nothing(tmp_path, text):
+    write(tmp_path / "x", "old")
+    (tmp_path / "x" / MARKER).write_text(text)
+    with pytest.raises(ValueError, match=r"a\.txt, which no run wrote"):
+        check_replaceable(tmp_path / "x")

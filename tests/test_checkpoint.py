@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import warnings
 
 import pytest
@@ -292,3 +293,34 @@ def test_what_a_kill_left_of_another_step_is_cleared(tmp_path):
     (tmp_path / ".writing-step-000000017").mkdir(parents=True)
     checkpoint.save(tmp_path, 20, make_phases(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000020"]
+
+
+def test_a_copy_under_another_name_is_neither_used_nor_counted_nor_removed(history):
+    """What a user keeps: it is no checkpoint of the run, however it is called."""
+    folder, phases, _ = history
+    for name in ("step-000000040-good", "step-40", "step-0000000400", "step-000000099.bak"):
+        shutil.copytree(folder / "step-000000001", folder / name)
+    (folder / "step-000000050").write_text("a file")
+    (folder / ".writing-step-notes").mkdir()
+    before = set(names_in(folder))
+    assert load_quietly(folder, make_phases(seed=5)) == 2
+    checkpoint.save(folder, 3, phases, CONFIG)
+    assert set(names_in(folder)) == before - {"step-000000001"} | {"step-000000003"}
+
+
+def test_a_checkpoint_with_a_file_of_someone_else_stays(history):
+    folder, phases, _ = history
+    (folder / "step-000000001" / "thesis.txt").write_text("years of work")
+    checkpoint.save(folder, 3, phases, CONFIG)
+    checkpoint.save(folder, 4, phases, CONFIG)
+    assert names_in(folder) == ["step-000000001", "step-000000003", "step-000000004"]
+    (folder / "step-000000004" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis\.txt, which no run wrote"):
+        checkpoint.save(folder, 4, phases, CONFIG)
+
+
+def test_a_damaged_checkpoint_is_written_anew(history):
+    folder, phases, _ = history
+    (folder / "step-000000002" / "manifest.json").unlink()
+    checkpoint.save(folder, 2, phases, CONFIG)
+    assert load_quietly(folder, make_phases(seed=5)) == 2

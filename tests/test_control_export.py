@@ -15,6 +15,7 @@ from controlnet.evidence import Gap, Probe, Standing
 from controlnet.export import contact_sheet, load_adapter, model_card, save_adapter
 from controlnet.training import unlock
 from controlnet.verdict import Evidence
+from score.atomic import MARKER
 from score.denoiser import NetworkDenoiser, freeze
 from score.families import DiffusersNetwork
 from score.guidance import guided
@@ -64,7 +65,7 @@ def test_stock_diffusers_loads_the_folder_without_loss(name, tmp_path):
     read = load_adapter(folder).model.state_dict()
     assert all(torch.equal(value, read[key]) for key, value in stock.state_dict().items())
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "README.md"
+        "config.json", "diffusion_pytorch_model.safetensors", "README.md", MARKER
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import trimesh
 from closed_form_scenes import Ball
 from PIL import Image
 
+from score.atomic import MARKER, whole_folder
 from sds import export as module
 from sds.export import FILES, Export, export
 from sds.level import compare, pictures_of, surface_at
@@ -24,7 +25,7 @@ SMALL = Export(resolution=24, num_levels=3, num_views=2, view_size=24, num_point
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +184,8 @@ def test_a_folder_with_other_files_or_no_folder_is_refused_before_any_work(tmp_p
     ball = Ball()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("years of work")
-    assert_refused(r"holds thesis\.tex, which is no export's", ball.scene(), tmp_path / "a")
-    assert_refused("is a file; expected a folder", ball.scene(), tmp_path / "a" / "thesis.tex")
+    assert_refused(r"holds thesis\.tex, which no run wrote", ball.scene(), tmp_path / "a")
+    assert_refused("is a file; a folder is to be written there", ball.scene(), tmp_path / "a" / "thesis.tex")
     assert not ball.queries
 
 
@@ -227,8 +228,8 @@ def half_a_video(path, *_, **__):
     ],
 )
 def test_a_full_disk_leaves_the_older_export_and_nothing_else(tmp_path, monkeypatch, target, failing, written):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "report.json").write_text("old")
+    with whole_folder(tmp_path / "a") as older:
+        (older / "report.json").write_text("old")
     seen = set()
 
     def full(*arguments, **keywords):

@@ -5,6 +5,7 @@ import signal
 
 import fitting
 import pytest
+import stopping
 import torch
 from accelerate import Accelerator
 from command import RunOptions
@@ -42,7 +43,7 @@ def test_weights_that_are_not_finite_stop_every_rank_before_one_saves(monkeypatc
 
 
 def lost(error, asked):
-    with fitting.sigterm(Accelerator(cpu=True)):
+    with stopping.stop_signals(Accelerator(cpu=True)):
         if asked:
             os.kill(os.getpid(), signal.SIGTERM)
         raise error("lost")

@@ -30,7 +30,9 @@ MODULES = {
     "cache": set(),
     "times": {"schedule"},
     "network": {"schedule"},
-    "denoiser": {"schedule"},
+    "wrapping": set(),
+    "lock": set(),
+    "denoiser": {"schedule", "wrapping"},
     "data_scale": {"schedule", "denoiser"},
     "guidance": {"schedule", "denoiser"},
     "exact": {"schedule", "denoiser"},
@@ -65,8 +67,8 @@ MODULES = {
     "metrics": {"schedule", "denoiser", "exact"},
     "atomic": set(),
     "pictures": {"files"},
-    "ranks": set(),
-    "training": {"randomness", "ranks"},
+    "ranks": {"wrapping"},
+    "training": {"randomness", "ranks", "wrapping"},
     "checkpoint": {"atomic", "training"},
 }
 

@@ -1,6 +1,7 @@
 """Watching a run: what is logged, what raises an alarm, which weights are kept."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import distill_options
@@ -115,8 +116,9 @@ def test_a_worse_one_does_not_replace_it(tmp_path):
 
 
 def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, features):
-    (tmp_path / "best").mkdir()
+    distil(tmp_path, teacher, eval_every=3, features=features)
     (tmp_path / "best.json").write_text('{"frechet_distance": -1.0, "step": 9}')
+    shutil.rmtree(tmp_path / "checkpoints")
     distil(tmp_path, teacher, eval_every=3, features=features)
     assert json.loads((tmp_path / "best.json").read_text())["step"] in (3, 6)
 

@@ -11,6 +11,7 @@ import torch
 from prompted import is_hub_model
 
 from score import guided
+from score.atomic import MARKER
 from score.hub import load_teacher
 from score.randomness import derived_generator
 from score.sampling import ddpm, grid, initial_noise
@@ -77,7 +78,7 @@ def test_each_image_is_of_its_prompt_and_of_no_batch(folders, tmp_path, name):
 
 def test_pictures_lie_in_a_folder_per_prompt_and_a_grid_column(folders, tmp_path):
     out = sample.main(config_of(folders / "sd", tmp_path / "made"))
-    assert sorted(path.name for path in out.iterdir()) == ["0000", "0001", "0002"]
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "0000", "0001", "0002"]
     with sample.Image.open(tmp_path / "made.grid.png") as picture:
         side = sample.Image.open(next(out.rglob("*.png"))).size[0]
         assert picture.size == (min(7, 9) * (side + 1) + 1, side + 2)

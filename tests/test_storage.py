@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from score import storage
+from score.atomic import MARKER, whole_folder
 from score.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
 from score.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving
 from score.storage import describe_schedule, load_denoiser, read_facts, restore_schedule, save_denoiser
@@ -173,11 +174,12 @@ def test_missing_weights_are_refused(saved):
 
 def test_saving_again_replaces_the_folder_as_a_whole(saved, inputs):
     folder, _ = saved
-    (folder / "stale.txt").write_text("x")
+    with whole_folder(folder) as older:  # of a version that wrote another file
+        (older / "stale.txt").write_text("x")
     other = NetworkDenoiser(Raw(seed=2).eval(), Karras(), "eps")
     assert save_denoiser(other, folder) == folder
     assert torch.equal(load_denoiser(folder, Raw())(*inputs), other(*inputs))
-    assert sorted(path.name for path in folder.iterdir()) == ["denoiser.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "denoiser.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scene_options import PRESETS, Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from score.atomic import MARKER
 from score.gradient import ScoreGradient
 from sds import guards, views
 
@@ -47,7 +48,7 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_can_be_opened(finished):
     export = finished.out / "export"
     names = {"scene.glb", "scene.obj", "points.ply", "turntable.mp4", "turntable.gif", "depth.mp4", "normals.mp4",
-             "contact.png", "report.json"}  # fmt: skip
+             "contact.png", "report.json", MARKER}  # fmt: skip
     assert {path.name for path in export.iterdir()} == names
     mesh = trimesh.load(export / "scene.glb", force="mesh")
     assert len(mesh.faces) > 0

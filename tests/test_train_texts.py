@@ -35,6 +35,7 @@ from distill.backbone import shared_backbone
 from distill.export import read_student_facts
 from distill.student import Student
 from score import hub
+from score.atomic import MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -108,7 +109,7 @@ def test_a_run_writes_what_diffusers_loads(finished):
         assert pipe.scheduler.timesteps.tolist() == times
         assert read_student_facts(finished[kind])["dmd2_denoising_timesteps"] == times
     names = {path.name for path in finished["lora"].iterdir()}
-    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md"}
+    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "dmd2.json", "README.md", MARKER}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "four"])

@@ -10,17 +10,21 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
 from accelerate import Accelerator
+from launcher import check_launcher
 from torch import Tensor, nn
 
+from score.atomic import check_replaceable
 from score.files import printable
+from score.lock import FolderLock
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -28,7 +32,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What every training script can be told about its run."""
+    """What every training script can be told about its run.
+
+    ``results`` are the folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
+    """
+
+    results: ClassVar[tuple[str, ...]] = ()
 
     out: Path = Path("runs/run")
     """Folder for checkpoints, TensorBoard logs and the result."""
@@ -64,12 +73,15 @@ class RunOptions:
 def run(
     main: Callable[[C], Path | None], config_type: type[C], description: str,
     presets: Mapping[str, Callable[[], C]] | None = None,
+    folders: Callable[[C], Sequence[Path]] | None = None,
 ) -> None:  # fmt: skip
     """Parse the command line into a config and call ``main``.
 
+    Meanwhile no other run may use ``folders``, by default ``--out`` of a training.
+
     With ``presets`` the option --preset says where all values come from that are not given; the first by default.
     Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
-    stopped because it was not finite exits with 1.
+    stopped because it was not finite exits with 1. Ctrl-C exits with 130.
     """
     warnings.formatwarning = one_line
     if presets is None:
@@ -77,7 +89,14 @@ def run(
     else:
         config = tyro.cli(config_type, description=description, default=_preset(sys.argv[1:], presets))
     try:
-        main(config)
+        with ExitStack() as held:
+            for folder in _out_of(config) if folders is None else folders(config):
+                hold(folder, held)
+            main(config)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("\nstopped by Ctrl-C; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error), 1 if isinstance(error, FloatingPointError) else 2)
     except (MemoryError, RuntimeError) as error:
@@ -85,6 +104,24 @@ def run(
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+
+
+def _out_of(config: Any) -> list[Path]:
+    return [config.out] if isinstance(config, RunOptions) and not config.dry_run else []
+
+
+def hold(folder: Path, held: ExitStack) -> None:
+    """Take the folder for this run, until ``held`` closes; the first rank does it for all.
+
+    Raises ``FolderInUseError`` where another run has it. A folder that cannot be made is refused by
+    :func:`check_out`, which says why.
+    """
+    if not is_first_rank():
+        return
+    lock = FolderLock(folder)
+    held.callback(lock.release)
+    with suppress(OSError):
+        lock.acquire()
 
 
 def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) -> C:
@@ -222,5 +259,9 @@ def check_run(config: RunOptions) -> None:
     """Raise ``ValueError`` for run options that cannot work, before anything is written."""
     check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
     check_out(config.out)
+    for name in config.results:
+        if not Path(name).suffix:
+            check_replaceable(config.out / name)
+    check_launcher(config.precision, config.accumulate)
     if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from command import RunOptions, check_numbers, check_run
 from control_tasks import ANNOTATORS, TaskOptions
@@ -18,6 +18,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Values for all other options; those given beside it win."""
     base: str = ""
     """Folder or name of a text-to-image pipeline, folder of train_circles.py, or "toyworld"."""
+    results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
+
     out: Path = Path("runs/controlnet")
     """Folder for checkpoints, TensorBoard logs, report.json and the finished adapter."""
     steps: int = 10_000

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from command import RunOptions, check_numbers, check_run
@@ -35,6 +35,8 @@ class Config(RunOptions, DataOptions, EvalOptions):
     network: str = ""
     """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
     whose code is run. What a folder names is never run."""
+    results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
+
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
     steps: int = 2000

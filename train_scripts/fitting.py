@@ -3,19 +3,20 @@
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from command import RunOptions, resolved
 from monitoring import Watch, forget_best
+from starting import check_earlier, check_ranks, note_identity
+from stopping import stop_signals
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from distill.adversarial import Critic
 from score import checkpoint
 from score.randomness import Rng
-from score.ranks import check_launch, check_same
+from score.ranks import check_launch, check_same, check_same_fields
 from score.training import Phase, Report, train
 
 T = TypeVar("T")
@@ -34,7 +35,8 @@ T = TypeVar("T")
 def start(config: RunOptions) -> Accelerator:
     """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
 
-    Raises ``ValueError`` for a launch that cannot work; see :func:`score.ranks.check_launch`.
+    Raises ``ValueError`` for a launch that cannot work, see :func:`score.ranks.check_launch`, and for ranks that
+    were given other options.
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,9 +46,10 @@ def start(config: RunOptions) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     accelerator = Accelerator(
         mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience], gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
     check_launch(accelerator)
+    check_ranks(config, accelerator)
     return accelerator
 
 
@@ -103,7 +106,11 @@ def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], image
 
 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
-    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step."""
+    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step.
+
+    Raises ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+    """
+    check_identity(config, own, accelerator)
     first = checkpoint.load(config.out / "checkpoints", phases, own)
     fix = "Let --out be a folder that all machines share."
     check_same("the step to resume from", first, fix, accelerator)
@@ -112,8 +119,19 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
             print(f"resumed from step {first}")
         else:
             forget_best(config.out)
+        note_identity(config.out, own)
     start_logging(accelerator, config, config.out, first)
     return first
+
+
+def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+
+    :func:`resume` does so; call it before work that is long.
+    """
+    check_same_fields(own, "Let all of them read the same files.", accelerator)
+    check_earlier(config.out, config.results, own)
+    checkpoint.check_config(config.out / "checkpoints", own)
 
 
 def fit(
@@ -132,7 +150,8 @@ def fit(
     processes and before anything is saved. All call ``keep``, which returns the steps whose checkpoints must stay;
     a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
     can still speak to each other: they cannot afterwards, unless this stage of the run is not the ``last``.
-    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143.
+    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
+    Ctrl-C, with 130, and SIGHUP, with 129.
     """
 
     def look(step: int) -> None:
@@ -145,14 +164,14 @@ def fit(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
         accumulate=config.accumulate, seed=config.seed,
     )  # fmt: skip
-    stop = False
-    with sigterm(accelerator) as asked_to_stop:
+    stop = 0
+    with stop_signals(accelerator) as asked_to_stop:
         if all_watch and first:
             look(first)
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)
-            due = report.step % config.save_every == 0 or report.step in (config.steps, *kept) or stop
+            due = report.step % config.save_every == 0 or report.step in (config.steps, *kept) or bool(stop)
             check(report.step, due)
             if due:
                 checkpoint.check_finite(report.step, phases)
@@ -172,7 +191,7 @@ def fit(
         else:  # that would part the ranks, too
             close_log(accelerator)
     if stop:
-        sys.exit(143)
+        sys.exit(128 + stop)
 
 
 def close_log(accelerator: Accelerator) -> None:
@@ -180,35 +199,6 @@ def close_log(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []
-
-
-@contextmanager
-def sigterm(accelerator: Accelerator) -> Iterator[Callable[[int], bool]]:
-    """Whether any rank was asked to end by SIGTERM: all of them agree, and stop after the same step.
-
-    Several ranks ask each other in every tenth step only, since each time they wait for one another. A step that
-    raises, such as ``FloatingPointError``, has nothing to save: the process that was asked exits with 143 instead.
-    """
-    asked: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-
-    def answer(step: int) -> bool:
-        if accelerator.num_processes == 1:
-            return bool(asked)
-        if step % 10 or not accelerator.reduce(torch.tensor(len(asked), device=accelerator.device), "sum"):
-            return False
-        asked.append(signal.SIGTERM)
-        return True
-
-    try:
-        yield answer
-    except Exception as error:
-        if not asked:
-            raise
-        tqdm.write(f"asked to end by SIGTERM, in a step that is not saved: {error}", file=sys.stderr)
-        raise SystemExit(143) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":

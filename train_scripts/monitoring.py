@@ -1,7 +1,6 @@
 """What is watched while a model learns: brightness and spread of its samples, and distances if asked for."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from networks import Teacher
 from torch import Tensor
 from tqdm import tqdm
 
+from score.atomic import remove_folder
 from score.metrics import extract_features, frechet_distance, kernel_distance
 
 Watch = Callable[[int], Mapping[str, float]]
@@ -170,6 +170,6 @@ def is_best(best: Path, distances: Mapping[str, float]) -> bool:
 
 
 def forget_best(out: Path) -> None:
-    """Remove what an earlier run of the same folder kept."""
+    """Remove what an earlier run of the same folder kept. Raises ``ValueError`` for files of someone else."""
+    remove_folder(out / "best")
     (out / "best.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "best", ignore_errors=True)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.student import Student
-from score import NetworkDenoiser
+from score import NetworkDenoiser, checkpoint
 from score.sampling import grid, initial_noise, sample
 
 
@@ -57,7 +57,8 @@ def main(config: Config) -> Path:
         for part in (config, recipe, student_config(config, teacher_out / "teacher")):
             print(type(part).__module__, json.dumps(resolved(part), indent=2))
         return config.out
-    resumed, start = any(config.out.glob("*/checkpoints/step-*")), time.perf_counter()
+    resumed = any(checkpoint.steps(config.out / name / "checkpoints") for name in ("teacher", "student"))
+    start = time.perf_counter()
     student_out = train_dmd.main(student_config(config, train_teacher.main(recipe)))
     teacher, student = load_teacher(str(teacher_out / "teacher")), load_teacher(str(student_out))
     judge = Judge(config.seed, config.num_images)
@@ -71,6 +72,11 @@ def main(config: Config) -> Path:
     draw(images, judge.labels, config.out / "samples.png")
     show(report, config.out)
     return path
+
+
+def folders(config: Config) -> list[Path]:
+    """Folders that no other run may use meanwhile."""
+    return [] if config.dry_run else [config.out, config.out / "teacher", config.out / "student"]
 
 
 def check(config: Config) -> None:
@@ -180,4 +186,4 @@ def show(report: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run(main, Config, __doc__, folders=folders)

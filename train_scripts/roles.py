@@ -26,11 +26,11 @@ from distill.student import Student, even_times, times_by_ratio
 from score import Denoiser, NetworkDenoiser, freeze
 from score.gradient import karras_weight
 from score.randomness import derived_generator
-from score.ranks import unwrap
 from score.schedule import Schedule
 from score.solvers import plan
 from score.times import between_ratios, uniform
 from score.training import EMA, Phase
+from score.wrapping import unwrap
 
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""

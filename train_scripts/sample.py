@@ -8,7 +8,6 @@ Image i depends on the seed and i alone: not on the batch size, nor on the numbe
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from distill.export import FACTS
 from distill.student import Student
-from score.atomic import whole_folder
+from score.atomic import foreign, whole_folder
 from score.grids import Spacing
 from score.randomness import derived_generator
 from score.ranks import check_launch
@@ -140,7 +139,7 @@ def columns(config: Config) -> int:
 def check_samples_out(out: Path) -> None:
     """Raise ``ValueError`` unless ``out`` can be written: a new file or folder, or one of older samples.
 
-    Older samples are what :func:`write` leaves: numbered PNG files in numbered folders, and nothing else.
+    Older samples are what :func:`write` left, unchanged, and nothing else.
     """
     place = out.resolve()
     check_out(place.parent)
@@ -150,10 +149,11 @@ def check_samples_out(out: Path) -> None:
         return
     if place.exists() and (not place.is_dir() or os.path.ismount(place)):
         raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
-    for path in place.rglob("*"):
-        name = path.relative_to(place).as_posix()
-        if not re.fullmatch(r"\d{4,}" if path.is_dir() else r"\d{4,}/\d{6,}\.png", name):
-            raise ValueError(f"--out {out} holds {name}, which is no earlier sample. Choose another --out.")
+    if others := foreign(place):
+        raise ValueError(
+            f"--out {out} holds {others[0][0]}, which is no earlier sample, or was changed since. Choose another "
+            "--out."
+        )
 
 
 def asked_labels(config: Config, model: Teacher | PromptedTeacher) -> Tensor:

@@ -8,7 +8,7 @@ from command import check_numbers, check_run
 from scene_options import Config
 from scenes import cameras_at, colour_of
 
-from sds.export import Export, check_folder
+from sds.export import Export
 from sds.extra import check_extra
 from sds.video import check_encoder
 from sds.views import check_nerfstudio
@@ -34,7 +34,6 @@ def check_scene(config: Config) -> None:
     with TemporaryDirectory() as folder:
         check_encoder(Path(folder))
     export_choices(config)
-    check_folder(config.out / "export")
 
 
 def export_choices(config: Config) -> Export:

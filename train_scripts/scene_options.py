@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from command import RunOptions
 
@@ -27,6 +27,8 @@ class Config(RunOptions):
     """Name or folder of an AutoencoderTiny to encode with: less than half of the cost of a step."""
     allow_pickle: bool = False
     """Read weights that are no safetensors. They can run code of whoever made them."""
+    results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
+
     out: Path = Path("runs/scene")
     """Folder for checkpoints, TensorBoard logs, the scene and its export."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from distill_options import Config
-from fitting import adamw, cosine, fit, progress, resume
+from fitting import adamw, check_identity, cosine, fit, progress, resume
 from guarding import Guarded, SetbackError, set_rate
 from monitoring import Watch
 from networks import Teacher
@@ -66,7 +66,7 @@ def distil(
 ) -> Student:
     """Run all stages, or what is left of them, and return the weights to save: the best where there is a guard."""
     config, method = stages.config, stages.method
-    checkpoint.check_config(stages.folder, stages.own)  # before the long work of making pairs
+    check_identity(config, stages.own, stages.accelerator)  # before the long work of making pairs
     regression = make_regression(stages)
     if config.gan_weight and config.reals == "teacher" and regression is not None:
         pairs, device = regression.pairs, stages.accelerator.device

@@ -9,7 +9,7 @@ tells it where. The result is in --out/base.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from command import RunOptions, check_numbers, check_run, identity, run, show_plan
@@ -39,6 +39,8 @@ from score.training import EMA, Phase
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions):
     """Train a small text-to-image model of circles, in pixel space."""
+
+    results: ClassVar[tuple[str, ...]] = ("base",)
 
     out: Path = Path("runs/circles")
     """Folder for checkpoints, logs and the finished model."""

@@ -35,6 +35,7 @@ from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
+from score.atomic import whole_file
 from score.cache import TensorCache
 from score.denoiser import NetworkDenoiser, freeze
 from score.files import printable
@@ -238,9 +239,9 @@ def export(
     sheet = contact_sheet(judged.probe, images)
     folder = config.out / "controlnet"
     unet = unet_of(denoiser.base) if config.unlocked else None
-    save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet)
-    for place in (config.out, folder):
-        (place / "report.json").write_text(json.dumps(report, indent=2))
+    save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)
+    with whole_file(config.out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
     save_image(sheet, config.out / "samples.png")
     name, standing = next(iter(look.standings.items()))
     print(

@@ -14,6 +14,8 @@ from command import check_device, check_numbers, check_out, run
 from features import save_classifier, train_classifier
 from images import DataOptions, load_images
 
+from score.atomic import check_replaceable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DataOptions):
@@ -37,6 +39,7 @@ def main(config: Config) -> Path:
     """Train and return the folder of the classifier."""
     check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
     check_out(config.out)
+    check_replaceable(config.out)
     check_device(config.device)
     data = load_images(config)
     if data.num_classes < 2 or len(data) < 20:

@@ -10,7 +10,7 @@ same command again. The folder --out/teacher is what train_dmd.py takes as --tea
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
@@ -32,6 +32,8 @@ from score.training import EMA, Phase
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions, DataOptions, EvalOptions):
     """Train a diffusion teacher of small images, class-conditional where there are classes."""
+
+    results: ClassVar[tuple[str, ...]] = ("teacher", "best", "best.json")
 
     out: Path = Path("runs/teacher")
     """Folder for checkpoints, TensorBoard logs and the finished teacher."""

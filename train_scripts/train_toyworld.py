@@ -11,14 +11,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
 from captioned import World, as_floats, draw_captions, make_world, read_again
-from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
+from command import RunOptions, check_numbers, check_run, fingerprint, identity, resolved, run, show_plan
 from fitting import adamw, cosine, fit, prepare, resume, start
 from safetensors.torch import save_file
+from starting import check_earlier, note_identity
 from torch import Tensor, nn
 
 from score import NetworkDenoiser, VariancePreserving
@@ -43,6 +44,8 @@ from toyworld.parts import (
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions):
     """Train the toy world's text-to-image pipeline."""
+
+    results: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     out: Path = Path("runs/toyworld")
     """Folder for renders, checkpoints, logs and the finished pipeline."""
@@ -96,10 +99,14 @@ def main(config: Config) -> Path:
         )
         show_plan(config, {"vae": vae, "text_encoder": text_encoder, "unet": unet}, updates, before)
         return config.out
+    watching = ("out", "dry_run", "log_every", "save_every")
+    own = {name: value for name, value in resolved(config).items() if name not in watching}
+    check_earlier(config.out, config.results, own, config.out / "text-to-image" / "checkpoints")
     world = make_world(config.out, config.num_images, config.seed)
     vae = train_vae(config, world, Autoencoding(vae))
     latents = encode(config, vae, world)
     network = train_text_to_image(config, world, latents, vae, TextToLatent(text_encoder, unet))
+    note_identity(config.out, own)
     return save_pipeline(config.out / "pipeline", vae, network.text_encoder, network.unet, card(config))
 
 

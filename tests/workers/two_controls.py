@@ -17,9 +17,10 @@ from controlnet.evidence import Probe, Validation, hint_judge, paired_gap
 from controlnet.scores import MASK_SCORES
 from controlnet.training import control_phase, unlock
 from score.randomness import Rng
-from score.ranks import shared_rows, unwrap, verify_weights
+from score.ranks import shared_rows, verify_weights
 from score.times import uniform
 from score.training import train
+from score.wrapping import unwrap
 
 STEPS, BATCH, NAME = 2, 2, "pixels"
 

@@ -1,0 +1,135 @@
+"""One run in a folder at a time, whoever is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import command
+import pytest
+import quickstart
+from command import RunOptions
+
+from score.lock import NAME, FolderInUseError, FolderLock
+
+ROOT = Path(__file__).resolve().parent.parent
+# Without the package, whose import takes seconds.
+HOLDER = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("lock", sys.argv[1])
+sys.modules["lock"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+lock = module.FolderLock(Path(sys.argv[2]))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds ``tmp_path / "run"``."""
+    words = [sys.executable, "-c", HOLDER, str(ROOT / "score" / "lock.py"), str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_told_who_holds_the_folder_and_writes_nothing(holder, tmp_path, monkeypatch, capsys):
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run")])
+
+    def main(config):
+        raise AssertionError("it must not begin")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.run(main, RunOptions, "")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"process {holder.pid} on {socket.gethostname()!r}" in said
+    assert "choose another --out" in said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before == [NAME]
+
+
+def test_a_dry_run_and_another_folder_are_free(holder, tmp_path, monkeypatch):
+    done = []
+    for words in (["--out", str(tmp_path / "run"), "--dry-run"], ["--out", str(tmp_path / "other")]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        command.run(lambda config: done.append(config.out.name), RunOptions, "")
+    assert done == ["run", "other"]
+
+
+def test_a_killed_holder_leaves_no_lock(holder, tmp_path):
+    lock = FolderLock(tmp_path / "run")
+    with pytest.raises(FolderInUseError):
+        lock.acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait(timeout=10)
+    assert (tmp_path / "run" / NAME).exists(), "the file stays, the lock does not"
+    lock.acquire()
+    assert json.loads((tmp_path / "run" / NAME).read_text())["process"] == os.getpid()
+    lock.release()
+    lock.release()
+    assert not (tmp_path / "run" / NAME).exists()
+
+
+def test_nothing_is_left_of_a_run_that_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "new" / "run")])
+
+    def main(config):
+        assert (config.out / NAME).exists()
+        raise ValueError("refused")
+
+    with pytest.raises(SystemExit) as stopped:
+        command.run(main, RunOptions, "")
+    assert stopped.value.code == 2
+    assert "refused" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_stays(tmp_path):
+    lock = FolderLock(tmp_path / "new" / "run")
+    lock.acquire()
+    (tmp_path / "new" / "run" / "a.txt").write_text("a")
+    lock.release()
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["a.txt"]
+
+
+def test_the_lock_follows_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "big")
+    first, second = FolderLock(tmp_path / "run"), FolderLock(tmp_path / "big")
+    first.acquire()
+    with pytest.raises(FolderInUseError):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_only_the_first_rank_locks(holder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run")])
+    done = []
+    command.run(lambda config: done.append(config), RunOptions, "")
+    assert len(done) == 1
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(descriptor, kind):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("score.lock.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="without locks"):
+        FolderLock(tmp_path / "run").acquire()
+
+
+def test_quickstart_holds_the_folders_of_both_trainings(tmp_path):
+    config = quickstart.Config(out=tmp_path)
+    outs = [quickstart.teacher_config(config).out, quickstart.student_config(config, tmp_path).out]
+    assert set(quickstart.folders(config)) == {tmp_path, *outs}
