@@ -104,7 +104,7 @@ def caution(schedule: Schedule, chosen: Plan) -> str:
     """Say where DDIM is clearly better in as many calls, or nothing; docs/solvers.md has the figures."""
     if chosen.solver in ("ddim", "ddpm") or chosen.num_calls == 1:
         return ""
-    few = HEUN_CALLS if chosen.solver == "heun" else 0
+    few = HEUN_CALLS if chosen.solver == "heun" and _starts_beyond_levels(schedule) else 0
     if chosen.spacing == "uniform" and isinstance(schedule, VariancePreserving):
         few = UNIFORM_CALLS
     if chosen.num_calls >= few:
@@ -113,6 +113,12 @@ def caution(schedule: Schedule, chosen: Plan) -> str:
         f"{chosen.solver} on the {chosen.spacing} grid draws worse than ddim below {few} network calls; this is "
         f"{chosen.num_calls}. Leave sampler and grid to auto, or allow more calls."
     )
+
+
+def _starts_beyond_levels(schedule: Schedule) -> bool:
+    # A flow's customary grid leaves the infinite level at its first step; on others Heun's first step is lost there.
+    noisiest = schedule.ratio(torch.tensor(schedule.t_max, dtype=torch.float64))
+    return not isinstance(schedule, RectifiedFlow) and bool(noisiest > LEVELS[1])
 
 
 def _last_alpha(schedule: Schedule) -> float:

@@ -287,9 +287,9 @@ def test_no_function_is_longer_than_sixty_lines():
     assert not long
 
 
-def test_no_library_file_is_longer_than_three_hundred_lines():
+def test_no_library_file_is_longer_than_four_hundred_and_fifty_lines():
     lengths = {path: len(source.splitlines()) for path, source in sources(*LIBRARY).items()}
-    assert not {path: length for path, length in lengths.items() if length > 300}
+    assert not {path: length for path, length in lengths.items() if length > 450}
 
 
 def test_no_file_is_called_utils():
