@@ -116,7 +116,7 @@ def caution(schedule: Schedule, chosen: Plan) -> str:
 
 
 def _starts_beyond_levels(schedule: Schedule) -> bool:
-    # A flow's customary grid leaves the infinite level at its first step; on others Heun's first step is lost there.
+    # A flow's customary grid leaves the infinite level at its first step; else Heun's first step is lost there.
     noisiest = schedule.ratio(torch.tensor(schedule.t_max, dtype=torch.float64))
     return not isinstance(schedule, RectifiedFlow) and bool(noisiest > LEVELS[1])
 

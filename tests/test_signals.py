@@ -32,6 +32,14 @@ def fit(monkeypatch, out, number):
     fitting.fit(config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background jobs ignore Ctrl-C, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_each_signal_saves_and_has_its_own_exit_code(monkeypatch, tmp_path, number, code):
     before = signal.signal(number, signal.default_int_handler)
