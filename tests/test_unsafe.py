@@ -131,10 +131,10 @@ def test_an_export_copies_known_files_of_known_parts_only(folder, student, tmp_p
     out = export_pipeline(student, folder, tmp_path / "student")
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert found == {
-        ".scorefield.json", "README.md", "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
+        ".scorefield.json", "README.md", "model_index.json", "scheduler/scheduler_config.json",
+        "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     assert "payload" not in json.loads((out / "model_index.json").read_text())
     load_teacher(out)
