@@ -131,7 +131,7 @@ def load_scheduler(folder: Path) -> Any:
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{folder / 'scheduler'} must be a scheduler of diffusers; got {str(name)[:80]!r}.")
-    return kind.from_config(settings)  # type: ignore[attr-defined]
+    return kind.from_config(settings)
 
 
 def draw(config: Config, pipeline: Any, prompts: list[str]) -> Tensor:
