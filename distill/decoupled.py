@@ -53,7 +53,7 @@ class SeparateGuidance:
         if not self.low < level:
             raise ValueError(
                 f"guidance needs noise levels below that of step {step + 1}, sigma / alpha = {level:g}; its "
-                f"smallest is low={self.low:g}. Lower it, or use below_step=False."
+                f"smallest is low={self.low:g}. Lower it (--ratio-range), or use below_step=False."
             )
         return between_ratios(self.low, min(self.high, level))
 

@@ -123,7 +123,8 @@ def _fetch(cache: TensorCache, names: list[Content], make: MakeShard) -> list[En
 def _entry(pairs: Pairs) -> Entry:
     if not bool(pairs.x0.isfinite().all()):
         raise ValueError(
-            "the teacher made images with nan or inf, which are no targets. Try float32, or a finer grid."
+            "the teacher made images with nan or inf, which are no targets. Pass --precision no, or more "
+            "--pair-steps."
         )
     cond = {f"cond.{name}": value for name, value in pairs.cond.items()}
     states = {f"state.{time!r}": value for time, value in pairs.states.items()}

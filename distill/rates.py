@@ -109,6 +109,7 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     below = [step for step, loss in enumerate(smooth) if loss < losses[0]]
     if not below:
         raise ValueError(
-            f"the loss of {losses[0]:.4g} falls at no learning rate between {rates[0]:.1g} and {rates[-1]:.1g}."
+            f"the loss of {losses[0]:.4g} falls at no learning rate between {rates[0]:.1g} and {rates[-1]:.1g}. "
+            "Pass --warmup-lr, --student-lr and --fake-lr."
         )
     return rates[below[-1]] / 6

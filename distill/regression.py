@@ -35,7 +35,7 @@ def squared_error(images: Tensor, targets: Tensor) -> Tensor:
 def absolute_error(images: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute error of each sample (L1): a pixel of many likely values is drawn as their median.
 
-    The best of the three on pairs alone, since a few pairs that cannot be matched pull less than in the square.
+    A few pairs that cannot be matched pull less than in the square.
     """
     return (images - targets).abs().flatten(1).mean(1)
 

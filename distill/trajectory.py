@@ -34,7 +34,9 @@ def through(times: Float[Tensor, " n"], points: Sequence[float]) -> Float[Tensor
     if max(points) > float(times[0]):
         raise ValueError(f"states are kept below the first time {float(times[0]):g}; got {max(points):g}.")
     own = torch.tensor(points, dtype=torch.float64, device=times.device)
-    return torch.cat([times.double(), own]).unique().flip(0)
+    # Times that differ by rounding alone are one, and the point's own is kept.
+    far = (times.double()[:, None] - own).abs().amin(1) > 1e-9 * float(times[0])
+    return torch.cat([times.double()[far], own]).unique().flip(0)
 
 
 @dataclass(frozen=True, eq=False)

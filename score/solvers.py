@@ -20,7 +20,7 @@ Solver = Literal["ddim", "ddpm", "heun", "dpm++", "unipc"]
 """A sampler by name: :func:`score.sampling.ddim`, ``ddpm`` and ``heun``, :func:`dpm_solver` and :func:`unipc`."""
 
 HEUN_CALLS = 15
-"""Calls from which Heun is as good as DDIM."""
+"""Calls below which Heun is clearly worse than DDIM."""
 UNIFORM_CALLS = 50
 """Calls from which other solvers are as good as DDIM on the uniform grid of a variance-preserving schedule."""
 SMALL_ALPHA = 1 / LEVELS[1]

@@ -27,7 +27,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
         "sdxl-4step-lora",
     ] = "auto"
     """Where all other values come from unless they are given. Default: auto, with --prompts text; both are meant
-    for any teacher, and docs/distillation.md explains each of their numbers."""
+    for any teacher; docs/distillation.md explains their numbers."""
     teacher: str = "runs/teacher/teacher"
     """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function, such as
     mine:teacher for a function in mine.py, whose code is run. With --prompts: name or folder of a diffusers
@@ -41,7 +41,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Folder for checkpoints, TensorBoard logs and the finished student."""
     steps: int = 2000
     """Iterations of the distribution matching at most: updates of the fake score. The student takes one in
-    --student-every. With --guard-images the run ends earlier where the student no longer gets closer to its
+    --student-every. With --guard-images the run ends earlier where the student keeps drifting from its
     teacher."""
     student_every: int = 5
     """Fake-score updates per student update, as in DMD2."""
@@ -52,7 +52,8 @@ class Config(RunOptions, DataOptions, EvalOptions):
     others evenly spaced below it."""
     student_ratio: float = 3.5
     """Noise level sigma / alpha of the student's first timestep. At the noisiest timestep a network that predicts
-    eps multiplies its errors by 1 / alpha, up to 157. 0 means the noisiest timestep all the same."""
+    eps multiplies its errors by 1 / alpha, up to 157. 0 means the noisiest timestep all the same. A text-to-image
+    flow (Stable Diffusion 3) always starts from the noisiest."""
     ratio_range: tuple[float, float] = (0.15, 20.0)
     """Noise levels sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 % of the timesteps,
     as in DMD."""
@@ -102,11 +103,12 @@ class Config(RunOptions, DataOptions, EvalOptions):
     guard_every: int = 100
     """Iterations between two such comparisons."""
     max_setbacks: int = 3
-    """Setbacks after which the run ends with its best weights."""
+    """Setbacks from which the run goes on; after the next one it ends with its best weights."""
     ema_decay: float = 0.99
     """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
     bottleneck: str | None = None
-    """Submodule whose output the critic reads. None: the network's own choice, or its mid_block."""
+    """Submodule whose output critic and guard read. None: the network's own choice, its mid_block, or where one
+    pass of it is narrowest."""
     skip_teacher_check: bool = False
     """Do not ask the teacher about a few images before the training, and train with one that fails the check."""
     offload: bool = False

@@ -181,6 +181,8 @@ def fit(
                 look(report.step)
             if due and accelerator.is_main_process and preview is not None:
                 log(accelerator, report.step, {}, as_grid(preview(), columns))
+            if not stop and report.step == config.steps:
+                stop = asked_to_stop(0)  # while the last step was saved and looked at
             if stop:
                 break
     if not stop:

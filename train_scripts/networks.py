@@ -13,7 +13,7 @@ from command import fingerprint
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from unet import UNet
-from user_code import call
+from user_code import call, code_of
 
 from distill.student import TIMES
 from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
@@ -75,7 +75,9 @@ class Teacher:
 
     def identity(self) -> str:
         """A hash of weights and meaning: two teachers of one identity give the same answers."""
-        return identity_of(self.denoiser, list(self.shape), self.num_classes, self.null_class)
+        # The same weights in other code are another teacher: a wrapper that is mended wants no pairs of the old.
+        code = [self.facts["code"]] if "code" in self.facts else []
+        return identity_of(self.denoiser, list(self.shape), self.num_classes, self.null_class, *code)
 
     def cond(self, labels: Tensor) -> dict[str, Tensor]:
         """The condition under which the network is asked for these labels."""
@@ -259,7 +261,7 @@ def from_function(name: str) -> Teacher:
         )
     facts = {
         "network": "function", "options": {"name": name}, "shape": list(teacher.shape),
-        "num_classes": teacher.num_classes, "null_class": teacher.null_class,
+        "num_classes": teacher.num_classes, "null_class": teacher.null_class, "code": code_of(name),
     }  # fmt: skip
     sigma_data = teacher.facts.get("sigma_data", preconditioned(teacher.denoiser.network))
     if sigma_data is not None:

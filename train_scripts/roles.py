@@ -1,6 +1,7 @@
 """The parts of a distillation, built from the options of ``train_dmd.py``."""
 
 import copy
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -58,7 +59,7 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
         real = real or config.reals == "teacher"
         gan = 0.01 if real and config.critic_weight and listens(teacher, layer) else 0.0
     steps = config.steps if config.warmup_steps is None else config.warmup_steps
-    read = steps * config.batch_size * config.accumulate
+    read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
 
@@ -139,13 +140,21 @@ def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn
         fake=replace(teacher.denoiser, network=fake),
         shape=teacher.shape,
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
-        guidance=SeparateGuidance() if config.separate_guidance and config.guidance != 1 else None,
+        guidance=separate_guidance(config),
         step_key="step" if fake_steps(config, facts) else None,
         student_every=config.student_every,
         times=between_ratios(*config.ratio_range) if any(config.ratio_range) else uniform(0.02, 0.98),
         weight=dmd_weight(config.alpha_in_gradient),
         gan=gan if config.gan_weight else None,
     )
+
+
+def separate_guidance(config: Config) -> SeparateGuidance | None:
+    """Noise levels of the guidance term of its own, where they are asked for and there is guidance."""
+    if not config.separate_guidance or config.guidance == 1:
+        return None
+    low, high = config.ratio_range
+    return SeparateGuidance(low=low, high=high) if high else SeparateGuidance()
 
 
 def check_rounding(config: Config, denoiser: NetworkDenoiser) -> None:
@@ -159,8 +168,8 @@ def check_rounding(config: Config, denoiser: NetworkDenoiser) -> None:
     if config.precision == "bf16" and denoiser.kind == "eps" and ratio > MOST_ROUNDING:
         raise ValueError(
             f"a student that predicts eps at timestep {first:g} multiplies the rounding of bf16 by sigma / alpha "
-            f"= {ratio:.3g}; {MOST_ROUNDING:g} is the most that leaves a picture. Pass --student-ratio 3.5, or "
-            "--precision no."
+            f"= {ratio:.3g}; {MOST_ROUNDING:g} is the most that leaves a picture. Pass --student-ratio 3.5 and no "
+            "--times, or --precision no."
         )
 
 
@@ -197,7 +206,11 @@ def teacher_pairs(
         purpose: separates the noise of pairs that are trained on from that of others.
         keep: times at which the noisy image is kept, too.
     """
-    numbers = torch.arange(number) % max(1, teacher.num_classes)
+    count = max(1, teacher.num_classes)
+    order = torch.arange(count)
+    if number < count:  # not the first ones: prompts are often sorted
+        order = torch.randperm(count, generator=derived_generator("classes of pairs", config.seed, purpose))
+    numbers = order[torch.arange(number) % count]
     parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
     cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     chosen = (

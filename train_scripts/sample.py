@@ -61,8 +61,9 @@ class Config:
     """Network calls per image of a teacher, whatever the sampler. Heun pays two a step: 17 calls are 9 steps. A
     student knows its own."""
     sampler: Literal["auto", Solver] = "auto"
-    """Of a teacher. auto is unipc, or ddim in up to four calls of a plain DDPM. ddim beats heun below 15 calls,
-    and heun, dpm++ and unipc below 50 calls on the uniform grid. ddpm adds noise and wants many calls."""
+    """Of a teacher. auto is unipc, or ddim in up to four calls of a plain DDPM. ddim beats heun below 15 calls of
+    EDM or a plain DDPM, and heun, dpm++ and unipc below 50 calls on the uniform grid. ddpm adds noise and wants
+    many calls."""
     grid: Literal["auto", Spacing] = "auto"
     """Times of a teacher's calls. trailing: even timesteps, as diffusers has it; karras, log-snr: even in a power,
     or in the logarithm, of the noise level; uniform: even timesteps whose last is the nearly clean image, a wasted

@@ -25,6 +25,7 @@ from distill.regression import Pairs, Regression, teacher_batch
 from distill.student import Student
 from score import checkpoint
 from score.randomness import Rng
+from score.ranks import check_same
 from score.training import Phase, train
 
 
@@ -83,7 +84,11 @@ def distil(
             guard=guard, student=average, phases=phases, accelerator=stages.accelerator, every=config.guard_every,
             steps=config.steps,
         )  # fmt: skip
-    if checkpoint.newest(stages.folder) is None:
+    begun = checkpoint.newest(stages.folder) is not None
+    # All of them, before the first one saves anything: who came late would find its checkpoint and not take part.
+    fix = "Let --out be a folder that all machines share."
+    check_same("whether there is a checkpoint", int(begun), fix, stages.accelerator)
+    if not begun:
         begin(stages, regression, phases, guarded)
     first = resume(config, phases, stages.accelerator, stages.own)
     if guarded is not None and guarded.best is not None and not first:
@@ -147,9 +152,9 @@ def measured_rates(stages: Stages, regression: Regression | None) -> Rates:
                 lambda: regression.loss(method.student.unwrapped(), fixed),
             )
         else:
-            network = method.fake.network
-            batch = method.rollout(stages.batches(fixed), (), fixed)
-            loss = lambda: method.fake_loss(batch, fixed)["loss"]  # noqa: E731
+            alone = replace(method, fake=method.fake.unwrapped())  # each rank stops where its own loss blows up
+            network, batch = method.fake.network, method.rollout(stages.batches(fixed), (), fixed)
+            loss = lambda: alone.fake_loss(batch, fixed)["loss"]  # noqa: E731
         with accelerator.autocast():
             warmup = range_test(network, loss, clip_norm=config.clip_norm).rate
         warmup = float(accelerator.reduce(torch.tensor(warmup, device=accelerator.device), "mean"))
@@ -202,10 +207,11 @@ def follow_student(stages: Stages, fake: Phase) -> None:
         group["lr"] = group["initial_lr"]
     reports = train(
         [phase], stages.batches, accelerator, rollout=stages.method.rollout, steps=config.fake_warmup,
-        clip_norm=config.clip_norm, seed=config.seed + 1,
+        accumulate=config.accumulate, clip_norm=config.clip_norm, seed=config.seed + 1,
     )  # fmt: skip
     for _ in progress(reports, "fake score", config.fake_warmup, accelerator):
         pass
+    set_rate(fake, fake.optimizer.param_groups[0]["initial_lr"])
 
 
 def match(
