@@ -15,7 +15,18 @@ from score.own_samples import most_consistent
 from score.readings import Output, Reading, declared
 from score.schedule import Images
 from score.symptoms import Finding
-from score.trials import Difference, Errors, Trial, answers, best_of, difference, levels_of, make_trial, tried
+from score.trials import (
+    Difference,
+    Errors,
+    Trial,
+    answers,
+    best_of,
+    difference,
+    errors,
+    levels_of,
+    make_trial,
+    tried,
+)
 
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Noise levels sigma / alpha, in standard deviations of the data."""
@@ -25,6 +36,9 @@ SCREEN = 4
 
 GROSS, SMALL = 0.7, 0.1
 """Differences of log error: a factor of two stops a run, a tenth is worth a warning."""
+
+SILENCE = 1.5
+"""Times the error of an output of zeros that no trained network's own output has on its own samples."""
 
 TWO_MISTAKES = 0.2
 """What a second mistake must explain on top of the first."""
@@ -89,6 +103,7 @@ class Asked:
     x0: Tensor
     errors: Errors
     rivals: tuple[Mapping[str, Tensor], ...]
+    silent: Errors | None
     own: bool
     counted: Counted
     generator: Generator
@@ -108,9 +123,12 @@ class Asked:
         rivals = tuple(
             best_without_network(images, noise, float(r)) for noise, r in zip(trial.noise, ratios, strict=True)
         )
+        known = isinstance(denoiser, NetworkDenoiser)
         scale = denoiser.time_scale if isinstance(denoiser, NetworkDenoiser) else 1.0
+        # What an output of zeros costs says nothing where x0 is all that is known of a denoiser.
+        silent = errors(replace(base, network=_silence), trial)[output] if own and known else None
         error = torch.where(error.isfinite(), error, torch.inf)
-        return cls(base, output, scale, trial, x0, error, rivals, own, counted, generator)
+        return cls(base, output, scale, trial, x0, error, rivals, silent, own, counted, generator)
 
     @property
     def middle(self) -> list[int]:
@@ -135,11 +153,24 @@ class Asked:
         leads = [difference(self.errors[[i]], self.linear[[i]], self.trial.floor) for i in self.middle]
         return all(lead.mean > 0.02 and (lead.worse or lead.mean > 0.3) for lead in leads)
 
+    @property
+    def worse_than_silence(self) -> list[int]:
+        """The levels at which an output of zeros would do far better on own samples.
+
+        A wrong reading draws images that it knows at some level, often so alike that a filter is no better there.
+        At others it misses the target of its own output by more than the target's size. No trained network does,
+        however vague: an eps network's x0 at high noise, say, is far off when its eps is nearly right.
+        """
+        if self.silent is None:
+            return []
+        excess = [difference(self.errors[[i]], SILENCE * self.silent[[i]], 1e-12) for i in range(len(self.silent))]
+        return [i for i, one in enumerate(excess) if one.worse or one.mean == math.inf]
+
     def named(self) -> list[Finding]:
         """The mistake that explains the errors best, or that this teacher does not denoise, or nothing."""
         own_kind = Mistake("kind", "", "", self.base)
         found = self._tried([own_kind, *mistakes(self.base, self.trial.x0, self.time_scale)])
-        useless = self.useless
+        useless = self.useless or bool(self.worse_than_silence)
         if useless and not any(one.holds for one in found):
             found += self._tried(more_scales(self.base, self.trial.x0))
         good = sorted((one for one in found if one.holds), key=lambda one: one.score)
@@ -162,7 +193,7 @@ class Asked:
         if found is None:
             return []
         what, fix = self._correction(*found)
-        message = f"it draws no pictures, but may if {what}. {fix} Only data would tell for certain."
+        message = f"it draws no pictures that it knows, but may if {what}. {fix} Only data would tell for certain."
         return [Finding(found[0].name, "error", message)]
 
     def _tried(self, candidates: Iterable[Mistake]) -> list[_Explanation]:
@@ -204,6 +235,8 @@ class Asked:
         return mistake.words, mistake.fix
 
     def _useless_message(self) -> str:
+        if not self.useless:
+            return self._silence_message()
         rows = [row for i, row in enumerate(self.rows()) if i in self.middle]
         table = "; ".join(
             f"{row.teacher:.3g} / {min(row.linear, row.blurred):.3g} at {row.ratio:.2g}" for row in rows
@@ -212,6 +245,18 @@ class Asked:
         return (
             f"this teacher does not denoise. Its error of x0 on {on} / that of the best linear filter, by sigma / "
             f"alpha: {table}; expected less than the filter's. Are its weights loaded, and does it know such data?"
+        )
+
+    def _silence_message(self) -> str:
+        assert self.silent is not None
+        levels = self.worse_than_silence
+        times = (self.errors[levels].mean(1) / self.silent[levels].mean(1)).tolist()
+        table = "; ".join(
+            f"{times:.3g} at {float(self.trial.ratios[i]):.2g}" for times, i in zip(times, levels, strict=True)
+        )
+        return (
+            "this teacher does not denoise its own samples. Its error of x0 / that of an output of zeros, by "
+            f"sigma / alpha: {table}; expected below 1. Are kind and schedule those of its training? Data would tell."
         )
 
     def rows(self) -> tuple[Row, ...]:
@@ -225,6 +270,10 @@ class Asked:
                 Row(float(ratio), t, error, rivals["constant"], rivals["linear"], rivals["blurred"], *look)
             )
         return tuple(found)
+
+
+def _silence(x: Tensor, *args: Any, **cond: Tensor) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def _kind_fix(output: Output) -> str:
