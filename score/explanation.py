@@ -256,8 +256,7 @@ class Asked:
         )
         return (
             "this teacher does not denoise its own samples. Its error of x0 / that of an output of zeros, by "
-            f"sigma / alpha: {table}; expected below 1. Are kind and schedule those of its training? Data would "
-            "tell."
+            f"sigma / alpha: {table}; expected below 1. Are kind and schedule those of its training?"
         )
 
     def rows(self) -> tuple[Row, ...]:
