@@ -58,7 +58,7 @@ class Recorded:
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The inner denoiser's answer."""
-        if (time := float(t[0])) in self.latest:
+        if self.latest and (time := float(t[0])) in self.latest:  # a GPU waits for the number
             self.latest[time] = x_t.cpu()
         return self.denoiser(x_t, t, cond)
 

@@ -106,7 +106,10 @@ class PartReader:
         if issubclass(kind, ModelMixin):
             build, config = kind.from_config, kind.load_config(part, local_files_only=True)
         else:
-            build, config = kind, kind.config_class.from_pretrained(part, attn_implementation="sdpa")
+            # Without the names of kernels, which transformers would fetch.
+            kernels = ("attn_implementation", "_attn_implementation")
+            settings = {key: value for key, value in read_json(part / "config.json").items() if key not in kernels}
+            build, config = kind, kind.config_class.from_dict(settings, attn_implementation="sdpa")
         if not any(file.suffix in PICKLED for file in self.files(part)):  # whose sizes only their reader knows
             with torch.device("meta"):
                 check_size(part, self.files(part), build(config))

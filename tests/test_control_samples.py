@@ -117,7 +117,7 @@ BAD = {
         r"0\.png cannot be read as a picture: it begins with b'not found', as no format",
     ),
     "missing": (lambda path: path.unlink(), r"0\.png cannot be read: No such file"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), r"0\.png cannot be read: Is a directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), r"0\.png is a folder; expected a regular file"),
     "small": (
         lambda path: (save(pixels(7, 20), path), save(pixels(7, 20, 1), path.with_name("0_e.png"))),
         r"0\.png is 20 x 7, less than half of the 16 x 16",

@@ -71,7 +71,8 @@ def optimise(network, rate, updates, floor=0.0, betas=(0.0, 0.99)):
 def pretrained(family, accelerator, steps=600):
     """A network with the teacher's score, learned from the teacher's own images in 24 DDIM steps."""
     teacher = mixture(family.schedule)
-    images = make_pairs(teacher, {}, num=4000, shape=(2,), times=grid(family.schedule, 24), batch=4000).x0
+    times = grid(family.schedule, 24, spacing="uniform")
+    images = make_pairs(teacher, {}, num=4000, shape=(2,), times=times, batch=4000).x0
     network = family.network()
     denoiser = family.denoiser(network)
 

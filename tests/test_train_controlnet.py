@@ -138,7 +138,7 @@ def test_without_control_the_report_is_of_the_base_itself(place, whole):
     report = json.loads((whole / "report.json").read_text())
     assert report["scores_without_control"] != report["scores"]
     base, validation, _ = make_looker(make_config(place, place / "whole"))
-    probe, times, images = validation.probe, grid(base.denoiser.schedule, 2), []
+    probe, times, images = validation.probe, grid(base.denoiser.schedule, 2, spacing="uniform"), []
     for row in range(2):
         noise = normal_like(probe.x0[:1], [derived_generator(0, "validation", row)])
         cond = {name: value[row : row + 1] for name, value in probe.cond.items()}
