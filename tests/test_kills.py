@@ -126,8 +126,11 @@ def assert_resumed(run, newest):
 
 @pytest.mark.parametrize(
     ("ranks", "accumulate", "while_writing"),
-    [pytest.param(1, 1, False, marks=pytest.mark.slow), (1, 2, True), (2, 1, False)],
-)
+    [
+        pytest.param(1, 1, False, marks=pytest.mark.slow), (1, 2, True),
+        pytest.param(2, 1, False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, teacher, ranks, accumulate, while_writing):
     assert check(tmp_path, teacher, ranks, accumulate, kills=1, seed=0, while_writing=while_writing) == 1
 
