@@ -8,29 +8,19 @@ from typing import Protocol
 
 import torch
 from command import is_first_rank
+from networks import Probed
 from torch import Generator, Tensor
 from torchvision.utils import save_image
 
-from score import Cond, NetworkDenoiser
+from score import Cond
 from score.diagnosis import Diagnosis, diagnose
 
 PICTURE = "teacher_check.png"
 COLUMNS = 8
 
 
-class Checked(Protocol):
-    """What teachers of classes and of prompts have in common."""
-
-    @property
-    def denoiser(self) -> NetworkDenoiser:
-        """Network, schedule and prediction kind."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of x0."""
-
-    def cond(self, labels: Tensor) -> Cond:
-        """The condition of labels."""
+class Checked(Probed, Protocol):
+    """A teacher whose answers can be drawn."""
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 to images."""
@@ -43,9 +33,9 @@ def num_checked(shape: Sequence[int]) -> int:
 
 def check_teacher(
     teacher: Checked, x0: Tensor | None, labels: Tensor, *, null: Cond | None = None, bounded: bool = True,
-    seed: int = 0, batch_size: int = 64, out: Path | None = None,
+    batch_size: int = 64,
 ) -> Diagnosis:  # fmt: skip
-    """Print what is wrong with a teacher, draw a few of its samples, and refuse one that cannot be distilled.
+    """Print what is wrong with a teacher, and refuse one that cannot be distilled.
 
     Args:
         teacher: of classes or of prompts, frozen, on its device.
@@ -53,15 +43,13 @@ def check_teacher(
         labels: (n,) the numbers of their classes or prompts; without ``x0`` those to draw, ``num_checked`` many.
         null: the condition without class or prompt, batch 1, where guidance needs it.
         bounded: x0 are pictures; False for latents.
-        seed: of the noise.
         batch_size: images in a call of the network.
-        out: folder for ``teacher_check.png``, which must exist; None draws nothing.
 
     Raises:
         ValueError: an error among the findings, with what was found, expected, and what to do.
     """
     device = next(teacher.denoiser.network.parameters(), torch.empty(0)).device
-    generator = Generator().manual_seed(seed)
+    generator = Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
     start = time.perf_counter()
     found = diagnose(
@@ -74,8 +62,6 @@ def check_teacher(
     for finding in found.findings:
         if finding.severity == "warning" and speaks:
             print(finding, file=sys.stderr)
-    if out is not None and found.samples and speaks:
-        draw_check(teacher, found, out / PICTURE)
     if found.errors:
         said = " ".join(f"{finding.name}: {finding.message}" for finding in found.errors)
         raise ValueError(f"the teacher check stopped the run: {said} Or train anyway with --skip-teacher-check.")
