@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.metrics import mode_shares
-from score.network import ResidualMLP
-from score.schedule import VariancePreserving
-from score.times import TimeSampler, uniform
-from score.training import Phase, train
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.metrics import mode_shares
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import VariancePreserving
+from scorefield.times import TimeSampler, uniform
+from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
 from sds.losses import Distillation, sds, vsd
 from sds.renders import distillation_loss

@@ -17,11 +17,11 @@ from torch.optim import AdamW, Optimizer
 from distill.adversarial import Critic
 from distill.dmd import DMD, GAN
 from distill.student import Student
-from score.denoiser import NetworkDenoiser, expand_cond
-from score.guidance import guided
-from score.randomness import Rng
-from score.times import uniform
-from score.training import EMA, train
+from scorefield.denoiser import NetworkDenoiser, expand_cond
+from scorefield.guidance import guided
+from scorefield.randomness import Rng
+from scorefield.times import uniform
+from scorefield.training.loop import EMA, train
 
 CLIP_NORM, LEARNING_RATE = 10.0, 1e-5
 GENERATOR_WEIGHT, CRITIC_WEIGHT = 3e-3, 1e-2

@@ -29,12 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser, copy_encoder, unet_of
 from controlnet.training import adamw, compile_lightly, control_phase, lighten
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.randomness import Rng, normal_like
-from score.schedule import VariancePreserving
-from score.times import uniform
-from score.training import train
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.models.families import DiffusersNetwork
+from scorefield.randomness import Rng, normal_like
+from scorefield.schedule import VariancePreserving
+from scorefield.times import uniform
+from scorefield.training.loop import train
 from toyworld.parts import LENGTH, SIZE, make_text_encoder, make_unet, make_vae
 
 VOCABULARY, LEARNING_RATE, CLIP_NORM = 256, 1e-5, 1.0

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill.adversarial import Critic, discriminator_head
-from score.denoiser import NetworkDenoiser, freeze
-from score.network import ResidualMLP
-from score.schedule import VariancePreserving
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import VariancePreserving
 
 NUM_CLASSES = 10
 TOLERANCE = 1e-5

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
-from score.denoiser import expand_cond
-from score.gradient import prediction_weight
-from score.randomness import Rng
-from score.schedule import per_sample
+from scorefield.denoiser import expand_cond
+from scorefield.gradient import prediction_weight
+from scorefield.randomness import Rng
+from scorefield.schedule import per_sample
 
 DECAYS = (0.999, 0.9999, 0.99995)
 

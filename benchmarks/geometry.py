@@ -20,10 +20,10 @@ import tyro
 from torch import Tensor
 from yardsticks import BACKGROUND, DISTANCE, FOCAL, HALF_SIZE, Measures, baselines, ceiling, measured, truth
 
-from score.denoiser import Cond, Denoiser
-from score.randomness import Rng
-from score.schedule import Schedule, VariancePreserving, per_sample
-from score.times import TimeSampler
+from scorefield.denoiser import Cond, Denoiser
+from scorefield.randomness import Rng
+from scorefield.schedule import Schedule, VariancePreserving, per_sample
+from scorefield.times import TimeSampler
 from sds.export import Export, export
 from sds.finish import exportable, save_scene
 from sds.losses import TIMES, sds

@@ -29,11 +29,11 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from yardsticks import DISTANCE, HALF_SIZE, crop_psnr, measured, ring, shown, truth
 
-from score.denoiser import Cond
-from score.exact import LABELS, GaussianMixture
-from score.randomness import Rng, derived_generator
-from score.schedule import Schedule, VariancePreserving
-from score.times import ramp, uniform
+from scorefield.denoiser import Cond
+from scorefield.exact import LABELS, GaussianMixture
+from scorefield.randomness import Rng, derived_generator
+from scorefield.schedule import Schedule, VariancePreserving
+from scorefield.times import ramp, uniform
 from sds.field import cone_blob
 from sds.finish import save_scene
 from sds.scene import Scene, grid_scene

@@ -27,9 +27,9 @@ from torch.nn.functional import mse_loss, softplus
 from torch.optim import AdamW
 
 from distill.adversarial import Critic
-from score.denoiser import NetworkDenoiser, expand_cond
-from score.randomness import Rng
-from score.schedule import per_sample
+from scorefield.denoiser import NetworkDenoiser, expand_cond
+from scorefield.randomness import Rng
+from scorefield.schedule import per_sample
 
 
 def official(roles: Roles) -> Iterator[None]:

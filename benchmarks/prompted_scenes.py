@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, best_ellipsoid, crop_psnrs, filled, ring, voxels
 
-from score.atomic import whole_file
+from scorefield.atomic import whole_file
 from sds.field import Field, cone_blob
 from sds.finish import load_scene
 from sds.scene import Render, Scene, grid_scene

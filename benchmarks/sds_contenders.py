@@ -14,12 +14,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from score.denoiser import Cond
-from score.gradient import standard_normal
-from score.guidance import guided
-from score.hub import Teacher
-from score.randomness import Rng
-from score.schedule import per_sample
+from scorefield.denoiser import Cond
+from scorefield.gradient import standard_normal
+from scorefield.guidance import guided
+from scorefield.models.hub import Teacher
+from scorefield.randomness import Rng
+from scorefield.schedule import per_sample
 from sds.losses import TIMES, sds, sigma_squared
 from sds.renders import distillation_loss, encoded
 from sds.scene import Scene, grid_scene

@@ -15,11 +15,11 @@ from teachers import as_codec, build, meta_cond, table_head
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from score.denoiser import NetworkDenoiser
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.hub import Teacher
-from score.schedule import VariancePreserving
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.hub import Teacher
+from scorefield.schedule import VariancePreserving
 
 NETWORK, ENCODERS = "sd21_unet", {"AutoencoderKL": "sd_vae", "AutoencoderTiny": "taesd"}
 TOKENS, SCALE = 77, 101.0

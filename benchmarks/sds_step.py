@@ -39,9 +39,9 @@ from sds_contenders import (
 )
 from torch import Tensor
 
-from score.denoiser import Cond
-from score.hub import load_teacher
-from score.randomness import Rng
+from scorefield.denoiser import Cond
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import Rng
 from toyworld import pipeline_folder
 
 TOLERANCE = 1e-5

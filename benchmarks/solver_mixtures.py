@@ -12,13 +12,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from score.denoiser import Cond
-from score.exact import GaussianMixture
-from score.grids import Spacing
-from score.metrics import sliced_wasserstein
-from score.sampling import initial_noise, sample
-from score.schedule import Karras, Kind, RectifiedFlow, Schedule, VariancePreserving
-from score.solvers import Solver, plan
+from scorefield.denoiser import Cond
+from scorefield.exact import GaussianMixture
+from scorefield.grids import Spacing
+from scorefield.metrics import sliced_wasserstein
+from scorefield.sampling import initial_noise, sample
+from scorefield.schedule import Karras, Kind, RectifiedFlow, Schedule, VariancePreserving
+from scorefield.solvers import Solver, plan
 
 CASES: dict[str, tuple[Schedule, Kind]] = {
     "plain DDPM, eps": (VariancePreserving.linear(), "eps"),

@@ -26,9 +26,9 @@ from prompted import PromptedTeacher
 from torch import Tensor
 from tqdm import tqdm
 
-from score.grids import Spacing
-from score.metrics import extract_features, frechet_distance
-from score.solvers import Solver
+from scorefield.grids import Spacing
+from scorefield.metrics import extract_features, frechet_distance
+from scorefield.solvers import Solver
 
 Model = Teacher | PromptedTeacher
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from unet import UNet
 
-from score import NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
+from scorefield import NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
 
 
 @dataclass(frozen=True, kw_only=True)

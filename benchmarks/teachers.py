@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from score.codec import Codec
-from score.denoiser import Cond, NetworkDenoiser
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.schedule import RectifiedFlow, VariancePreserving
+from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.guidance import guided
+from scorefield.models.codec import Codec
+from scorefield.models.families import DiffusersNetwork
+from scorefield.schedule import RectifiedFlow, VariancePreserving
 
 CLASSES = {c.__name__: c for c in (UNet2DConditionModel, SD3Transformer2DModel, AutoencoderKL, AutoencoderTiny)}
 

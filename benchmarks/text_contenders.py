@@ -18,12 +18,12 @@ from torch.optim import AdamW, Optimizer
 from distill.backbone import recompute_activations, shared_backbone
 from distill.dmd import DMD
 from distill.student import Student
-from score.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond, freeze
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.lora import Twin
-from score.schedule import Images, Kind, PerSample, Schedule, VariancePreserving
-from score.training import Report, train
+from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond, freeze
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.lora import Twin
+from scorefield.schedule import Images, Kind, PerSample, Schedule, VariancePreserving
+from scorefield.training.loop import Report, train
 from toyworld.parts import LENGTH, make_unet
 
 COPIES, SHARED, TWO_CALLS = "three copies", "shared backbone", "shared backbone, two calls"

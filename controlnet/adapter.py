@@ -18,10 +18,9 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from score.denoiser import Cond, NetworkDenoiser
-from score.families import DiffusersNetwork, model_arguments
-from score.schedule import Images, PerSample, Schedule
-from score.wrapping import unwrap
+from scorefield.denoiser import Cond, NetworkDenoiser, unwrap
+from scorefield.models.families import DiffusersNetwork, model_arguments
+from scorefield.schedule import Images, PerSample, Schedule
 
 WIDTHS = (16, 32, 96, 256)
 """Channels of ControlNet's hint embedding, halving the resolution from each to the next."""

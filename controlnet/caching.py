@@ -2,7 +2,7 @@
 
 Work is shared without ever waiting: each rank makes its share, then whatever others have not come to yet. So all
 finish within a batch of each other, and no collective times out while one of them still encodes. An entry's name
-holds all that its tensors depend on (``score.cache``): an edited image or caption is another entry, and nothing
+holds all that its tensors depend on (``cache``): an edited image or caption is another entry, and nothing
 else is made again; a learning rate is in no name.
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from controlnet.pictures import as_floats
-from score.cache import Content, Entry, TensorCache
-from score.prompts import PromptEncoder
-from score.randomness import derived_generator, normal_like
+from scorefield.cache import Content, Entry, TensorCache
+from scorefield.models.prompts import PromptEncoder
+from scorefield.randomness import derived_generator, normal_like
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")

@@ -18,7 +18,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from controlnet.pictures import Kind
-from score.randomness import derived_generator
+from scorefield.randomness import derived_generator
 
 COLOURS = tuple(
     """

@@ -23,8 +23,8 @@ from controlnet.caching import Latents, Memory, share_work
 from controlnet.hints import Hint, annotate, check_source, hint_generators
 from controlnet.pictures import as_floats, as_values, choose_view
 from controlnet.samples import THREADS, Samples
-from score.denoiser import Cond
-from score.randomness import Rng, shuffled
+from scorefield.denoiser import Cond
+from scorefield.randomness import Rng, shuffled
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlBatches:
-    """A function of ``score.randomness.Rng`` that makes batches for ``score.training.train``.
+    """A function of ``scorefield.randomness.Rng`` that makes batches for ``scorefield.training.loop.train``.
 
     Attributes:
         samples: images, captions and maps.

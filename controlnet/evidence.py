@@ -20,17 +20,17 @@ from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.scores import ERRORS, Score
-from score.denoiser import Cond, NetworkDenoiser
-from score.gradient import TimeWeight, prediction_weight, weighted_error
-from score.guidance import guided
-from score.randomness import derived_generator, normal_like
-from score.sampling import grid, initial_noise, sample
-from score.times import TimeSampler, uniform
+from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.gradient import TimeWeight, prediction_weight, weighted_error
+from scorefield.guidance import guided
+from scorefield.randomness import derived_generator, normal_like
+from scorefield.sampling import grid, initial_noise, sample
+from scorefield.times import TimeSampler, uniform
 
 ALL_TIMES = uniform(0.0, 1.0)
 
 Share = Callable[[Callable[[Tensor], Tensor], int], Tensor]
-"""(work, num_rows) -> rows: ``work`` on row numbers, whole or in shares; see :func:`score.ranks.shared_rows`."""
+"""(work, num_rows) -> rows: ``work`` on row numbers, whole or in shares; see :func:`ranks.shared_rows`."""
 
 
 def alone(work: Callable[[Tensor], Tensor], num_rows: int) -> Tensor:

@@ -15,9 +15,9 @@ from torchvision.utils import make_grid, save_image
 from controlnet.adapter import EncoderCopy
 from controlnet.evidence import Probe, Standing
 from controlnet.verdict import Evidence
-from score.atomic import whole_folder
-from score.pretrained import PartReader, find_model
-from score.wrapping import unwrap
+from scorefield.atomic import whole_folder
+from scorefield.denoiser import unwrap
+from scorefield.models.pretrained import PartReader, find_model
 
 SAMPLES = "samples.png"
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from score.randomness import derived_generator
+from scorefield.randomness import derived_generator
 
 Images = Float[Tensor, "b c h w"]
 Hints = Float[Tensor, "b k h w"]

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
-from score.pictures import open_image
+from scorefield.data.pictures import open_image
 
 Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 """What a picture means, and so how it is resized, mirrored and scaled:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from score.cache import content_key
-from score.files import read_regular, read_text
+from scorefield.cache import content_key
+from scorefield.files import read_regular, read_text
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 

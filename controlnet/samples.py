@@ -21,7 +21,7 @@ from torch import Tensor
 from controlnet.caching import share_work
 from controlnet.pictures import ROOM, Kind, check_kind, covering, read_picture, resized
 from controlnet.rows import Row, read_rows
-from score.cache import TensorCache
+from scorefield.cache import TensorCache
 
 OnBadData = Literal["stop", "skip"]
 

@@ -25,12 +25,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
 
 from controlnet.adapter import ControlledDenoiser, unet_of
-from score.denoiser import NetworkDenoiser
-from score.families import DiffusersNetwork
-from score.gradient import TIME_NOT_FINITE, TimeWeight, denoising_errors, prediction_weight, time_not_finite
-from score.randomness import Rng
-from score.times import TimeSampler, uniform
-from score.training import EMA, Phase
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.gradient import TIME_NOT_FINITE, TimeWeight, denoising_errors, prediction_weight, time_not_finite
+from scorefield.models.families import DiffusersNetwork
+from scorefield.randomness import Rng
+from scorefield.times import TimeSampler, uniform
+from scorefield.training.loop import EMA, Phase
 
 ALL_TIMES = uniform(0.0, 1.0)
 
@@ -43,7 +43,7 @@ def control_phase(
     times: TimeSampler = ALL_TIMES, weight: TimeWeight | None = None, ema: EMA | None = None,
     lr_schedule: LRScheduler | None = None,
 ) -> Phase:  # fmt: skip
-    """The phase in which the adapter learns, for :func:`score.training.train`.
+    """The phase in which the adapter learns, for :func:`scorefield.training.loop.train`.
 
     A batch is {"x0": latents or pixels, "hint": (b, c, h, w) in [0, 1], "cond": Cond}. Prompts and hints are
     dropped where batches are made, for base and adapter alike (half of the prompts in arXiv 2302.05543, 3.4).
@@ -54,7 +54,7 @@ def control_phase(
         network: what learns: the adapter by default, or what :func:`unlock` returned.
         times: uniform over the base's timesteps, as ControlNet trains.
         weight: of the loss by t; by default that of the base's prediction kind, that is no weight of its own
-            loss. ``score.gradient.min_snr_weight`` is another.
+            loss. ``scorefield.gradient.min_snr_weight`` is another.
         ema: of ``network``.
         lr_schedule: stepped after each update.
 
@@ -210,5 +210,5 @@ def _check_trainable(denoiser: ControlledDenoiser, network: nn.Module) -> None:
     if stray := sum(id(p) not in learning for p in outside):
         raise ValueError(
             f"{stray} weights beside the phase's network require gradients. Freeze the base "
-            "(score.denoiser.freeze), or pass network=unlock(denoiser)."
+            "(scorefield.denoiser.freeze), or pass network=unlock(denoiser)."
         )

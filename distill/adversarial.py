@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from score.denoiser import Cond, NetworkDenoiser
-from score.schedule import Images, PerSample
+from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.schedule import Images, PerSample
 
 
 class Critic(nn.Module):

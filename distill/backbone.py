@@ -4,10 +4,10 @@ Of three copies, full of gradients and of optimiser state, one copy of the weigh
 
     student, fake = shared_backbone(teacher.denoiser, rank=64, generator=generator)
 
-Each adapter lives in a twin of the teacher's network (:class:`score.lora.Twin`), which has the same tensors and
+Each adapter lives in a twin of the teacher's network (:class:`lora.Twin`), which has the same tensors and
 modules of its own, so no role is ever switched on or off: the teacher cannot answer with an adapter, no weight
 loses its ``requires_grad`` between forward and backward, and gradient checkpointing recomputes the role it began
-with. The twins are not wrapped in DDP; ``score.training.train`` averages their gradients in one all-reduce.
+with. The twins are not wrapped in DDP; ``loop.train`` averages their gradients in one all-reduce.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from distill.adversarial import Critic
-from score.denoiser import NetworkDenoiser
-from score.lora import Twin
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.lora import Twin
 
 LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from distill.student import Student
-from score.denoiser import Cond, Denoiser, expand_cond, under_each
-from score.gradient import ScoreGradient, Weight, check_shapes, described
-from score.guidance import Guided
-from score.schedule import Images, PerSample
-from score.times import TimeSampler, between_ratios
+from scorefield.denoiser import Cond, Denoiser, expand_cond, under_each
+from scorefield.gradient import ScoreGradient, Weight, check_shapes, described
+from scorefield.guidance import Guided
+from scorefield.schedule import Images, PerSample
+from scorefield.times import TimeSampler, between_ratios
 
 Noisy = tuple[PerSample, Images]
 """(t, x_t): times, and images noised to them."""

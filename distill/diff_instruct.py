@@ -13,8 +13,8 @@ So it is a weight for :class:`distill.dmd.DMD`:
 import torch
 from torch import Tensor
 
-from score.gradient import TimeWeight, Weight
-from score.schedule import Schedule, per_sample
+from scorefield.gradient import TimeWeight, Weight
+from scorefield.schedule import Schedule, per_sample
 
 
 def unit(t: Tensor, schedule: Schedule) -> Tensor:

@@ -18,8 +18,8 @@ from distill.adversarial import critic_accuracy, critic_loss, generator_loss, lo
 from distill.decoupled import SeparateGuidance, decoupled_gradient
 from distill.regression import Regression
 from distill.student import Student
-from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
-from score.gradient import (
+from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
+from scorefield.gradient import (
     TIME_NOT_FINITE,
     ScoreDistillation,
     ScoreGradient,
@@ -31,11 +31,11 @@ from score.gradient import (
     time_not_finite,
     weighted_error,
 )
-from score.guidance import Guided, Perpendicular
-from score.randomness import Rng
-from score.schedule import Images, PerSample, Schedule, per_sample
-from score.times import TimeSampler, uniform
-from score.training import EMA, Phase
+from scorefield.guidance import Guided, Perpendicular
+from scorefield.randomness import Rng
+from scorefield.schedule import Images, PerSample, Schedule, per_sample
+from scorefield.times import TimeSampler, uniform
+from scorefield.training.loop import EMA, Phase
 
 
 def dmd_weight(alpha_in_gradient: bool = False, eps: float = 1e-6) -> Weight:
@@ -132,7 +132,7 @@ class DMD:
             raise ValueError(f"the gradient of {type(self).__name__} has no guidance term: guidance must be None.")
         if isinstance(self.teacher, Perpendicular) or (isinstance(self.teacher, Guided) and self.teacher.rescale):
             raise ValueError(
-                "guidance at noise levels of its own needs a teacher of score.guidance.guided with rescale 0; "
+                "guidance at noise levels of its own needs a teacher of guidance.guided with rescale 0; "
                 f"{type(self.teacher).__name__} does not split into two terms. Set guidance to None."
             )
         guidance.check(self.student)
@@ -238,7 +238,7 @@ class DMD:
         self, student_optimizer: Optimizer, fake_optimizer: Optimizer, *, student_ema: EMA | None = None,
         student_lr: LRScheduler | None = None, fake_lr: LRScheduler | None = None,
     ) -> list[Phase]:  # fmt: skip
-        """The two phases in DMD2's order for :func:`score.training.train`, beside ``rollout=dmd.rollout``.
+        """The two phases in DMD2's order for :func:`loop.train`, beside ``rollout=dmd.rollout``.
 
         The student first, then the fake score on the same images of the old student.
         """

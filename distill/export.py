@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill.student import Student, even_times
-from score.atomic import whole_folder
-from score.codec import read_codec_config
-from score.components import UNUSED, check_copyable, check_index, copy_part
-from score.families import DiffusersNetwork, family_of, has_part, parts_of
-from score.files import read_json
-from score.lora import Twin, adapter_weights, merged
-from score.pretrained import INDEX, NOISE_SETTINGS, part_folder
-from score.schedule import Schedule, VariancePreserving
+from scorefield.atomic import whole_folder
+from scorefield.files import read_json
+from scorefield.models.codec import read_codec_config
+from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
+from scorefield.models.families import DiffusersNetwork, family_of, has_part, parts_of
+from scorefield.models.lora import Twin, adapter_weights, merged
+from scorefield.models.pretrained import INDEX, NOISE_SETTINGS, part_folder
+from scorefield.schedule import Schedule, VariancePreserving
 
 LORA = "pytorch_lora_weights.safetensors"
 """Name of the file that ``load_lora_weights`` looks for."""
@@ -137,6 +137,19 @@ def _check_boundary(scheduler: Any) -> None:
         )
 
 
+def export_student(
+    student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
+    size: tuple[int, int] | None = None,
+) -> Path:  # fmt: skip
+    """Write what diffusers loads: a LoRA where the network is a :class:`Twin`, else a whole pipeline.
+
+    The arguments are those of :func:`export_lora` and :func:`export_pipeline`.
+    """
+    lora = isinstance(student.unwrapped().denoiser.network, Twin)
+    write = export_lora if lora else export_pipeline
+    return write(student, pipeline, folder, card=card, base_model=base_model, size=size)
+
+
 def export_pipeline(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
     size: tuple[int, int] | None = None,
@@ -144,10 +157,10 @@ def export_pipeline(
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
     Args:
-        student: its network is a :class:`score.families.DiffusersNetwork`, or a twin of one, whose changes are
+        student: its network is a :class:`families.DiffusersNetwork`, or a twin of one, whose changes are
             added to the weights. Stored in the precision it has.
         pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied: the files
-            of :func:`score.components.copied_files` and nothing else. Text encoders in half precision become
+            of :func:`components.copied_files` and nothing else. Text encoders in half precision become
             float32, else the folder would not run when it is loaded plainly.
         folder: replaced as a whole.
         card: text of the model card, above how to use it.
@@ -184,7 +197,7 @@ def export_lora(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
     size: tuple[int, int] | None = None,
 ) -> Path:  # fmt: skip
-    """Write the changes of a :class:`score.lora.Twin` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
+    """Write the changes of a :class:`lora.Twin` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
 
     Args:
         student: its network is a twin.
@@ -199,7 +212,9 @@ def export_lora(
     """
     twin = student.unwrapped().denoiser.network
     if not isinstance(twin, Twin):
-        raise ValueError(f"a LoRA is made of a score.lora.Twin; got {type(twin).__name__}. Use export_pipeline.")
+        raise ValueError(
+            f"a LoRA is made of a scorefield.models.lora.Twin; got {type(twin).__name__}. Use export_pipeline."
+        )
     index = read_json(pipeline / INDEX)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     facts = _facts(student, scheduler, size)
@@ -219,7 +234,7 @@ def copied_parts(pipeline: Path) -> list[str]:
     """Folders of a teacher's pipeline that belong into its student's, too.
 
     Call it before a training, too: else its student could not be exported. Raises ``ValueError`` for an index that
-    ``score.components.check_index`` refuses, and for parts whose files are missing or links out of the folder.
+    ``components.check_index`` refuses, and for parts whose files are missing or links out of the folder.
     """
     index = read_json(pipeline / INDEX)
     check_index(index, pipeline / INDEX, parts_of(index))

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from distill.dmd import DMD
-from score.denoiser import Cond
-from score.gradient import ScoreGradient, check_shapes, weighted_gap
-from score.schedule import Images, per_sample
+from scorefield.denoiser import Cond
+from scorefield.gradient import ScoreGradient, check_shapes, weighted_gap
+from scorefield.schedule import Images, per_sample
 
 Divergence = Callable[[Float[Tensor, " b"]], Float[Tensor, " b"]]
 """log r -> h(r)."""

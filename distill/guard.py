@@ -17,10 +17,10 @@ from torch import Tensor
 from distill.adversarial import features_at
 from distill.regression import Pairs
 from distill.student import Student
-from score.denoiser import Cond, NetworkDenoiser
-from score.metrics import frechet_distance, kernel_distance
-from score.randomness import derived_generator
-from score.schedule import Images
+from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.metrics import frechet_distance, kernel_distance
+from scorefield.randomness import derived_generator
+from scorefield.schedule import Images
 
 GROUPS = 8
 """Parts of the held-out images, for the standard error of a difference."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.regression import Pairs
-from score.cache import Content, Entry, TensorCache, content_key
-from score.denoiser import Cond
-from score.prompts import default_cache_folder
+from scorefield.cache import Content, Entry, TensorCache, content_key
+from scorefield.denoiser import Cond
+from scorefield.models.prompts import default_cache_folder
 
 MakeShard = Callable[[int, int], Pairs]
 """(shard, num_shards) -> items shard, shard + num_shards, ... of the set, as :func:`distill.regression.make_pairs`

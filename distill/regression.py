@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from distill.student import Student
 from distill.trajectory import Recorded, States, inputs, step_numbers, through
-from score.denoiser import Cond, Denoiser
-from score.randomness import Rng, derived_generator, shuffled
-from score.sampling import Multistep, Step, initial_noise, sample
+from scorefield.denoiser import Cond, Denoiser
+from scorefield.randomness import Rng, derived_generator, shuffled
+from scorefield.sampling import Multistep, Step, initial_noise, sample
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(images, targets) -> (b,) distance of each pair."""
@@ -149,7 +149,7 @@ def make_pairs(
         num: pairs of the whole set, if ``cond`` does not tell.
         shape: of one image.
         times: sampling grid; DMD uses 18 (CIFAR-10) to 256 (ImageNet) Heun steps, 50 PNDM steps for SD 1.5.
-        step: a deterministic step, :func:`score.sampling.ddim` () by default.
+        step: a deterministic step, :func:`scorefield.sampling.ddim` () by default.
         seed: of the set; item i depends on (seed, i) alone.
         rank: this shard.
         num_ranks: number of shards.
@@ -187,7 +187,7 @@ def teacher_batch(pairs: Pairs, size: int, rng: Rng, device: torch.device | str 
 
     For :class:`distill.dmd.GAN` where there are no data: the critic then tells the student from its teacher, which
     a student can reach, not from data that the teacher misses as well (arXiv 2606.12575, abstract: "more
-    attainable and informative"). Rows as of :func:`score.randomness.shuffled`.
+    attainable and informative"). Rows as of :func:`scorefield.randomness.shuffled`.
     """
     chosen = shuffled(len(pairs.x0), size, rng)
     cond = {name: value[chosen].to(device) for name, value in pairs.cond.items()}

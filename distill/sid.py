@@ -14,10 +14,10 @@ import torch
 from torch import Generator
 
 from distill.dmd import DMD
-from score.denoiser import Cond
-from score.gradient import ScoreGradient, check_shapes, described
-from score.schedule import Images
-from score.times import TimeSampler, uniform
+from scorefield.denoiser import Cond
+from scorefield.gradient import ScoreGradient, check_shapes, described
+from scorefield.schedule import Images
+from scorefield.times import TimeSampler, uniform
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from score.denoiser import Cond, NetworkDenoiser
-from score.randomness import Generators, normal_like
-from score.sampling import initial_noise
-from score.schedule import Images, Schedule
-from score.storage import load_denoiser, read_facts, save_denoiser
+from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.models.storage import load_denoiser, read_facts, save_denoiser
+from scorefield.randomness import Generators, normal_like
+from scorefield.sampling import initial_noise
+from scorefield.schedule import Images, Schedule
 
 TIMES = "conditioning_times"
 
@@ -72,22 +72,6 @@ class Student:
     def sample(self, noise: Images, cond: Cond, *, generator: Generators | None = None) -> Images:
         """Images from standard normal ``noise`` in all steps; ``generator`` serves the noise between steps."""
         return self.unwrapped().simulate(noise, cond, steps=self.num_steps, generator=generator)
-
-    def export(
-        self, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-        size: tuple[int, int] | None = None,
-    ) -> Path:  # fmt: skip
-        """Write what diffusers loads: a LoRA where the network is a ``score.lora.Twin``, else a pipeline.
-
-        See :func:`distill.export.export_lora` and :func:`distill.export.export_pipeline`.
-        """
-        # Here, since students need no diffusers until they leave.
-        from distill.export import export_lora, export_pipeline
-        from score.lora import Twin
-
-        lora = isinstance(self.unwrapped().denoiser.network, Twin)
-        write = export_lora if lora else export_pipeline
-        return write(self, pipeline, folder, card=card, base_model=base_model, size=size)
 
     def unwrapped(self) -> "Student":
         """The same student without a DDP wrapper, for calls that its reducer must not see."""
@@ -155,7 +139,7 @@ def load_student(folder: Path, network: nn.Module) -> Student:
 
     Args:
         folder: written by :func:`save_student`.
-        network: built like the saved one; :func:`score.storage.read_facts` tells how, if it was told.
+        network: built like the saved one; :func:`scorefield.models.storage.read_facts` tells how, if it was told.
 
     Raises:
         ValueError: not a student folder, or weights that do not fit the network.

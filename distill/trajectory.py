@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.student import Student
-from score.denoiser import Cond, Denoiser
-from score.randomness import Rng
-from score.sampling import initial_noise
-from score.schedule import Images, PerSample, Schedule
+from scorefield.denoiser import Cond, Denoiser
+from scorefield.randomness import Rng
+from scorefield.sampling import initial_noise
+from scorefield.schedule import Images, PerSample, Schedule
 
 States = Mapping[float, Tensor]
 """Time -> (n, *shape): where each path stands at that time."""

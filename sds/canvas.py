@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from score.schedule import Images
+from scorefield.schedule import Images
 
 
 class Canvas(nn.Module):

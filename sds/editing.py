@@ -5,10 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from score.denoiser import Cond, Denoiser, expand_cond
-from score.gradient import NoiseSampler, ScoreGradient, TimeWeight, noise_weight, standard_normal, weighted_gap
-from score.schedule import Images
-from score.times import TimeSampler, uniform
+from scorefield.denoiser import Cond, Denoiser, expand_cond
+from scorefield.gradient import (
+    NoiseSampler,
+    ScoreGradient,
+    TimeWeight,
+    noise_weight,
+    standard_normal,
+    weighted_gap,
+)
+from scorefield.schedule import Images
+from scorefield.times import TimeSampler, uniform
 from sds.losses import unit
 
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from score.atomic import whole_folder
-from score.randomness import derived_generator
+from scorefield.atomic import whole_folder
+from scorefield.randomness import derived_generator
 from sds.exportable import Colour, Exportable, Rendered, check_colour
 from sds.extra import check_extra
 from sds.formats import write_glb, write_obj, write_ply

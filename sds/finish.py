@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from score.atomic import whole_file
+from scorefield.atomic import whole_file
 from sds.exportable import Colour, Exportable
 from sds.scene import Render, Scene
 from sds.views import Views

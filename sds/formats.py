@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score.atomic import whole_file
+from scorefield.atomic import whole_file
 from sds.extra import check_extra
 from sds.mesh import Mesh
 

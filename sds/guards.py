@@ -1,8 +1,8 @@
 """What to do when a scene goes wrong: say so, go back to the last good state, and go on more carefully.
 
 A score's gradient does not stop a scene from thinning out to nothing, from filling its cube up to the cameras, or
-from becoming nan. :func:`check_opacity` of :func:`opacity_all_round` sees the first two, ``score.training.train``
-and ``score.checkpoint.check_finite`` the third; asked in every step that is about to be saved, they raise before
+from becoming nan. :func:`check_opacity` of :func:`opacity_all_round` sees the first two, ``loop.train``
+and ``checkpoint.check_finite`` the third; asked in every step that is about to be saved, they raise before
 the bad state becomes a checkpoint. :func:`roll_back` loads a checkpoint, lowers the learning rates, and writes
 that down in the checkpoint: a run that is killed after a rollback resumes as if it had not been.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from score import checkpoint
-from score.randomness import derived_generator
-from score.training import Phase
+from scorefield.randomness import derived_generator
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase
 from sds.scene import Scene
 from sds.views import orbit
 

@@ -1,4 +1,4 @@
-"""A scene that learns from a teacher, as phases of :func:`score.training.train`.
+"""A scene that learns from a teacher, as phases of :func:`scorefield.training.loop.train`.
 
     task = SceneDistillation(subject=SceneLooks(...), method=lambda step: sds(teacher, times=...))
     phases = task.phases(optimizer)
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from score.randomness import Rng
-from score.training import Phase
+from scorefield.randomness import Rng
+from scorefield.training.loop import Phase
 from sds.looks import Subject
 from sds.losses import Distillation
 from sds.renders import distillation_loss

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from score.denoiser import Cond
-from score.randomness import Rng
-from score.schedule import Images
+from scorefield.denoiser import Cond
+from scorefield.randomness import Rng
+from scorefield.schedule import Images
 from sds.canvas import Canvas
 from sds.lora import CAMERA
 from sds.regularisers import Penalties

@@ -8,16 +8,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from score.denoiser import NetworkDenoiser
-from score.lora import ATTENTION, Twin
-from score.schedule import Images, PerSample
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.lora import ATTENTION, Twin
+from scorefield.schedule import Images, PerSample
 
 CAMERA = "camera"
 """The key of the camera in ``cond``."""
 
 
 class LowRankTwin(Twin):
-    """A :class:`score.lora.Twin` that may be told a camera: forward(x_t, t, camera, **cond).
+    """A :class:`scorefield.models.lora.Twin` that may be told a camera: forward(x_t, t, camera, **cond).
 
     Parameters, state dict and checkpoints of this module are the low-rank matrices and the camera's embedding.
 
@@ -26,7 +26,7 @@ class LowRankTwin(Twin):
         rank: of the changes.
         targets: names, or ends of names, of the layers to change; those that ProlificDreamer adapts.
         camera_at: name of the submodule whose output, the embedding of time, the camera's embedding is added to:
-            "model.time_embedding" for a UNet in :class:`score.families.DiffusersNetwork`, "model.time_text_embed"
+            "model.time_embedding" for a UNet in :class:`families.DiffusersNetwork`, "model.time_text_embed"
             for SD3; None for no camera.
         generator: draws the initial weights.
 

@@ -7,7 +7,7 @@
 
 eps_s is the guided teacher and x0_s the image it expects, eps_c and eps_n are its answers with and without the
 prompt, eps_phi is the score of the scene's own renders. In x0 all of them are ``weight * (baseline - target)``,
-whatever the teacher predicts, so each is a :class:`score.gradient.ScoreDistillation`. Editing, which compares two
+whatever the teacher predicts, so each is a :class:`gradient.ScoreDistillation`. Editing, which compares two
 images, is in :mod:`sds.editing`.
 """
 
@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from score.denoiser import Cond, Conditioned, Denoiser
-from score.gradient import (
+from scorefield.denoiser import Cond, Conditioned, Denoiser
+from scorefield.gradient import (
     NoiseSampler,
     ScoreDistillation,
     ScoreGradient,
@@ -25,8 +25,8 @@ from score.gradient import (
     noise_weight,
     standard_normal,
 )
-from score.schedule import Images, Schedule, per_sample
-from score.times import TimeSampler, uniform
+from scorefield.schedule import Images, Schedule, per_sample
+from scorefield.times import TimeSampler, uniform
 
 TIMES = uniform(0.02, 0.98)
 """DreamFusion's: the ends, where a network is at its worst, are left out."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from score.denoiser import Cond, Denoiser
-from score.gradient import ScoreDistillation, inject
-from score.randomness import derived_generator, normal_like
-from score.schedule import Images
-from score.times import constant
+from scorefield.denoiser import Cond, Denoiser
+from scorefield.gradient import ScoreDistillation, inject
+from scorefield.randomness import derived_generator, normal_like
+from scorefield.schedule import Images
+from scorefield.times import constant
 from sds.looks import Look
 from sds.losses import Distillation
 from sds.vsd import VSD

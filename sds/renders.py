@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from score.denoiser import Cond, expand_cond
-from score.gradient import ScoreGradient, inject
-from score.schedule import Images
+from scorefield.denoiser import Cond, expand_cond
+from scorefield.gradient import ScoreGradient, inject
+from scorefield.schedule import Images
 from sds.losses import Distillation
 
 
@@ -17,7 +17,7 @@ def encoded(images: Float[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor]
 
     Args:
         images: in [-1, 1], of any size.
-        encode: ``Teacher.encode`` of :mod:`score.hub`; latents for latent diffusion, the images for others.
+        encode: ``Teacher.encode`` of :mod:`hub`; latents for latent diffusion, the images for others.
         size: ``Teacher.size``, height and width in pixels.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from score.randomness import normal_like
+from scorefield.randomness import normal_like
 from sds.field import normalised
 from sds.views import Views
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from score.atomic import whole_file
+from scorefield.atomic import whole_file
 from sds.extra import check_extra
 from sds.turntable import Frames
 

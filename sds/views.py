@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from score.denoiser import Cond
+from scorefield.denoiser import Cond
 
 Range = tuple[float, float]
 

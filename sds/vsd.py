@@ -1,7 +1,7 @@
 """Variational score distillation with a phi that learns (Wang et al. 2023, arXiv 2305.16213, Algorithm 1).
 
 The scene descends along eps_s - eps_phi, teacher and phi; phi, most often a :class:`sds.lora.LowRankTwin` of the
-teacher, learns to denoise the scene's renders, from every camera. Both are phases of :func:`score.training.train`:
+teacher, learns to denoise the scene's renders, from every camera. Both are phases of :func:`loop.train`:
 
     phi = low_rank_denoiser(teacher.denoiser, generator=generator)
     method = VSD(teacher=guided(teacher.denoiser, 7.5, negative), phi=phi)
@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from score.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
-from score.gradient import (
+from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
+from scorefield.gradient import (
     TIME_NOT_FINITE,
     NoiseSampler,
     ScoreGradient,
@@ -28,10 +28,10 @@ from score.gradient import (
     standard_normal,
     time_not_finite,
 )
-from score.randomness import Rng
-from score.schedule import Images, PerSample, Schedule
-from score.times import TimeSampler, uniform
-from score.training import Phase
+from scorefield.randomness import Rng
+from scorefield.schedule import Images, PerSample, Schedule
+from scorefield.times import TimeSampler, uniform
+from scorefield.training.loop import Phase
 from sds.lora import CAMERA
 from sds.losses import sigma_squared, vsd
 
@@ -85,7 +85,7 @@ class VSD:
         return {"loss": losses.mean(), TIME_NOT_FINITE: time_not_finite(losses, t)}
 
     def phase(self, optimizer: Optimizer, *, every: int = 1, lr_schedule: LRScheduler | None = None) -> Phase:
-        """Phi's phase for :func:`score.training.train`; ``optimizer`` is over ``phi.network.parameters()``."""
+        """Phi's phase for :func:`loop.train`; ``optimizer`` is over ``phi.network.parameters()``."""
         return Phase(
             name="phi", network=self.phi.network, optimizer=optimizer, loss=self.phi_loss, every=every,
             lr_schedule=lr_schedule,

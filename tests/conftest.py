@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from score.exact import GaussianMixture
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.exact import GaussianMixture
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 torch.set_num_threads(1)
 

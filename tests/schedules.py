@@ -1,6 +1,6 @@
 """Noise schedules that only tests need."""
 
-from score.schedule import VariancePreserving
+from scorefield.schedule import VariancePreserving
 
 
 def zero_snr(schedule: VariancePreserving) -> VariancePreserving:

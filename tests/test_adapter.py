@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder
-from score.denoiser import Conditioned, NetworkDenoiser
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.sampling import grid, initial_noise, sample
-from score.schedule import RectifiedFlow, VariancePreserving
+from scorefield.denoiser import Conditioned, NetworkDenoiser
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.sampling import grid, initial_noise, sample
+from scorefield.schedule import RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]

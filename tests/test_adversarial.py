@@ -13,9 +13,9 @@ from distill.adversarial import (
     generator_loss,
     logits_alone,
 )
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser
-from score.network import ResidualMLP
-from score.schedule import Karras, RectifiedFlow
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import Karras, RectifiedFlow
 
 close = torch.testing.assert_close
 LABELS = torch.arange(5) % 2

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from score import atomic
-from score.atomic import MARKER, check_replaceable, remove_folder, whole_file, whole_folder
+from scorefield import atomic
+from scorefield.atomic import MARKER, check_replaceable, remove_folder, whole_file, whole_folder
 
 
 class Killed(BaseException):

@@ -15,11 +15,11 @@ from torch import nn
 from distill import backbone
 from distill.adversarial import discriminator_head
 from distill.backbone import LAYERS, offload_state, recompute_activations, shared_backbone
-from score.families import DiffusersNetwork
-from score.lora import Twin, adapter_weights, merged
-from score.network import ResidualMLP
-from score.randomness import Rng
-from score.training import EMA, Phase, train
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.lora import Twin, adapter_weights, merged
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng
+from scorefield.training.loop import EMA, Phase, train
 
 close = torch.testing.assert_close
 WORKER = Path(__file__).parent / "workers" / "backbone_ranks.py"

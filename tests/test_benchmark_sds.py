@@ -17,10 +17,10 @@ from teachers import as_codec
 from torch import Generator, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.hub import Teacher
-from score.schedule import VariancePreserving
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.hub import Teacher
+from scorefield.schedule import VariancePreserving
 
 SMALL = Config(num_views=2, size=8, rounds=1, warmup=0, iterations=1)
 B, SIDE = 2, 16

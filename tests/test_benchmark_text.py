@@ -19,7 +19,7 @@ from text_cycle import Config, Cycle
 from torch import nn
 
 from distill.backbone import LAYERS
-from score.lora import Twin
+from scorefield.models.lora import Twin
 
 TINY = Config(batch=1, rank=2, student_every=2, rounds=1, warmup=0)
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from score.cache import TensorCache, content_key
+from scorefield.cache import TensorCache, content_key
 
 
 @pytest.fixture

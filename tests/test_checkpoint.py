@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from score import atomic, checkpoint
-from score.training import EMA, Phase, train
+from scorefield import atomic
+from scorefield.training import checkpoint
+from scorefield.training.loop import EMA, Phase, train
 
 CONFIG = {"lr": 0.01, "name": "toy", "folder": None}
 

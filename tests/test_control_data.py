@@ -20,9 +20,9 @@ from controlnet.degraded import Blur
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Custom, Precomputed
 from controlnet.samples import load_pictures
-from score.cache import TensorCache
-from score.prompts import PromptEncoder
-from score.randomness import Rng
+from scorefield.cache import TensorCache
+from scorefield.models.prompts import PromptEncoder
+from scorefield.randomness import Rng
 
 
 def letters(prompts):

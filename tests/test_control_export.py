@@ -15,12 +15,12 @@ from controlnet.evidence import Gap, Probe, Standing
 from controlnet.export import contact_sheet, load_adapter, model_card, save_adapter
 from controlnet.training import unlock
 from controlnet.verdict import Evidence
-from score.atomic import MARKER
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.sampling import sample
-from score.schedule import VariancePreserving
+from scorefield.atomic import MARKER
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.sampling import sample
+from scorefield.schedule import VariancePreserving
 
 close = torch.testing.assert_close
 LOOK = Evidence(3000, Gap(0.1, 0.12, 0.001, 0.3), {"edge_f1_1px": Standing(0.7, 0.2, 0.9)})

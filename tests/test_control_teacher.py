@@ -8,9 +8,9 @@ from controlnet.caching import Latents, share_prompts
 from controlnet.canny import Canny
 from controlnet.circles import Circles
 from controlnet.data import ControlBatches
-from score.cache import TensorCache
-from score.hub import load_teacher
-from score.randomness import Rng
+from scorefield.cache import TensorCache
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import Rng
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])

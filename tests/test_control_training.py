@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.training import adamw, control_phase, lighten, unlock, with_weights
-from score import checkpoint
-from score.denoiser import freeze
-from score.gradient import TIME_NOT_FINITE, min_snr_weight
-from score.randomness import Rng, derived_generator, normal_like, shuffled
-from score.ranks import shared_rows
-from score.times import constant, uniform
-from score.training import EMA, train
+from scorefield.denoiser import freeze
+from scorefield.gradient import TIME_NOT_FINITE, min_snr_weight
+from scorefield.randomness import Rng, derived_generator, normal_like, shuffled
+from scorefield.times import constant, uniform
+from scorefield.training import checkpoint
+from scorefield.training.loop import EMA, train
+from scorefield.training.ranks import shared_rows
 
 close = torch.testing.assert_close
 WORKER = Path(__file__).parent / "workers" / "two_controls.py"

@@ -9,9 +9,9 @@ from controlnet.adapter import ControlledDenoiser
 from controlnet.canny import canny
 from controlnet.export import load_adapter
 from controlnet.scores import edge_f1
-from score import guided, inject
-from score.randomness import derived_generator
-from score.times import uniform
+from scorefield import guided, inject
+from scorefield.randomness import derived_generator
+from scorefield.times import uniform
 from sds.canvas import Canvas
 from sds.losses import sds
 from toyworld.data import HELD_OUT, captions_of, draw_scenes

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from score import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
-from score.data_scale import RescaledData
-from score.storage import load_denoiser, save_denoiser
+from scorefield import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
+from scorefield.data_scale import RescaledData
+from scorefield.models.storage import load_denoiser, save_denoiser
 
 close = torch.testing.assert_close
 
@@ -189,7 +189,7 @@ def test_an_unknown_schedule_is_refused():
         pass
 
     assert isinstance(rescaled_data(NetworkDenoiser(nn.Identity(), Other()), 1.0).network, RescaledData)
-    with pytest.raises(ValueError, match=r"knows the schedules of score\.schedule; got a object"):
+    with pytest.raises(ValueError, match=r"knows the schedules of scorefield\.schedule; got a object"):
         rescaled_data(NetworkDenoiser(nn.Identity(), object()), 1.0)
 
 

@@ -10,14 +10,14 @@ from distill.dmd import DMD, dmd_weight
 from distill.f_distill import FDistill
 from distill.sid import SiD
 from distill.student import Student, times_by_ratio
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.gradient import ScoreDistillation, ratio_weight
-from score.guidance import Guided, guided, perpendicular
-from score.network import ResidualMLP
-from score.randomness import Rng
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import constant
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.gradient import ScoreDistillation, ratio_weight
+from scorefield.guidance import Guided, guided, perpendicular
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.times import constant
 
 close = torch.testing.assert_close
 B = 6

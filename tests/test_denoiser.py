@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from score.denoiser import (
+from scorefield.denoiser import (
     Conditioned,
     KarrasPreconditioning,
     NetworkDenoiser,
@@ -13,8 +13,8 @@ from score.denoiser import (
     karras_denoiser,
     rescheduled,
 )
-from score.exact import GaussianMixture
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.exact import GaussianMixture
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 

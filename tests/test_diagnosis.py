@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from score.baselines import best_without_network
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
-from score.diagnosis import diagnose
-from score.exact import EmpiricalDistribution, GaussianMixture
-from score.explanation import Asked
-from score.mistakes import mistakes, zero_snr
-from score.network import ResidualMLP
-from score.readings import coefficients, declared
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.trials import difference, errors, levels_of, make_trial
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
+from scorefield.diagnosis.baselines import best_without_network
+from scorefield.diagnosis.check import diagnose
+from scorefield.diagnosis.explanation import Asked
+from scorefield.diagnosis.mistakes import mistakes, zero_snr
+from scorefield.diagnosis.readings import coefficients, declared
+from scorefield.diagnosis.trials import difference, errors, levels_of, make_trial
+from scorefield.exact import EmpiricalDistribution, GaussianMixture
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 LINEAR, SCALED, COSINE = (
     VariancePreserving.linear(),

@@ -18,8 +18,8 @@ from prompted import PromptedTeacher
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
 from distill.student import Student, even_times
-from score.denoiser import NetworkDenoiser
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 """An accelerator of one process, as far as pairs ask for it."""

@@ -13,14 +13,14 @@ from distill.f_distill import FDistill
 from distill.regression import Pairs, Regression, squared_error
 from distill.sid import SiD
 from distill.student import Student, even_times
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser
-from score.gradient import denoising_loss, karras_weight, prediction_weight
-from score.guidance import guided
-from score.network import ResidualMLP
-from score.randomness import Rng
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import constant, uniform
-from score.training import train
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
+from scorefield.gradient import denoising_loss, karras_weight, prediction_weight
+from scorefield.guidance import guided
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.times import constant, uniform
+from scorefield.training.loop import train
 
 close = torch.testing.assert_close
 B = 6

@@ -10,7 +10,7 @@ from networks import load_teacher, own_network
 from torch import nn
 
 from distill.student import Student, save_student
-from score import GaussianMixture, Karras, VariancePreserving
+from scorefield import GaussianMixture, Karras, VariancePreserving
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "teachers.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.guidance import guided
-from score.schedule import RectifiedFlow
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.guidance import guided
+from scorefield.schedule import RectifiedFlow
 from sds.canvas import Canvas
 from sds.editing import DDS
 from sds.losses import sds, unit

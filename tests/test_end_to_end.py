@@ -18,15 +18,15 @@ from distill.f_distill import FDistill
 from distill.regression import make_pairs
 from distill.sid import SiD
 from distill.student import Student, even_times
-from score import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving
-from score.denoiser import KarrasPreconditioning
-from score.gradient import denoising_loss, karras_weight, prediction_weight
-from score.metrics import mode_shares, sliced_wasserstein
-from score.network import ResidualMLP
-from score.randomness import shuffled
-from score.sampling import grid
-from score.times import log_normal, uniform
-from score.training import EMA, Phase, train
+from scorefield import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving
+from scorefield.denoiser import KarrasPreconditioning
+from scorefield.gradient import denoising_loss, karras_weight, prediction_weight
+from scorefield.metrics import mode_shares, sliced_wasserstein
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import shuffled
+from scorefield.sampling import grid
+from scorefield.times import log_normal, uniform
+from scorefield.training.loop import EMA, Phase, train
 
 WIDTH, BATCH, NUM_SAMPLES = 128, 256, 2000
 

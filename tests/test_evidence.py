@@ -12,13 +12,13 @@ from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Gap, Probe, Standing, Validation, hint_judge, paired_gap
 from controlnet.scores import EDGE_SCORES, MASK_SCORES, mask_iou
 from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
-from score.denoiser import NetworkDenoiser
-from score.families import DiffusersNetwork
-from score.gradient import min_snr_weight, prediction_weight
-from score.guidance import guided
-from score.randomness import derived_generator, normal_like
-from score.schedule import RectifiedFlow
-from score.times import constant, uniform
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.gradient import min_snr_weight, prediction_weight
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.randomness import derived_generator, normal_like
+from scorefield.schedule import RectifiedFlow
+from scorefield.times import constant, uniform
 
 close = torch.testing.assert_close
 

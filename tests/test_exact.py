@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from score.exact import EmpiricalDistribution, GaussianMixture
-from score.schedule import Karras, RectifiedFlow
+from scorefield.exact import EmpiricalDistribution, GaussianMixture
+from scorefield.schedule import Karras, RectifiedFlow
 
 close = torch.testing.assert_close
 

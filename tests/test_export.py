@@ -14,7 +14,7 @@ import trimesh
 from closed_form_scenes import Ball
 from PIL import Image
 
-from score.atomic import MARKER, whole_folder
+from scorefield.atomic import MARKER, whole_folder
 from sds import export as module
 from sds.export import FILES, Export, export
 from sds.level import compare, pictures_of, surface_at
@@ -224,7 +224,7 @@ def half_a_video(path, *_, **__):
         ("imageio_ffmpeg.write_frames", half_a_video, {"points.ply"}),
         ("PIL.Image.Image.save", half_a_picture, {"turntable.mp4"}),
         ("pathlib.Path.write_text", no_space, {"contact.png"}),
-        ("score.atomic._flush_to_disk", no_space, set(FILES)),
+        ("scorefield.atomic._flush_to_disk", no_space, set(FILES)),
     ],
 )
 def test_a_full_disk_leaves_the_older_export_and_nothing_else(tmp_path, monkeypatch, target, failing, written):

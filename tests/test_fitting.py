@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from command import RunOptions
 from torch import nn
 
-from score.training import Phase, Report
+from scorefield.training.loop import Phase, Report
 
 
 def make_phase():

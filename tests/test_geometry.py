@@ -8,7 +8,7 @@ import pytest
 import torch
 import yardsticks
 
-from score.exact import GaussianMixture
+from scorefield.exact import GaussianMixture
 from sds.views import orbit
 from toyworld.solids import occupancy
 

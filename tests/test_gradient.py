@@ -4,9 +4,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from score.denoiser import Conditioned, NetworkDenoiser
-from score.exact import GaussianMixture
-from score.gradient import (
+from scorefield.denoiser import Conditioned, NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.gradient import (
     ScoreDistillation,
     denoising_loss,
     inject,
@@ -17,9 +17,9 @@ from score.gradient import (
     ratio_weight,
     standard_normal,
 )
-from score.guidance import guided
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import constant, uniform
+from scorefield.guidance import guided
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.times import constant, uniform
 
 close = torch.testing.assert_close
 NULL = {"class_labels": torch.tensor([2])}

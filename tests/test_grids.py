@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from schedules import ZERO_SNR
 
-from score.grids import LEVELS, grid
-from score.sampling import grid as grid_of_sampling
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.grids import LEVELS, grid
+from scorefield.sampling import grid as grid_of_sampling
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 SD = VariancePreserving.scaled_linear()

@@ -21,9 +21,9 @@ from distill.guard import (
 )
 from distill.regression import Pairs
 from distill.student import Student
-from score.denoiser import NetworkDenoiser
-from score.network import ResidualMLP
-from score.schedule import RectifiedFlow
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import RectifiedFlow
 
 close = torch.testing.assert_close
 

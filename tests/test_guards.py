@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from score import checkpoint
-from score.training import Phase
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase
 from sds.guards import (
     EMPTY,
     FULL,

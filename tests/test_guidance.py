@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.guidance import guided, perpendicular
-from score.schedule import RectifiedFlow
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.guidance import guided, perpendicular
+from scorefield.schedule import RectifiedFlow
 
 NULL = {"class_labels": torch.tensor([2])}
 close = torch.testing.assert_close

@@ -17,12 +17,13 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, SD3Transformer2DModel
 from transformers import CLIPTextModel
 
-from score import RectifiedFlow, ScoreDistillation, VariancePreserving, guided, hub
-from score.gradient import ratio_weight
-from score.hub import load_teacher
-from score.prompts import CUT, PromptEncoder
-from score.sampling import ddpm, grid, sample
-from score.times import uniform
+from scorefield import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
+from scorefield.gradient import ratio_weight
+from scorefield.models import hub
+from scorefield.models.hub import load_teacher
+from scorefield.models.prompts import CUT, PromptEncoder
+from scorefield.sampling import ddpm, grid, sample
+from scorefield.times import uniform
 
 PROMPTS, NEGATIVE = ["a red mug", "blue chair"], "blurry"
 MAKERS = {

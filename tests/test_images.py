@@ -13,7 +13,7 @@ import train_teacher
 from images import DataOptions, ImageSet, load_images
 from PIL import Image
 
-from score.pictures import open_image
+from scorefield.data.pictures import open_image
 
 RNG = np.random.RandomState(0)
 

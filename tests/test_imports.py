@@ -9,76 +9,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ("score", "toyworld", "distill", "sds", "controlnet")
+LIBRARY = ("scorefield", "toyworld", "distill", "sds", "controlnet")
 CODE = (*LIBRARY, "train_scripts", "benchmarks")
 
 # Which package may import which; itself always. Nothing between the three pillars.
 PACKAGES = {
-    "score": set(),
-    "toyworld": {"score"},
-    "distill": {"score"},
-    "sds": {"score"},
-    "controlnet": {"score"},
+    "scorefield": set(),
+    "toyworld": {"scorefield"},
+    "distill": {"scorefield"},
+    "sds": {"scorefield"},
+    "controlnet": {"scorefield"},
     "train_scripts": set(LIBRARY),
     "benchmarks": set(LIBRARY),
 }
 
-# Which module of score may import which others. A new module needs a row here.
-MODULES = {
-    "schedule": set(),
-    "randomness": set(),
-    "cache": set(),
-    "times": {"schedule"},
-    "network": {"schedule"},
-    "wrapping": set(),
-    "lock": set(),
-    "denoiser": {"schedule", "wrapping"},
-    "data_scale": {"schedule", "denoiser"},
-    "guidance": {"schedule", "denoiser"},
-    "exact": {"schedule", "denoiser"},
-    "files": set(),
-    "weights": {"files"},
-    "components": {"files"},
-    "pretrained": {"schedule", "denoiser", "files", "weights", "components"},
-    "preflight": {"components", "files", "pretrained"},
-    "codec": {"cache", "files", "randomness", "schedule", "pretrained"},
-    "prompts": {"cache", "denoiser"},
-    "families": {"denoiser", "prompts"},
-    "hub": {
-        *("randomness", "schedule", "denoiser", "pretrained", "preflight", "codec", "prompts", "families"),
-        *("files", "components"),
-    },
-    "storage": {"atomic", "schedule", "denoiser", "files", "weights"},
-    "gradient": {"randomness", "schedule", "denoiser", "times"},
-    "grids": {"schedule"},
-    "sampling": {"randomness", "schedule", "denoiser", "exact", "grids"},
-    "solvers": {"schedule", "grids", "sampling"},
-    "readings": {"schedule", "denoiser"},
-    "mistakes": {"schedule", "readings"},
-    "baselines": {"schedule"},
-    "trials": {"randomness", "schedule", "denoiser", "readings"},
-    "symptoms": {"schedule", "denoiser", "sampling", "readings", "mistakes", "trials"},
-    "own_samples": {"schedule", "denoiser", "baselines", "readings", "mistakes", "trials", "symptoms"},
-    "explanation": {
-        *("schedule", "denoiser", "baselines", "readings", "mistakes", "trials", "symptoms", "own_samples")
-    },
-    "diagnosis": {"randomness", "schedule", "denoiser", "symptoms", "explanation"},
-    "lora": set(),
-    "metrics": {"schedule", "denoiser", "exact"},
-    "atomic": set(),
-    "pictures": {"files"},
-    "ranks": {"wrapping"},
-    "training": {"randomness", "ranks", "wrapping"},
-    "checkpoint": {"atomic", "training"},
+# The floors inside scorefield: a folder may import from those below it, and from itself.
+FLOORS = {
+    "": set(),  # the mathematics, and reading and writing files
+    "models": {""},
+    "data": {""},
+    "diagnosis": {""},
+    "training": {"", "models", "data"},
 }
 
 # The only places where a heavy library may be imported.
 LIBRARIES = {
-    "accelerate": ("score/training.py", "score/ranks.py", "train_scripts/", "benchmarks/"),
+    "accelerate": ("scorefield/training/loop.py", "scorefield/training/ranks.py", "train_scripts/", "benchmarks/"),
     "diffusers": (
-        "score/pretrained.py",
-        "score/codec.py",
-        "score/families.py",
+        "scorefield/models/pretrained.py",
+        "scorefield/models/codec.py",
+        "scorefield/models/families.py",
         "toyworld/parts.py",
         "distill/export.py",
         "controlnet/adapter.py",
@@ -87,15 +47,15 @@ LIBRARIES = {
         "benchmarks/",
     ),
     "transformers": (
-        "score/families.py",
-        "score/hub.py",
-        "score/preflight.py",
+        "scorefield/models/families.py",
+        "scorefield/models/hub.py",
+        "scorefield/models/preflight.py",
         "toyworld/parts.py",
         "train_scripts/",
         "benchmarks/",
     ),
     "nerfstudio": ("sds/views.py", "sds/scene.py"),
-    "peft": ("score/lora.py",),
+    "peft": ("scorefield/models/lora.py",),
     "skimage": ("sds/mesh.py",),
     "trimesh": ("sds/formats.py",),
     "imageio_ffmpeg": ("sds/video.py",),
@@ -129,7 +89,7 @@ HEAVY = {
     "learning",
     "guards",
     "probe",
-    "training",
+    "loop",
     "ranks",
     "checkpoint",
     "pretrained",
@@ -172,20 +132,41 @@ def package_violations(files):
                 yield f"{path} imports {name}; {package} may import {allowed}."
 
 
-def module_violations(files):
+def floor(module):
+    """Folder of scorefield that a dotted module lies in; "" for those beside the folders."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 or (parts[1:2] and parts[1] in FLOORS) else ""
+
+
+def floor_violations(files):
     for path, source in files.items():
-        module = path.removeprefix("score/").removesuffix(".py").split("/")[0]
-        if module == "__init__":
+        if not path.startswith("scorefield/"):
             continue
-        if module not in MODULES:
-            yield f"{path} has no row in MODULES of tests/test_imports.py; say there what it may import."
+        here = floor(path.removesuffix(".py").replace("/", "."))
+        if here not in FLOORS:
+            yield f"{path} lies in a folder that FLOORS of tests/test_imports.py does not know."
             continue
         for name in imports(source, path):
-            package, _, inner = name.partition(".")
-            target = inner.split(".")[0]
-            if package == "score" and target != module and target not in MODULES[module]:
-                allowed = ", ".join(sorted(MODULES[module])) or "nothing of score"
-                yield f"{path} imports {name}; it may import {allowed}."
+            if not name.startswith("scorefield."):
+                continue
+            there = floor(name) if name.split(".")[1] in FLOORS else ""
+            if there != here and there not in FLOORS[here]:
+                allowed = ", ".join(sorted(FLOORS[here])) or "no folder"
+                yield f"{path} imports {name}; {here or 'the mathematics'} may import {allowed}."
+
+
+def graph(files):
+    """Each module, and the modules among ``files`` that it imports anywhere, lazily too."""
+    names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files}
+    found = {}
+    for module, path in names.items():
+        asked = set()
+        for name in imports(files[path], path):
+            target = name if name in names else name.rpartition(".")[0]
+            if target in names and target != module:
+                asked.add(target)
+        found[module] = asked
+    return found
 
 
 def library_violations(files):
@@ -199,14 +180,23 @@ def test_packages_import_only_those_below_them():
     assert not list(package_violations(sources(*CODE)))
 
 
-def test_modules_of_score_import_only_those_below_them():
-    assert sources("score")
-    assert not list(module_violations(sources("score")))
+def test_folders_of_scorefield_import_only_those_below_them():
+    assert sources("scorefield")
+    assert not list(floor_violations(sources("scorefield")))
 
 
-def test_allowed_edges_have_no_cycle():
-    graphlib.TopologicalSorter(MODULES).prepare()
-    graphlib.TopologicalSorter(PACKAGES).prepare()
+def test_no_module_imports_itself_in_a_circle():
+    graphlib.TopologicalSorter(graph(sources(*LIBRARY))).prepare()
+
+
+def test_a_circle_is_seen():
+    files = {
+        "sds/a.py": "from sds import b",
+        "sds/b.py": "def f():\n    from sds.a import x",
+        "sds/__init__.py": "",
+    }
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph(files)).prepare()
 
 
 def test_heavy_libraries_are_imported_only_where_they_belong():
@@ -216,18 +206,18 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
 @pytest.mark.parametrize(
     ("check", "path", "source"),
     [
-        (package_violations, "score/new.py", "from distill.dmd import DMD"),
+        (package_violations, "scorefield/new.py", "from distill.dmd import DMD"),
         (package_violations, "sds/views.py", "def f():\n    import controlnet.hints as hints"),
         (package_violations, "distill/dmd.py", "import importlib\nimportlib.import_module('sds.losses')"),
         (package_violations, "toyworld/world.py", "from train_scripts import digits"),
-        (module_violations, "score/schedule.py", "from score.denoiser import Denoiser"),
-        (module_violations, "score/schedule.py", "from .denoiser import Denoiser"),
-        (module_violations, "score/times.py", "from . import denoiser"),
-        (module_violations, "score/guidance.py", "from score import ScoreDistillation"),
-        (module_violations, "score/gradient.py", "import score.sampling"),
-        (module_violations, "score/unlisted.py", ""),
-        (library_violations, "score/denoiser.py", "if True:\n    from accelerate import Accelerator"),
-        (library_violations, "score/sampling.py", "import diffusers.schedulers"),
+        (floor_violations, "scorefield/schedule.py", "from scorefield.models.hub import Teacher"),
+        (floor_violations, "scorefield/schedule.py", "from .models.hub import Teacher"),
+        (floor_violations, "scorefield/times.py", "def f():\n    import scorefield.training.loop"),
+        (floor_violations, "scorefield/models/hub.py", "from scorefield.training import checkpoint"),
+        (floor_violations, "scorefield/models/hub.py", "from ..data import pictures"),
+        (floor_violations, "scorefield/unlisted/new.py", ""),
+        (library_violations, "scorefield/denoiser.py", "if True:\n    from accelerate import Accelerator"),
+        (library_violations, "scorefield/sampling.py", "import diffusers.schedulers"),
         (library_violations, "distill/dmd.py", "from kornia.filters import canny"),
         (library_violations, "controlnet/hints.py", "def f():\n    import nerfstudio"),
         (library_violations, "controlnet/training.py", "from diffusers import ControlNetModel"),
@@ -235,7 +225,7 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
         (library_violations, "sds/losses.py", "from nerfstudio.cameras.rays import RayBundle"),
         (library_violations, "sds/vsd.py", "from peft import LoraConfig"),
         (library_violations, "toyworld/data.py", "def f():\n    from datasets import load_dataset"),
-        (package_violations, "score/exact.py", "from toyworld.render import render"),
+        (package_violations, "scorefield/exact.py", "from toyworld.render import render"),
         (package_violations, "sds/rasterise.py", "from toyworld.camera import orbit"),
         (library_violations, "sds/level.py", "def f():\n    import skimage.measure"),
         (library_violations, "sds/mesh.py", "def f():\n    from trimesh import Trimesh"),
@@ -247,13 +237,13 @@ def test_the_checks_see_every_way_to_import(check, path, source):
 
 
 def test_importing_the_core_imports_no_heavy_library():
-    paths = [path for path in sources("score", "toyworld", "sds") if Path(path).stem not in HEAVY]
+    paths = [path for path in sources("scorefield", "toyworld", "sds") if Path(path).stem not in HEAVY]
     modules = [path[:-3].replace("/", ".") for path in paths]
     program = (
         "import importlib, sys\n"
-        "import score\n"
+        "import scorefield\n"
         f"def heavy(): return [m for m in {FORBIDDEN} if m in sys.modules]\n"
-        "assert not heavy(), f'import score imports {heavy()}'\n"
+        "assert not heavy(), f'import scorefield imports {heavy()}'\n"
         f"for name in {[m.removesuffix('.__init__') for m in modules]}:\n"
         "    importlib.import_module(name)\n"
         "    assert not heavy(), f'{name} imports {heavy()}'\n"

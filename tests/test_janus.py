@@ -10,7 +10,7 @@ import torch
 import yardsticks
 from PIL import Image
 
-from score.exact import LABELS, GaussianMixture
+from scorefield.exact import LABELS, GaussianMixture
 from sds.views import WORDS, orbit
 from toyworld.camera import view_word
 from toyworld.solids import occupancy

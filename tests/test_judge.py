@@ -9,7 +9,7 @@ import torch
 import train_judge as script
 
 import toyworld
-from score.metrics import frechet_distance, kernel_distance
+from scorefield.metrics import frechet_distance, kernel_distance
 from toyworld import judge as module
 from toyworld.captions import Attributes, describe
 from toyworld.data import HELD_OUT, draw_scenes

@@ -18,11 +18,11 @@ from starting import check_earlier, check_ranks, code_hash, note_identity
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from score import ranks
-from score.denoiser import NetworkDenoiser
-from score.schedule import RectifiedFlow
-from score.training import EMA
-from score.wrapping import is_ddp, unwrap
+from scorefield.denoiser import NetworkDenoiser, unwrap
+from scorefield.schedule import RectifiedFlow
+from scorefield.training import ranks
+from scorefield.training.loop import EMA
+from scorefield.training.ranks import is_ddp
 
 ROOT = Path(__file__).resolve().parent.parent
 

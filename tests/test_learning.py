@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from score.denoiser import NetworkDenoiser, freeze
-from score.randomness import Rng
-from score.schedule import Schedule, VariancePreserving
-from score.times import constant
-from score.training import train
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.randomness import Rng
+from scorefield.schedule import Schedule, VariancePreserving
+from scorefield.times import constant
+from scorefield.training.loop import train
 from sds.canvas import Canvas
 from sds.learning import SceneDistillation
 from sds.looks import CanvasLooks, Look

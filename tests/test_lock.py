@@ -13,7 +13,7 @@ import pytest
 import quickstart
 from command import RunOptions
 
-from score.lock import NAME, FolderInUseError, FolderLock
+from scorefield.training.lock import NAME, FolderInUseError, FolderLock
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without the package, whose import takes seconds.
@@ -33,7 +33,13 @@ sys.stdin.read()
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds ``tmp_path / "run"``."""
-    words = [sys.executable, "-c", HOLDER, str(ROOT / "score" / "lock.py"), str(tmp_path / "run")]
+    words = [
+        sys.executable,
+        "-c",
+        HOLDER,
+        str(ROOT / "scorefield" / "training" / "lock.py"),
+        str(tmp_path / "run"),
+    ]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         yield process
@@ -124,7 +130,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def refuse(descriptor, kind):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("score.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("scorefield.training.lock.fcntl.flock", refuse)
     with pytest.warns(UserWarning, match="without locks"):
         FolderLock(tmp_path / "run").acquire()
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from score.randomness import Rng
+from scorefield.randomness import Rng
 from sds.canvas import Canvas
 from sds.looks import Backdrop, CanvasLooks, SceneLooks
 from sds.lora import CAMERA

@@ -8,12 +8,12 @@ import tiny_pipelines
 import torch
 from safetensors.torch import load_model, save_model
 
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.gradient import denoising_loss, prediction_weight
-from score.network import ResidualMLP
-from score.schedule import RectifiedFlow, VariancePreserving
-from score.times import uniform
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.gradient import denoising_loss, prediction_weight
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import RectifiedFlow, VariancePreserving
+from scorefield.times import uniform
 from sds.lora import LowRankTwin, low_rank_denoiser
 
 close = torch.testing.assert_close

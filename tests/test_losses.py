@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from score.denoiser import NetworkDenoiser, freeze
-from score.exact import GaussianMixture
-from score.guidance import guided
-from score.randomness import Rng
-from score.schedule import Karras, VariancePreserving
-from score.times import uniform
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.exact import GaussianMixture
+from scorefield.guidance import guided
+from scorefield.randomness import Rng
+from scorefield.schedule import Karras, VariancePreserving
+from scorefield.times import uniform
 from sds.editing import DDS
 from sds.losses import (
     TIMES,

@@ -5,8 +5,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from score.exact import GaussianMixture
-from score.metrics import (
+from scorefield.exact import GaussianMixture
+from scorefield.metrics import (
     agreement,
     extract_features,
     frechet_distance,
@@ -14,7 +14,7 @@ from score.metrics import (
     mode_shares,
     sliced_wasserstein,
 )
-from score.schedule import Karras
+from scorefield.schedule import Karras
 
 close = torch.testing.assert_close
 

@@ -16,7 +16,7 @@ from monitoring import EvalOptions, Look, alarms, check_evaluation, is_best, loo
 from networks import load_teacher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from score.metrics import frechet_distance, kernel_distance
+from scorefield.metrics import frechet_distance, kernel_distance
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 

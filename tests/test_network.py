@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from score.network import ResidualMLP
+from scorefield.models.network import ResidualMLP
 
 SHAPES = [(2,), (1, 8, 8), (3, 2, 4)]
 

@@ -19,14 +19,14 @@ from images import ImageSet
 from networks import Teacher, UNet, build_network, load_teacher, probe_bottleneck
 from safetensors.torch import load_file, save_file
 
-from score import Karras, NetworkDenoiser, VariancePreserving
-from score.randomness import Rng
+from scorefield import Karras, NetworkDenoiser, VariancePreserving
+from scorefield.randomness import Rng
 
 OWN = """
 import torch
 from networks import Teacher
-from score import NetworkDenoiser, RectifiedFlow
-from score.network import ResidualMLP
+from scorefield import NetworkDenoiser, RectifiedFlow
+from scorefield.models.network import ResidualMLP
 
 def bare():
     return ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2)
@@ -198,8 +198,8 @@ def test_a_users_module_neither_loses_to_a_script_nor_replaces_it(tmp_path, monk
 EDM = """
 import torch
 from networks import Teacher
-from score import Karras, NetworkDenoiser, karras_denoiser, rescaled_data
-from score.network import ResidualMLP
+from scorefield import Karras, NetworkDenoiser, karras_denoiser, rescaled_data
+from scorefield.models.network import ResidualMLP
 
 def plain():
     return karras_denoiser(ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2), Karras(), 0.3)

@@ -7,8 +7,8 @@ import torch
 
 from distill.pair_store import PairsOf, default_pairs_folder, stored_pairs
 from distill.regression import make_pairs
-from score import Karras
-from score.sampling import grid
+from scorefield import Karras
+from scorefield.sampling import grid
 
 NUM, SHARD = 23, 5  # five shards, the last two smaller
 

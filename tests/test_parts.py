@@ -14,9 +14,9 @@ import torch
 import train_toyworld
 from safetensors.torch import load_file
 
-from score import NetworkDenoiser
-from score.hub import load_teacher
-from score.randomness import Rng
+from scorefield import NetworkDenoiser
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import Rng
 from toyworld.captions import WORDS, caption, describe
 from toyworld.data import draw_scene
 from toyworld.parts import (

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from score import guided
-from score.hub import load_teacher
-from score.metrics import extract_features, frechet_distance
-from score.randomness import derived_generator
-from score.sampling import grid, initial_noise, sample
+from scorefield import guided
+from scorefield.metrics import extract_features, frechet_distance
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import derived_generator
+from scorefield.sampling import grid, initial_noise, sample
 from toyworld import pipeline_folder
 from toyworld.captions import Attributes, caption
 from toyworld.data import HELD_OUT
@@ -38,7 +38,7 @@ for start in range(0, len(prompts), 50):
     pictures += pipeline(
         part, num_inference_steps=int(steps), guidance_scale=float(guidance), generator=generators
     ).images
-assert not any(name.split(".")[0] in ("score", "toyworld", "distill") for name in sys.modules)
+assert not any(name.split(".")[0] in ("scorefield", "toyworld", "distill") for name in sys.modules)
 np.savez(out, images=np.stack([np.asarray(picture) for picture in pictures]))
 """
 

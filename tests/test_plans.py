@@ -4,11 +4,11 @@ import pytest
 import torch
 from schedules import ZERO_SNR
 
-from score.exact import GaussianMixture
-from score.grids import grid
-from score.sampling import heun, initial_noise, sample
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.solvers import caution, plan
+from scorefield.exact import GaussianMixture
+from scorefield.grids import grid
+from scorefield.sampling import heun, initial_noise, sample
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.solvers import caution, plan
 
 close = torch.testing.assert_close
 ALL = {

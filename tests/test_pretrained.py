@@ -24,9 +24,9 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from score import pretrained
-from score.hub import load_teacher
-from score.schedule import VariancePreserving
+from scorefield.models import pretrained
+from scorefield.models.hub import load_teacher
+from scorefield.schedule import VariancePreserving
 
 # Where weights lie in memory decides which kernels run, so the same weights differ in the last bit.
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)

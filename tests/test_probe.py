@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from score.gradient import ScoreGradient
-from score.schedule import RectifiedFlow, Schedule, VariancePreserving
+from scorefield.gradient import ScoreGradient
+from scorefield.schedule import RectifiedFlow, Schedule, VariancePreserving
 from sds.canvas import Canvas
 from sds.looks import Look
 from sds.lora import CAMERA

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 
-from score.randomness import Rng, derived_generator, shuffled
+from scorefield.randomness import Rng, derived_generator, shuffled
 
 RNG = Rng(seed=1, step=2, micro=3, rank=4, index=5)
 
@@ -59,7 +59,7 @@ def test_shared_draws_are_equal_on_all_ranks_and_differ_otherwise():
 
 
 def stream(num_items, batch_size, num_ranks, accumulate, num_steps, seed=0):
-    """Item numbers in the order of index, as ``score.training.train`` numbers the micro-batches."""
+    """Item numbers in the order of index, as ``scorefield.training.loop.train`` numbers the micro-batches."""
     chunks = {}
     for step, micro, rank in product(range(num_steps), range(accumulate), range(num_ranks)):
         index = (step * accumulate + micro) * num_ranks + rank

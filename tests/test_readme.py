@@ -14,8 +14,9 @@ import train_dmd
 import train_teacher
 from PIL import Image
 
+from distill.export import export_student
 from distill.student import Student
-from score.hub import load_teacher
+from scorefield.models.hub import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,7 +58,7 @@ def test_every_other_block_runs(tmp_path, number):
     for name in re.findall(r'from_pretrained\("([^"]+)"', PYTHON[number]):
         tiny_pipelines.sd().save_pretrained(tmp_path / "teacher")
         student = Student(load_teacher(tmp_path / "teacher").denoiser, (999.0,))
-        student.export(tmp_path / "teacher", tmp_path / name)
+        export_student(student, tmp_path / "teacher", tmp_path / name)
     run(PYTHON[number], tmp_path)
 
 
@@ -89,10 +90,10 @@ def test_named_files_exist():
 
 
 def test_the_tree_is_complete():
-    tree = next(text for language, text in BLOCKS if not language and "score/" in text)
-    for package in ("score", "distill", "sds", "controlnet", "toyworld", "train_scripts"):
+    tree = next(text for language, text in BLOCKS if not language and "scorefield/" in text)
+    for package in ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scripts"):
         section = re.search(rf"^{package}/.*?(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE)[0]
-        files = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        files = {path.name for path in (ROOT / package).rglob("*.py")} - {"__init__.py"}
         assert files == set(re.findall(r"\w+\.py", section)), package
 
 

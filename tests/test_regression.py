@@ -17,12 +17,12 @@ from distill.regression import (
     teacher_batch,
 )
 from distill.student import Student
-from score.denoiser import NetworkDenoiser
-from score.guidance import guided
-from score.network import ResidualMLP
-from score.randomness import Rng, shuffled
-from score.sampling import grid, heun, sample
-from score.schedule import Karras, RectifiedFlow
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.guidance import guided
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng, shuffled
+from scorefield.sampling import grid, heun, sample
+from scorefield.schedule import Karras, RectifiedFlow
 
 close = torch.testing.assert_close
 LABELS = {"class_labels": torch.arange(11) % 2}

@@ -14,15 +14,15 @@ from distill.dmd import DMD, GAN, dmd_weight
 from distill.f_distill import DIVERGENCES, FDistill
 from distill.sid import SiD
 from distill.student import Student, even_times
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.gradient import inject
-from score.guidance import guided
-from score.network import ResidualMLP
-from score.randomness import Rng
-from score.schedule import Karras, RectifiedFlow, VariancePreserving, per_sample
-from score.times import constant, uniform
-from score.training import train
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.gradient import inject
+from scorefield.guidance import guided
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving, per_sample
+from scorefield.times import constant, uniform
+from scorefield.training.loop import train
 
 close = torch.testing.assert_close
 M, S = 0.3, 0.8  # of the real distribution
@@ -62,7 +62,7 @@ def by_quadrature(method, monkeypatch, nodes):
     points, weights = (torch.from_numpy(part) for part in nodes)
     z, noise = (part.flatten() for part in torch.meshgrid(points, points, indexing="ij"))
     share = torch.outer(weights, weights).flatten()
-    monkeypatch.setattr("score.gradient.normal_like", lambda x, generator: noise[:, None].to(x))
+    monkeypatch.setattr("scorefield.gradient.normal_like", lambda x, generator: noise[:, None].to(x))
     gradient = method.gradient((A * z + B)[:, None], {}, {}, generator=torch.Generator()).value[:, 0]
     return torch.stack([(share * gradient * z).sum(), (share * gradient).sum()])
 

@@ -5,10 +5,10 @@ import tiny_pipelines
 import torch
 from torch.nn.functional import interpolate
 
-from score.exact import GaussianMixture
-from score.guidance import guided, perpendicular
-from score.hub import load_teacher
-from score.schedule import RectifiedFlow
+from scorefield.exact import GaussianMixture
+from scorefield.guidance import guided, perpendicular
+from scorefield.models.hub import load_teacher
+from scorefield.schedule import RectifiedFlow
 from sds.canvas import Canvas
 from sds.editing import DDS
 from sds.losses import csd, sds, vsd, x0_reconstruction

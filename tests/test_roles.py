@@ -7,8 +7,8 @@ import pytest
 import roles
 import torch
 
-from score.denoiser import NetworkDenoiser
-from score.schedule import VariancePreserving
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.schedule import VariancePreserving
 
 
 @pytest.mark.parametrize(("schedule", "changes", "refused"), [

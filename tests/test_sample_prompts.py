@@ -1,4 +1,4 @@
-"""train_scripts/sample.py with text-to-image models: any family of score.hub under prompts."""
+"""train_scripts/sample.py with text-to-image models: any family of scorefield.models.hub under prompts."""
 
 import dataclasses
 import shutil
@@ -10,11 +10,11 @@ import tiny_pipelines as tiny
 import torch
 from prompted import is_hub_model
 
-from score import guided
-from score.atomic import MARKER
-from score.hub import load_teacher
-from score.randomness import derived_generator
-from score.sampling import ddpm, grid, initial_noise
+from scorefield import guided
+from scorefield.atomic import MARKER
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import derived_generator
+from scorefield.sampling import ddpm, grid, initial_noise
 
 PROMPTS = ("a red mug", "a blue chair", "cone")
 MAKERS = {

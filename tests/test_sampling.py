@@ -13,10 +13,10 @@ from diffusers import (
 )
 from torch import nn
 
-from score.denoiser import NetworkDenoiser, karras_denoiser
-from score.exact import GaussianMixture
-from score.metrics import mode_shares
-from score.sampling import (
+from scorefield.denoiser import NetworkDenoiser, karras_denoiser
+from scorefield.exact import GaussianMixture
+from scorefield.metrics import mode_shares
+from scorefield.sampling import (
     ddim,
     ddpm,
     grid,
@@ -28,7 +28,7 @@ from score.sampling import (
     sdedit,
     transition_variance,
 )
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 SD = VariancePreserving.scaled_linear()

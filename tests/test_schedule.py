@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.student import Student, save_student
-from score import checkpoint
-from score.network import ResidualMLP
-from score.storage import save_denoiser
+from scorefield.models.network import ResidualMLP
+from scorefield.models.storage import save_denoiser
+from scorefield.training import checkpoint
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 # A teacher of a few steps would not pass the check.

@@ -9,14 +9,14 @@ import tiny_pipelines
 import torch
 from safetensors.torch import load_file
 
-from score.checkpoint import save
-from score.exact import GaussianMixture
-from score.guidance import guided
-from score.hub import load_teacher
-from score.randomness import Rng
-from score.schedule import RectifiedFlow
-from score.times import constant
-from score.training import train
+from scorefield.exact import GaussianMixture
+from scorefield.guidance import guided
+from scorefield.models.hub import load_teacher
+from scorefield.randomness import Rng
+from scorefield.schedule import RectifiedFlow
+from scorefield.times import constant
+from scorefield.training.checkpoint import save
+from scorefield.training.loop import train
 from sds.canvas import Canvas
 from sds.editing import DDS
 from sds.field import DenseGrid, Field, cone_blob, scaled_softplus

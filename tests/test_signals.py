@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from command import RunOptions
 from torch import nn
 
-from score.training import Phase, Report
+from scorefield.training.loop import Phase, Report
 
 
 def fit(monkeypatch, out, number):

@@ -14,7 +14,7 @@ from networks import load_teacher
 from PIL import Image
 
 from distill.student import Student, save_student
-from score.metrics import frechet_distance
+from scorefield.metrics import frechet_distance
 
 
 @pytest.fixture(scope="module")

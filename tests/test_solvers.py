@@ -8,12 +8,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from schedules import ZERO_SNR
 
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.grids import grid
-from score.sampling import ddim, heun, sample, sdedit
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.solvers import dpm_solver, unipc
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.grids import grid
+from scorefield.sampling import ddim, heun, sample, sdedit
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.solvers import dpm_solver, unipc
 
 close = torch.testing.assert_close
 SOLVERS = {"ddim": ddim(), "heun": heun(), "dpm++": dpm_solver(), "unipc": unipc()}

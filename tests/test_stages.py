@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill import regression
 from distill.student import Student
-from score import checkpoint
-from score.schedule import Karras
+from scorefield.schedule import Karras
+from scorefield.training import checkpoint
 
 TINY = {
     "steps": 12, "batch_size": 16, "save_every": 4, "log_every": 2, "student_every": 2, "warmup_steps": 6,

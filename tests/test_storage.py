@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from score import storage
-from score.atomic import MARKER, whole_folder
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
-from score.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving
-from score.storage import describe_schedule, load_denoiser, read_facts, restore_schedule, save_denoiser
+from scorefield.atomic import MARKER, whole_folder
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
+from scorefield.models import storage
+from scorefield.models.storage import describe_schedule, load_denoiser, read_facts, restore_schedule, save_denoiser
+from scorefield.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving
 
 ALL_SCHEDULES = [
     Karras(),

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from distill.student import Student, even_times, load_student, save_student, times_by_ratio
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser
-from score.network import ResidualMLP
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.storage import read_facts, save_denoiser
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
+from scorefield.models.network import ResidualMLP
+from scorefield.models.storage import read_facts, save_denoiser
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 close = torch.testing.assert_close
 LABELS = {"class_labels": torch.arange(6) % 2}

@@ -15,12 +15,20 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from distill.backbone import shared_backbone
-from distill.export import LORA, export_lora, export_pipeline, lcm_times, read_student_facts, scheduler_for
+from distill.export import (
+    LORA,
+    export_lora,
+    export_pipeline,
+    export_student,
+    lcm_times,
+    read_student_facts,
+    scheduler_for,
+)
 from distill.student import Student, even_times
-from score.denoiser import NetworkDenoiser
-from score.hub import load_teacher
-from score.network import ResidualMLP
-from score.schedule import RectifiedFlow, VariancePreserving
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.hub import load_teacher
+from scorefield.models.network import ResidualMLP
+from scorefield.schedule import RectifiedFlow, VariancePreserving
 from toyworld import pipeline_folder
 
 FAMILIES = {"sd": tiny.sd, "sd2": lambda: tiny.sd("v_prediction"), "sdxl": tiny.sdxl, "sd3": tiny.sd3}
@@ -122,7 +130,7 @@ def answers(folders, tmp_path_factory):
             x0 = student.sample(noise, cond, generator=generators)
             wanted[name] = (teacher.decode(x0).clamp(-1, 1) / 2 + 0.5, teacher.decode(x0).std())
         lora = kind in ("lora", "fused", "cut-lora")
-        write = export_pipeline if kind == "merged" else Student.export  # which knows a LoRA by its twin
+        write = export_pipeline if kind == "merged" else export_student  # which knows a LoRA by its twin
         out = write(student, source, root / name)
         scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
         jobs[name] = {
@@ -199,7 +207,7 @@ def test_the_card_says_how_to_load(answers, folders):
     assert "tags: [text-to-image, diffusion, distillation, dmd2, lora]" in card
     for kind, call in (("full", "this folder"), ("lora", "some/model")):
         student = make_student(load_teacher(folders["toyworld"], cache=root / "cache"), 1, kind == "lora")
-        sized = student.export(folders["toyworld"], root / kind, base_model="some/model", size=(32, 48))
+        sized = export_student(student, folders["toyworld"], root / kind, base_model="some/model", size=(32, 48))
         card = (sized / "README.md").read_text()
         assert f'from_pretrained("{call}")' in card
         assert "guidance_scale=1, height=32, width=48)" in card
@@ -315,11 +323,11 @@ def test_a_student_draws_at_the_size_it_learned(folders, tmp_path):
     """Its teacher's is 16 x 16."""
     teacher = load_teacher(folders["sd"], cache=tmp_path / "cache", size=(24, 24))
     before = dict(teacher.denoiser.network.model.config)
-    out = make_student(teacher, 1, False).export(folders["sd"], tmp_path / "out", size=teacher.size)
+    out = export_student(make_student(teacher, 1, False), folders["sd"], tmp_path / "out", size=teacher.size)
     pipe = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
     assert pipe("a mug", num_inference_steps=1, guidance_scale=1).images[0].size == (24, 24)
     assert dict(teacher.denoiser.network.model.config) == before
-    out = make_student(teacher, 1, False).export(folders["sd"], tmp_path / "out", size=(16, 32))
+    out = export_student(make_student(teacher, 1, False), folders["sd"], tmp_path / "out", size=(16, 32))
     assert load_teacher(out, cache=tmp_path / "cache").size == (16, 32)
 
 
@@ -331,7 +339,7 @@ def test_a_student_of_a_teacher_in_half_precision_runs_when_loaded_plainly(folde
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (tmp_path / "half" / "model_index.json").write_text(json.dumps(index))
     teacher = load_teacher(tmp_path / "half", cache=tmp_path / "cache")
-    out = make_student(teacher, 1, False).export(tmp_path / "half", tmp_path / "out")
+    out = export_student(make_student(teacher, 1, False), tmp_path / "half", tmp_path / "out")
     assert {x.dtype for x in load_file(tmp_path / "half" / "text_encoder" / TEXTS).values()} >= {torch.float16}
     assert torch.float16 not in {x.dtype for x in load_file(out / "text_encoder" / TEXTS).values()}
     pipe = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
@@ -346,7 +354,7 @@ def test_networks_that_diffusers_does_not_have_are_refused(folders, tmp_path):
     student = student_at((999.0,))
     with pytest.raises(ValueError, match="a pipeline holds a network of diffusers; got a ResidualMLP"):
         export_pipeline(student, folders["sd"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"a LoRA is made of a score\.lora\.Twin; got ResidualMLP"):
+    with pytest.raises(ValueError, match=r"a LoRA is made of a scorefield\.models\.lora\.Twin; got ResidualMLP"):
         export_lora(student, folders["sd"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,8 +10,8 @@ import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
-from score import hub
-from score.prompts import PromptEncoder
+from scorefield.models import hub
+from scorefield.models.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import (
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.times import (
     annealed,
     between_ratios,
     constant,

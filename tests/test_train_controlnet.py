@@ -25,10 +25,10 @@ from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Standing
 from controlnet.export import load_adapter
-from score.codec import Codec
-from score.guidance import guided
-from score.randomness import derived_generator, normal_like
-from score.sampling import grid, initial_noise, sample
+from scorefield.guidance import guided
+from scorefield.models.codec import Codec
+from scorefield.randomness import derived_generator, normal_like
+from scorefield.sampling import grid, initial_noise, sample
 from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from scene_options import PRESETS, Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from score.atomic import MARKER
-from score.gradient import ScoreGradient
+from scorefield.atomic import MARKER
+from scorefield.gradient import ScoreGradient
 from sds import guards, views
 
 ROOT = Path(__file__).resolve().parent.parent

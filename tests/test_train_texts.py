@@ -32,10 +32,10 @@ from transformers import CLIPTextModel
 
 import toyworld
 from distill.backbone import shared_backbone
-from distill.export import read_student_facts
+from distill.export import export_student, read_student_facts
 from distill.student import Student
-from score import hub
-from score.atomic import MARKER
+from scorefield.atomic import MARKER
+from scorefield.models import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -180,7 +180,7 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
         alive.append(sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects()))
 
     monkeypatch.setattr(stages, "fit", spy)
-    encoded = count_calls(monkeypatch, "score.families.StableDiffusionPipeline.encode_prompt")
+    encoded = count_calls(monkeypatch, "scorefield.models.families.StableDiffusionPipeline.encode_prompt")
     config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "new.txt"), gan_weight=0.0, warmup_steps=0)
     gc.collect()
     before = sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects())
@@ -211,7 +211,7 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
         raise AssertionError("encoded, or decoded, again")
 
     monkeypatch.setattr(hub.Teacher, "encode", refuse)
-    monkeypatch.setattr("score.families.StableDiffusionPipeline.encode_prompt", refuse)
+    monkeypatch.setattr("scorefield.models.families.StableDiffusionPipeline.encode_prompt", refuse)
     monkeypatch.setattr("latents.open_image", refuse)
     for module in ("distill_texts", "latents"):
         monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
@@ -452,7 +452,7 @@ def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_pat
 
 
 def test_a_teacher_without_bottleneck_is_refused_before_the_prompts_are_encoded(root, tmp_path, monkeypatch):
-    monkeypatch.delattr("score.prompts.PromptEncoder.num_cut")
+    monkeypatch.delattr("scorefield.models.prompts.PromptEncoder.num_cut")
     config = config_of(root, tmp_path / "run", teacher=str(root / "sd3"), gan_weight=0.01)
     with pytest.raises(ValueError, match=r"\(b, c, h, w\), .* transformer has none. Pass --gan-weight 0"):
         train_dmd.main(config)
@@ -570,7 +570,7 @@ def students(tmp_path_factory):
     twin = shared_backbone(teacher.denoiser, rank=2, generator=torch.Generator().manual_seed(0))[0]
     for parameter in twin.network.parameters():
         parameter.data += 0.05
-    return full, Student(twin, (999.0,)).export(toyworld.pipeline_folder(), root / "lora")
+    return full, export_student(Student(twin, (999.0,)), toyworld.pipeline_folder(), root / "lora")
 
 
 def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from score import checkpoint
-from score.randomness import shuffled
-from score.training import EMA, Phase, train
+from scorefield.randomness import shuffled
+from scorefield.training import checkpoint
+from scorefield.training.loop import EMA, Phase, train
 
 close = torch.testing.assert_close
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -10,11 +10,11 @@ from torch import nn
 from distill.regression import Pairs, Regression, absolute_error, make_pairs, squared_error
 from distill.student import Student, times_by_ratio
 from distill.trajectory import step_numbers, through
-from score.denoiser import NetworkDenoiser
-from score.exact import GaussianMixture
-from score.randomness import Rng, shuffled
-from score.sampling import grid, heun
-from score.schedule import Karras
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.exact import GaussianMixture
+from scorefield.randomness import Rng, shuffled
+from scorefield.sampling import grid, heun
+from scorefield.schedule import Karras
 
 close = torch.testing.assert_close
 MEAN, STD, N = 0.7, 0.4, 12

@@ -30,14 +30,14 @@ from safetensors.torch import load_file, save_file
 from controlnet.rows import FolderRow
 from distill.export import copied_parts, export_pipeline, lcm_times
 from distill.student import Student
-from score.components import check_part, copied_files
-from score.denoiser import NetworkDenoiser, karras_denoiser
-from score.files import load_json, printable, read_json, read_regular
-from score.hub import load_teacher
-from score.network import ResidualMLP
-from score.pictures import open_image
-from score.schedule import Karras, RectifiedFlow
-from score.storage import load_denoiser, save_denoiser
+from scorefield.data.pictures import open_image
+from scorefield.denoiser import NetworkDenoiser, karras_denoiser
+from scorefield.files import load_json, printable, read_json, read_regular
+from scorefield.models.components import check_part, copied_files
+from scorefield.models.hub import load_teacher
+from scorefield.models.network import ResidualMLP
+from scorefield.models.storage import load_denoiser, save_denoiser
+from scorefield.schedule import Karras, RectifiedFlow
 
 
 @pytest.fixture(scope="module")

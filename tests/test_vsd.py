@@ -4,15 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from score.checkpoint import load, save
-from score.denoiser import Conditioned, NetworkDenoiser, freeze
-from score.gradient import denoising_loss, prediction_weight
-from score.guidance import guided
-from score.network import ResidualMLP
-from score.randomness import Rng
-from score.schedule import Karras, RectifiedFlow, VariancePreserving
-from score.times import constant, uniform
-from score.training import Phase, train
+from scorefield.denoiser import Conditioned, NetworkDenoiser, freeze
+from scorefield.gradient import denoising_loss, prediction_weight
+from scorefield.guidance import guided
+from scorefield.models.network import ResidualMLP
+from scorefield.randomness import Rng
+from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
+from scorefield.times import constant, uniform
+from scorefield.training.checkpoint import load, save
+from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
 from sds.lora import low_rank_denoiser
 from sds.losses import unit, vsd

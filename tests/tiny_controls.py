@@ -8,9 +8,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from controlnet.adapter import ControlledDenoiser, copy_encoder
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.schedule import VariancePreserving
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.models.families import DiffusersNetwork
+from scorefield.schedule import VariancePreserving
 
 # Name -> pixels of the hint per pixel of x_t, channels of the hint, prediction kind.
 BASES = {"sd": (8, 3, "eps"), "sdxl": (8, 1, "eps"), "toyworld": (4, 1, "v"), "pixels": (1, 2, "v")}

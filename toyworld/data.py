@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from score.atomic import whole_folder
-from score.randomness import derived_generator
+from scorefield.atomic import whole_folder
+from scorefield.randomness import derived_generator
 from toyworld.camera import FRONT_WITHIN, VIEWS
 from toyworld.captions import caption, describe
 from toyworld.render import Rendering, render

@@ -16,10 +16,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm, trange
 
-from score.atomic import whole_file
-from score.files import load_json
-from score.randomness import Rng, shuffled
-from score.weights import check_finite
+from scorefield.atomic import whole_file
+from scorefield.files import load_json
+from scorefield.models.weights import check_finite
+from scorefield.randomness import Rng, shuffled
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, describe
 from toyworld.data import HELD_OUT, as_bytes, draw_scenes

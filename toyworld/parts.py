@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from score.atomic import whole_folder
+from scorefield.atomic import whole_folder
 from toyworld.captions import WORDS
 
 SIZE = 64

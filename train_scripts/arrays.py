@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from score.files import open_regular
+from scorefield.files import open_regular
 
 MOST_CLASSES = 1000
 """That a set may number whatever its size: samples of one class of ImageNet's are a set of their own."""

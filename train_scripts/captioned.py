@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from score.atomic import whole_file
-from score.randomness import Rng
+from scorefield.atomic import whole_file
+from scorefield.randomness import Rng
 from toyworld.captions import caption, describe
 from toyworld.data import draw_scenes
 from toyworld.parts import make_tokenizer, tokens_of

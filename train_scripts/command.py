@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from launcher import check_launcher
 from torch import Tensor, nn
 
-from score.atomic import check_replaceable
-from score.files import printable
-from score.lock import FolderLock
+from scorefield.atomic import check_replaceable
+from scorefield.files import printable
+from scorefield.training.lock import FolderLock
 
 C = TypeVar("C")
 T = TypeVar("T")

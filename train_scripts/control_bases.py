@@ -13,10 +13,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from controlnet.caching import share_prompts
 from controlnet.circles import COLOURS
-from score import Cond, NetworkDenoiser, VariancePreserving, freeze, hub
-from score.atomic import whole_folder
-from score.families import DiffusersNetwork
-from score.pretrained import PartReader
+from scorefield import Cond, NetworkDenoiser, VariancePreserving, freeze
+from scorefield.atomic import whole_folder
+from scorefield.models import hub
+from scorefield.models.families import DiffusersNetwork
+from scorefield.models.pretrained import PartReader
 from toyworld import pipeline_folder
 
 FACTS = "circles.json"

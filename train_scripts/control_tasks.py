@@ -21,7 +21,7 @@ from controlnet.hints import Hint, Precomputed, check_source
 from controlnet.lines import LineArt, Scribble, SoftEdge
 from controlnet.pictures import PLAIN, Kind
 from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
-from score.cache import content_key
+from scorefield.cache import content_key
 from toyworld import data as toyworld
 from toyworld.render import render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene

@@ -21,9 +21,9 @@ from controlnet.data import ControlBatches
 from controlnet.evidence import Standing, Validation, paired_gap
 from controlnet.export import contact_sheet
 from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
-from score.cache import content_key
-from score.denoiser import NetworkDenoiser
-from score.ranks import shared_rows
+from scorefield.cache import content_key
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.training.ranks import shared_rows
 from toyworld.captions import parse
 from toyworld.judge import accuracies, load_judge
 

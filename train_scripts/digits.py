@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from score.metrics import agreement, extract_features, frechet_distance, kernel_distance
+from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 
 NUM_CLASSES = 10
 SHAPE = (1, 8, 8)

@@ -25,12 +25,14 @@ from torch.utils.data import Subset
 
 import toyworld
 from distill.dmd import DMD
-from distill.export import copied_parts, read_student_facts, scheduler_for
+from distill.export import copied_parts, export_student, read_student_facts, scheduler_for
 from distill.student import Student
-from score import Cond, checkpoint, hub
-from score.diagnosis import Diagnosis
-from score.files import read_json
-from score.randomness import Rng, shuffled
+from scorefield import Cond
+from scorefield.diagnosis.check import Diagnosis
+from scorefield.files import read_json
+from scorefield.models import hub
+from scorefield.randomness import Rng, shuffled
+from scorefield.training import checkpoint
 
 WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
 """Options that change no number of a run."""
@@ -187,7 +189,7 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
 
     Its autoencoder is float32: what it makes of real images once is learned from all along.
 
-    Raises ``ValueError`` for what ``score.hub.load_teacher`` refuses, a model without prompts, and a student.
+    Raises ``ValueError`` for what ``hub.load_teacher`` refuses, a model without prompts, and a student.
     """
     name = teacher_name(config)
     half = config.precision == "bf16" and device.type != "cpu"
@@ -283,4 +285,4 @@ def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Pat
     )
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
     pipeline = hub.pipeline_folder(teacher_name(config))
-    return student.export(pipeline, folder, card=card, base_model=base, size=teacher.source.size)
+    return export_student(student, pipeline, folder, card=card, base_model=base, size=teacher.source.size)

@@ -18,7 +18,7 @@ from features import Classifier, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
 
-from score.metrics import agreement, extract_features, frechet_distance, kernel_distance
+from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from torchvision.utils import make_grid
 
 import toyworld
 from distill.export import FACTS, LORA, read_student_facts
-from score.cache import TensorCache
-from score.files import check_regular
-from score.prompts import default_cache_folder
-from score.weights import check_finite
+from scorefield.cache import TensorCache
+from scorefield.files import check_regular
+from scorefield.models.prompts import default_cache_folder
+from scorefield.models.weights import check_finite
 
 
 @dataclass(frozen=True, kw_only=True)

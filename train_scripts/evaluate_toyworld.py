@@ -22,13 +22,13 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from score.components import check_index
-from score.families import parts_of
-from score.files import read_json
-from score.metrics import extract_features, frechet_distance, kernel_distance
-from score.preflight import check_tokenizer, tokenizer_class
-from score.pretrained import INDEX, PartReader
-from score.randomness import derived_generator
+from scorefield.files import read_json
+from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models.components import check_index
+from scorefield.models.families import parts_of
+from scorefield.models.preflight import check_tokenizer, tokenizer_class
+from scorefield.models.pretrained import INDEX, PartReader
+from scorefield.randomness import derived_generator
 from toyworld.captions import caption
 from toyworld.data import HELD_OUT
 from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
@@ -104,7 +104,7 @@ def main(config: Config) -> Path:
 
 
 def load_pipeline(folder: Path, device: str) -> Any:
-    """A Stable Diffusion pipeline of diffusers in float32, read part by part as ``score.hub`` reads a teacher.
+    """A Stable Diffusion pipeline of diffusers in float32, read part by part as ``hub`` reads a teacher.
 
     Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
     weights that are missing, pickled or damaged, or that do not fit.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange
 
-from score.atomic import whole_folder
-from score.files import check_regular, read_text
-from score.randomness import Rng, shuffled
-from score.weights import check_finite, check_fit
+from scorefield.atomic import whole_folder
+from scorefield.files import check_regular, read_text
+from scorefield.models.weights import check_finite, check_fit
+from scorefield.randomness import Rng, shuffled
 
 FORMAT = "scorefield-features-1"
 

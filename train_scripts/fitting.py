@@ -24,10 +24,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from distill.adversarial import Critic
-from score import checkpoint
-from score.randomness import Rng
-from score.ranks import check_launch, check_same, check_same_fields
-from score.training import Phase, Report, train
+from scorefield.randomness import Rng
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase, Report, train
+from scorefield.training.ranks import check_launch, check_same, check_same_fields
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 def start(config: RunOptions) -> Accelerator:
     """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
 
-    Raises ``ValueError`` for a launch that cannot work, see :func:`score.ranks.check_launch`, and for ranks that
+    Raises ``ValueError`` for a launch that cannot work, see :func:`ranks.check_launch`, and for ranks that
     were given other options.
     """
     if config.deterministic:

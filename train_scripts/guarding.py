@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from distill.guard import Guard, Look, as_record, difference, from_record, is_worse
 from distill.student import Student
-from score import checkpoint
-from score.training import Phase
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase
 
 BEST, SETBACKS, ENDED = "best", "setbacks", "ended"
 

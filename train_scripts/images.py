@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from score.files import printable, read_text
-from score.pictures import open_image
+from scorefield.data.pictures import open_image
+from scorefield.files import printable, read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 Item = tuple[str, Any, Any]

@@ -10,10 +10,10 @@ from command import is_first_rank
 from torch import Tensor
 
 from distill.student import Student
-from score import hub
-from score.metrics import extract_features, frechet_distance, kernel_distance
-from score.prompts import default_cache_folder
-from score.randomness import derived_generator
+from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models import hub
+from scorefield.models.prompts import default_cache_folder
+from scorefield.randomness import derived_generator
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import HELD_OUT, draw_scenes
 from toyworld.judge import Judge, accuracies, as_pictures, load_judge

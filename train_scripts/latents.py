@@ -16,11 +16,11 @@ from texts import Pictures
 from torch import Tensor
 from tqdm import tqdm
 
-from score import hub
-from score.cache import Content, TensorCache, content_key
-from score.files import read_regular
-from score.pictures import open_image
-from score.prompts import default_cache_folder
+from scorefield.cache import Content, TensorCache, content_key
+from scorefield.data.pictures import open_image
+from scorefield.files import read_regular
+from scorefield.models import hub
+from scorefield.models.prompts import default_cache_folder
 
 PIXELS = 2**20
 """Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""

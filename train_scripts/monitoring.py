@@ -16,8 +16,8 @@ from networks import Teacher
 from torch import Tensor
 from tqdm import tqdm
 
-from score.atomic import remove_folder
-from score.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.atomic import remove_folder
+from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 
 Watch = Callable[[int], Mapping[str, float]]
 

@@ -16,13 +16,13 @@ from unet import UNet
 from user_code import call, code_of
 
 from distill.student import TIMES
-from score import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
-from score.data_scale import RescaledData
-from score.files import read_json
-from score.network import ResidualMLP
-from score.pretrained import PartReader, read_schedule
-from score.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
-from score.weights import check_fit
+from scorefield import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
+from scorefield.data_scale import RescaledData
+from scorefield.files import read_json
+from scorefield.models.network import ResidualMLP
+from scorefield.models.pretrained import PartReader, read_schedule
+from scorefield.models.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
+from scorefield.models.weights import check_fit
 
 
 class Probed(Protocol):
@@ -303,7 +303,7 @@ def check_sigma_data(value: object) -> float:
 def from_diffusers(folder: Path) -> Teacher:
     """A ``UNet2DModel`` and its scheduler: a pipeline's folder, or a model's folder with the scheduler beside.
 
-    Raises ``ValueError`` for weights that ``score.pretrained.PartReader`` refuses, a learned variance, or a
+    Raises ``ValueError`` for weights that ``pretrained.PartReader`` refuses, a learned variance, or a
     scheduler that is missing.
     """
     model = folder / "unet" if (folder / "unet").is_dir() else folder

@@ -1,4 +1,4 @@
-"""Text-to-image teachers for the scripts: a teacher of ``score.hub`` whose classes are prompts."""
+"""Text-to-image teachers for the scripts: a teacher of ``scorefield.models.hub`` whose classes are prompts."""
 
 import json
 import re
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.export import read_student_facts
-from score import Cond, Denoiser, NetworkDenoiser, guided, hub
+from scorefield import Cond, Denoiser, NetworkDenoiser, guided
+from scorefield.models import hub
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def load_prompted(
 ) -> PromptedTeacher:  # fmt: skip
     """A teacher by name or folder, asked for ``prompts``; its text encoders are freed.
 
-    Raises ``ValueError`` for what ``score.hub.load_teacher`` refuses, and for prompts that are missing, empty, or
+    Raises ``ValueError`` for what ``hub.load_teacher`` refuses, and for prompts that are missing, empty, or
     given to a model that takes none.
     """
     if any(not prompt.strip() for prompt in prompts):

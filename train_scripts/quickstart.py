@@ -23,8 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.student import Student
-from score import NetworkDenoiser, checkpoint
-from score.sampling import grid, initial_noise, sample
+from scorefield import NetworkDenoiser
+from scorefield.sampling import grid, initial_noise, sample
+from scorefield.training import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

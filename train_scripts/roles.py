@@ -24,14 +24,14 @@ from distill.guard import middle_layer
 from distill.pair_store import PairsOf, stored_pairs
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
 from distill.student import Student, even_times, times_by_ratio
-from score import Denoiser, NetworkDenoiser, freeze
-from score.gradient import karras_weight
-from score.randomness import derived_generator
-from score.schedule import Schedule
-from score.solvers import plan
-from score.times import between_ratios, uniform
-from score.training import EMA, Phase
-from score.wrapping import unwrap
+from scorefield import Denoiser, NetworkDenoiser, freeze
+from scorefield.denoiser import unwrap
+from scorefield.gradient import karras_weight
+from scorefield.randomness import derived_generator
+from scorefield.schedule import Schedule
+from scorefield.solvers import plan
+from scorefield.times import between_ratios, uniform
+from scorefield.training.loop import EMA, Phase
 
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from distill.export import FACTS
 from distill.student import Student
-from score.atomic import foreign, whole_folder
-from score.grids import Spacing
-from score.randomness import derived_generator
-from score.ranks import check_launch
-from score.sampling import initial_noise, sample
-from score.schedule import Schedule
-from score.solvers import Plan, Solver, caution, plan
+from scorefield.atomic import foreign, whole_folder
+from scorefield.grids import Spacing
+from scorefield.randomness import derived_generator
+from scorefield.sampling import initial_noise, sample
+from scorefield.schedule import Schedule
+from scorefield.solvers import Plan, Solver, caution, plan
+from scorefield.training.ranks import check_launch
 
 
 @dataclass(frozen=True, kw_only=True)

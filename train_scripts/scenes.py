@@ -14,10 +14,11 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import toyworld
-from score import Cond, Denoiser, guided, hub
-from score.gradient import TimeWeight
-from score.randomness import Rng, derived_generator
-from score.times import ramp, uniform
+from scorefield import Cond, Denoiser, guided
+from scorefield.gradient import TimeWeight
+from scorefield.models import hub
+from scorefield.randomness import Rng, derived_generator
+from scorefield.times import ramp, uniform
 from sds.canvas import Canvas
 from sds.field import Field, cone_blob, scaled_softplus
 from sds.learning import SceneDistillation

@@ -23,10 +23,10 @@ from distill.guard import Guard, middle_layer
 from distill.rates import Rates, range_test
 from distill.regression import Pairs, Regression, teacher_batch
 from distill.student import Student
-from score import checkpoint
-from score.randomness import Rng
-from score.ranks import check_same
-from score.training import Phase, train
+from scorefield.randomness import Rng
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase, train
+from scorefield.training.ranks import check_same
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

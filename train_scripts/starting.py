@@ -10,9 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from command import RunOptions, resolved
 
-from score import checkpoint
-from score.atomic import whole_file
-from score.ranks import check_same_fields
+from scorefield.atomic import whole_file
+from scorefield.training import checkpoint
+from scorefield.training.ranks import check_same_fields
 
 IDENTITY = "identity.json"
 """In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
@@ -48,7 +48,7 @@ def check_earlier(
 ) -> None:
     """Raise ``ValueError`` where ``out`` holds results of another run, and no checkpoint to go on from.
 
-    With a checkpoint, :func:`score.checkpoint.load` compares; one that was removed must not let another run
+    With a checkpoint, :func:`checkpoint.load` compares; one that was removed must not let another run
     replace what the first one made.
     """
     if checkpoint.steps(out / "checkpoints" if checkpoints is None else checkpoints):

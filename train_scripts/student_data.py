@@ -10,7 +10,7 @@ from distill_options import Config
 from images import ImageSet, load_images
 from networks import Teacher
 
-from score.randomness import Rng, shuffled
+from scorefield.randomness import Rng, shuffled
 
 
 def student_data(config: Config, teacher: Teacher) -> ImageSet | None:

@@ -12,8 +12,8 @@ from networks import Probed
 from torch import Generator, Tensor
 from torchvision.utils import save_image
 
-from score import Cond
-from score.diagnosis import Diagnosis, diagnose
+from scorefield import Cond
+from scorefield.diagnosis.check import Diagnosis, diagnose
 
 PICTURE = "teacher_check.png"
 COLUMNS = 8

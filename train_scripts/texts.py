@@ -12,9 +12,9 @@ import torch
 from captioned import rendered
 from torch import Tensor
 
-from score import files
-from score.prompts import default_cache_folder
-from score.randomness import derived_generator
+from scorefield import files
+from scorefield.models.prompts import default_cache_folder
+from scorefield.randomness import derived_generator
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import draw_scenes
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
 
 from controlnet.circles import Circles, pictures
-from score import guided
-from score.families import DiffusersNetwork
-from score.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
-from score.randomness import Rng, shuffled
-from score.sampling import grid, sample
-from score.times import uniform
-from score.training import EMA, Phase
+from scorefield import guided
+from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
+from scorefield.models.families import DiffusersNetwork
+from scorefield.randomness import Rng, shuffled
+from scorefield.sampling import grid, sample
+from scorefield.times import uniform
+from scorefield.training.loop import EMA, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

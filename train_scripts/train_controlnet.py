@@ -35,13 +35,13 @@ from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
-from score.atomic import whole_file
-from score.cache import TensorCache
-from score.denoiser import NetworkDenoiser, freeze
-from score.files import printable
-from score.gradient import min_snr_weight
-from score.prompts import default_cache_folder
-from score.training import EMA, Phase
+from scorefield.atomic import whole_file
+from scorefield.cache import TensorCache
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.files import printable
+from scorefield.gradient import min_snr_weight
+from scorefield.models.prompts import default_cache_folder
+from scorefield.training.loop import EMA, Phase
 
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""

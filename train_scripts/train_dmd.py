@@ -28,9 +28,10 @@ from student_data import data_identity, student_batches, student_data
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 from distill.student import Student, save_student
-from score import checkpoint, freeze
-from score.diagnosis import Diagnosis
-from score.randomness import Rng
+from scorefield import freeze
+from scorefield.diagnosis.check import Diagnosis
+from scorefield.randomness import Rng
+from scorefield.training import checkpoint
 
 __all__ = ["Config", "main", "teacher_pairs"]
 

@@ -14,7 +14,7 @@ from command import check_device, check_numbers, check_out, run
 from features import save_classifier, train_classifier
 from images import DataOptions, load_images
 
-from score.atomic import check_replaceable
+from scorefield.atomic import check_replaceable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,9 +38,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from score import checkpoint, hub
-from score.ranks import check_same
-from score.training import Phase
+from scorefield.models import hub
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase
+from scorefield.training.ranks import check_same
 from sds.canvas import Canvas
 from sds.export import export
 from sds.finish import exportable, save_scene

@@ -20,13 +20,13 @@ from images import DataOptions, ImageSet, as_floats, load_images
 from monitoring import EvalOptions, check_evaluation, watcher
 from networks import Teacher, build_network
 
-from score import Karras, NetworkDenoiser, freeze
-from score.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
-from score.randomness import Rng, shuffled
-from score.sampling import grid, initial_noise, sample
-from score.storage import save_denoiser
-from score.times import log_normal
-from score.training import EMA, Phase
+from scorefield import Karras, NetworkDenoiser, freeze
+from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
+from scorefield.models.storage import save_denoiser
+from scorefield.randomness import Rng, shuffled
+from scorefield.sampling import grid, initial_noise, sample
+from scorefield.times import log_normal
+from scorefield.training.loop import EMA, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from starting import check_earlier, note_identity
 from torch import Tensor, nn
 
-from score import NetworkDenoiser, VariancePreserving
-from score.atomic import whole_file
-from score.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
-from score.guidance import guided
-from score.randomness import Rng, shuffled
-from score.sampling import grid, sample
-from score.times import uniform
-from score.training import EMA, Phase
+from scorefield import NetworkDenoiser, VariancePreserving
+from scorefield.atomic import whole_file
+from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
+from scorefield.guidance import guided
+from scorefield.randomness import Rng, shuffled
+from scorefield.sampling import grid, sample
+from scorefield.times import uniform
+from scorefield.training.loop import EMA, Phase
 from toyworld.parts import (
     Autoencoding,
     TextToLatent,

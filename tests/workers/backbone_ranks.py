@@ -18,11 +18,11 @@ from distill.adversarial import Critic, discriminator_head
 from distill.backbone import LAYERS, shared_backbone
 from distill.dmd import DMD, GAN
 from distill.student import Student
-from score.denoiser import NetworkDenoiser, freeze
-from score.families import DiffusersNetwork
-from score.guidance import guided
-from score.schedule import VariancePreserving
-from score.training import train
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.guidance import guided
+from scorefield.models.families import DiffusersNetwork
+from scorefield.schedule import VariancePreserving
+from scorefield.training.loop import train
 
 B, RANK, SHAPE, BOTTLENECK = 2, 3, (4, 8, 8), "model.mid_block"
 

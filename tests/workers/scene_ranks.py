@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from score import checkpoint
-from score.randomness import Rng
-from score.schedule import Schedule, VariancePreserving
-from score.training import Phase, train
+from scorefield.randomness import Rng
+from scorefield.schedule import Schedule, VariancePreserving
+from scorefield.training import checkpoint
+from scorefield.training.loop import Phase, train
 from sds.guards import num_rollbacks, roll_back
 from sds.learning import SceneDistillation
 from sds.looks import Backdrop, SceneLooks

@@ -16,11 +16,11 @@ from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Probe, Validation, hint_judge, paired_gap
 from controlnet.scores import MASK_SCORES
 from controlnet.training import control_phase, unlock
-from score.randomness import Rng
-from score.ranks import shared_rows, verify_weights
-from score.times import uniform
-from score.training import train
-from score.wrapping import unwrap
+from scorefield.denoiser import unwrap
+from scorefield.randomness import Rng
+from scorefield.times import uniform
+from scorefield.training.loop import train
+from scorefield.training.ranks import shared_rows, verify_weights
 
 STEPS, BATCH, NAME = 2, 2, "pixels"
 

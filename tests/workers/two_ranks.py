@@ -13,15 +13,15 @@ from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN
 from distill.regression import Pairs, Regression
 from distill.student import Student, even_times
-from score import training
-from score.denoiser import KarrasPreconditioning, NetworkDenoiser, freeze
-from score.gradient import TIME_NOT_FINITE
-from score.network import ResidualMLP
-from score.randomness import Rng, shuffled
-from score.ranks import check_same
-from score.schedule import Karras, RectifiedFlow
-from score.storage import save_denoiser
-from score.training import EMA, Phase, train
+from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser, freeze
+from scorefield.gradient import TIME_NOT_FINITE
+from scorefield.models.network import ResidualMLP
+from scorefield.models.storage import save_denoiser
+from scorefield.randomness import Rng, shuffled
+from scorefield.schedule import Karras, RectifiedFlow
+from scorefield.training import loop as training
+from scorefield.training.loop import EMA, Phase, train
+from scorefield.training.ranks import check_same
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = 4

@@ -1,0 +1,1 @@
+"""Pictures of the user, and caches of what was computed from them."""

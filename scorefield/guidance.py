@@ -1,0 +1,125 @@
+"""Guidance: a denoiser made from a denoiser."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scorefield.denoiser import Cond, Denoiser, expand_cond, under_each
+from scorefield.schedule import Images, PerSample, Schedule, per_sample
+
+
+@dataclass(frozen=True, eq=False)
+class Guided:
+    """Classifier-free guidance of a denoiser; see :func:`guided`."""
+
+    denoiser: Denoiser
+    scale: float
+    negative: Cond
+    rescale: float = 0.0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The guided clean image, from one call on a batch of 2b: negatives first."""
+        neg, pos = under_each(self.denoiser, x_t, t, (self.negative, cond))
+        x0 = neg + self.scale * (pos - neg)
+        return x0 * _toward_spread_of(pos, x0, self.rescale) if self.rescale else x0
+
+
+def guided(denoiser: Denoiser, scale: float, negative: Cond, *, rescale: float = 0.0) -> Denoiser:
+    """Classifier-free guidance: x0 = neg + scale (pos - neg) (Ho and Salimans 2022, arXiv 2207.12598, Eq. 6).
+
+    In x0 it is the same guidance as in eps, v or flow, which are affine in x0.
+
+    Args:
+        denoiser: a conditional denoiser.
+        scale: 1 means none and costs one network call on b samples; any other scale is one call on 2b. A
+            paper that writes ``cond + s (cond - uncond)`` means ``scale = 1 + s``.
+        negative: the condition to move away from, batch 1 or b: the null label, an empty or negative prompt.
+        rescale: in [0, 1], how far each image's standard deviation, which guidance inflates, is brought back to
+            that of the positive image (arXiv 2305.08891, Eq. 15 and 16, applied to x0 as MVDream does with 0.5,
+            arXiv 2308.16512).
+
+    Returns:
+        ``denoiser`` itself at scale 1.
+
+    Raises:
+        ValueError: rescale outside [0, 1].
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must lie in [0, 1]; got {rescale}. 0 means none, MVDream uses 0.5.")
+    return denoiser if scale == 1 else Guided(denoiser, scale, negative, rescale)
+
+
+@dataclass(frozen=True, eq=False)
+class Perpendicular:
+    """Guidance away from what conditions do not share with the wanted one; see :func:`perpendicular`."""
+
+    denoiser: Denoiser
+    scale: float
+    null: Cond
+    negatives: Sequence[Cond]
+    weights: Tensor
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """The guided clean image, from one call on (2 + n) b samples: null, negatives, positive."""
+        null, *negatives, pos = under_each(self.denoiser, x_t, t, (self.null, *self.negatives, cond))
+        wanted = direction = pos - null
+        weights = expand_cond({"weights": self.weights}, len(x_t))["weights"].to(x_t.device)
+        for negative, weight in zip(negatives, weights.unbind(1), strict=True):
+            direction = direction - per_sample(weight, x_t) * _perpendicular_part(negative - null, wanted)
+        return null + self.scale * direction
+
+
+def perpendicular(
+    denoiser: Denoiser, scale: float, null: Cond, negatives: Sequence[Cond], weights: Tensor | Sequence[float]
+) -> Denoiser:
+    """Perp-Neg: null + scale (d - sum of w_i d_i') with d = pos - null (Armandpour et al. 2023, arXiv 2304.04968).
+
+    d_i' is the part of neg_i - null that is perpendicular to d. A negative prompt that shares words with the
+    prompt ("a mug, front view" against "a mug, side view") so takes away the view alone, not the mug.
+
+    Args:
+        denoiser: a conditional denoiser.
+        scale: of the whole direction; without negatives that of :func:`guided`.
+        null: the empty prompt or null label, batch 1 or b.
+        negatives: n conditions to move away from, each of batch 1 or b.
+        weights: n numbers, or (b, n) where they depend on the view; 0 switches a negative off. Code that adds the
+            perpendicular parts writes them with a minus.
+
+    Raises:
+        ValueError: not one weight for each negative.
+    """
+    table = torch.as_tensor(weights, dtype=torch.float64)
+    table = table[None] if table.ndim == 1 else table
+    if table.ndim != 2 or table.shape[1] != len(negatives):
+        raise ValueError(
+            f"weights must be ({len(negatives)},) or (b, {len(negatives)}), one per negative; got "
+            f"{tuple(torch.as_tensor(weights).shape)}."
+        )
+    return Perpendicular(denoiser, scale, null, tuple(negatives), table)
+
+
+def _perpendicular_part(x: Images, to: Images) -> Tensor:
+    # Of each sample. Where ``to`` vanishes nothing is parallel to it: x stays whole.
+    a, b = x.flatten(1), to.flatten(1)
+    square = b.square().sum(1, keepdim=True)
+    share = (a * b).sum(1, keepdim=True) / torch.where(square > 0, square, 1.0)
+    return (a - share * b).view_as(x)
+
+
+def _toward_spread_of(wanted: Images, x: Images, strength: float) -> Tensor:
+    # A factor per sample; the spread of a constant image cannot be changed.
+    target, spread = (image.flatten(1).std(1, correction=0) for image in (wanted, x))
+    ratio = torch.where(spread > 0, target / torch.where(spread > 0, spread, 1.0), 1.0)
+    return per_sample(strength * ratio + (1 - strength), x)

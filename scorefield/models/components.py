@@ -1,0 +1,170 @@
+"""Parts of a downloaded pipeline: its index names no paths, its folders no code; only known files are copied."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scorefield.files import check_regular, printable, read_json
+
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of parts come from."""
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that are neither read nor copied."""
+
+VOCABULARY = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+"""Files of a tokenizer."""
+
+CONFIGS = ("config.json", "generation_config.json")
+"""Files beside the weights of a network."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
+_OLD_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", re.ASCII)
+
+
+def check_index(index: Mapping[str, Any], file: Path, used: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a ``model_index.json`` that names anything but classes of known parts.
+
+    Args:
+        index: its content.
+        file: where it was read, for the message.
+        used: parts that are read; each must have a class of diffusers or transformers.
+    """
+    for name, value in index.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{file}: {name[:80]!r} is no name of a part; expected letters, digits and _.")
+        if isinstance(value, list | dict) and not (_is_pair(value) or _is_numbers(value)):
+            raise ValueError(f"{file}: {name} must be [library, class] or [null, null]; got {str(value)[:80]!r}.")
+    for name in used:
+        library, _ = index[name] if _is_pair(index.get(name)) else (None, None)
+        if library not in LIBRARIES:
+            wanted = "a tokenizer of transformers" if name.startswith("tokenizer") else "a class of diffusers"
+            got = printable(str(index.get(name))[:80])
+            raise ValueError(f"{file} names an unsupported {name}: {got}; expected {wanted}.")
+
+
+def _is_pair(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    plain = all(isinstance(word, str) and re.fullmatch(r"\w+(\.\w+)*", word, re.ASCII) for word in value)
+    return plain or value == [None, None]
+
+
+def _is_numbers(value: object) -> bool:
+    # Such as the times of an exported student.
+    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
+
+
+def check_part(part: Path) -> None:
+    """Raise ``ValueError`` for a folder of weights whose files name others, or are no files.
+
+    Refused are adapters (transformers reads them unasked, and then does not say which weights are missing),
+    pipes and devices, and shards outside the folder.
+    """
+    for file in sorted(part.iterdir()) if part.is_dir() else ():
+        if file.name == "adapter_config.json":
+            raise ValueError(
+                f"{part} holds an adapter (adapter_config.json), with which missing weights go unnoticed. Merge "
+                "the adapter into the weights, or remove its files."
+            )
+        if not file.is_dir():
+            try:
+                check_regular(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} {error}") from error
+        if file.name.endswith(".index.json") or ".index." in file.name:
+            _check_shards(file)
+
+
+def _check_shards(file: Path) -> None:
+    shards = read_json(file).get("weight_map")
+    for name in set(shards.values()) if isinstance(shards, dict) else [shards]:
+        if not isinstance(name, str) or name in (".", "..") or "/" in name or "\\" in name:
+            raise ValueError(f"{file}: shards must be names of files beside it; got {str(name)[:80]!r}.")
+
+
+def check_copyable(folder: Path, parts: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a part of which nothing may be copied, or a file that leads out of ``folder``."""
+    for part in parts:
+        if not copied_files(folder, part):
+            raise ValueError(f"{folder / part} holds no file that belongs to a {part}. Download it again.")
+
+
+def copied_files(folder: Path, part: str) -> list[Path]:
+    """The files of a part that a copy needs, by list: configs, vocabulary, one set of weights.
+
+    Pickles are among them only where there are no safetensors. Raises ``ValueError`` for one that is no regular
+    file, or that is a link out of ``folder``; links of a download's cache into its own blobs are none.
+    """
+    files = sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
+    if part.startswith("tokenizer"):
+        kept = [file for file in files if file.name in VOCABULARY]
+    else:
+        safe = [file for file in files if _WEIGHTS.fullmatch(file.name)]
+        old = [file for file in files if _OLD_WEIGHTS.fullmatch(file.name)]
+        kept = [file for file in files if file.name in CONFIGS] + (safe or old)
+    for file in kept:
+        _check_inside(file, folder.resolve())
+    return kept
+
+
+def _check_inside(file: Path, root: Path) -> None:
+    blobs = root.parent.parent / "blobs"
+    real = file.resolve()
+    cached = root.parent.name == "snapshots" and real.is_relative_to(blobs)
+    if not (cached or real.is_relative_to(root)):
+        raise ValueError(f"{file} is a link out of {root}, to {real}, and not copied. Put the file in its place.")
+    try:
+        check_regular(real)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} {error}") from error
+
+
+def copy_part(folder: Path, part: str, target: Path) -> None:
+    """Copy the files of :func:`copied_files` into the new folder ``target``.
+
+    Links become files, pickles safetensors, and text encoders in half precision float32.
+    """
+    target.mkdir()
+    files = copied_files(folder, part)
+    pickles = [file for file in files if file.suffix in PICKLES]
+    for file in files:
+        if file not in pickles:
+            shutil.copyfile(file, target / file.name)
+    if pickles:
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+        weights = {name: value for file in pickles for name, value in _unpickled(file).items()}
+        save_file(weights, target / f"{stem}.safetensors", metadata={"format": "pt"})
+    if part.startswith("text_encoder"):
+        _to_float32(target)
+
+
+def _to_float32(part: Path) -> None:
+    for file in part.glob("*.safetensors"):
+        weights = load_file(file)
+        if any(value.dtype in (torch.float16, torch.bfloat16) for value in weights.values()):
+            whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+            save_file(whole, file, metadata={"format": "pt"})
+    config = read_json(part / "config.json")
+    stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in config}
+    (part / "config.json").write_text(json.dumps({**config, **stored}, indent=2))
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    held = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise ValueError(f"{file} holds no weights by name. Save it again with save_pretrained.")
+    return {str(name): value.clone(memory_format=torch.contiguous_format) for name, value in held.items()}

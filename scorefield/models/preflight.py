@@ -1,0 +1,134 @@
+"""What is wrong with a model as far as its JSON files tell: checked before the first weights are read."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from scorefield.files import read_json
+from scorefield.models.components import check_part
+
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Files that hold all tokens of a tokenizer, either of them."""
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device. Raises ``ValueError`` for one that torch does not know, or that is not here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device must be one that is here, such as cpu; got {device!r} ({reason}).") from error
+    return found
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise ``ValueError`` for precisions that networks do not compute in."""
+    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if dtype not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}.")
+
+
+def check_options(has_codec: bool, **options: object) -> None:
+    """Raise ``ValueError`` for options of the autoencoder of a model that has none."""
+    given = [name for name, value in options.items() if value]
+    if given and not has_codec:
+        raise ValueError(f"this model works on pixels, without an autoencoder; leave out {', '.join(given)}.")
+
+
+def check_network(config: Mapping[str, Any], part: Path) -> None:
+    """Raise ``ValueError`` for a network that needs more than noise, time, prompt and class, or predicts more."""
+    if config["out_channels"] != config["in_channels"]:
+        raise ValueError(
+            f"{part} maps {config['in_channels']} channels to {config['out_channels']}: it learned its variance, "
+            "or takes an image beside the noise. Pass a model that predicts the shape of x_t."
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{part} is a distilled model that is told the guidance scale; pass the model it came from."
+        )
+    if (embedding := config.get("class_embed_type")) is not None:
+        raise ValueError(f"{part} embeds its classes as {embedding!r}; expected class numbers (null).")
+
+
+def check_shift(settings: Mapping[str, Any]) -> float:
+    """Shift of the noise levels of a flow-matching scheduler. Raises ``ValueError`` unless it is above 0."""
+    shift = settings.get("shift", 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise ValueError(f"the scheduler's shift must be a number above 0, such as 3; got {shift!r}.")
+    return float(shift)
+
+
+def latent_shape(
+    config: Mapping[str, Any], channels: int, factor: int, size: int | tuple[int, int] | None
+) -> tuple[int, int, int]:
+    """(c, h, w) of x0.
+
+    Args:
+        config: of the network.
+        channels: of the autoencoder.
+        factor: pixels per latent along a side.
+        size: of the images in pixels; None is the network's own.
+
+    Raises:
+        ValueError: channels that do not fit, a size that is unknown or that the network cannot take.
+    """
+    if channels != config["in_channels"]:
+        raise ValueError(f"the autoencoder has {channels} channels, the network {config['in_channels']}.")
+    if size is None and config["sample_size"] is None:
+        raise ValueError("the model does not say the size of its images. Pass size=(height, width).")
+    own = size is None
+    height, width = _pair(config["sample_size"] if own else size)
+    if own:
+        height, width = factor * height, factor * width
+    step = factor * (config.get("patch_size") or 1)
+    if factor == 1:  # a UNet2DModel halves the sides in every block but its last, and must come back
+        step = 2 ** (len(config["down_block_types"]) - 1)
+    if height < 1 or width < 1 or height % step or width % step:
+        raise ValueError(f"size must be in multiples of {step} pixels; got {height} x {width}.")
+    most = config.get("pos_embed_max_size")
+    if most is not None and max(height, width) > most * step:
+        raise ValueError(f"size must be at most {most * step} pixels here; got {height} x {width}.")
+    return config["in_channels"], height // factor, width // factor
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+        raise ValueError(f"size must be a whole number of pixels, or (height, width); got {size!r}.")
+    height, width = pair
+    return height, width
+
+
+def check_tokenizer(part: Path) -> None:
+    """Raise ``ValueError`` unless the folder ``part`` holds a vocabulary and says how long a prompt may be.
+
+    transformers makes an empty tokenizer of a folder without one, and then all prompts are alike.
+    """
+    check_part(part)
+    held = {path.name for path in part.iterdir() if path.stat().st_size} if part.is_dir() else set()
+    if not any(held.issuperset(names) for names in VOCABULARIES):
+        expected = ", or ".join(" and ".join(names) for names in VOCABULARIES)
+        found = ", ".join(sorted(held)) or "nothing"
+        raise ValueError(f"{part} holds no vocabulary: expected {expected}; got {found}. Download it again.")
+    for name in held & {"tokenizer.json", "vocab.json"}:
+        read_json(part / name)
+    length = read_json(part / "tokenizer_config.json").get("model_max_length")
+    if not isinstance(length, int) or not 0 < length < 100_000:  # transformers writes 10^30 for none
+        raise ValueError(
+            f"{part / 'tokenizer_config.json'}: model_max_length must be the most tokens of a prompt, such as 77; "
+            f"got {length!r}."
+        )
+
+
+def tokenizer_class(index: Mapping[str, Any], part: str) -> Any:
+    """What ``model_index.json`` says of the folder ``part``. Raises ``ValueError`` unless transformers has it."""
+    library, name = index.get(part) or (None, None)
+    kind = getattr(transformers, name, None) if library == "transformers" and isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+        raise ValueError(f"unsupported {part}: {library}.{name}; expected a tokenizer of transformers.")
+    return kind

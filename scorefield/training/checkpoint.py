@@ -1,0 +1,184 @@
+"""Checkpoints of a training run: atomic, verified, never unpickled.
+
+A checkpoint is a folder ``step-000001000`` with each phase's weights (and EMA) as safetensors, optimiser and
+counters as ``torch.save`` of tensors and numbers, the run's config, and a manifest of sha256 sums. It is written
+under a temporary name and renamed, and the last two are kept: a kill at any moment leaves a whole one.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from scorefield.atomic import foreign, whole_folder
+from scorefield.training.loop import Phase
+
+MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"step-\d{9}")
+
+
+def steps(folder: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first, by their exact names: a copy of one under another name is not ours."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def is_own(name: str) -> bool:
+    """Whether a file in a checkpoint's folder is one that :func:`save` writes."""
+    return "/" not in name and (name in (MANIFEST, "state.pt", "config.json") or name.endswith(".safetensors"))
+
+
+def save(
+    folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], keep: int = 2,
+    also: Collection[int] = (),
+) -> Path:  # fmt: skip
+    """Write a checkpoint of ``step`` finished iterations; call it on the main process only.
+
+    Args:
+        folder: holds this run's checkpoints.
+        step: ``Report.step``.
+        phases: as passed to ``train``.
+        config: JSON-able; :func:`load` refuses another one.
+        keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
+            from an earlier step, are removed. One that holds a file of someone else stays as it is.
+        also: earlier steps whose checkpoints are kept, too, such as the best one.
+
+    Raises:
+        ValueError: keep is below 1, or the checkpoint of that step holds a file of someone else.
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1; got {keep}: this checkpoint would be thrown away.")
+    check_finite(step, phases)
+    final = folder / f"step-{step:09d}"
+    for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
+        if _NAME.fullmatch(unfinished.name.removeprefix(".writing-")):
+            shutil.rmtree(unfinished)
+    with whole_folder(final, is_own) as temporary:
+        _write(temporary, step, phases, config)
+    others = [path for path in steps(folder) if path != final]
+    earlier = [path for path in others if path < final]
+    kept = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
+    kept += [path for path in earlier if path.name in {f"step-{step:09d}" for step in also}]
+    for path in others:
+        if path not in kept and not path.is_symlink() and not foreign(path, is_own):
+            shutil.rmtree(path)
+    return final
+
+
+def check_finite(step: int, phases: Sequence[Phase]) -> None:
+    """Raise ``FloatingPointError`` for weights that are not finite.
+
+    :func:`save` does so on the one process that calls it. Where a run goes on after the error, all call this.
+    """
+    for phase in phases:
+        if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
+            raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
+
+
+def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any]) -> None:
+    state: dict[str, Any] = {"step": step, "phases": {}}
+    for phase in phases:
+        for name, network in phase.networks().items():
+            save_model(network, str(folder / f"{name}.safetensors"))
+        state["phases"][phase.name] = {
+            "optimizer": phase.optimizer.state_dict(),
+            "lr_schedule": phase.lr_schedule.state_dict() if phase.lr_schedule else None,
+            "ema_updates": phase.ema.num_updates if phase.ema else None,
+        }
+    torch.save(state, folder / "state.pt")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
+
+
+def newest(folder: Path, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint, of a step below ``before`` if that is given; None if there is none.
+
+    A damaged checkpoint is named in a warning and the one before it used.
+    """
+    for path in reversed(steps(folder)):
+        if before is not None and path.name >= f"step-{before:09d}":
+            continue
+        damage = _damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=3)
+    return None
+
+
+def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], before: int | None = None) -> int:
+    """Restore the :func:`newest` whole checkpoint into ``phases`` and return its step; 0 if there is none.
+
+    Raises:
+        ValueError: the checkpoint belongs to another config, naming the fields that differ, or to other phases.
+    """
+    path = newest(folder, before)
+    if path is None:
+        return 0
+    _check_config(path, config)
+    _check_networks(path, phases)
+    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    for phase in phases:
+        for name, network in phase.networks().items():
+            load_model(network, str(path / f"{name}.safetensors"))
+        own = state["phases"][phase.name]
+        phase.optimizer.load_state_dict(own["optimizer"])
+        if phase.lr_schedule is not None:
+            phase.lr_schedule.load_state_dict(own["lr_schedule"])
+        if phase.ema is not None:
+            phase.ema.num_updates = own["ema_updates"]
+    return int(state["step"])
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where the :func:`newest` checkpoint, if any, belongs to another config."""
+    if (path := newest(folder)) is not None:
+        _check_config(path, config)
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest unreadable: {error}"
+    if not isinstance(sums, dict) or not {"state.pt", "config.json"} <= sums.keys():
+        return "manifest does not name its files"
+    for name, expected in sums.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != expected:
+            return f"{name} has another sha256 than the manifest says"
+    return None
+
+
+def _check_networks(path: Path, phases: Sequence[Phase]) -> None:
+    saved = {file.stem for file in path.glob("*.safetensors")}
+    wanted = {name for phase in phases for name in phase.networks()}
+    if saved != wanted:
+        raise ValueError(
+            f"checkpoint {path} holds the networks {sorted(saved)}; this run trains {sorted(wanted)}. Pass the "
+            "phases (and averages) it was written with, or another output folder."
+        )
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    saved, wanted = json.loads((path / "config.json").read_text()), json.loads(json.dumps(config, default=str))
+    fields = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if fields:
+        listing = "; ".join(f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in fields)
+        raise ValueError(
+            f"checkpoint {path} belongs to another config ({listing}). Use that config, or another output folder."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
