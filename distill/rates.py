@@ -30,12 +30,12 @@ class Rates:
 
     @classmethod
     def from_warmup(cls, warmup: float) -> "Rates":
-        """Fractions of the warm-up's rate: 1 / 50 for the student, 1 / 10 for the fake score.
+        """Fractions of the warm-up's rate: 1 / 25 for the student, 2 / 5 for the fake score, which must not lag.
 
         A one-step student that has learned its pairs only needs to be sharpened; at the warm-up's rate the noise
         of the gradient moves it further than that (docs/distillation.md has the measurement).
         """
-        return cls(warmup, warmup / 50, warmup / 10)
+        return cls(warmup, warmup / 25, warmup / 2.5)
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,16 @@ def auto_solver(schedule: Schedule, num_calls: int) -> Solver:
 def auto_spacing(schedule: Schedule, solver: Solver, num_calls: int, shift: float = 1.0) -> Spacing:
     """The grid that was best with a solver on such a schedule: docs/solvers.md has the figures.
 
+    A schedule that begins beyond all useful noise levels is sampled from its own first time on: trained
+    networks, unlike exact ones, do not survive the long first step of the other grids.
+
     A flow is sampled as it is customary unless a solver with memory has six calls or more; a ``shift`` belongs to
-    the customary times. Heun's first step must not start from next to nothing but noise.
+    the customary times.
     """
     multistep = solver in ("dpm++", "unipc")
     if isinstance(schedule, RectifiedFlow):
         return "log-snr" if multistep and num_calls >= 6 and shift == 1 else "trailing"
-    if solver == "ddpm" or (solver == "heun" and _last_alpha(schedule) < SMALL_ALPHA):
+    if solver == "ddpm" or _last_alpha(schedule) < SMALL_ALPHA:
         return "trailing"
     return "log-snr" if multistep else "karras"
 

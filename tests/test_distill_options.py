@@ -171,8 +171,8 @@ def listening():
 
 def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(listening):
     found = roles.settled(Config(), listening, real=True)
-    assert (found.gan_weight, found.bottleneck) == (0.01, "blocks.1")
-    assert roles.settled(Config(reals="teacher"), listening, real=False).gan_weight == 0.01
+    assert (found.gan_weight, found.bottleneck) == (0.03, "blocks.1")
+    assert roles.settled(Config(reals="teacher"), listening, real=False).gan_weight == 0.03
     deaf = teacher_of(Tokens())
     for config, teacher, real in (
         (Config(), listening, False), (Config(), deaf, True), (Config(reals="teacher"), deaf, False),
@@ -189,12 +189,12 @@ def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(liste
 @pytest.mark.parametrize(
     ("changes", "steps", "pairs"),
     [
-        ({}, 2000, 12_800), ({"steps": 100}, 100, 2000), ({"batch_size": 101, "accumulate": 3}, 2000, 60_600),
-        ({"warmup_steps": 1001, "batch_size": 33}, 1001, 3304), ({"warmup_steps": 0}, 0, 2000),
-        ({"num_pairs": 7}, 2000, 7),
+        ({}, 8000, 25_600), ({"steps": 100}, 400, 2000), ({"batch_size": 101, "accumulate": 3}, 8000, 121_200),
+        ({"warmup_steps": 2001, "batch_size": 33}, 2001, 3302), ({"warmup_steps": 0}, 0, 2000),
+        ({"num_pairs": 7}, 8000, 7),
     ],
 )  # fmt: skip
-def test_the_warm_up_is_as_long_as_the_rest_and_reads_each_pair_ten_times(listening, changes, steps, pairs):
+def test_the_warm_up_is_four_times_the_rest_and_reads_each_pair_twenty_times(listening, changes, steps, pairs):
     found = roles.settled(replace(distill_options.auto(), **changes), listening, real=False)
     assert (found.warmup_steps, found.num_pairs) == (steps, pairs)
 

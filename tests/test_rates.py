@@ -75,4 +75,4 @@ def test_a_loss_that_explodes_ends_the_test_early():
 
 def test_later_stages_take_fractions():
     rates = Rates.from_warmup(1e-3)
-    assert (rates.warmup, rates.student, rates.fake) == pytest.approx((1e-3, 2e-5, 1e-4))
+    assert (rates.warmup, rates.student, rates.fake) == pytest.approx((1e-3, 4e-5, 4e-4))

@@ -58,9 +58,9 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Noise levels sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 % of the timesteps,
     as in DMD."""
     student_lr: float = 0.0
-    """Peak learning rate of the student. 0: a fiftieth of the warm-up's."""
+    """Peak learning rate of the student. 0: a 25th of the warm-up's."""
     fake_lr: float = 0.0
-    """Peak learning rate of the fake score. 0: a tenth of the warm-up's."""
+    """Peak learning rate of the fake score. 0: four tenths of the warm-up's."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a half cosine to zero, for the fake score to a tenth, or the peak to the end (DMD2)."""
     betas: tuple[float, float] = (0.0, 0.99)
@@ -71,7 +71,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     alpha_in_gradient: bool = False
     """Keep the factor alpha(t) of the DMD paper's gradient, which its code drops. No difference for EDM."""
     gan_weight: float | None = None
-    """Weight of the student's adversarial term. 0: the student never sees real images. Default: 0.01 where there
+    """Weight of the student's adversarial term. 0: the student never sees real images. Default: 0.03 where there
     are real images and the network has a bottleneck to listen to, else 0."""
     reals: Literal["data", "teacher"] = "data"
     """What the GAN term takes for real: --data, or the images of the teacher pairs, which need no data."""
@@ -81,15 +81,16 @@ class Config(RunOptions, DataOptions, EvalOptions):
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's."""
     warmup_steps: int | None = None
-    """Steps of regression on teacher pairs before the distribution matching; 0 means none. Default: --steps."""
+    """Steps of regression on teacher pairs before the distribution matching; 0 means none. Default: four times
+    --steps."""
     warmup_lr: float = 0.0
     """Peak learning rate of the warm-up. 0: found by a range test of 50 steps, which is then undone."""
     regression_loss: Literal["l1", "l2", "huber"] = "l1"
     """Distance of a student's image from its teacher's in the regression on pairs."""
-    regression_weight: float = 0.25
+    regression_weight: float = 1.0
     """Weight of the regression on pairs beside the distribution matching; 0 means none."""
     num_pairs: int = 0
-    """Teacher pairs for the regressions. 0: one for every ten that the warm-up reads, at least 2,000."""
+    """Teacher pairs for the regressions. 0: one for every 20 that the warm-up reads, at least 2,000."""
     pair_steps: int = 16
     """Network calls of each pair."""
     pair_sampler: Literal["auto", "ddim"] = "auto"
@@ -232,7 +233,7 @@ def refuse_given(config: Config, names: Sequence[str], why: str) -> None:
 
 def auto() -> Config:
     """The default recipe, for any teacher of images."""
-    return Config(batch_size=64, save_every=500)
+    return Config(batch_size=64, save_every=500, betas=(0.9, 0.99))
 
 
 PAPER: dict[str, Any] = {
@@ -254,7 +255,8 @@ def text() -> Config:
     """Any text-to-image teacher: the default recipe under guidance 3, computed in bf16 on a GPU."""
     gpu = torch.cuda.is_available()
     return Config(
-        preset="text", batch_size=32, guidance=3.0, precision="bf16" if gpu else "no", gradient_checkpointing=gpu
+        preset="text", batch_size=32, guidance=3.0, precision="bf16" if gpu else "no", gradient_checkpointing=gpu,
+        betas=(0.9, 0.99),
     )
 
 

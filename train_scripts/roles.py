@@ -36,7 +36,10 @@ from scorefield.training.loop import EMA, Phase
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""
 
-PAIR_USES = 10
+WARMUP_SHARE = 4
+"""Warm-up updates for each iteration of the matching, by default: regression is the main stage."""
+
+PAIR_USES = 20
 """How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
 
 
@@ -57,8 +60,8 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
     if gan is None:
         layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
-        gan = 0.01 if real and config.critic_weight and listens(teacher, layer) else 0.0
-    steps = config.steps if config.warmup_steps is None else config.warmup_steps
+        gan = 0.03 if real and config.critic_weight and listens(teacher, layer) else 0.0
+    steps = WARMUP_SHARE * config.steps if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
