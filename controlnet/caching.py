@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from controlnet.pictures import as_floats
+from scorefield.data.pictures import as_floats
 from scorefield.cache import Content, Entry, TensorCache
 from scorefield.models.prompts import PromptEncoder
 from scorefield.randomness import derived_generator, normal_like

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from controlnet.caching import share_work
-from controlnet.pictures import ROOM, Kind, check_kind, covering, read_picture, resized
+from scorefield.data.pictures import ROOM, Kind, check_kind, covering, read_picture, resized
 from controlnet.rows import Row, read_rows
 from scorefield.cache import TensorCache
 

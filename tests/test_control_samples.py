@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from controlnet import samples as module
-from controlnet.pictures import View, as_values, choose_view, covering, read_picture, resized
+from scorefield.data.pictures import View, as_values, choose_view, covering, read_picture, resized
 from controlnet.samples import load_pictures
 
 SIZE = (16, 16)

@@ -19,7 +19,7 @@ from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Hint, Precomputed, check_source
 from controlnet.lines import LineArt, Scribble, SoftEdge
-from controlnet.pictures import PLAIN, Kind
+from scorefield.data.pictures import PLAIN, Kind
 from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
 from scorefield.cache import content_key
 from toyworld import data as toyworld
