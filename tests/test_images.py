@@ -162,7 +162,7 @@ def test_a_line_that_cannot_be_used_is_named_or_left_out(tmp_path, capsys, line,
 def test_labels_that_do_not_belong_together_are_refused(tmp_path, labels):
     rows = [{"file_name": picture(tmp_path / f"{n}.png").name, "label": label} for n, label in enumerate(labels)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(ValueError, match=r"labels must be (all )?class numbers from 0.*got (1 beside 'a'|numbers)"):
+    with pytest.raises(ValueError, match=r"labels must be .*class numbers from 0.*got (1 beside 'a'|num)"):
         load(tmp_path)
 
 
@@ -221,7 +221,9 @@ def test_a_saved_dataset_keeps_its_class_numbers_and_names(saved):
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_item_of_a_dataset_without_a_label_is_bad(saved, label):
     path = saved([2, label, 1])
-    with pytest.raises(ValueError, match=rf"saved\[1\] has label {label}, none of its 3.*--on-bad-data skip"):
+    with pytest.raises(
+        ValueError, match=rf"saved\[1\] 'image' has label {label}, none of its 3.*--on-bad"
+    ):
         load(path)
     assert load(path, on_bad_data="skip").labels.tolist() == [2, 1]
 
@@ -313,7 +315,7 @@ def test_bad_images_stop_the_run_or_are_left_out_and_named(tmp_path, capsys, spo
 
 def test_nothing_usable_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
-    with pytest.raises(ValueError, match="1 of 1 samples .* None is left"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples .* None is left"):
         load(tmp_path, on_bad_data="skip")
 
 

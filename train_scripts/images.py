@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from scorefield.data.arrays import check_class_numbers, check_values
 from scorefield.data.pictures import ROOM, as_floats, open_image, resized, square
-from scorefield.data.sources import Columns, Listing, OnBadData, Row, keep_good, read_rows
+from scorefield.data.rows import Columns, Listing, OnBadData, Row, keep_good
+from scorefield.data.sources import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class DataOptions:
     data: str | None = None
     """Folder of images (class subfolders, metadata.jsonl or .csv with file_name and label, or neither; of train/
     and test/ the former), npz file with images and labels, idx file or folder of them (MNIST family), webdataset
-    .tar, jsonl, csv or parquet file, or a Hugging Face dataset. None: the digits. Classes that are all numbers keep
-    them, other names are numbered in alphabetical order."""
+    .tar, jsonl, csv or parquet file, or a Hugging Face dataset. None: the digits. Classes that are all numbers
+    keep them, other names are numbered in alphabetical order."""
     resolution: int | None = None
     """Height and width to train at. None: that of the first image."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
@@ -37,8 +38,8 @@ class DataOptions:
     flip: bool = False
     """Mirror every image with probability one half."""
     on_bad_data: OnBadData = "stop"
-    """What to do about samples that cannot be used: corrupt, smaller than half the resolution, without the label or
-    caption that others have, no UTF-8."""
+    """What to do about samples that cannot be used: corrupt, smaller than half the resolution, without a label or
+    an image that others have, no UTF-8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,11 @@ def _label_fault(row: Row, names: Sequence[str] | None) -> str:
         return "has no label, and others have one."
     if isinstance(label, bool) or not isinstance(label, int | str):
         return f"has label {label!r}, a {type(label).__name__}; expected a class number such as 0, or a name."
-    return f"has label {label}; expected a class number from 0, or a name." if isinstance(label, int) and label < 0 else ""
+    return (
+        f"has label {label}; expected a class number from 0, or a name."
+        if isinstance(label, int) and label < 0
+        else ""
+    )
 
 
 def number_classes(labels: list[Any], known: tuple[str, ...] | None = None) -> tuple[Tensor, tuple[str, ...]]:

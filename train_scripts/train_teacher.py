@@ -21,8 +21,8 @@ from monitoring import EvalOptions, check_evaluation, watcher
 from networks import Teacher, build_network
 
 from scorefield import Karras, NetworkDenoiser, freeze
-from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from scorefield.data.pictures import as_floats
+from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from scorefield.models.storage import save_denoiser
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, initial_noise, sample

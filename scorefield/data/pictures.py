@@ -108,7 +108,9 @@ def square(image: Image.Image, size: int, resolution: int) -> Tensor:
         raise ValueError(f"is {image.width} x {image.height}, smaller than half of {resolution} x {resolution}.")
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Cut first: the filter must not see beyond the square.
-    return resized(channels_first(np.asarray(image.crop((left, top, left + side, top + side)))), "image", (size, size))
+    return resized(
+        channels_first(np.asarray(image.crop((left, top, left + side, top + side)))), "image", (size, size)
+    )
 
 
 def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, convert: bool = False) -> Tensor:
