@@ -221,9 +221,7 @@ def test_a_saved_dataset_keeps_its_class_numbers_and_names(saved):
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_item_of_a_dataset_without_a_label_is_bad(saved, label):
     path = saved([2, label, 1])
-    with pytest.raises(
-        ValueError, match=rf"saved\[1\] 'image' has label {label}, none of its 3.*--on-bad"
-    ):
+    with pytest.raises(ValueError, match=rf"saved\[1\] 'image' has label {label}, none of its 3.*--on-bad"):
         load(path)
     assert load(path, on_bad_data="skip").labels.tolist() == [2, 1]
 

@@ -188,15 +188,15 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, options: DataOptions) -
     mode = options.channels
     if mode == "grey" and stack.shape[1] == 3:
         raise ValueError(
-            f"--channels grey, but the images of --data {options.data} are in colour; pass auto or rgb."
+            f"--channels grey, but the images of {options.data or 'the digits'} are in colour; pass auto or rgb."
         )
     stack = stack.expand(-1, 3, -1, -1) if mode == "rgb" else stack
     side = min(stack.shape[2:])
     resolution = options.resolution or side
     if side * 2 < resolution:
         raise ValueError(
-            f"the images of --data {options.data} are {side} high or wide; less than half of --resolution "
-            f"{resolution} shows nothing."
+            f"the images of {options.data or 'the digits'} are {side} high or wide; less than half of "
+            f"--resolution {resolution} shows nothing."
         )
     top, left = ((length - side) // 2 for length in stack.shape[2:])
     stack = stack[:, :, top : top + side, left : left + side]

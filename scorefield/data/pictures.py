@@ -47,22 +47,23 @@ def check_kind(kind: str) -> None:
 
 def _opened(data: bytes) -> tuple[str | None, Image.Image]:
     # Format and upright picture.
+    what = "cannot be read as a picture"
     try:
         with Image.open(io.BytesIO(data)) as file:
-            format_, image = file.format, ImageOps.exif_transpose(file)
-            image.load()
+            file.load()
+            what = "has an Exif block that cannot be read; save it without"
+            return file.format, ImageOps.exif_transpose(file)
     except UnidentifiedImageError as error:
-        what = f"begins with {data[:12]!r}, as no format does that is known" if data else "is empty"
-        raise ValueError(f"cannot be read as a picture: it {what}.") from error
+        why = f"begins with {data[:12]!r}, as no format does that is known" if data else "is empty"
+        raise ValueError(f"{what}: it {why}.") from error
     except Exception as error:  # Pillow raises a dozen kinds, struct.error and SyntaxError among them
-        raise ValueError(f"cannot be read as a picture: {error or type(error).__name__}.") from error
-    return format_, image
+        raise ValueError(f"{what}: {error or type(error).__name__}.") from error
 
 
 def is_turned(data: bytes) -> bool:
     """Whether a picture's Exif tag says that it lies otherwise than its pixels do."""
     with Image.open(io.BytesIO(data)) as file:
-        return file.getexif().get(ORIENTATION, 1) not in (0, 1)
+        return file.getexif().get(ORIENTATION) in range(2, 9)
 
 
 def open_image(data: bytes) -> Image.Image:

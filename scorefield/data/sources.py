@@ -195,7 +195,9 @@ def _walk(root: Path, passed: Counter[str]) -> list[Path]:
 
 
 def _ending(file: Path) -> str:
-    return f"{file.suffix or 'nameless'} files" if len(file.suffix) < 9 else "other files"
+    if not file.exists():
+        return "links to nothing"
+    return f"{file.suffix} files" if 0 < len(file.suffix) < 9 else "files without an ending"
 
 
 def _metadata_rows(

@@ -1,5 +1,6 @@
 """Prompts as conditions: each is encoded once, kept on disk, and needs no text encoder afterwards."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -125,7 +126,12 @@ class PromptEncoder:
                 f"the text encoders were dropped, and the cache {self.folder} lacks {len(prompts)} of the "
                 f"prompts, such as {prompts[0]!r}. Encode all prompts, the negative one too, before dropping them."
             )
-        cond = self.load()(prompts)
+        encode, disabled = self.load(), logging.root.manager.disable
+        logging.disable(logging.WARNING)  # what is cut is told in one line, not by every library for every batch
+        try:
+            cond = encode(prompts)
+        finally:
+            logging.disable(disabled)
         for name, value in cond.items():
             if not bool(value.isfinite().all()):
                 raise ValueError(
