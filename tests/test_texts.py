@@ -121,6 +121,11 @@ def test_data_sets_and_their_images_where_they_lie(tmp_path):
     assert len(texts.read_texts(str(tmp_path / "half"), 1).images) == 1
 
 
+def test_lists_of_prompts_that_read_alike_are_known_apart():
+    lists = (("a\nb", "c"), ("a", "b\nc"), ("a", "b", "c"))
+    assert len({texts.Texts(prompts).identity() for prompts in lists}) == 3
+
+
 def test_prompts_of_the_toy_world_have_their_renders():
     found = texts.read_texts("toyworld", 30)
     assert len(found.images) == 30

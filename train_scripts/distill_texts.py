@@ -25,7 +25,6 @@ from distill.dmd import DMD
 from distill.export import copied_parts, export_student, read_student_facts, scheduler_for
 from distill.student import Student
 from scorefield import Cond
-from scorefield.cache import content_key
 from scorefield.data.rows import Listing, keep_good
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
@@ -246,10 +245,10 @@ def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """What a run reads, as inputs of :func:`command.identity`."""
     teacher, latents = inputs.teacher, inputs.latents
-    words = content_key(*inputs.texts.prompts)[:16]
     negative = [] if teacher.negative is None else [teacher.negative[name] for name in sorted(teacher.negative)]
     return {
-        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)), "prompts": words,
+        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)),
+        "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
     }  # fmt: skip
 

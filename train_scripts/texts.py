@@ -11,6 +11,7 @@ from captioned import rendered
 from torch import Tensor
 from torch.utils.data import Subset
 
+from scorefield.cache import content_key
 from scorefield.data.rows import Picture, Row, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.models.prompts import default_cache_folder
@@ -43,6 +44,10 @@ class Texts:
 
     prompts: tuple[str, ...]
     images: Pictures = ()
+
+    def identity(self) -> str:
+        """A hash of the prompts."""
+        return content_key(*self.prompts)[:16]
 
     def some(self, numbers: Sequence[int]) -> "Texts":
         """Those with these numbers."""
