@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from controlnet.pictures import as_floats
 from scorefield.cache import Content, Entry, TensorCache
+from scorefield.data.pictures import as_floats
 from scorefield.models.prompts import PromptEncoder
 from scorefield.randomness import derived_generator, normal_like
 
@@ -156,6 +156,6 @@ def share_prompts(texts: PromptEncoder, prompts: Sequence[str], *, rank: int = 0
     """
     cache = TensorCache(texts.folder, texts.identify())
     return share_work(
-        sorted(set(prompts)), done=lambda prompt: cache.path(prompt).exists(), do=texts, rank=rank,
+        sorted(set(prompts)), done=cache.holds, do=texts, rank=rank,
         num_ranks=num_ranks,
     )  # fmt: skip

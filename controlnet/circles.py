@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import ImageColor
 from torch import Tensor
 
-from controlnet.pictures import Kind
+from scorefield.data.pictures import Kind
 from scorefield.randomness import derived_generator
 
 COLOURS = tuple(

@@ -21,8 +21,9 @@ from torch import Generator, Tensor
 
 from controlnet.caching import Latents, Memory, share_work
 from controlnet.hints import Hint, annotate, check_source, hint_generators
-from controlnet.pictures import as_floats, as_values, choose_view
-from controlnet.samples import THREADS, Samples
+from controlnet.samples import Samples
+from scorefield.data.pictures import as_floats, as_values, choose_view
+from scorefield.data.rows import THREADS
 from scorefield.denoiser import Cond
 from scorefield.randomness import Rng, shuffled
 

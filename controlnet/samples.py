@@ -1,32 +1,26 @@
 """Samples: an image, its caption and maps that go with it; from own files, all checked before training.
 
-A folder holds ``metadata.jsonl`` in the form that ``load_dataset("imagefolder")`` reads, a line per sample:
-
     {"file_name": "0001.png", "text": "a red mug", "depth_file_name": "0001_depth.png"}
 
-Every file is read once before training, since a run that dies of a cut file at night costs more than minutes.
-What cannot be used is named with its path, and stops the run or is left out.
+is a line of a folder's ``metadata.jsonl``; ``scorefield.data.sources`` says what else is read. Every file is read
+once before training, since a run that dies of a cut file at night costs more than minutes. What cannot be used is
+named, and stops the run or is left out.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from controlnet.caching import share_work
-from controlnet.pictures import ROOM, Kind, check_kind, covering, read_picture, resized
-from controlnet.rows import Row, read_rows
-from scorefield.cache import TensorCache
-
-OnBadData = Literal["stop", "skip"]
-
-THREADS = 8
-"""That read files: Pillow decodes outside of Python's lock."""
+from scorefield.cache import TensorCache, content_key
+from scorefield.data.pictures import ROOM, Kind, check_kind, covering, is_turned, read_picture, resized
+from scorefield.data.rows import Columns, OnBadData, Row, in_shares, keep_good
+from scorefield.data.sources import read_rows
+from scorefield.files import warn
 
 
 class Samples(Protocol):
@@ -64,7 +58,6 @@ class Pictures:
         channels: of the image, 1 or 3.
         room: factor by which stored pictures are larger than ``size``, for random crops.
         convert: unusual modes are converted.
-        bad: what was left out, and why.
     """
 
     rows: Sequence[Row]
@@ -74,14 +67,13 @@ class Pictures:
     channels: int = 3
     room: float = 1.0
     convert: bool = False
-    bad: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def caption(self, index: int) -> str:
         """The sample's prompt."""
-        text: str = self.rows[index].caption
+        text: str = self.rows[index].caption or ""
         return text
 
     def identity(self, index: int) -> str:
@@ -94,10 +86,16 @@ class Pictures:
 
         Raises ``ValueError`` for a file that has changed into something unusable.
         """
-        pictures = _read(self.rows[index], self.kinds, self.channels, self.convert)
+        row = self.rows[index]
+        pictures = _decoded(row, _contents(row, self.kinds), self.kinds, self.channels, self.convert)
         height, width = pictures["image"].shape[1:]
         fitting = covering(height, width, self._stored())
         return {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
+
+    def some(self, numbers: Sequence[int]) -> "Pictures":
+        """Those with these numbers."""
+        rows, digests = ([part[number] for number in numbers] for part in (self.rows, self.digests))
+        return replace(self, rows=rows, digests=digests)
 
     def _stored(self) -> tuple[int, int]:
         return round(self.size[0] * self.room), round(self.size[1] * self.room)
@@ -107,12 +105,12 @@ def load_pictures(
     data: Any, size: tuple[int, int], *, text: str | None = "text", image: str | None = None,
     maps: Mapping[str, Kind] | None = None, channels: int = 3, crop: Literal["center", "random"] = "center",
     convert: bool = False, on_bad_data: OnBadData = "stop", cache: Path | None = None, rank: int = 0,
-    num_ranks: int = 1,
+    num_ranks: int = 1, gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Pictures:  # fmt: skip
     """Samples of a folder or a data set, all of them checked.
 
     Args:
-        data: folder with metadata.jsonl; a data set of ``datasets``, or the folder or name of one.
+        data: what ``scorefield.data.sources`` reads, or a data set of ``datasets``.
         size: height and width to train at.
         text: column of captions; None trains without, all captions are then empty.
         image: column of images; None takes ``file_name``, or the first column of images that is no map.
@@ -120,13 +118,13 @@ def load_pictures(
             the column of the map ``depth`` is ``depth_file_name``.
         channels: of the images, 1 or 3.
         crop: random crops are taken from pictures an eighth larger.
-        convert: take pictures of unusual modes; see :func:`controlnet.pictures.read_picture`.
+        convert: take pictures of unusual modes; see :func:`scorefield.data.pictures.read_picture`.
         on_bad_data: stop, or skip unusable samples: pictures missing, damaged, of another mode, smaller than half
             of ``size``, or of another size than their image; captions missing or empty.
-        cache: folder in which verdicts are kept, by path, size and time of change: ranks then share the work,
-            and a second start is fast.
+        cache: folder in which verdicts are kept, under the hash of a sample's files: a second start decodes none.
         rank: of this process.
         num_ranks: that share the work.
+        gather: the lists of all ranks as one.
 
     Raises:
         ValueError: a source that is not there or not understood, unusable samples unless they are to be skipped,
@@ -134,31 +132,47 @@ def load_pictures(
     """
     kinds: dict[str, Kind] = {"image": "image", **(maps or {})}
     _check_options(size, channels, on_bad_data, maps or {})
-    rows = read_rows(data, text=text, image=image, maps=tuple(maps or {}))
-    if not rows:
-        raise ValueError(
-            f'{data} holds no samples. Give metadata.jsonl a line {{"file_name": ..., "text": ...}} for each '
-            "image, or the data set rows."
-        )
-    options = f"1 {size} {channels} {convert} {sorted(kinds.items())}"
-    outcomes = _outcomes(
-        rows, lambda row: _judge(row, kinds, size, channels, convert), cache, options, rank, num_ranks
-    )
-    faults = (
-        fault or (_caption_fault(row) if text else "") for row, (_, fault) in zip(rows, outcomes, strict=True)
-    )
-    bad = {number: fault for number, fault in enumerate(faults) if fault}
-    good = [number for number in range(len(rows)) if number not in bad]
-    if (bad and on_bad_data == "stop") or not good:
-        some = "".join(f"\n  {bad[number]}" for number in sorted(bad)[:5])
-        raise ValueError(
-            f"{len(bad)} of {len(rows)} samples of {data} cannot be used:{some}\nRepair them"
-            + (", or leave them out: --on-bad-data skip." if good else ".")
+    listing = read_rows(data, Columns(image or "", text, tuple(maps or {})))
+    rows, verdicts = listing.rows, None
+    if cache is not None:
+        verdicts = TensorCache(cache / "checked", f"2 {size} {channels} {convert} {sorted(kinds.items())}")
+
+    def judge(number: int) -> Verdict:
+        row = rows[number]
+        try:
+            if row.fault or (text is not None and (fault := _caption_fault(row))):
+                raise ValueError(f"{row.name} {row.fault or fault}")
+            contents = _contents(row, kinds)
+            make = lambda _: [_facts(row, contents, kinds, size, channels, convert)]  # noqa: E731
+            key = content_key(*contents.values())
+            entry = (verdicts.fetch([key], make) if verdicts else make(None))[0]
+            return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]))
+        except ValueError as error:
+            return Verdict(fault=str(error))
+
+    found = in_shares(judge, len(rows), rank=rank, num_ranks=num_ranks, gather=gather)
+    good = keep_good(listing, [verdict.fault for verdict in found], on_bad_data)
+    if apart := [rows[number].name for number in good if found[number].apart]:
+        warn(
+            f"{len(apart)} of {len(good)} images, such as {apart[0]}, are turned by their Exif tag and their maps "
+            "are not, or the other way round. If they lie a quarter turn apart, save them upright, without tags."
         )
     return Pictures(
-        [rows[number] for number in good], [outcomes[number][0] for number in good], size, kinds, channels,
-        ROOM if crop == "random" else 1.0, convert, tuple(bad[number] for number in sorted(bad)),
+        [rows[number] for number in good], [found[number].digest for number in good], size, kinds, channels,
+        ROOM if crop == "random" else 1.0, convert,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of a sample: the hash of its image's file, or why it cannot be used.
+
+    ``apart``: image and map are turned by their Exif tags, but not alike.
+    """
+
+    digest: str = ""
+    apart: bool = False
+    fault: str = ""
 
 
 def _check_options(size: tuple[int, int], channels: int, on_bad_data: str, maps: Mapping[str, Kind]) -> None:
@@ -172,59 +186,48 @@ def _check_options(size: tuple[int, int], channels: int, on_bad_data: str, maps:
         raise ValueError(f"on_bad_data must be stop or skip; got {on_bad_data!r}.")
 
 
-def _outcomes(
-    rows: Sequence[Row], judge: Callable[[Row], str], cache: Path | None, options: str, rank: int, num_ranks: int
-) -> list[tuple[str, str]]:
-    # (digest, "") of each good row, ("", fault) of each bad one. Only the former are kept on disk: faults are
-    # there to be repaired.
-    verdicts = None if cache is None else TensorCache(cache / "checked", options)
-
-    def outcome(row: Row) -> tuple[str, str]:
-        stamp = row.stamp() if verdicts else ""
-        entry = verdicts.load(stamp) if verdicts and stamp else None
-        if entry is not None:
-            return bytes(entry["digest"].tolist()).hex(), ""
+def _contents(row: Row, kinds: Mapping[str, Kind]) -> dict[str, bytes]:
+    contents = {}
+    for key in kinds:
+        picture = row.image if key == "image" else row.maps[key]
+        if picture is None:
+            raise ValueError(f"{row.name} names no picture.")
         try:
-            digest = judge(row)
+            contents[key] = picture.read()
         except ValueError as error:
-            return "", str(error)
-        if verdicts and stamp:
-            verdicts.store(stamp, {"digest": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)})
-        return digest, ""
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        if verdicts:
-            share_work(
-                rows, done=lambda row: verdicts.path(row.stamp()).exists(),
-                do=lambda some: list(pool.map(outcome, some)), rank=rank, num_ranks=num_ranks,
-                batch_size=16 * THREADS,
-            )  # fmt: skip
-        return list(pool.map(outcome, rows))
+            raise ValueError(f"{picture.name} {error}") from error
+    return contents
 
 
-def _judge(row: Row, kinds: Mapping[str, Kind], size: tuple[int, int], channels: int, convert: bool) -> str:
-    pictures = _read(row, kinds, channels, convert)
-    height, width = pictures["image"].shape[1:]
+def _facts(
+    row: Row, contents: Mapping[str, bytes], kinds: Mapping[str, Kind], size: tuple[int, int], channels: int,
+    convert: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    # What is kept of a sample that can be used.
+    height, width = _decoded(row, contents, kinds, channels, convert)["image"].shape[1:]
     if max(size[0] / height, size[1] / width) > 2:
         raise ValueError(
-            f"{row.name('image')} is {width} x {height}, less than half of the {size[1]} x {size[0]} to train at."
+            f"{row.name} is {width} x {height}, less than half of the {size[1]} x {size[0]} to train at."
         )
-    return hashlib.sha256(row.read("image")).hexdigest()
+    turned = {is_turned(data) for data in contents.values()}
+    return {"apart": torch.tensor(len(turned) > 1)}
 
 
-def _read(row: Row, kinds: Mapping[str, Kind], channels: int, convert: bool) -> dict[str, Tensor]:
+def _decoded(
+    row: Row, contents: Mapping[str, bytes], kinds: Mapping[str, Kind], channels: int, convert: bool
+) -> dict[str, Tensor]:
     pictures: dict[str, Tensor] = {}
+    names = {"image": row.name, **{key: picture.name for key, picture in row.maps.items()}}
     for key, kind in kinds.items():
         try:
             wanted = channels if key == "image" else 3 if kind == "normals" else None
-            pictures[key] = read_picture(row.read(key), kind, wanted, convert=convert)
+            pictures[key] = read_picture(contents[key], kind, wanted, convert=convert)
         except ValueError as error:
-            raise ValueError(f"{row.name(key)} {error}") from error
+            raise ValueError(f"{names[key]} {error}") from error
         (height, width), expected = pictures[key].shape[1:], pictures["image"].shape[1:]
         if (height, width) != tuple(expected):
             raise ValueError(
-                f"{row.name(key)} is {width} x {height}, but its image {row.name('image')} is {expected[1]} x "
-                f"{expected[0]}."
+                f"{names[key]} is {width} x {height}, but its image {row.name} is {expected[1]} x {expected[0]}."
             )
     return pictures
 
@@ -233,4 +236,4 @@ def _caption_fault(row: Row) -> str:
     if isinstance(row.caption, str) and row.caption.strip():
         return ""
     what = "an empty caption" if isinstance(row.caption, str) else f"the caption {row.caption!r}, not a text"
-    return f"{row.name('image')} has {'no caption' if row.caption is None else what}."
+    return f"has {'no caption' if row.caption is None else what}."

@@ -62,18 +62,9 @@ class TensorCache:
         """The entry of ``content``; None if there is none, or none that can be trusted."""
         return _read(self.path(content))
 
-    def load_tensor(self, content: Content, name: str) -> Tensor | None:
-        """One tensor of the entry of ``content``; None if there is no such entry, or it has no such tensor.
-
-        Nothing else of the entry is read, so its sum is not checked: in an entry that :meth:`load` would not trust
-        the tensor may be wrong. Ask for what is a hint, not for what a result is made of.
-        """
-        try:
-            with safe_open(self.path(content), "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError):
-            return None
-        return tensor
+    def holds(self, content: Content) -> bool:
+        """Whether there is an entry of ``content`` that can be trusted; all of it is read."""
+        return self.load(content) is not None
 
     def store(self, content: Content, tensors: Mapping[str, Tensor]) -> Entry:
         """Write an entry, replacing an older one, and return it."""
@@ -128,11 +119,16 @@ def _read(path: Path) -> Entry | None:
         with safe_open(path, "pt") as file:
             entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = (file.metadata() or {}).get("crc32")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        if path.is_file():
+            warnings.warn(f"{path} is damaged ({error}); it is made again.", stacklevel=4)
         return None
     # A damaged entry counts as missing: making it again costs one encoding, raising costs the run. The sum is
     # needed because safetensors checks sizes only, and blocks lost in a power cut read as zeros.
-    return entry if written == _checksum(entry) else None
+    if written == _checksum(entry):
+        return entry
+    warnings.warn(f"{path} is damaged (its checksum is another); it is made again.", stacklevel=4)
+    return None
 
 
 def _write(path: Path, entry: Entry) -> None:

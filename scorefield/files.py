@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,3 +81,9 @@ def printable(text: str) -> str:
     direction of writing, and halves of characters, as names that are not UTF-8 have them.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(message: str) -> None:
+    """Print a warning in one line on stderr, in the first process of a run only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"warning: {printable(message)}", file=sys.stderr)

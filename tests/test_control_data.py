@@ -316,6 +316,19 @@ def test_prompts_are_dropped_anew_in_every_epoch(tmp_path, cached):
     assert not torch.equal(table[0], table[1])
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda data: b"", lambda data: data[:-7], lambda data: bytes(len(data)), lambda data: data[:-8] + bytes(8),
+])  # fmt: skip
+def test_damaged_prompts_are_made_again_before_the_encoder_is_dropped(tmp_path, spoil):
+    encoder, captions = PromptEncoder(tmp_path, lambda: "letters", lambda: letters), ["a mug", "a cone"]
+    share_prompts(encoder, captions)
+    path = TensorCache(tmp_path, "letters").path("a cone")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged .*; it is made again"):
+        assert share_prompts(encoder, captions) == 1
+    assert equal(encoder.dropped()(captions), letters(captions))
+
+
 def test_hints_are_dropped_anew_and_apart_from_prompts():
     loader = batches(Circles(16, 40), batch_size=40, prompt_drop=0.5, hint_drop=0.25)
     prompts, hints = (visits_dropped(loader, 40, 40, name) for name in ("prompt_dropped", "hint_dropped"))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from controlnet import samples as module
-from controlnet.pictures import View, as_values, choose_view, covering, read_picture, resized
 from controlnet.samples import load_pictures
+from scorefield.data.pictures import View, as_values, choose_view, covering, read_picture, resized
 
 SIZE = (16, 16)
 
@@ -50,7 +50,6 @@ def test_a_folder_is_read_as_it_is(folder):
     sample = samples.load(2)
     assert np.array_equal(sample["image"].permute(1, 2, 0), pixels(seed=2))
     assert np.array_equal(sample["edges"][0], pixels(channels=1))
-    assert not samples.bad
 
 
 def test_data_sets_of_the_hub_library_are_read_too(folder, tmp_path):
@@ -72,13 +71,15 @@ def test_data_sets_of_the_hub_library_are_read_too(folder, tmp_path):
             ours, theirs = samples.load(n), expected.load(n)
             assert all(torch.equal(ours[name], theirs[name]) for name in ("image", "edges"))
             assert samples.identity(n) == expected.identity(n)
-    with pytest.raises(ValueError, match=r"has no column of images called depth; it has \['picture', 'edges'\]"):
+    with pytest.raises(
+        ValueError, match=r"has no column depth of pictures; it has \['text', 'picture', 'edges'\]"
+    ):
         load_pictures(data, SIZE, maps={"depth": "depth"})
-    with pytest.raises(ValueError, match="has no column 'caption' of captions; its columns are"):
+    with pytest.raises(ValueError, match="has no column 'caption' of captions; it has"):
         load_pictures(data, SIZE, text="caption")
     holes = datasets.Dataset.from_dict({"text": ["a", "b"], "image": [str(folder / "0.png"), None]})
     holes = holes.cast_column("image", datasets.Image())
-    with pytest.raises(ValueError, match=r"data set\[1\] 'image' is missing"):
+    with pytest.raises(ValueError, match=r"data set\[1\] names no picture"):
         load_pictures(holes, SIZE)
 
 
@@ -130,11 +131,11 @@ BAD_MAPS = {
     ),
     "transparent": (
         lambda path: save(pixels(channels=4), path),
-        r"0_e\.png is partly transparent .* pass convert\.",
+        r"0_e\.png is partly transparent .* pass --convert\.",
     ),
     "16 bits": (
         lambda path: save(pixels(channels=1).astype(np.uint16) * 257, path),
-        r"0_e\.png is of 16 bits; .* pass convert, or read it as numbers: kind depth\.",
+        r"0_e\.png is of 16 bits; .* pass --convert, or read it as numbers: kind depth\.",
     ),
     "missing": (lambda path: path.unlink(), r"0_e\.png cannot be read: No such file"),
 }
@@ -166,12 +167,12 @@ def spoil(folder, what):
     + [("caption", n) for n in BAD_CAPTIONS],
     ids=lambda what: f"{what[0]}: {what[1]}",
 )
-def test_bad_data_is_named_and_stopped_or_skipped(folder, tmp_path, what, cached):
+def test_bad_data_is_named_and_stopped_or_skipped(folder, tmp_path, capsys, what, cached):
     cache = tmp_path / "cache" if cached else None
     if cached:
         load_pictures(folder, SIZE, maps={"edges": "lines"}, cache=cache)
     message = spoil(folder, what)
-    with pytest.raises(ValueError, match=r"1 of 4 samples of .* cannot be used:\n  .*" + message):
+    with pytest.raises(ValueError, match=r"1 of 4 samples of .* cannot be used: .*" + message):
         load_pictures(folder, SIZE, maps={"edges": "lines"}, cache=cache)
     for _ in range(2):
         samples = load_pictures(folder, SIZE, maps={"edges": "lines"}, on_bad_data="skip", cache=cache)
@@ -180,14 +181,13 @@ def test_bad_data_is_named_and_stopped_or_skipped(folder, tmp_path, what, cached
         assert np.array_equal(
             samples.load(0)["image"], resized(torch.from_numpy(pixels(seed=1)).permute(2, 0, 1), "image", (19, 16))
         )
-        assert len(samples.bad) == 1
-        assert str(folder / "0") in samples.bad[0]
+        assert str(folder / "0") in capsys.readouterr().err
 
 
 def test_all_bad_files_are_counted_and_the_first_ones_named(folder):
     for n in range(4):
         (folder / f"{n}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"(?s)4 of 4 samples.*0\.png.*1\.png.*3\.png.*Repair them\.$"):
+    with pytest.raises(ValueError, match=r"4 of 4 samples.*0\.png.*1\.png.*3\.png.*None is left\. Repair them\.$"):
         load_pictures(folder, SIZE, on_bad_data="skip")
 
 
@@ -223,16 +223,6 @@ def test_an_image_lies_as_its_exif_tag_says(folder):
     assert np.array_equal(sample["image"].permute(1, 2, 0), np.rot90(pixels(20, 24), -1))
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}', '{"file_name": 3, "text": "a"}', '"a"'])
-def test_a_line_that_is_no_sample_is_named(folder, line):
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write("\n" + line + "\n")
-    with pytest.raises(
-        ValueError, match=r'metadata.jsonl, line 6: expected \{"file_name": \.\.\., "text": \.\.\.\}'
-    ):
-        load_pictures(folder, SIZE)
-
-
 def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_no_part_of_it(folder):
     text = "a\u2028red\u0085mug"
     rows = [{"file_name": f"{n}.png", "text": text} for n in range(2)]
@@ -245,9 +235,9 @@ def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_no_part_of_it(folde
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nothing/here/at/all", "is no folder"),
-        ("./nothing", "is no folder"),
-        ("images.zip/", "is no folder"),
+        ("nothing/here/at/all", "no such file or folder"),
+        ("./nothing", "no such file or folder"),
+        ("images.zip/", "no such file or folder"),
         (3, r"expected a folder, or a datasets.Dataset of one split; got int"),
     ],
 )
@@ -256,12 +246,32 @@ def test_sources_that_are_not_there_are_refused(source, message):
         load_pictures(source, SIZE)
 
 
-def test_a_folder_without_metadata_says_what_is_needed(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no metadata\.jsonl"):
-        load_pictures(tmp_path, SIZE)
-    (tmp_path / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"holds no samples\. Give metadata\.jsonl a line"):
-        load_pictures(tmp_path, SIZE)
+def test_a_map_that_nobody_names_is_missed(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r'0\.png has no depth: expected it under "depth_file_name"; .*line 1 has file_name,'
+    ):
+        load_pictures(folder, SIZE, maps={"depth": "depth"})
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"0\.png has no depth, which a metadata\.jsonl must name"):
+        load_pictures(folder, SIZE, maps={"depth": "depth"}, text=None)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"holds no samples.* Expected are pictures in a folder"):
+        load_pictures(empty, SIZE)
+
+
+@pytest.mark.parametrize(("tag", "map_tag", "said"), [(6, 1, True), (6, 6, False), (1, 1, False), (1, 3, True)])
+def test_a_turned_image_beside_an_untagged_map_is_told_of(tmp_path, capsys, tag, map_tag, said):
+    rows = []
+    for n in range(2):
+        for name, orientation in ((f"{n}.png", tag if n else 1), (f"{n}_e.png", map_tag if n else 1)):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            save(pixels(20, 20), tmp_path / name, exif=exif)
+        rows.append({"file_name": f"{n}.png", "text": "a", "edges_file_name": f"{n}_e.png"})
+    for _ in range(2):  # the second time it was checked before
+        load_pictures(write(tmp_path, rows), SIZE, maps={"edges": "image"}, cache=tmp_path / ".cache")
+        assert ("1 of 2 images, such as" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize(
@@ -278,49 +288,46 @@ def test_options_that_cannot_be_are_refused(folder, options, message):
         load_pictures(folder, SIZE, **options)
 
 
-def test_verdicts_are_kept_until_a_file_changes(folder, tmp_path, monkeypatch):
-    judged = []
-    judge = module._judge
-    monkeypatch.setattr(module, "_judge", lambda row, *rest: judged.append(row.name("image")) or judge(row, *rest))
+@pytest.fixture
+def judged(monkeypatch):
+    """Names of the images that are decoded."""
+    names, facts = [], module._facts
+    monkeypatch.setattr(module, "_facts", lambda row, *rest: names.append(row.name[-5:]) or facts(row, *rest))
+    return names
 
+
+def test_verdicts_are_kept_until_the_content_of_a_file_changes(folder, tmp_path, judged):
     def load(**options):
         judged.clear()
         samples = load_pictures(folder, SIZE, maps={"edges": "lines"}, cache=tmp_path / "cache", **options)
-        return samples, [name[-5:] for name in judged]
+        return samples, sorted(judged)
 
     first, names = load()
-    assert sorted(names) == ["0.png", "1.png", "2.png", "3.png"]
+    assert names == ["0.png", "1.png", "2.png", "3.png"]
     again, names = load()
     assert not names
     assert again.digests == first.digests
+    before = (folder / "2.png").stat()
     save(pixels(seed=77), folder / "2.png")
+    os.utime(folder / "2.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     changed, names = load()
     assert names == ["2.png"]
     assert [a == b for a, b in zip(first.digests, changed.digests, strict=True)] == [True, True, False, True]
     save(pixels(channels=1, seed=78), folder / "1_e.png")
     assert load()[1] == ["1.png"]
     os.utime(folder / "3.png", ns=(1, 1))
-    touched, names = load()
-    assert names == ["3.png"]
-    assert touched.digests == changed.digests
     edit(folder, 0, text="another")
     assert load()[1] == []
     assert load(convert=True)[1] != []
 
 
-def test_ranks_share_the_checks(folder, tmp_path, monkeypatch):
-    judged = []
-    judge = module._judge
-    monkeypatch.setattr(
-        module, "_judge", lambda row, *rest: judged.append(row.name("image")[-5]) or judge(row, *rest)
-    )
-    alone = load_pictures(folder, SIZE)
-    judged.clear()
-    first = load_pictures(folder, SIZE, cache=tmp_path / "cache", rank=1, num_ranks=2)
-    assert sorted(judged[:2]) == ["1", "3"]  # its share comes first
-    second = load_pictures(folder, SIZE, cache=tmp_path / "cache", rank=0, num_ranks=2)
-    assert sorted(judged) == ["0", "1", "2", "3"]
-    assert alone.digests == first.digests == second.digests
+def test_ranks_share_the_checks(folder, judged):
+    alone, handed = load_pictures(folder, SIZE), []
+    for rank in range(2):
+        judged.clear()
+        load_pictures(folder, SIZE, rank=rank, num_ranks=2, gather=lambda own: handed.extend(own) or own * 2)
+        assert sorted(judged) == [["0.png", "1.png"], ["2.png", "3.png"]][rank]
+    assert [verdict.digest for verdict in handed] == list(alone.digests)
 
 
 # Pictures

@@ -165,5 +165,5 @@ def test_columns_may_have_other_names(tmp_path):
     task = load(data, image_column="photo", text_column="words")
     assert sorted(task.captions()) == ["0", "1", "2", "3"]
     assert set(load(data, image_column="photo", text_column="").captions()) == {""}
-    with pytest.raises(ValueError, match=r'expected \{"file_name": \.\.\., "words": \.\.\.\}'):
+    with pytest.raises(ValueError, match=r"4 of 4 samples .* line 1 names no picture"):
         load(data, text_column="words")

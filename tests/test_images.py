@@ -99,7 +99,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"is no folder here, and no dataset|must be the name"):
+    with pytest.raises(ValueError, match="no such file or folder, and no data set: those of the Hugging Face Hub"):
         load(name)
     assert time.monotonic() - start < 5
 
@@ -135,19 +135,34 @@ def test_metadata_with_a_byte_order_mark_and_a_line_separator_in_a_name(tmp_path
     assert len(load(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"label": 1}', '{"file_name": 3}'])
-def test_broken_metadata_is_named_with_its_line(tmp_path, line):
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "line 2 is no JSON"), ("[]", "line 2 must be an object"), ('{"label": 1}', "line 2 names no picture"),
+    ('{"file_name": 3}', "line 2 has no image: expected the path of one; got 3"),
+    ("[" * 100_000, "line 2 is JSON that is nested too deep"),
+    (b'{"file_name": "a.png", "text": "the cat\x92s"}', r"line 2 is not UTF-8: byte 0x92 .*iconv -f WINDOWS-1252"),
+    ('{"file_name": "a.png", "label": null}', r"a\.png has no label, and others have one"),
+    ('{"file_name": "a.png", "label": 1.0}', r"a\.png has label 1\.0, a float; expected a class number"),
+    ('{"file_name": "a.png", "label": true}', r"a\.png has label True, a bool"),
+    ('{"file_name": "a.png", "label": -1}', r"a\.png has label -1; expected a class number from 0"),
+    ('{"file_name": "gone.png", "label": 1}', r"gone\.png cannot be read: No such file"),
+])  # fmt: skip
+def test_a_line_that_cannot_be_used_is_named_or_left_out(tmp_path, capsys, line, message):
     name = picture(tmp_path / "a.png").name
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n" + line)
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: expected"):
+    first = json.dumps({"file_name": name, "label": 0}).encode() + b"\n"
+    (tmp_path / "metadata.jsonl").write_bytes(first + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(ValueError, match=rf"1 of 2 samples of .* cannot be used: .*{message}.*--on-bad-data skip"):
         load(tmp_path)
+    assert len(load(tmp_path, on_bad_data="skip")) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "left out 1 of 2 samples" in said
 
 
-@pytest.mark.parametrize("labels", [[1, "a"], [1, None], [-1, 0], [0, 10**9], [0.5, 1.5], [True, False]])
-def test_labels_of_no_class_are_refused(tmp_path, labels):
+@pytest.mark.parametrize("labels", [[1, "a"], [0, 10**9]])
+def test_labels_that_do_not_belong_together_are_refused(tmp_path, labels):
     rows = [{"file_name": picture(tmp_path / f"{n}.png").name, "label": label} for n, label in enumerate(labels)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(ValueError, match=r"labels must be|class numbers must be"):
+    with pytest.raises(ValueError, match=r"labels must be .*class numbers from 0.*got (1 beside 'a'|num)"):
         load(tmp_path)
 
 
@@ -206,7 +221,7 @@ def test_a_saved_dataset_keeps_its_class_numbers_and_names(saved):
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_item_of_a_dataset_without_a_label_is_bad(saved, label):
     path = saved([2, label, 1])
-    with pytest.raises(ValueError, match=rf"saved\[1\]: has label {label}, none of its 3.*--on-bad-data skip"):
+    with pytest.raises(ValueError, match=rf"saved\[1\] 'image' has label {label}, none of its 3.*--on-bad"):
         load(path)
     assert load(path, on_bad_data="skip").labels.tolist() == [2, 1]
 
@@ -276,32 +291,29 @@ def test_the_central_square_is_taken_and_resized(tmp_path):
     assert load(tmp_path, resolution=5).images.unique().tolist() == [200]
 
 
-@pytest.mark.parametrize("spoil", ["cut", "text", "tiny", "missing"])
-@pytest.mark.parametrize("choice", ["stop", "skip"])
-def test_bad_images_stop_the_run_or_are_left_out_and_named(tmp_path, capsys, spoil, choice):
+def broken_exif():
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(content, "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(path.read_bytes()[:100]), lambda path: path.write_text("not a picture"),
+    lambda path: picture(path, size=(3, 16)),
+])  # fmt: skip
+def test_bad_images_stop_the_run_or_are_left_out_and_named(tmp_path, capsys, spoil):
     rows = [{"file_name": picture(tmp_path / f"{n}.png").name, "label": n % 2} for n in range(3)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    bad = tmp_path / "1.png"
-    if spoil == "cut":
-        bad.write_bytes(bad.read_bytes()[:100])
-    elif spoil == "text":
-        bad.write_text("not a picture")
-    elif spoil == "tiny":
-        picture(bad, size=(3, 16))
-    else:
-        bad.unlink()
-    if choice == "stop":
-        with pytest.raises(ValueError, match=r"1\.png.*--on-bad-data skip"):
-            load(tmp_path)
-        return
-    images = load(tmp_path, on_bad_data="skip")
-    assert images.labels.tolist() == [0, 0]
-    assert "left out 1 unusable" in capsys.readouterr().out
+    spoil(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png.*--on-bad-data skip"):
+        load(tmp_path)
+    assert load(tmp_path, on_bad_data="skip").labels.tolist() == [0, 0]
+    assert "1.png" in capsys.readouterr().err
 
 
 def test_nothing_usable_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
-    with pytest.raises(ValueError, match="no usable image among 1"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples .* None is left"):
         load(tmp_path, on_bad_data="skip")
 
 

@@ -60,7 +60,7 @@ LIBRARIES = {
     "trimesh": ("sds/formats.py",),
     "imageio_ffmpeg": ("sds/video.py",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
-    "datasets": ("controlnet/rows.py", "train_scripts/"),
+    "datasets": ("scorefield/data/tables.py",),
 }
 
 # The core without these costs torch alone; these import accelerate or diffusers.
@@ -68,19 +68,7 @@ FORBIDDEN = (
     *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
     *("skimage", "trimesh", "imageio_ffmpeg"),
 )
-CONTROL = {
-    "caching",
-    "canny",
-    "circles",
-    "data",
-    "degraded",
-    "geometry",
-    "hints",
-    "lines",
-    "pictures",
-    "rows",
-    "samples",
-}
+CONTROL = {"caching", "canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {
     "parts",
     "lora",

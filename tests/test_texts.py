@@ -1,6 +1,7 @@
 """What --prompts names: text, jsonl, data sets, the toy world; and the latents of the images beside them."""
 
 import json
+import warnings
 
 import latents
 import numpy as np
@@ -10,6 +11,8 @@ import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
+from scorefield.data.pictures import resized
+from scorefield.data.rows import Cell, File
 from scorefield.models import hub
 from scorefield.models.prompts import PromptEncoder
 
@@ -52,25 +55,40 @@ def test_prompts_are_read_whole(tmp_path, name, content, prompts):
 def test_the_first_few(tmp_path):
     assert read(tmp_path, "a.txt", "a\nb\nc\n", num=2).prompts == ("a", "b")
     found = read(tmp_path, "a.jsonl", '{"text": "a", "image": "a.png"}\n{"text": "b", "image": "b.png"}', num=1)
-    assert (found.prompts, list(found.images)) == (("a",), [tmp_path / "a.png"])
+    assert (found.prompts, list(found.images)) == (("a",), [File(tmp_path / "a.png")])
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("empty.txt", "\n \n", "holds no prompt"), ("bytes.txt", b"\xff\xfe\x00\x80", "be read as text"),
-    ("cut.jsonl", '{"prompt": "a"}\n\n{"prompt": ', "line 3, is no JSON"),
-    ("list.jsonl", "[1]\n", "line 1 must be an object"),
-    ("blank.jsonl", '{"prompt": "  "}\n', "line 1 has no prompt"),
-    ("none.jsonl", '{"label": 3}\n', "has no prompt"), ("nan.jsonl", '{"prompt": NaN}\n', "has no prompt"),
-    ("some.jsonl", '{"prompt": "a", "image": "0.png"}\n{"prompt": "b"}\n', "1 of 2 prompts have an image"),
-    ("a.csv", "prompt,image\na,b\n", "is no text"), ("a.JSON", '[{"prompt": "a"}]', "is no text"),
-    ("number.jsonl", '{"prompt": "a", "image": 5}', "line 1 has no image: .* got 5"),
-    ("list_image.jsonl", '{"prompt": "a", "image": ["a.png"]}', "has no image"),
-    ("true.jsonl", '{"prompt": "a", "image": true}', "has no image"),
-    ("blank_image.jsonl", '{"prompt": "a", "image": ""}', "has no image"),
+    ("empty.txt", "\n \n", "holds no samples"), ("bytes.txt", b"\xff\xfe\x00\x80", "is UTF-16.*iconv"),
+    ("a.zip", "", "expected a folder of pictures, or a file that ends in"),
+    ("a.csv", 'prompt\n"' + "a" * 200_000, "field larger than field limit"),
 ])  # fmt: skip
-def test_what_is_no_prompt_is_named(tmp_path, name, content, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_holds_no_prompts_is_refused(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=rf"^--prompts .*{name}.*{message}"):
         read(tmp_path, name, content)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("windows.txt", b"a mug\nthe cat\x92s mug", r"line 2 is not UTF-8: byte 0x92 .*iconv -f WINDOWS"),
+    ("cut.jsonl", '{"prompt": "a"}\n\n{"prompt": ', "line 3 is no JSON"),
+    ("list.jsonl", '{"prompt": "a"}\n[1]\n', "line 2 must be an object"),
+    ("deep.jsonl", '{"prompt": "a"}\n' + '{"a":' * 100_000, "line 2 is JSON that is nested too deep"),
+    ("blank.jsonl", '{"prompt": "a"}\n{"prompt": "  "}\n', "line 2 has no prompt"),
+    ("none.csv", 'prompt,label\na,1\n,3\n', "line 3 has no prompt"),
+    ("nan.jsonl", '{"prompt": "a"}\n{"prompt": NaN}\n', "line 2 has no prompt.*got nan"),
+    ("half.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2 holds half of a character"),
+    ("some.jsonl", '{"prompt": "a", "image": "0.png"}\n{"prompt": "b"}\n', "line 2 has no image, and other"),
+    ("number.jsonl", '{"prompt": "a", "image": "0.png"}\n{"prompt": "a", "image": 5}', "line 2 has .*got 5"),
+    ("true.jsonl", '{"prompt": "a"}\n{"prompt": "a", "image": true}', "line 2 has no image.*got True"),
+    ("wide.csv", "prompt,label\na,1\na,b,c\n", "line 3 has more cells than the header, which has 2"),
+])  # fmt: skip
+def test_what_is_no_prompt_is_named_or_left_out(tmp_path, capsys, name, content, message):
+    with pytest.raises(ValueError, match=rf"1 of 2 samples .*{name}, {message}.*--on-bad-data skip"):
+        read(tmp_path, name, content)
+    assert len(texts.read_texts(str(tmp_path / name), on_bad_data="skip").prompts) == 1
+    said = capsys.readouterr().err
+    assert (said.count("\n"), "left out 1 of 2 samples" in said) == (1, True)
+    assert len(texts.read_texts(str(tmp_path / name), 1).prompts) == 1  # the second is not looked at
 
 
 def test_more_prompts_than_there_are(tmp_path):
@@ -87,24 +105,25 @@ def test_data_sets_and_their_images_where_they_lie(tmp_path):
     rows = {"caption": ["a mug", " a chair "], "image": ["in.png", "in.png"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "train.parquet")
     found = texts.read_texts(str(tmp_path / "set"))
+    content = (tmp_path / "set" / "in.png").read_bytes()
     assert found.prompts == ("a mug", "a chair")
-    assert [found.images[0], found.images[1]] == [tmp_path / "set" / "in.png"] * 2
+    assert [found.images[0].read(), found.images[1].read()] == [content] * 2
     assert texts.read_texts(str(tmp_path / "set"), 1).prompts == ("a mug",)
-    data = {"bytes": (tmp_path / "set" / "in.png").read_bytes(), "path": None}
     features = Features({"prompt": Value("string"), "image": Pictured()})
-    for name, second in (("whole", data), ("half", None)):
+    for name, second in (("whole", {"bytes": content, "path": None}), ("half", None)):
         (tmp_path / name).mkdir()
-        both = {"prompt": ["a", "b"], "image": [data, second]}
+        both = {"prompt": ["a", "b"], "image": [{"bytes": content, "path": None}, second]}
         Dataset.from_dict(both, features=features).to_parquet(tmp_path / name / "train.parquet")
     images = texts.read_texts(str(tmp_path / "whole")).images
-    assert (len(images), images[1]) == (2, data["bytes"])
-    with pytest.raises(ValueError, match="1 of 2 prompts have an image"):
+    assert (len(images), images[1].read()) == (2, content)
+    with pytest.raises(ValueError, match=r"half\[1\] has no image, and other prompts have one"):
         texts.read_texts(str(tmp_path / "half"))
     assert len(texts.read_texts(str(tmp_path / "half"), 1).images) == 1
-    (tmp_path / "other").mkdir()
-    Dataset.from_dict({"label": [3]}).to_parquet(tmp_path / "other" / "train.parquet")
-    with pytest.raises(ValueError, match=r"must have a column prompt or text or caption; it has \['label'\]"):
-        texts.read_texts(str(tmp_path / "other"))
+
+
+def test_lists_of_prompts_that_read_alike_are_known_apart():
+    lists = (("a\nb", "c"), ("a", "b\nc"), ("a", "b", "c"))
+    assert len({texts.Texts(prompts).identity() for prompts in lists}) == 3
 
 
 def test_prompts_of_the_toy_world_have_their_renders():
@@ -126,22 +145,34 @@ def test_tokens_are_counted_without_keeping_the_conditions(tmp_path):
 
     encoder = PromptEncoder(tmp_path / "prompts", lambda: "x", lambda: encode)
     fetch, sizes = latents.TensorCache.fetch, []
-
-    def noted(self, contents, *args):
-        sizes.append(len(contents))
-        return fetch(self, contents, *args)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents.TensorCache, "fetch", noted)
+        patch.setattr(latents.TensorCache, "fetch", lambda *args: sizes.append(len(args[1])) or fetch(*args))
         counts = encoder.num_cut([f"p{i}" for i in range(40)])
-        assert counts == [*range(16), *range(16), *range(8)]
-        assert max(sizes) == 16
-        sizes.clear()
-        # Of what is in the cache not even the conditions are read.
-        assert encoder.dropped().num_cut([f"p{i}" for i in range(40)]) == counts
-        assert not sizes
-        assert encoder.num_cut(["p3", "new", "p3"]) == [3, 0, 3]
-        assert sizes == [1]
+    assert counts == [*range(16), *range(16), *range(8)]
+    assert max(sizes) == 16
+    assert encoder.dropped().num_cut([f"p{i}" for i in range(40)]) == counts
+
+
+def test_one_policy_for_long_prompts_and_one_line(tmp_path, capsys):
+    def encode(prompts):
+        cut = torch.tensor([max(0, len(prompt) - 5) for prompt in prompts])
+        return {"embeds": torch.zeros(len(prompts), 4), "num_tokens_cut": cut}
+
+    encoder = PromptEncoder(tmp_path / "prompts", lambda: "x", lambda: encode)
+    prompts = ["a mug", "a long one", "a cone, too"]
+    with pytest.raises(ValueError, match=r"2 of 3 prompts of p\.txt .* 'a long one' by 5 tokens.*cut or skip"):
+        encoder.fitting(prompts, "stop", "p.txt")
+    assert encoder.fitting(prompts, "skip", "p.txt") == [0]
+    assert encoder.fitting(prompts, "cut", "p.txt") == [0, 1, 2]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] + line[-7:] for line in said] == ["warningskipped", "warningns: cut"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(prompts)  # they have been told of
+    with pytest.warns(UserWarning, match="1 of 2 prompts are too long and cut, such as 'another one'"):
+        encoder(["another one", "a long one"])
+    with pytest.raises(ValueError, match="none is left to use"):
+        encoder.fitting(prompts[1:], "skip", "p.txt")
 
 
 # Latents.
@@ -156,29 +187,37 @@ def picture(path, number=0, size=(24, 20)):
 
 @pytest.fixture
 def images(tmp_path):
-    return [picture(tmp_path / f"{number}.png", number) for number in range(6)]
+    return [File(picture(tmp_path / f"{number}.png", number)) for number in range(6)]
 
 
-def test_the_latents_are_of_the_images_in_their_order(teacher, images, accelerator):
-    found = latents.encode_images(images, teacher, accelerator)
-    with Image.open(images[3]) as file:
-        pixels = np.array(file.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS))
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+def encoded(images, teacher, accelerator):
+    found, faults = latents.check_images(images, teacher, accelerator)
+    assert not any(faults)
+    return found.encoded(accelerator)
+
+
+def test_the_latents_are_of_the_images_in_their_order(teacher, images, accelerator, tmp_path):
+    found = encoded(images, teacher, accelerator)
+    with Image.open(images[3].path) as file:
+        cut = torch.from_numpy(np.array(file.crop((2, 0, 22, 20)))).permute(2, 0, 1)
+    image = resized(cut, "image", (16, 16))[None].float() / 127.5 - 1
     torch.testing.assert_close(found(torch.tensor([3])), teacher.encode(image).detach(), rtol=1e-4, atol=1e-4)
     assert found(torch.tensor([0, 3, 0])).shape == (3, 4, 8, 8)
-    as_bytes = latents.encode_images([path.read_bytes() for path in images], teacher, accelerator)
-    assert as_bytes.identity() == found.identity()
+    as_cells = encoded(
+        [Cell([{"x": {"bytes": file.read()}}], 0, "x", "") for file in images], teacher, accelerator
+    )
+    assert as_cells.identity() == found.identity()
 
 
 def test_each_image_is_an_entry_that_is_read_when_its_turn_comes(teacher, images, accelerator, monkeypatch, cache):
     """A start with all images in the cache decodes none; another one more, or one less, is that one's business."""
-    whole = latents.encode_images(images[:5], teacher, accelerator)
+    whole = encoded(images[:5], teacher, accelerator)
     assert len(list(cache.rglob("*.safetensors"))) == 5
     opened, open_image = [], latents.open_image
-    monkeypatch.setattr(latents, "open_image", lambda image: opened.append(image) or open_image(image))
+    monkeypatch.setattr(latents, "open_image", lambda data: opened.append(data) or open_image(data))
     monkeypatch.setattr(latents, "IN_MEMORY", 0)
-    stored = latents.encode_images([*images[1:5], images[5]], teacher, accelerator)
-    assert opened == [images[5]]
+    stored = encoded([*images[1:5], images[5]], teacher, accelerator)
+    assert set(opened) == {images[5].read()}
     assert stored.kept is None
     chosen = torch.tensor([2, 0, 2])
     assert torch.equal(stored(chosen), whole(chosen + 1))
@@ -192,7 +231,7 @@ def test_the_autoencoder_sees_a_bounded_number_of_pixels(teacher, images, accele
     seen = []
     monkeypatch.setattr(hub.Teacher, "encode", lambda self, x: seen.append(len(x)) or torch.zeros(len(x), 4, 8, 8))
     monkeypatch.setattr(latents, "PIXELS", 2 * 16 * 16 + 5)
-    latents.encode_images(images[:5], teacher, accelerator)
+    encoded(images[:5], teacher, accelerator)
     assert seen == [2, 2, 1]
 
 
@@ -205,31 +244,35 @@ def test_ranks_share_the_work(teacher, images, accelerator, monkeypatch):
         def __init__(self, number):
             self.process_index = number
 
-    alone = latents.encode_images(images[:5], teacher, accelerator)
-    handed = []
-    monkeypatch.setattr(latents, "gather_object", lambda own: handed.append(own) or list(alone.digests))
+        def wait_for_everyone(self):
+            pass
+
+    alone, handed = encoded(images[:5], teacher, accelerator), []
+    judged = [(digest, "") for digest in alone.digests]
+    monkeypatch.setattr(latents, "gather_object", lambda own: handed.append(own) or judged)
     for number in range(3):
-        found = latents.encode_images(images[:5], teacher, Rank(number))
-        assert found.identity() == alone.identity()
+        assert encoded(images[:5], teacher, Rank(number)).identity() == alone.identity()
     assert [len(own) for own in handed] == [2, 2, 1]
-    assert [digest for own in handed for digest in own] == list(alone.digests)
+    assert [one for own in handed for one in own] == judged
 
 
-def test_images_that_cannot_be_used_are_named(teacher, tmp_path, accelerator, monkeypatch):
+def test_images_that_cannot_be_used_are_named(teacher, images, tmp_path, accelerator, monkeypatch):
     (tmp_path / "no.png").write_text("hello")
-    bad = {"lost.png": "lost.png cannot be used", "no.png": "no.png cannot be used", "0.png\0": "cannot be used"}
     small = picture(tmp_path / "small.png", size=(4, 4))
-    for image, message in [*((tmp_path / name, text) for name, text in bad.items()), (small, "smaller than half"),
-                           (b"hello", "the image of prompt 1 cannot be used")]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            latents.encode_images([image], teacher, accelerator)
-    with pytest.raises(ValueError, match=r"the images are \(20, 20\), the teacher's \(16, 16\)"):
-        latents.encode_images([torch.zeros(3, 20, 20, dtype=torch.uint8)], teacher, accelerator)
+    bad = [*(File(tmp_path / name) for name in ("lost.png", "no.png", "0.png\0")), File(small)]
+    found, faults = latents.check_images([images[0], *bad, images[1]], teacher, accelerator)
+    said = ["", "lost.png cannot be read", "no.png cannot be read as", "null byte", "smaller than half", ""]
+    for fault, message in zip(faults, said, strict=True):
+        assert message in fault
+        assert bool(message) == bool(fault)
+    assert found.some([0, 5]).encoded(accelerator)(torch.tensor([0, 1])).shape == (2, 4, 8, 8)
+    _, faults = latents.check_images([torch.zeros(3, 20, 20, dtype=torch.uint8)], teacher, accelerator)
+    assert "are (20, 20), the teacher's (16, 16)" in faults[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="exceeds limit"):
-        latents.encode_images([picture(tmp_path / "bomb.png", size=(40, 40))], teacher, accelerator)
+    bomb = File(picture(tmp_path / "bomb.png", size=(40, 40)))
+    assert "exceeds limit" in latents.check_images([bomb], teacher, accelerator)[1][0]
 
 
 def test_a_row_of_a_data_set_may_hold_bytes(tmp_path):
     row = json.dumps({"prompt": "a", "image": {"path": "ok.png", "bytes": None}})
-    assert list(read(tmp_path, "a.jsonl", row).images) == [tmp_path / "ok.png"]
+    assert list(read(tmp_path, "a.jsonl", row).images) == [File(tmp_path / "ok.png")]

@@ -25,6 +25,7 @@ import torch
 import train_dmd
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from distill_options import Config, presets_for
+from fitting import start
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -224,11 +225,13 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
     path = tmp_path / "long.txt"
     path.write_text("a mug\n" + "far too long for this\n" + "cone\n")
     config = config_of(root, tmp_path / "run", prompts=str(path), steps=2, warmup_steps=0, **PLAIN)
-    with pytest.raises(ValueError, match=r"1 of 3 prompts are longer .* 'far too long for this' by \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 prompts of .* are longer .* 'far too long for this' by \d+ tokens"
+    ):
         train_dmd.main(config)
     assert not (tmp_path / "run").exists()
     train_dmd.main(replace(config, long_prompts="skip"))
-    assert "1 of 3 prompts are too long and skipped" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("by 3 tokens: skipped") == 1
     load = sys.modules["distill_texts"].load_inputs
     kept = load(replace(config, long_prompts="cut"), make_accelerator())
     assert kept.teacher.num_classes == len(kept.texts.prompts) == 3
@@ -263,6 +266,7 @@ NOTING = """
 import json, os, sys
 import command, distill_texts, train_dmd
 from distill_options import Config, presets_for
+from fitting import start
 
 shuffled = distill_texts.shuffled
 
@@ -464,6 +468,23 @@ def test_prompts_are_read_before_the_teacher(root, tmp_path, monkeypatch):
     monkeypatch.delattr("distill_texts.load_source")
     with pytest.raises(ValueError, match="no such file"):
         train_dmd.main(config_of(root, tmp_path / "run", prompts=str(root / "gone.txt")))
+
+
+def test_bad_pictures_of_prompts_are_met_before_anything_is_encoded(root, tmp_path, monkeypatch, capsys):
+    lines = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    rows = [{**row, "file_name": str(root / row["file_name"])} for row in lines]
+    rows[2]["file_name"] = str(tmp_path / "gone.png")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "pairs.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.delattr("scorefield.models.prompts.PromptEncoder.num_cut")
+        for dry in (True, False):
+            with pytest.raises(ValueError, match=r"1 of 6 samples of .*gone\.png cannot be read"):
+                train_dmd.main(replace(config, dry_run=dry))
+    inputs = sys.modules["distill_texts"].load_inputs(replace(config, on_bad_data="skip"), start(config))
+    assert inputs.texts.prompts == tuple(prompt for prompt in PROMPTS if prompt != "cone")
+    assert len(inputs.latents.digests) == inputs.teacher.num_classes == 5
+    assert "left out 1 of 6 samples" in capsys.readouterr().err
 
 
 def test_all_is_checked_before_pairs_are_made(root, tmp_path, monkeypatch):

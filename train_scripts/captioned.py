@@ -1,17 +1,16 @@
 """Captioned renders to train on: made once, kept in files, and read again."""
 
-import sys
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from scorefield.atomic import whole_file
+from scorefield.cache import Content, TensorCache, content_key
 from scorefield.randomness import Rng
 from toyworld.captions import caption, describe
 from toyworld.data import draw_scenes
@@ -46,29 +45,24 @@ def make_world(out: Path, num_images: int, seed: int) -> World:
 
 
 def rendered(out: Path, start: int, end: int, seed: int) -> Tensor:
-    """Images ``start`` to ``end`` as bytes, kept in a file."""
-    path = out / "renders" / f"seed-{seed}-{start:07d}.safetensors"
-    kept = read_again(path).get("rgb", torch.empty(0))
-    if len(kept) >= end - start:
-        return kept[: end - start]
-    parts = [
-        ((render(draw_scenes(range(first, min(first + 100, end)), seed)).rgb + 1) * 127.5).round()
-        for first in range(start, end, 100)
-    ]
-    images = torch.cat(parts).to(torch.uint8).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        save_file({"rgb": images}, temporary)
-    return images
+    """Images ``start`` to ``end`` as bytes, kept in ``out/renders`` as long as the renderer draws the same."""
+
+    def make(_: Sequence[Content]) -> list[dict[str, Tensor]]:
+        parts = [_drawn(range(first, min(first + 100, end)), seed) for first in range(start, end, 100)]
+        return [{"rgb": torch.cat(parts)}]
+
+    cache = TensorCache(out / "renders", f"renders {_renderer()}")
+    return cache.fetch([f"seed {seed}, {start} to {end}"], make)[0]["rgb"]
 
 
-def read_again(path: Path) -> dict[str, Tensor]:
-    """What an earlier call wrote; nothing, with a warning, where the file is damaged."""
-    try:
-        return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        print(f"warning: {path} is damaged ({error}); it is made again", file=sys.stderr)
-        return {}
+def _drawn(numbers: Sequence[int], seed: int) -> Tensor:
+    return ((render(draw_scenes(numbers, seed)).rgb + 1) * 127.5).round().to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def _renderer() -> str:
+    # The renderer's version: what it draws of a few scenes.
+    return content_key(_drawn(range(8), 0))
 
 
 def draw_captions(world: World, chosen: Tensor, part_dropout: float, caption_dropout: float, rng: Rng) -> Tensor:
@@ -78,8 +72,3 @@ def draw_captions(world: World, chosen: Tensor, part_dropout: float, caption_dro
     tokens = world.tokens[chosen, without_view + 2 * without_background]
     tokens[drawn[2] < caption_dropout] = world.empty
     return tokens
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1]."""
-    return images.float() / 127.5 - 1

@@ -2,12 +2,13 @@
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
+from accelerate.utils import gather_object
 from control_bases import PALETTE
 from PIL import Image
 from torch import Tensor
@@ -19,9 +20,11 @@ from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Hint, Precomputed, check_source
 from controlnet.lines import LineArt, Scribble, SoftEdge
-from controlnet.pictures import PLAIN, Kind
-from controlnet.samples import OnBadData, Pictures, Samples, load_pictures
+from controlnet.samples import Pictures, Samples, load_pictures
 from scorefield.cache import content_key
+from scorefield.data.pictures import PLAIN, Kind
+from scorefield.data.rows import OnBadData
+from scorefield.models.prompts import LongPrompts
 from toyworld import data as toyworld
 from toyworld.render import render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
@@ -41,7 +44,8 @@ class TaskOptions:
     """What is learned, from what."""
 
     data: str = ""
-    """Folder with metadata.jsonl, Hugging Face data set or its name, "toyworld" or "circles"."""
+    """Folder of images with .txt captions, metadata.jsonl or .csv; jsonl, csv or parquet file, webdataset .tar, or
+    Hugging Face data set or its name; "toyworld" or "circles"."""
     hint: str = "canny"
     """canny, softedge, lineart, scribble, tile, lowres, blur, inpaint or palette, made of the image; or a map of
     the samples: column depth_file_name for depth, or depth, normals, mask, edges (toyworld), outline (circles)."""
@@ -69,7 +73,9 @@ class TaskOptions:
     hint_drop: float = 0.0
     """Share of samples whose hint is dropped."""
     on_bad_data: OnBadData = "stop"
-    """Unusable samples of a folder: stop, or skip them."""
+    """What to do about samples that cannot be used: corrupt, too small, without caption or map, no UTF-8."""
+    long_prompts: LongPrompts = "stop"
+    """What to do about captions that are longer than the text encoders read."""
     convert: bool = False
     """Take pictures with transparency, of 16 bits, or grey ones among coloured."""
     cache: Path | None = None
@@ -141,14 +147,12 @@ class Task:
         held_out: samples to judge by, none of which is trained on.
         hint: what the adapter sees.
         source: the data as --data names them.
-        bad: what was left out, and why.
     """
 
     training: Samples
     held_out: Samples
     hint: Hint
     source: str
-    bad: Sequence[str] = field(default=())
 
     def captions(self) -> list[str]:
         """All prompts."""
@@ -161,7 +165,7 @@ class Task:
         for index in range(len(self.training)):
             parts += [self.training.identity(index), self.training.caption(index)]
             if maps and isinstance(self.training, Pictures):
-                parts.append(self.training.rows[index].read(maps))
+                parts.append(self.training.rows[index].maps[maps].read())
         return content_key(*parts)[:16]
 
 
@@ -193,9 +197,17 @@ def make_hint(options: TaskOptions) -> Hint:
 
 
 def load_task(
-    options: TaskOptions, size: tuple[int, int], num_held_out: int, rank: int = 0, num_ranks: int = 1
+    options: TaskOptions,
+    size: tuple[int, int],
+    num_held_out: int,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    fitting: Callable[[Sequence[str]], Sequence[int]] | None = None,
 ) -> Task:
     """Samples for training and, apart from them, ``num_held_out`` for judging; all files are checked.
+
+    ``fitting`` says which captions are not too long.
 
     Raises ``ValueError`` for data that are not there, unusable, of another size than the toy world's pictures, or
     too few, and for a hint that they do not hold.
@@ -214,26 +226,28 @@ def load_task(
         held = render_world(choose_scenes(num_held_out, held_out=True))
         return Task(training=world, held_out=held, hint=hint, source=options.data)
     if not options.data:
-        raise ValueError("--data is missing: a folder with metadata.jsonl, a data set, toyworld or circles.")
+        raise ValueError("--data is missing: a folder, a file, a data set, toyworld or circles.")
     maps: dict[str, Kind] = {} if options.hint in ANNOTATORS else {options.hint: kind_of(options)}
     pictures = load_pictures(
         options.data, size, text=options.text_column or None, image=options.image_column or None, maps=maps,
         crop=options.crop, convert=options.convert, on_bad_data=options.on_bad_data, cache=options.cache,
-        rank=rank, num_ranks=num_ranks,
+        rank=rank, num_ranks=num_ranks, gather=gather_object,
     )  # fmt: skip
+    if fitting is not None:
+        pictures = pictures.some(fitting([pictures.caption(index) for index in range(len(pictures))]))
     if isinstance(hint, Depth) and options.hint_kind is None:
         check_distances(pictures, hint.source)
     training, held_out_ = split(pictures, num_held_out)
-    return Task(training=training, held_out=held_out_, hint=hint, source=options.data, bad=pictures.bad)
+    return Task(training=training, held_out=held_out_, hint=hint, source=options.data)
 
 
 def check_distances(pictures: Pictures, name: str) -> None:
     """Raise ``ValueError`` for a map of 8 bits: distances, or a picture of them in which near is white?"""
-    row = pictures.rows[0]
-    with Image.open(io.BytesIO(row.read(name))) as file:
+    picture = pictures.rows[0].maps[name]
+    with Image.open(io.BytesIO(picture.read())) as file:
         if file.mode in PLAIN[1]:
             raise ValueError(
-                f"{row.name(name)} has 8 bits, so it may be a picture of distances. Say --hint-kind image to show "
+                f"{picture.name} has 8 bits, so it may be a picture of distances. Say --hint-kind image to show "
                 "it as it is, or --hint-kind depth if larger numbers are farther."
             )
 
@@ -252,10 +266,4 @@ def split(pictures: Pictures, num_held_out: int) -> tuple[Pictures, Pictures]:
         )
     held_out = set(sorted(first)[:num_held_out])
     training = [row for row, digest in enumerate(pictures.digests) if digest not in held_out]
-
-    def part(rows: Sequence[int]) -> Pictures:
-        return replace(
-            pictures, rows=[pictures.rows[row] for row in rows], digests=[pictures.digests[row] for row in rows]
-        )
-
-    return part(training), part([first[digest] for digest in sorted(held_out)])
+    return pictures.some(training), pictures.some([first[digest] for digest in sorted(held_out)])

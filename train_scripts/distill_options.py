@@ -11,6 +11,8 @@ from command import RunOptions, check_numbers, check_run
 from images import DataOptions
 from monitoring import EvalOptions
 
+from scorefield.models.prompts import LongPrompts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions, DataOptions, EvalOptions):
@@ -117,12 +119,13 @@ class Config(RunOptions, DataOptions, EvalOptions):
 
     # Text-to-image teachers
     prompts: str = ""
-    """What the student learns to draw: a text file with a prompt a line; a jsonl file with "prompt" (or "text",
-    "caption") and, for the GAN term, the path of an "image" (or "file_name"); a folder or name that `datasets`
-    loads, with such columns; or "toyworld". Given, the teacher is a text-to-image pipeline."""
+    """What the student learns to draw: a text file with a prompt a line; a jsonl, csv or parquet file, or a data
+    set, with "prompt" (or "text", "caption") and, for the GAN term, the path of an "image" (or "file_name"); a
+    folder of images with .txt captions or metadata.jsonl; webdataset .tar; or "toyworld". Given, the teacher is a
+    text-to-image pipeline."""
     num_prompts: int = 0
     """How many of them to use, the first; 0: all, 4,000 of the toy world's."""
-    long_prompts: Literal["stop", "skip", "cut"] = "stop"
+    long_prompts: LongPrompts = "stop"
     """What to do about prompts that are longer than the text encoders read."""
     negative: str = ""
     """What guidance moves away from."""
@@ -144,7 +147,7 @@ TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative", "teacher_size", "allow_pickle", "lora", "lora_rank", "lora_alpha",
     "validation_prompts",
 )  # fmt: skip
-IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "on_bad_data", "features")
+IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "features")
 IMAGE_PRESETS = ("auto", "digits")
 MIN_GUARD = 64
 LORA_ONLY = ("lora_rank", "lora_alpha")

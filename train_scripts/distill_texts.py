@@ -1,9 +1,7 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
-import hashlib
-import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from command import fingerprint, identity, show_plan
 from distill_options import Config
 from fitting import prepare, start
 from judged import SIZE, text_watch
-from latents import IN_MEMORY, Latents, encode_images
+from latents import IN_MEMORY, Latents, check_images
 from networks import identity_of, probe_bottleneck
 from prompted import PromptedTeacher
 from roles import build_method, build_text_roles, plan_of_pairs, planned_roles, settled, student_times
@@ -21,13 +19,13 @@ from stages import Stages, distil
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 from texts import Texts, read_texts
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 import toyworld
 from distill.dmd import DMD
 from distill.export import copied_parts, export_student, read_student_facts, scheduler_for
 from distill.student import Student
 from scorefield import Cond
+from scorefield.data.rows import Listing, keep_good
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
 from scorefield.models import hub
@@ -126,18 +124,25 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
 
     The text encoders are freed on return, since nothing that is returned holds them.
     """
-    texts = read_texts(config.prompts, config.num_prompts)
+    texts = read_texts(config.prompts, config.num_prompts, on_bad_data=config.on_bad_data)
     with tempfile.TemporaryDirectory() as nowhere:
         source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
+        assert source.texts is not None
+        negative, latents = source.negative(config.negative), None
+        config = settled(config, PromptedTeacher(source, negative, None, 1), bool(len(texts.images)))
         check_inputs(config, texts, source)
-        real = bool(len(texts.images))
-        texts = Texts(texts.prompts[:1]) if config.dry_run else fitting_texts(config, texts, source)
-        negative = source.negative(config.negative)
+        if config.gan_weight and config.reals == "data" and not (config.dry_run and config.prompts == "toyworld"):
+            latents, faults = check_images(texts.images, source, accelerator)
+            good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
+            texts, latents = texts.some(good), latents.some(good)
+        if config.dry_run:
+            texts, latents = Texts(texts.prompts[:1]), None
+        kept = source.texts.fitting(texts.prompts, config.long_prompts, config.prompts)
+        texts, latents = texts.some(kept), None if latents is None else latents.some(kept)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
         teacher = prompted(texts.prompts, negative, source)
-    config, latents = settled(config, teacher, real), None
-    if config.gan_weight and config.reals == "data" and not config.dry_run:
-        latents = encode_images(texts.images, teacher.source, accelerator)
+    if latents is not None:
+        latents = replace(latents, teacher=teacher.source).encoded(accelerator)
     return Inputs(config, teacher, texts, latents, shown)
 
 
@@ -157,6 +162,10 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
             raise ValueError(
                 f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
                 "them, or pass --gan-weight 0."
+            )
+        if config.prompts == "toyworld" and config.reals == "data" and source.size != SIZE:
+            raise ValueError(
+                f"the toy world's images are {SIZE}, the teacher's {source.size}. Pass --gan-weight 0."
             )
         negative = source.negative(config.negative)  # any one prompt would do
         probe_bottleneck(PromptedTeacher(source, negative, None, 1), config.bottleneck)
@@ -206,30 +215,6 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     return source
 
 
-def fitting_texts(config: Config, texts: Texts, source: hub.Teacher) -> Texts:
-    """The prompts that the text encoders can read whole, or all of them under ``--long-prompts cut``.
-
-    Encodes all prompts. Raises ``ValueError`` for prompts that are too long, and where none is left.
-    """
-    assert source.texts is not None
-    cut = source.texts.num_cut(texts.prompts)
-    long = [number for number, tokens in enumerate(cut) if tokens]
-    if not long or config.long_prompts == "cut":
-        return texts
-    first = f"{texts.prompts[long[0]]!r} by {cut[long[0]]} tokens"
-    if config.long_prompts == "stop":
-        raise ValueError(
-            f"{len(long)} of {len(cut)} prompts are longer than the text encoders of {config.teacher} read, such "
-            f"as {first}. Shorten them, or pass --long-prompts skip, or cut."
-        )
-    kept = [number for number, tokens in enumerate(cut) if not tokens]
-    if not kept:
-        raise ValueError(f"all prompts of {config.prompts} are too long, such as {first}: none is left.")
-    print(f"warning: {len(long)} of {len(cut)} prompts are too long and skipped", file=sys.stderr)
-    images: Any = Subset(texts.images, kept) if len(texts.images) else ()  # type: ignore[arg-type]
-    return Texts(tuple(texts.prompts[number] for number in kept), images)
-
-
 def prompted(prompts: tuple[str, ...], negative: Cond, source: hub.Teacher) -> PromptedTeacher:
     """The teacher whose classes are the prompts, without its text encoders; their conditions are on the CPU."""
     size = sum(value.nbytes for value in negative.values()) * len(prompts)
@@ -260,10 +245,10 @@ def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """What a run reads, as inputs of :func:`command.identity`."""
     teacher, latents = inputs.teacher, inputs.latents
-    words = hashlib.sha256("\n".join(inputs.texts.prompts).encode()).hexdigest()[:16]
     negative = [] if teacher.negative is None else [teacher.negative[name] for name in sorted(teacher.negative)]
     return {
-        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)), "prompts": words,
+        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)),
+        "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from features import Classifier, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
 
+from scorefield.data.rows import OnBadData
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 
 
@@ -31,6 +32,8 @@ class Config:
     """The same, of real images that nothing was trained on."""
     features: Path
     """Folder of train_features.py, or the weights file of InceptionV3."""
+    on_bad_data: OnBadData = "stop"
+    """Images that cannot be used: stop, or leave them out."""
     num_images: int | None = None
     """Images of each set, drawn at random but always the same; None: all."""
     batch_size: int = 500
@@ -52,9 +55,9 @@ def main(config: Config) -> Path | None:
     channels: Literal["auto", "grey", "rgb"] = "auto"
     if facts:
         channels = "grey" if facts.channels == 1 else "rgb"
-    reference = load(config.reference, facts.resolution if facts else None, channels, config)
+    reference = load(config.reference, facts.resolution if facts else None, channels, config, "--reference")
     # InceptionV3 takes any size, but between two sizes it would measure how sharp the sets are.
-    generated = load(config.generated, reference.resolution, channels, config)
+    generated = load(config.generated, reference.resolution, channels, config, "--generated")
     figures = measure(network, classifier, generated, reference, config)
     print(json.dumps(figures, indent=2))
     if config.out is not None:
@@ -91,9 +94,13 @@ def load_features(features: Path, device: str) -> tuple[Network, Classifier | No
     return inception(features, device), None
 
 
-def load(name: str, resolution: int | None, channels: Literal["auto", "grey", "rgb"], config: Config) -> ImageSet:
+def load(
+    name: str, resolution: int | None, channels: Literal["auto", "grey", "rgb"], config: Config, option: str
+) -> ImageSet:
     """A set of images as the feature network wants them. Raises ``ValueError`` for too few."""
-    images = load_images(DataOptions(data=name, resolution=resolution, channels=channels))
+    images = load_images(
+        DataOptions(data=name, resolution=resolution, channels=channels, on_bad_data=config.on_bad_data), option
+    )
     if len(images) < (config.num_images or 2):
         raise ValueError(
             f"--num-images {config.num_images or 2} or more are needed, but {name} holds {len(images)}."

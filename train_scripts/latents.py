@@ -3,22 +3,20 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from arrays import square
 from command import fingerprint
-from PIL import Image
 from texts import Pictures
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from scorefield.cache import Content, TensorCache, content_key
-from scorefield.data.pictures import open_image
-from scorefield.files import read_regular
+from scorefield.data.pictures import as_floats, open_image, square
+from scorefield.data.rows import in_shares
 from scorefield.models import hub
 from scorefield.models.prompts import default_cache_folder
 
@@ -61,7 +59,7 @@ class Latents:
         def encode(contents: list[Content]) -> list[dict[str, Tensor]]:
             pixels = torch.stack([self.pixels(places[str(digest)]) for digest in contents])
             with torch.no_grad():
-                x0 = self.teacher.encode(pixels.to(self.teacher.device).float() / 127.5 - 1)
+                x0 = self.teacher.encode(as_floats(pixels.to(self.teacher.device)))
             return [{"latents": row} for row in x0.float().cpu()]
 
         entries = self.cache.fetch(digests, encode, self.batch_size)
@@ -74,55 +72,54 @@ class Latents:
         return max(1, PIXELS // (height * width))
 
     def pixels(self, number: int) -> Tensor:
-        """Bytes (3, h, w) of an image, its central square resized."""
+        """Bytes (3, h, w) of an image, its central square resized. Raises ``ValueError`` for a bad one."""
         image, size = self.images[number], self.teacher.size
         if isinstance(image, Tensor):
             if tuple(image.shape[1:]) != size:
-                raise ValueError(f"the images are {tuple(image.shape[1:])}, the teacher's {size}.")
+                raise ValueError(f"are {tuple(image.shape[1:])}, the teacher's {size}.")
             return image
-        try:
-            cut = square(open_image(image).convert("RGB"), size[0], size[0])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{named(image, number)} cannot be used: {error}") from error
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+        return square(open_image(image.read()).convert("RGB"), size[0], size[0])
 
-    def digest(self, number: int) -> str:
-        """Hash of an image's file, which is not decoded."""
+    def judge(self, number: int) -> tuple[str, str]:
+        """Hash of an image's file, and what is wrong with it; decoded only if it is not in the cache."""
         image = self.images[number]
         try:
-            return content_key(read_regular(image) if isinstance(image, Path) else image)
+            digest = content_key(image if isinstance(image, Tensor) else image.read())
+            if not self.cache.path(digest).exists():
+                self.pixels(number)
         except (OSError, ValueError) as error:  # a path with a null byte is no path
-            raise ValueError(f"{named(image, number)} cannot be used: {error}") from error
+            return "", f"{'the images' if isinstance(image, Tensor) else image.name} {error}"
+        return digest, ""
+
+    def some(self, numbers: Sequence[int]) -> "Latents":
+        """Of the images with these numbers."""
+        images: Any = Subset(self.images, numbers)  # type: ignore[arg-type]
+        return replace(self, images=images, digests=[self.digests[number] for number in numbers])
+
+    def encoded(self, accelerator: Accelerator) -> "Latents":
+        """The same with all that is not in the cache encoded, each rank an equal share."""
+        own = range(accelerator.process_index, len(self.images), accelerator.num_processes)
+        for start in tqdm(range(0, len(own), self.batch_size), "latents", disable=None):
+            part = own[start : start + self.batch_size]
+            self.fetch(part, [self.digests[number] for number in part])
+        accelerator.wait_for_everyone()
+        if 4 * len(self.images) * torch.Size(self.teacher.shape).numel() > IN_MEMORY:
+            return self
+        return replace(self, kept=self.fetch(range(len(self.images)), self.digests))
 
     def identity(self) -> str:
         """A hash of all images and of what encodes them."""
         return hashlib.sha256("\n".join([self.cache.identity, *self.digests]).encode()).hexdigest()[:16]
 
 
-def named(image: Path | bytes | Tensor, number: int) -> str:
-    """An image, to complain of."""
-    return f"the image {image}" if isinstance(image, Path) else f"the image of prompt {number + 1}"
-
-
-def encode_images(images: Pictures, teacher: hub.Teacher, accelerator: Accelerator) -> Latents:
-    """The images as latents; what is not in the cache is encoded, each rank an equal share.
-
-    Raises ``ValueError`` naming an image that cannot be read or is smaller than half of the teacher's size.
-    """
+def check_images(images: Pictures, teacher: hub.Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
+    """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
     assert teacher.codec is not None
     facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])
     identity = fingerprint([*teacher.codec.vae.state_dict().values(), facts])
     latents = Latents(images, teacher, TensorCache(default_cache_folder().parent / "latents", identity))
-    share = -(-len(images) // accelerator.num_processes)
-    first = accelerator.process_index * share
-    numbers = range(first, max(first, min(first + share, len(images))))
-    digests: list[str] = []
-    for start in tqdm(range(0, len(numbers), latents.batch_size), "latents", disable=None):
-        part = numbers[start : start + latents.batch_size]
-        own = [latents.digest(number) for number in part]
-        latents.fetch(part, own)
-        digests += own
-    latents = replace(latents, digests=gather_object(digests))  # in the ranks' order, which is the images'
-    if 4 * len(images) * torch.Size(teacher.shape).numel() > IN_MEMORY:
-        return latents
-    return replace(latents, kept=latents.fetch(range(len(images)), latents.digests))
+    judged = in_shares(
+        latents.judge, len(images), rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+        gather=gather_object,
+    )  # fmt: skip
+    return replace(latents, digests=[digest for digest, _ in judged]), [fault for _, fault in judged]

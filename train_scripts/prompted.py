@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.export import read_student_facts
 from scorefield import Cond, Denoiser, NetworkDenoiser, guided
 from scorefield.models import hub
+from scorefield.models.prompts import LongPrompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ def is_hub_model(name: str) -> bool:
 
 def load_prompted(
     name: str, prompts: Sequence[str], *, negative: str = "", size: int = 0, allow_pickle: bool = False,
+    long_prompts: LongPrompts = "stop",
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> PromptedTeacher:  # fmt: skip
     """A teacher by name or folder, asked for ``prompts``; its text encoders are freed.
@@ -102,6 +104,7 @@ def load_prompted(
         return PromptedTeacher(teacher, {}, None, teacher.num_classes)
     if not prompts:
         raise ValueError(f'{name} draws what --prompts ask for, such as "a red mug"; got none.')
+    prompts = [prompts[number] for number in teacher.texts.fitting(prompts, long_prompts, "--prompts")]
     conds, away = teacher.prompts(prompts), teacher.negative(negative)
     asked = read_student_facts(hub.pipeline_folder(name)).get("dmd2_denoising_timesteps", ())
     times = tuple(t / teacher.denoiser.time_scale for t in asked)

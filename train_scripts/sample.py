@@ -21,6 +21,7 @@ from command import check_numbers, check_out, run
 from networks import Teacher, load_teacher
 from PIL import Image
 from prompted import PromptedTeacher, is_hub_model, load_prompted
+from texts import read_texts
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -28,7 +29,10 @@ from tqdm import tqdm
 from distill.export import FACTS
 from distill.student import Student
 from scorefield.atomic import foreign, whole_folder
+from scorefield.data.rows import OnBadData
+from scorefield.data.tables import TABLES
 from scorefield.grids import Spacing
+from scorefield.models.prompts import LongPrompts
 from scorefield.randomness import derived_generator
 from scorefield.sampling import initial_noise, sample
 from scorefield.schedule import Schedule
@@ -47,7 +51,12 @@ class Config:
     """For the student of a module:function: the module:function that builds its network, whose code is run. What a
     folder names is never run."""
     prompts: tuple[str, ...] = ()
-    """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class."""
+    """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class. One
+    that names a .txt, .jsonl, .csv, .parquet or .tar file stands for the prompts in it."""
+    long_prompts: LongPrompts = "stop"
+    """What to do about prompts that are longer than the text encoders read."""
+    on_bad_data: OnBadData = "stop"
+    """Lines of a file of prompts that cannot be used: stop, or leave them out."""
     negative_prompt: str = ""
     """What guidance moves away from."""
     out: Path = Path("samples")
@@ -102,7 +111,7 @@ def main(config: Config) -> Path:
         made = draw(config, model, parts, labels)
     whole = join(made, config.num_images, accelerator)
     if accelerator.is_main_process:
-        picture = write(whole, labels, config.out, columns=columns(config))
+        picture = write(whole, labels, config.out, columns=columns(model.num_classes if config.prompts else 0))
         print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
@@ -122,7 +131,8 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
             raise ValueError("--network is for students of a module:function; leave it out with --prompts.")
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
-            config.model, config.prompts, negative=config.negative_prompt, size=config.size,
+            config.model, read_prompts(config), negative=config.negative_prompt, size=config.size,
+            long_prompts=config.long_prompts,
             allow_pickle=config.allow_pickle, dtype=dtype, device=device,
         )  # fmt: skip
     for name in ("negative_prompt", "size", "allow_pickle"):
@@ -131,9 +141,16 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
     return load_teacher(config.model, config.network)
 
 
-def columns(config: Config) -> int:
-    """Of the grid: as many as make each column show one prompt, about ten."""
-    count = len(config.prompts)
+def read_prompts(config: Config) -> tuple[str, ...]:
+    """What ``--prompts`` say, or what the one file holds that they name. Raises ``ValueError`` for a bad one."""
+    file = Path(config.prompts[0]) if len(config.prompts) == 1 else Path()
+    if file.suffix.lower() not in (*TABLES, ".tar") or not file.exists():
+        return config.prompts
+    return read_texts(str(file), on_bad_data=config.on_bad_data).prompts
+
+
+def columns(count: int) -> int:
+    """Of the grid: as many as make each column show one of ``count`` prompts, about ten."""
     return 10 if not count or count > 10 else 10 // count * count
 
 

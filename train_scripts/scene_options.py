@@ -19,6 +19,8 @@ class Config(RunOptions):
     """What the scene shows, such as "a red mug"."""
     negative: str = ""
     """What guidance moves away from."""
+    long_prompts: Literal["stop", "cut"] = "stop"
+    """What to do about a prompt that, with its view words, is longer than the text encoders read."""
     teacher: str = "toyworld"
     """Name or folder of a diffusers text-to-image pipeline; "toyworld" is the one that ships with this package."""
     teacher_size: int = 0

@@ -71,9 +71,12 @@ def load_teacher(config: Config, device: torch.device) -> hub.Teacher:
 def read_prompts(config: Config, teacher: hub.Teacher) -> list[Cond]:
     """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
     negative = teacher.negative(config.negative)
-    if config.canvas:
-        return [negative, teacher.prompts([config.prompt.strip()])]
-    return [negative, *(conditions(config, teacher, name) for name in config.backdrops or (None,))]
+    asked = [[config.prompt.strip()]]
+    if not config.canvas:
+        asked = [words_of(config, name) for name in config.backdrops or (None,)]
+    assert teacher.texts is not None
+    teacher.texts.fitting(sum(asked, list[str]()), config.long_prompts, "--prompt")
+    return [negative, *map(teacher.prompts, asked)]
 
 
 def fingerprints(teacher: hub.Teacher, words: list[Cond]) -> dict[str, str]:
@@ -177,9 +180,14 @@ def penalties_at(config: Config, step: int) -> Penalties:
 
 
 def conditions(config: Config, teacher: hub.Teacher, backdrop: str | None) -> Cond:
-    """Of the prompt with each view word, before a backdrop that is named if it has a name."""
+    """Of :func:`words_of`."""
+    return teacher.prompts(words_of(config, backdrop))
+
+
+def words_of(config: Config, backdrop: str | None) -> list[str]:
+    """The prompt with each view word, before a backdrop that is named if it has a name."""
     prompt = config.prompt.strip() + (f" on a {backdrop} background" if backdrop else "")
-    return teacher.prompts([prompt] * 4 if config.words == "none" else view_prompts(prompt))
+    return [prompt] * 4 if config.words == "none" else list(view_prompts(prompt))
 
 
 def build_method(config: Config, teacher: hub.Teacher) -> Callable[[int], Distillation]:

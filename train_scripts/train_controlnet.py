@@ -10,7 +10,6 @@ diffusers. Stopped runs resume: run the same command again.
 
 import copy
 import json
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from command import fingerprint, identity, is_first_rank, run, show_plan
+from command import fingerprint, identity, run, show_plan
 from control_bases import Base, load_base
 from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
@@ -38,16 +37,12 @@ from controlnet.verdict import Evidence, EvidenceLog
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache
 from scorefield.denoiser import NetworkDenoiser, freeze
-from scorefield.files import printable
 from scorefield.gradient import min_snr_weight
 from scorefield.models.prompts import default_cache_folder
 from scorefield.training.loop import EMA, Phase
 
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""
-
-MOST_FAULTS = 20
-"""Left-out samples that are named."""
 
 
 def main(config: Config) -> Path:
@@ -131,12 +126,11 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
     base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
-    task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
-    if is_first_rank():
-        for fault in task.bad[:MOST_FAULTS]:
-            print(f"skipped: {printable(fault)}", file=sys.stderr)
-        if len(task.bad) > MOST_FAULTS:
-            print(f"skipped: {len(task.bad) - MOST_FAULTS:,} more", file=sys.stderr)
+    texts = base.teacher and base.teacher.texts
+    task = load_task(
+        config, base.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
+        fitting=texts and (lambda captions: texts.fitting(captions, config.long_prompts, config.data)),
+    )  # fmt: skip
     return base, task
 
 

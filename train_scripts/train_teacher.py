@@ -16,11 +16,12 @@ import torch
 from command import RunOptions, check_numbers, check_run, fingerprint, identity, run, show_plan
 from digits import Labelled
 from fitting import adamw, cosine, fit, prepare, resume, start
-from images import DataOptions, ImageSet, as_floats, load_images
+from images import DataOptions, ImageSet, load_images
 from monitoring import EvalOptions, check_evaluation, watcher
 from networks import Teacher, build_network
 
 from scorefield import Karras, NetworkDenoiser, freeze
+from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from scorefield.models.storage import save_denoiser
 from scorefield.randomness import Rng, shuffled

@@ -15,15 +15,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from captioned import World, as_floats, draw_captions, make_world, read_again
+from captioned import World, draw_captions, make_world
 from command import RunOptions, check_numbers, check_run, fingerprint, identity, resolved, run, show_plan
 from fitting import adamw, cosine, fit, prepare, resume, start
-from safetensors.torch import save_file
 from starting import check_earlier, note_identity
 from torch import Tensor, nn
 
 from scorefield import NetworkDenoiser, VariancePreserving
-from scorefield.atomic import whole_file
+from scorefield.cache import TensorCache
+from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
 from scorefield.guidance import guided
 from scorefield.randomness import Rng, shuffled
@@ -156,15 +156,12 @@ def latents_of(vae: Any, images: Tensor) -> Tensor:
 
 
 def encode(config: Config, vae: Any, world: World) -> Tensor:
-    """All latents, scaled to unit variance, kept in a file beside the weights they are of."""
-    path, weights = config.out / "latents.safetensors", fingerprint(vae.parameters())
-    kept = read_again(path).get(weights)
-    if kept is not None and len(kept) == len(world.images):
-        return kept
-    latents = latents_of(vae, world.images) * vae.config.scaling_factor
-    with whole_file(path) as temporary:
-        save_file({weights: latents}, temporary)
-    return latents
+    """All latents, scaled to unit variance, kept in ``--out/latents`` under the hash of what they are of."""
+    cache = TensorCache(config.out / "latents", fingerprint(vae.parameters()))
+    made = cache.fetch(
+        [world.images], lambda _: [{"latents": latents_of(vae, world.images) * vae.config.scaling_factor}]
+    )
+    return made[0]["latents"]
 
 
 def train_text_to_image(

@@ -1,17 +1,22 @@
 """Prompts as conditions: each is encoded once, kept on disk, and needs no text encoder afterwards."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from scorefield.cache import Content, TensorCache
 from scorefield.denoiser import Cond
+from scorefield.files import warn
+
+LongPrompts = Literal["stop", "skip", "cut"]
+"""What to do about prompts that are longer than what the text encoders read."""
 
 Encode = Callable[[list[str]], Cond]
 """n prompts -> conditions of batch n, on any device; with CUT among them, prompts that are cut get a warning."""
@@ -39,41 +44,75 @@ class PromptEncoder:
         folder: of the cache.
         identify: fingerprint of everything that turns a prompt into its condition.
         load: the text encoders; None once they were dropped.
+        told: prompts that are cut and of which the user knows.
     """
 
     folder: Path
     identify: Callable[[], str]
     load: Callable[[], Encode] | None
+    told: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """The conditions of n prompts, batch n, on the CPU.
 
-        Warns of prompts that are longer than what the text encoders read. Raises ``ValueError`` for anything but a
-        non-empty list of strings, for a prompt that is not in the cache after the text encoders were dropped, and
-        for embeddings that are not finite.
+        Warns in one line of prompts that are longer than what the text encoders read, of each once. Raises
+        ``ValueError`` for anything but a non-empty list of strings, for a prompt that is not in the cache after
+        the text encoders were dropped, and for embeddings that are not finite.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a non-empty list of strings; got {prompts!r}.")
         entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
-        for prompt, entry in dict(zip(prompts, entries, strict=True)).items():
-            if cut := int(entry.get(CUT, 0)):
-                warnings.warn(f"the prompt {prompt!r} is too long: its last {cut} tokens are cut.", stacklevel=3)
+        known = dict(zip(prompts, entries, strict=True))
+        cut = {prompt: int(entry.get(CUT, 0)) for prompt, entry in known.items() if prompt not in self.told}
+        if long := [prompt for prompt, number in cut.items() if number]:
+            warnings.warn(
+                f"{len(long)} of {len(known)} prompts are too long and cut, such as {long[0]!r} by its last "
+                f"{cut[long[0]]} tokens.", stacklevel=2,
+            )  # fmt: skip
+        self.told.update(long)
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
     def num_cut(self, prompts: Sequence[str]) -> list[int]:
         """How many tokens at the end of each prompt the text encoders do not read; encodes what is new.
 
-        Only the numbers are kept: the conditions of a long list need not fit into memory. Of what is in the cache
-        only the numbers are read.
+        Only the numbers are kept: the conditions of a long list need not fit into memory.
         """
-        cache = TensorCache(self.folder, self.identify())
-        known = {prompt: cache.load_tensor(prompt, CUT) for prompt in dict.fromkeys(prompts)}
-        new = [prompt for prompt, cut in known.items() if cut is None]
-        for start in range(0, len(new), BATCH):
-            part = new[start : start + BATCH]
+        cache, cuts = TensorCache(self.folder, self.identify()), dict[str, int]()
+        unique = list(dict.fromkeys(prompts))
+        for start in range(0, len(unique), BATCH):
+            part = unique[start : start + BATCH]
             entries = cache.fetch(part, self._encode, BATCH)
-            known |= {prompt: entry.get(CUT) for prompt, entry in zip(part, entries, strict=True)}
-        return [max(0, int(known[prompt] or 0)) for prompt in prompts]
+            cuts |= {prompt: int(entry.get(CUT, 0)) for prompt, entry in zip(part, entries, strict=True)}
+        return [cuts[prompt] for prompt in prompts]
+
+    def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
+        """Numbers of the prompts to use; all of them are encoded. One line on stderr names what is skipped or cut.
+
+        Args:
+            prompts: as they were read.
+            long_prompts: what to do about those that the text encoders cannot read whole.
+            source: of the prompts, for messages.
+
+        Raises:
+            ValueError: under "stop", and where none is left.
+        """
+        cut = self.num_cut(prompts)
+        long = [number for number, tokens in enumerate(cut) if tokens]
+        if not long:
+            return list(range(len(cut)))
+        first = (
+            f"{len(long)} of {len(cut)} prompts of {source} are longer than the text encoders read, such as "
+            f"{prompts[long[0]]!r} by {cut[long[0]]} tokens"
+        )
+        kept = (
+            list(range(len(cut))) if long_prompts == "cut" else [i for i, tokens in enumerate(cut) if not tokens]
+        )
+        if long_prompts == "stop" or not kept:
+            fix = "Shorten them, or pass --long-prompts cut" + (" or skip." if kept else "; none is left to use.")
+            raise ValueError(f"{first}. {fix}")
+        self.told.update(prompts[number] for number in long)
+        warn(f"{first}: {'cut' if long_prompts == 'cut' else 'skipped'}")
+        return kept
 
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""
@@ -87,7 +126,12 @@ class PromptEncoder:
                 f"the text encoders were dropped, and the cache {self.folder} lacks {len(prompts)} of the "
                 f"prompts, such as {prompts[0]!r}. Encode all prompts, the negative one too, before dropping them."
             )
-        cond = self.load()(prompts)
+        encode, disabled = self.load(), logging.root.manager.disable
+        logging.disable(logging.WARNING)  # what is cut is told in one line, not by every library for every batch
+        try:
+            cond = encode(prompts)
+        finally:
+            logging.disable(disabled)
         for name, value in cond.items():
             if not bool(value.isfinite().all()):
                 raise ValueError(

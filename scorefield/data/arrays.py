@@ -1,4 +1,4 @@
-"""One file as arrays: square pictures, npz files, and the idx files of the MNIST family."""
+"""Images and labels as arrays: npz files, and the idx files of the MNIST family."""
 
 import gzip
 import math
@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from scorefield.files import open_regular
 
@@ -25,30 +22,6 @@ MOST_PACKED = 100
 colour 1,000."""
 
 
-def stored_size(resolution: int, crop: str) -> int:
-    """Side to keep in memory: an eighth more than the resolution where crops are random."""
-    return resolution if crop == "center" else math.ceil(resolution * 9 / 8)
-
-
-def square(image: Image.Image, size: int, resolution: int) -> np.ndarray:
-    """The central square, resized to ``size``. Raises ``ValueError`` below half the resolution."""
-    if min(image.size) * 2 < resolution:
-        raise ValueError(f"is {image.width} x {image.height}, smaller than half of {resolution} x {resolution}.")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Resizing with box= would let the filter see beyond the square.
-    cut = image.crop((left, top, left + side, top + side))
-    return np.asarray(cut if side == size else cut.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """Square images (n, c, h, h), bytes or floats in [-1, 1], at another size."""
-    large = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-    if images.dtype == torch.uint8:
-        return large.round().clamp(0, 255).to(torch.uint8)
-    return large.clamp(-1, 1)
-
-
 def check_class_numbers(smallest: int, largest: int, num_images: int) -> None:
     """Raise ``ValueError`` for class numbers below 0, or larger than any of ``num_images`` would need."""
     if smallest < 0 or largest >= max(num_images, MOST_CLASSES):
@@ -56,25 +29,6 @@ def check_class_numbers(smallest: int, largest: int, num_images: int) -> None:
             f"labels must be class numbers from 0, fewer than there are images or {MOST_CLASSES:,}; got numbers "
             f"from {smallest} to {largest} of {num_images:,} images."
         )
-
-
-def number_classes(labels: list[Any], known: tuple[str, ...] | None = None) -> tuple[Tensor, tuple[str, ...]]:
-    """Class numbers and names: numbers stay, ``known`` are their names; names are numbered in order.
-
-    Raises ``ValueError`` for a mixture of both, and for numbers below 0 or far above the number of images.
-    """
-    if known:
-        return torch.tensor(labels), known
-    if all(label is None for label in labels):
-        return torch.zeros(len(labels), dtype=torch.long), ("image",)
-    if all(type(label) is int for label in labels):
-        check_class_numbers(min(labels), max(labels), len(labels))
-        return torch.tensor(labels), tuple(str(number) for number in range(max(labels) + 1))
-    if all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
-        return torch.tensor([names.index(label) for label in labels]), tuple(names)
-    odd = next(label for label in labels if not isinstance(label, str))
-    raise ValueError(f"labels must be all class numbers from 0, or all names; got {odd!r} beside {labels[0]!r}.")
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,314 @@
+"""Samples from wherever they are: each is a row that says where its picture lies, its caption, label and maps.
+
+    listing = read_rows("photos/", Columns(maps=("depth",)))
+    picture = listing.rows[0].image.read()      # the bytes of a file, which nobody has decoded yet
+
+Read are folders of pictures (class folders, captions in .txt files beside, metadata.jsonl, .csv or .parquet), of
+train/ and test/ the former; jsonl, csv, tsv, json and parquet files; text files with a prompt a line; npz and idx
+files; webdataset shards (.tar); folders of ``Dataset.save_to_disk``; and data sets of the Hugging Face Hub. Every
+file that is seen is used, or counted in ``Listing.note``; a row that cannot be used says why.
+"""
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scorefield.atomic import MARKER
+from scorefield.data.arrays import is_idx, read_idx, read_npz
+from scorefield.data.rows import Columns, File, Listing, Member, Pixels, Row, row_of
+from scorefield.data.tables import TABLES, decoded, loaded, read_data_set, read_tables, text_fault
+
+ENDINGS = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .tga"
+PICTURES = frozenset(ENDINGS.split())
+"""Endings of pictures."""
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Names of the files that say what the pictures of a folder are; the first that is there counts."""
+
+SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev", "eval"))
+"""Names of folders that are parts of one data set, and no classes, where all folders are called so."""
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+FILES = {*PICTURES, *TABLES, ".npz", ".npy", ".arrow", ".gz", ".zip", ".tar", ".tgz"}
+LARGEST_TEXT = 2**20
+"""Bytes of a caption or a label in a shard."""
+
+
+def read_rows(source: Any, columns: Columns | None = None, option: str = "--data") -> Listing:
+    """The rows of a file, a folder, or a data set of ``datasets`` or its name; no picture is opened.
+
+    Args:
+        source: what the user named.
+        columns: what is read of each row; None for the usual names.
+        option: that named the source, for messages.
+
+    Raises:
+        ValueError: a source that is not there or not understood, lacks a column, or holds nothing.
+    """
+    columns = columns or Columns()
+    named = isinstance(source, str | Path)
+    path, name = Path(source if named else ""), str(source) if named else "data set"
+    try:
+        if not named:
+            listing = read_data_set(source, name, columns, Path())
+        elif path.is_dir() and name:
+            listing = _folder(path, columns)
+        elif path.exists() and name:
+            listing = _file_rows(path, columns)
+        else:
+            _check_hub_name(name)
+            data, note = loaded(name, lambda library: library.load_dataset(name, split="train"))
+            listing = replace(read_data_set(data, name, columns, path), note=note)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {'' if name in str(error) else f'{name}: '}{error}") from error
+    if listing.rows:
+        return listing
+    note = f" ({listing.note})" if listing.note else ""
+    raise ValueError(
+        f"{option} {listing.source} holds no samples{note}. Expected are pictures in a folder or its class "
+        'folders, with .txt captions beside them or a metadata.jsonl such as {"file_name": "1.png", "text": '
+        '"a red mug", "label": 0}; a file of prompts; or a data set.'
+    )
+
+
+def _check_hub_name(name: str) -> None:
+    # Asking the Hub for a path with a slip of the pen would take half a minute.
+    owner = Path(name).parent
+    file = Path(name).suffix.lower() in FILES or name.endswith("-ubyte")
+    if file or not HUB_NAME.fullmatch(name) or (owner != Path(".") and owner.exists()):
+        raise ValueError(
+            f"{name or 'of no name'}: no such file or folder, and no data set: those of the Hugging Face Hub are "
+            "called name or owner/name, where owner is no folder here. Correct the path."
+        )
+
+
+# Files.
+
+
+def _file_rows(path: Path, columns: Columns) -> Listing:
+    ending = path.suffix.lower()
+    if ending == ".npz" or is_idx(path):
+        return _array_rows(path, *(read_npz(path) if ending == ".npz" else read_idx(path)))
+    if ending == ".tar":
+        return _shards(path, [path], columns)
+    if ending in FILES - set(TABLES):
+        raise ValueError(
+            f"expected a folder of pictures, or a file that ends in {', '.join(TABLES)}, .npz or .tar, or is idx."
+        )
+    return read_tables(path, [path], columns)
+
+
+def _array_rows(path: Path, images: np.ndarray, labels: np.ndarray, note: str = "") -> Listing:
+    numbered = enumerate(zip(images, labels.tolist(), strict=True))
+    pictures = [(Pixels(f"{path}[{number}]", image), label) for number, (image, label) in numbered]
+    rows = [Row(picture.name, picture, label=label) for picture, label in pictures]
+    return Listing(str(path), rows, note=note, arrays=(images, labels))
+
+
+# Folders.
+
+
+def _folder(path: Path, columns: Columns) -> Listing:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        data, note = loaded(str(path), lambda library: library.load_from_disk(str(path)))
+        return replace(read_data_set(data, str(path), columns, path), note=note)
+    if is_idx(path):
+        names = sorted(file.name for file in path.glob("*images-idx3-ubyte*"))
+        note = f"of {', '.join(names)} the training part is used" if len(names) > 1 else ""
+        return _array_rows(path, *read_idx(path), note)
+    root, said = _training_part(path)
+    passed = Counter[str]()
+    files = _walk(root, passed)
+    best = {file.parent: file for name in reversed(METADATA) for file in files if file.name == name}
+    endings = {file.suffix.lower() for file in files}
+    if not best and {".parquet"} < endings and endings & PICTURES:
+        best = {file: file for file in _train_files([f for f in files if f.suffix == ".parquet"], Counter())}
+    if best:
+        listing = _metadata_rows(root, sorted(best.values()), files, columns, passed)
+    elif endings & PICTURES:
+        listing = Listing(str(path), _picture_rows(root, files, columns, passed))
+    else:
+        ending = next((ending for ending in (".tar", *TABLES) if ending in endings), "")
+        chosen = _train_files([file for file in files if file.suffix.lower() == ending], passed)
+        passed.update(_ending(file) for file in files if file.suffix.lower() != ending or not ending)
+        read = _shards if ending == ".tar" else read_tables
+        listing = read(path, chosen, columns) if ending else Listing(str(path), [])
+    said += [listing.note] if listing.note else []
+    return replace(listing, source=str(path), note="; ".join([*said, *_counts(passed)]))
+
+
+def _counts(passed: Counter[str]) -> list[str]:
+    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(passed.items()) if number)
+    return [f"passed over: {counts}"] if counts else []
+
+
+def _train_files(files: Sequence[Path], passed: Counter[str]) -> list[Path]:
+    # Of train.csv and test.csv, or train-00000-of-00001.parquet and so on.
+    parts = {file: re.split(r"[-_.]", file.name.lower())[0] for file in files}
+    if "train" not in parts.values() or not set(parts.values()) <= SPLITS:
+        return list(files)
+    passed["files of other parts than train"] += sum(part != "train" for part in parts.values())
+    return [file for file, part in parts.items() if part == "train"]
+
+
+def _training_part(path: Path) -> tuple[Path, list[str]]:
+    folders = sorted(one.name for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+    if any((path / name).is_file() for name in METADATA) or not set(folders) <= SPLITS or not folders:
+        return path, []
+    if "train" not in folders:
+        if len(folders) == 1:
+            return path, []
+        raise ValueError(
+            f"{path} has the parts {', '.join(folders)}, and no train. Pass one of them: {path / folders[0]}."
+        )
+    others = sorted(one.name + "/" * one.is_dir() for one in path.iterdir() if one.name not in ("train", MARKER))
+    return path / "train", [f"train/ is used, and not {', '.join(others)}"] if others else []
+
+
+def _walk(root: Path, passed: Counter[str]) -> list[Path]:
+    # All files, those in linked folders too, and no folder within itself.
+    found: list[Path] = []
+
+    def visit(folder: Path, above: frozenset[tuple[int, int]]) -> None:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            passed["folders that are links to a folder above them"] += 1
+            return
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                passed["hidden files or folders"] += entry.name != MARKER
+            elif entry.is_dir():
+                visit(entry, above | {here})
+            else:
+                found.append(entry)
+
+    visit(root, frozenset())
+    return sorted(found)
+
+
+def _ending(file: Path) -> str:
+    if not file.exists():
+        return "links to nothing"
+    return f"{file.suffix} files" if 0 < len(file.suffix) < 9 else "files without an ending"
+
+
+def _metadata_rows(
+    root: Path, metadata: Sequence[Path], files: Sequence[Path], columns: Columns, passed: Counter[str]
+) -> Listing:
+    parts = [read_tables(file, [file], columns) for file in metadata]
+    rows = [row for part in parts for row in part.rows]
+    first = [_first_folder(row, root) for row in rows]
+    if "train" in first and set(first) <= SPLITS:
+        passed["rows of other parts than train/"] += sum(name != "train" for name in first)
+        rows = [row for row, name in zip(rows, first, strict=True) if name == "train"]
+    used = {one.path for row in rows for one in (row.image, *row.maps.values()) if isinstance(one, File)}
+    for file in files:
+        if file.suffix.lower() in PICTURES and file not in used:
+            passed[f"pictures that no row of {metadata[0].name} uses"] += 1
+        elif file not in used and file not in metadata:
+            passed[_ending(file)] += 1
+    return Listing(str(root), rows, parts[0].class_names)
+
+
+def _first_folder(row: Row, root: Path) -> str:
+    if not isinstance(row.image, File) or not row.image.path.is_relative_to(root):
+        return ""
+    return (*row.image.path.relative_to(root).parts, "")[0]
+
+
+def _picture_rows(root: Path, files: Sequence[Path], columns: Columns, passed: Counter[str]) -> list[Row]:
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    stray = next((file for file in pictures if file.parent == root), None)
+    classes = {file.relative_to(root).parts[0] for file in pictures if file.parent != root}
+    if stray and classes:
+        raise ValueError(
+            f"{root} holds images beside class subfolders such as {min(classes)}: {stray.name}, for one. "
+            "Move them into their classes, or elsewhere."
+        )
+    texts = {file for file in files if file.suffix.lower() == ".txt"}
+    rows = []
+    for file in pictures:
+        label = file.relative_to(root).parts[0] if classes else None
+        beside = file.with_suffix(".txt")
+        caption, fault = _beside(beside) if beside in texts and columns.text is not None else (None, "")
+        rows.append(Row(str(file), File(file), caption, label, fault=fault))
+        if columns.maps:
+            rows[-1] = replace(rows[-1], fault=f"has no {columns.maps[0]}, which a metadata.jsonl must name.")
+    captions = {file.with_suffix(".txt") for file in pictures} & texts
+    if columns.text is None and captions:
+        passed[".txt captions, which are not needed"] += len(captions)
+    for file in files:
+        if file not in captions and file.suffix.lower() not in PICTURES:
+            passed[".txt files without a picture" if file in texts else _ending(file)] += 1
+    return rows
+
+
+def _beside(file: Path) -> tuple[str | None, str]:
+    try:
+        text = decoded(file)
+    except (OSError, ValueError) as error:
+        return None, f"has a caption {file.name} that cannot be read: {error}"
+    fault = text_fault(text, file)
+    return (None, f"has a caption {file.name} that {fault}") if fault else (text.strip(), "")
+
+
+# Shards of webdataset.
+
+
+def _shards(source: Path, shards: Sequence[Path], columns: Columns) -> Listing:
+    rows: list[Row] = []
+    passed = Counter[str]()
+    for shard in shards:
+        samples: dict[str, dict[str, Member]] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for part in archive:
+                    folder, _, base = part.name.rpartition("/")
+                    key, _, kind = base.partition(".")
+                    if part.isreg() and not part.issparse() and key:
+                        member = Member(shard, part.name, part.offset_data, part.size)
+                        samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[kind.lower()] = member
+                    else:
+                        passed["members that are no plain files"] += not part.isdir()
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(
+                f"{shard.name} is no tar archive, is cut, or is compressed: {error}. Store it without compression."
+            ) from error
+        rows += [_sample(f"{shard}/{key}", parts, columns, passed) for key, parts in samples.items()]
+    return Listing(str(source), rows, note="; ".join(_counts(passed)))
+
+
+def _sample(name: str, parts: Mapping[str, Member], columns: Columns, passed: Counter[str]) -> Row:
+    values: dict[str, Any] = {}
+    for kind, member in parts.items():
+        what, _, ending = kind.rpartition(".")
+        if f".{ending}" in PICTURES and what in ("", *columns.maps):
+            values[what or columns.image or "image"] = member
+        elif kind in ("txt", "text", "caption", "json", "cls"):
+            try:
+                values |= _read_part(kind, member, columns)
+            except (ValueError, RecursionError) as error:
+                return Row(member.name, fault=f"cannot be used: {str(error) or 'it is nested too deep'}")
+        else:
+            passed[f".{kind} members"] += 1
+    return row_of(values, columns, Path(), name)
+
+
+def _read_part(kind: str, member: Member, columns: Columns) -> dict[str, Any]:
+    if member.size > LARGEST_TEXT:
+        raise ValueError(f"it has {member.size:,} bytes; expected a text.")
+    text = member.read().decode("utf-8-sig").strip()
+    if kind == "json":
+        content = json.loads(text)
+        return dict(content) if isinstance(content, Mapping) else {}
+    if kind == "cls":
+        return {"label": int(text) if text.isdecimal() else text}
+    return {(columns.texts or ("text",))[0]: text}

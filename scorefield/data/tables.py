@@ -1,0 +1,164 @@
+"""Rows of files with a line per sample (text, jsonl, csv, parquet), and of data sets of ``datasets``."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scorefield.data.rows import IMAGE_COLUMNS, Cell, Columns, Listing, Row, half_character, row_of
+from scorefield.files import read_regular
+
+TABLES = (".parquet", ".jsonl", ".csv", ".tsv", ".json", ".txt")
+"""Endings of such files; of a folder without pictures those of the first that is there are read."""
+
+
+def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listing:
+    """The rows of files of one ending; of an unknown one, lines of text. Pictures are named from a file's folder.
+
+    Raises ``ValueError`` for a file that is none of its kind; a line that cannot be used has a fault.
+    """
+    ending = files[0].suffix.lower()
+    if ending == ".parquet":
+        names = [str(file) for file in files]
+        data, _ = loaded(
+            str(source), lambda library: library.load_dataset("parquet", data_files=names, split="train")
+        )
+        return read_data_set(data, str(source), columns, files[0].parent)
+    rows: list[Row] = []
+    for file in files:
+        if ending not in TABLES or ending == ".txt":
+            lines = [(place, line.strip(), text_fault(line, file)) for place, line in _lines(file)]
+            rows += [Row(place, caption=None if fault else line, fault=fault) for place, line, fault in lines]
+            continue
+        parse = _csv_rows if ending in (".csv", ".tsv") else _json_rows
+        for place, values, fault in parse(file):
+            rows.append(Row(place, fault=fault) if fault else row_of(values, columns, file.parent, place))
+    return Listing(str(source), rows)
+
+
+def decoded(path: Path) -> str:
+    """The text of a file. Bytes that are no UTF-8 become halves of characters, for :func:`text_fault` to find."""
+    content = read_regular(path)
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16. Save it as UTF-8, such as: iconv -f UTF-16 -t UTF-8 {path.name}")
+    return content.decode("utf-8-sig", "surrogateescape")
+
+
+def text_fault(text: str, path: Path) -> str:
+    """Why a part of :func:`decoded` text cannot be used; empty if it can."""
+    for place, character in enumerate(text if half_character(text) else ""):
+        if 0xDC80 <= ord(character) <= 0xDCFF:
+            return (
+                f"is not UTF-8: byte {ord(character) - 0xDC00:#04x} after {text[max(0, place - 20) : place]!r}. "
+                f"Save the file as UTF-8, such as: iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
+            )
+    return ""
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    # splitlines would also split at characters that a caption may hold, such as U+2028.
+    for number, line in enumerate(decoded(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    whole = path.suffix.lower() == ".json"
+    for place, line in [(str(path), decoded(path))] if whole else _lines(path):
+        values, fault = None, text_fault(line, path)
+        try:
+            values = None if fault else json.loads(line)
+        except ValueError as error:
+            fault = f"is no JSON: {error}. Got {line.strip()[:80]!r}."
+        except RecursionError:
+            fault = "is JSON that is nested too deep."
+        if whole and isinstance(values, list):
+            yield from ((f"{path}, item {number}", value, "") for number, value in enumerate(values, 1))
+        else:
+            yield place, values, fault
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    table = csv.DictReader(io.StringIO(decoded(path), newline=""), delimiter=delimiter)
+    try:
+        for values in table:
+            known = {str(name): cell or None for name, cell in values.items() if name is not None}
+            fault = next((fault for cell in known.values() if cell and (fault := text_fault(cell, path))), "")
+            if None in values:
+                fault = f"has more cells than the header, which has {len(known)}."
+            yield f"{path}, line {table.line_num}", known, fault
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {table.line_num}: {error}.") from error
+
+
+def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
+    """The training part of what ``load`` gets of the library ``datasets``, and what is said of other parts.
+
+    Raises ``ValueError`` naming the source if it cannot be loaded.
+    """
+    import datasets
+
+    try:
+        data = load(datasets)
+        if not isinstance(data, datasets.DatasetDict):
+            return data, ""
+        others = ", ".join(sorted(set(data) - {"train"}))
+        return data["train"], f"train is used, {others} not" if others else ""
+    except Exception as error:  # the library raises a dozen kinds, its own among them
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{source} cannot be loaded as a data set: {type(error).__name__}: {reason}") from error
+
+
+def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Listing:
+    """The rows of a ``datasets.Dataset``, whose paths begin in ``folder``. Its pictures stay where they are.
+
+    Raises ``ValueError`` for anything else, and for columns that it lacks.
+    """
+    import datasets
+
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(f"expected a folder, or a datasets.Dataset of one split; got {type(data).__name__}.")
+    typed = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    maps = {
+        name: next((c for c in (name, f"{name}_file_name") if c in data.features), name) for name in columns.maps
+    }
+    usual = [*(name for name in typed if name not in maps.values()), *IMAGE_COLUMNS]
+    image = columns.image or next((name for name in usual if name in data.features), "")
+    wanted = sorted({*maps.values(), *([image] if image else [])})
+    if missing := [name for name in wanted if name not in data.features]:
+        raise ValueError(f"{source} has no column {', '.join(missing)} of pictures; it has {list(data.features)}.")
+    if columns.text and columns.text not in data.features:
+        raise ValueError(f"{source} has no column {columns.text!r} of captions; it has {list(data.features)}.")
+    for name in set(wanted) & set(typed):
+        data = data.cast_column(name, datasets.Image(decode=False))
+    # Paths are few bytes, and are read at once; pictures one by one.
+    large = [name for name in wanted if "string" not in str(getattr(data.features[name], "dtype", ""))]
+    table, empty = data.select_columns(large), {name: _nulls(data, name) for name in large}
+    names = {*columns.texts, "label", *wanted} - set(large)
+    columns, rows = replace(columns, image=image), list[Row]()
+    for number, small in enumerate(_small(data, [name for name in data.features if name in names])):
+        cells = {name: Cell(table, number, name, source) for name in large if number not in empty[name]}
+        values = {**small, **cells, **{key: cells[name] for key, name in maps.items() if name in cells}}
+        rows.append(row_of(values, columns, folder, f"{source}[{number}]"))
+    labels = getattr(data.features.get("label"), "names", None)
+    return Listing(source, rows, labels and tuple(labels))
+
+
+def _small(data: Any, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    # Without columns a table has no rows.
+    yield from data.select_columns(names) if names else ({} for _ in range(len(data)))
+
+
+def _nulls(data: Any, column: str) -> set[int]:
+    if not data.data.column(column).null_count:
+        return set()
+    place, found = 0, set[int]()
+    for chunk in data.with_format("arrow").select_columns([column]).iter(1000):
+        valid = chunk.column(0).is_valid().to_pylist()
+        found |= {place + number for number, there in enumerate(valid) if not there}
+        place += len(valid)
+    return found
