@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import command
@@ -195,6 +196,11 @@ def test_two_real_ranks_are_told_before_anything_is_written(tmp_path):
 def test_the_code_has_one_hash():
     assert code_hash() == code_hash()
     assert len(code_hash()) == 16
+
+
+def test_the_hash_is_of_all_packages():
+    assert all(map(find_spec, starting.PACKAGES))
+    assert set(starting.PACKAGES) == {path.parent.name for path in ROOT.glob("*/py.typed")}
 
 
 def test_results_without_checkpoints_belong_to_the_run_that_made_them(tmp_path):

@@ -15,6 +15,7 @@ from controlnet.caching import share_prompts
 from controlnet.circles import COLOURS
 from scorefield import Cond, NetworkDenoiser, VariancePreserving, freeze
 from scorefield.atomic import whole_folder
+from scorefield.files import read_json
 from scorefield.models import hub
 from scorefield.models.families import DiffusersNetwork
 from scorefield.models.pretrained import PartReader
@@ -149,7 +150,11 @@ def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
 def load_circles(folder: Path, device: torch.device | str) -> Base:
     """A folder of :func:`save_circles`."""
     unet = PartReader(torch.float32, torch.device(device)).read(UNet2DConditionModel, folder)
-    size = int(json.loads((folder / FACTS).read_text())["size"])
+    size = read_json(folder / FACTS).get("size")
+    if not isinstance(size, int) or not 0 < size < 2**16 or size % PATCH:
+        raise ValueError(
+            f"{folder / FACTS}: size must be the pixels of a side; got {str(size)[:40]}. Was it edited?"
+        )
     denoiser = circles_denoiser(freeze(DiffusersNetwork(unet)))
 
     def prompts(captions: Sequence[str]) -> Cond:

@@ -18,7 +18,7 @@ from user_code import call, code_of
 from distill.student import TIMES
 from scorefield import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from scorefield.data_scale import RescaledData
-from scorefield.files import read_json
+from scorefield.files import load_json, read_json
 from scorefield.models.network import ResidualMLP
 from scorefield.models.pretrained import PartReader, read_schedule
 from scorefield.models.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
@@ -195,7 +195,7 @@ def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modu
 
 def _is_diffusers(config: Path) -> bool:
     try:
-        return "_class_name" in json.loads(config.read_text())
+        return "_class_name" in load_json(config)
     except (OSError, ValueError, TypeError):
         return False
 

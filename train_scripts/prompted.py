@@ -1,6 +1,5 @@
 """Text-to-image teachers for the scripts: a teacher of ``scorefield.models.hub`` whose classes are prompts."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from distill.export import read_student_facts
 from scorefield import Cond, Denoiser, NetworkDenoiser, guided
+from scorefield.files import load_json
 from scorefield.models import hub
 
 
@@ -74,7 +74,7 @@ def is_hub_model(name: str) -> bool:
     index = Path(name) / "model_index.json"
     if index.is_file():
         try:
-            return any(part.startswith("text_encoder") for part in json.loads(index.read_text()))
+            return any(part.startswith("text_encoder") for part in load_json(index))
         except (OSError, ValueError, TypeError, AttributeError):
             return False
     # Within a folder that exists it is a local path with a slip of the pen.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scorefield.files import check_regular, printable, read_json
+from scorefield.files import check_regular, check_small, printable, read_json
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of parts come from."""
@@ -27,6 +27,9 @@ VOCABULARY = (
 
 CONFIGS = ("config.json", "generation_config.json")
 """Files beside the weights of a network."""
+
+TEXTS = (".json", ".txt", ".model", ".jinja")
+"""Endings of configs and vocabularies, which libraries read whole."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -69,10 +72,10 @@ def _is_numbers(value: object) -> bool:
 
 
 def check_part(part: Path) -> None:
-    """Raise ``ValueError`` for a folder of weights whose files name others, or are no files.
+    """Raise ``ValueError`` for a folder of weights whose files name others, fill the memory, or are no files.
 
     Refused are adapters (transformers reads them unasked, and then does not say which weights are missing),
-    pipes and devices, and shards outside the folder.
+    weights that are stored quantised, texts too large to read, pipes and devices, and shards outside the folder.
     """
     for file in sorted(part.iterdir()) if part.is_dir() else ():
         if file.name == "adapter_config.json":
@@ -83,10 +86,29 @@ def check_part(part: Path) -> None:
         if not file.is_dir():
             try:
                 check_regular(file)
+                if file.suffix in TEXTS:
+                    check_small(file)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{file} {error}") from error
+        if file.name == "config.json":
+            _check_plain(read_json(file), file)
         if file.name.endswith(".index.json") or ".index." in file.name:
             _check_shards(file)
+
+
+def _check_plain(config: Mapping[str, Any], file: Path) -> None:
+    # Libraries would look for the quantiser, and its kernels, that the file names. Configs nest others.
+    left: list[Any] = [config]
+    while left:
+        inner = left.pop()
+        left += [value for value in inner.values() if isinstance(value, dict)]
+        for name in ("quantization_config", "compression_config"):
+            if (value := inner.get(name)) is not None:
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                raise ValueError(
+                    f"{file}: the weights are quantised ({printable(str(method)[:40])}), and only plain ones are "
+                    "read. Pass the model in float32, float16 or bfloat16."
+                )
 
 
 def _check_shards(file: Path) -> None:

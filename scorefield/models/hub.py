@@ -21,7 +21,7 @@ from torch import Tensor
 from scorefield.denoiser import Cond, NetworkDenoiser, freeze
 from scorefield.files import read_json
 from scorefield.models.codec import Codec, load_codec, read_codec_config
-from scorefield.models.components import check_index
+from scorefield.models.components import check_index, check_part
 from scorefield.models.families import DiffusersNetwork, Family, Parts, family_of, has_part, parts_of
 from scorefield.models.preflight import (
     check_device,
@@ -209,6 +209,7 @@ def _check_parts(
         tokenizer_class(index, _tokenizer_of(part))
         check_tokenizer(folder / _tokenizer_of(part))
     for place in parts.values():
+        check_part(place)
         reader.find_variant(place)
     config = read_config(family.network, parts[family.part])
     check_network(config, parts[family.part])
