@@ -76,7 +76,10 @@ class Base:
         return replace(self, prompts=teacher.prompts, teacher=teacher)
 
 
-def load_base(name: str, *, size: int = 0, device: torch.device | str = "cpu", cache: Path | None = None) -> Base:
+def load_base(
+    name: str, *, size: int = 0, device: torch.device | str = "cpu", cache: Path | None = None,
+    allow_pickle: bool = False, variant: str = "",
+) -> Base:  # fmt: skip
     """A base by name, in float32: "toyworld", a folder of train_circles.py or of a pipeline, or a model online.
 
     Raises ``ValueError`` for anything else, and for models that take no prompts.
@@ -88,7 +91,9 @@ def load_base(name: str, *, size: int = 0, device: torch.device | str = "cpu", c
             raise ValueError(f"--base {name} draws {base.size[0]} pixels a side; got --size {size}.")
         return base
     known = folder if folder.is_dir() else name
-    teacher = hub.load_teacher(known, size=size or None, device=device, cache=cache)
+    teacher = hub.load_teacher(
+        known, size=size or None, device=device, cache=cache, allow_pickle=allow_pickle, variant=variant or None
+    )
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--base {name} takes no prompts; pass a text-to-image pipeline.")
     codec = teacher.codec

@@ -25,7 +25,8 @@ from torchvision.utils import make_grid
 import toyworld
 from distill.export import FACTS, LORA, read_student_facts
 from scorefield.cache import TensorCache
-from scorefield.files import check_regular
+from scorefield.files import check_regular, read_json
+from scorefield.models.preflight import check_many_steps
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.weights import check_finite
 
@@ -94,8 +95,10 @@ def check(config: Config) -> None:
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(
-                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher."
+                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher, or "
+                "another program saved it again."
             )
+    check_many_steps(read_json(config.teacher / "scheduler" / "scheduler_config.json"), config.teacher)
 
 
 def teacher_pictures(config: Config, bench: Bench) -> Tensor:

@@ -26,7 +26,7 @@ from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import check_index
 from scorefield.models.families import parts_of
-from scorefield.models.preflight import check_tokenizer, tokenizer_class
+from scorefield.models.preflight import check_many_steps, check_tokenizer, tokenizer_class
 from scorefield.models.pretrained import INDEX, PartReader
 from scorefield.randomness import derived_generator
 from toyworld.captions import caption
@@ -68,6 +68,7 @@ def main(config: Config) -> Path:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
     if not (config.pipeline / "model_index.json").is_file():
         raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
+    check_many_steps(read_json(config.pipeline / "scheduler" / "scheduler_config.json"), config.pipeline)
     pipeline = load_pipeline(config.pipeline, config.device)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)

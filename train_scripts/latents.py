@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from arrays import square
 from command import fingerprint
 from PIL import Image
 from texts import Pictures
@@ -74,14 +73,14 @@ class Latents:
         return max(1, PIXELS // (height * width))
 
     def pixels(self, number: int) -> Tensor:
-        """Bytes (3, h, w) of an image, its central square resized."""
+        """Bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
         image, size = self.images[number], self.teacher.size
         if isinstance(image, Tensor):
             if tuple(image.shape[1:]) != size:
                 raise ValueError(f"the images are {tuple(image.shape[1:])}, the teacher's {size}.")
             return image
         try:
-            cut = square(open_image(image).convert("RGB"), size[0], size[0])
+            cut = central(open_image(image).convert("RGB"), size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{named(image, number)} cannot be used: {error}") from error
         return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
@@ -99,6 +98,20 @@ class Latents:
         return hashlib.sha256("\n".join([self.cache.identity, *self.digests]).encode()).hexdigest()[:16]
 
 
+def central(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The central part of an image in the proportions of ``size``, (height, width), resized to it.
+
+    Raises ``ValueError`` for an image below half of that size.
+    """
+    scale = min(image.height / size[0], image.width / size[1])
+    if 2 * scale < 1:
+        raise ValueError(f"is {image.width} x {image.height}, smaller than half of {size[1]} x {size[0]}.")
+    height, width = (round(side * scale) for side in size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    # Resizing with box= would let the filter see beyond the part.
+    return image.crop((left, top, left + width, top + height)).resize(size[::-1], Image.Resampling.LANCZOS)
+
+
 def named(image: Path | bytes | Tensor, number: int) -> str:
     """An image, to complain of."""
     return f"the image {image}" if isinstance(image, Path) else f"the image of prompt {number + 1}"
@@ -111,6 +124,8 @@ def encode_images(images: Pictures, teacher: hub.Teacher, accelerator: Accelerat
     """
     assert teacher.codec is not None
     facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])
+    if len(set(teacher.size)) > 1:  # entries of an earlier version were square
+        facts = torch.cat([facts, torch.ones(1)])
     identity = fingerprint([*teacher.codec.vae.state_dict().values(), facts])
     latents = Latents(images, teacher, TensorCache(default_cache_folder().parent / "latents", identity))
     share = -(-len(images) // accelerator.num_processes)

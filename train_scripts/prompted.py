@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.export import read_student_facts
+from distill.export import read_student_times
 from scorefield import Cond, Denoiser, NetworkDenoiser, guided
 from scorefield.files import load_json
 from scorefield.models import hub
@@ -83,7 +83,7 @@ def is_hub_model(name: str) -> bool:
 
 def load_prompted(
     name: str, prompts: Sequence[str], *, negative: str = "", size: int = 0, allow_pickle: bool = False,
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    variant: str = "", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> PromptedTeacher:  # fmt: skip
     """A teacher by name or folder, asked for ``prompts``; its text encoders are freed.
 
@@ -93,7 +93,11 @@ def load_prompted(
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError(f"--prompts must say something; got {list(prompts)}.")
     try:
-        teacher = hub.load_teacher(name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle)
+        teacher = hub.load_teacher(
+            name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle,
+            variant=variant or None, few_steps=True,
+        )  # fmt: skip
+        asked = read_student_times(hub.pipeline_folder(name, variant=variant or None))
     except ValueError as error:
         raise ValueError(f"--model {name}, asked by --prompts: {error}") from error
     if teacher.texts is None:
@@ -103,6 +107,5 @@ def load_prompted(
     if not prompts:
         raise ValueError(f'{name} draws what --prompts ask for, such as "a red mug"; got none.')
     conds, away = teacher.prompts(prompts), teacher.negative(negative)
-    asked = read_student_facts(hub.pipeline_folder(name)).get("dmd2_denoising_timesteps", ())
     times = tuple(t / teacher.denoiser.time_scale for t in asked)
     return PromptedTeacher(teacher.without_text_encoders(), conds, away, len(prompts), times)

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 from accelerate import Accelerator
 from command import check_numbers, check_out, run
 from networks import Teacher, load_teacher
@@ -71,10 +72,12 @@ class Config:
     guidance: float = 1.0
     """Scale of classifier-free guidance of a teacher; 1 means none, 7.5 is usual for Stable Diffusion. A student
     has it built in."""
-    size: int = 0
+    size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
     """Height and width of a text-to-image model's pictures in pixels; 0 means its own."""
     allow_pickle: bool = False
     """Read pickled weights of a diffusers model that has no safetensors. Only if you trust where it comes from."""
+    variant: str = ""
+    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     batch_size: int = 250
     """Images at a time and process."""
     precision: Literal["no", "bf16"] = "no"
@@ -123,12 +126,12 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
             config.model, config.prompts, negative=config.negative_prompt, size=config.size,
-            allow_pickle=config.allow_pickle, dtype=dtype, device=device,
+            allow_pickle=config.allow_pickle, variant=config.variant, dtype=dtype, device=device,
         )  # fmt: skip
-    for name in ("negative_prompt", "size", "allow_pickle"):
+    for name in ("negative_prompt", "size"):
         if getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} is for text-to-image models; leave it out.")
-    return load_teacher(config.model, config.network)
+    return load_teacher(config.model, config.network, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def columns(config: Config) -> int:

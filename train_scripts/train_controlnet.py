@@ -130,7 +130,10 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
-    base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
+    base = load_base(
+        config.base, size=config.size, device=device, cache=config.cache / "prompts",
+        allow_pickle=config.allow_pickle, variant=config.variant,
+    )  # fmt: skip
     task = load_task(config, base.size, config.eval_samples + config.test_samples, rank, num_ranks)
     if is_first_rank():
         for fault in task.bad[:MOST_FAULTS]:

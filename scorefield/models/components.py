@@ -35,6 +35,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
+_VARIANT = re.compile(r"(model|diffusion_pytorch_model)\.(\w+)(-\d+-of-\d+)?\.safetensors", re.ASCII)
 _OLD_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", re.ASCII)
 
 
@@ -118,18 +119,20 @@ def _check_shards(file: Path) -> None:
             raise ValueError(f"{file}: shards must be names of files beside it; got {str(name)[:80]!r}.")
 
 
-def check_copyable(folder: Path, parts: Iterable[str]) -> None:
+def check_copyable(folder: Path, parts: Iterable[str], variant: str | None = None) -> None:
     """Raise ``ValueError`` for a part of which nothing may be copied, or a file that leads out of ``folder``."""
     for part in parts:
-        if not copied_files(folder, part):
+        files = copied_files(folder, part, variant)
+        if not (files if part.startswith("tokenizer") else [file for file in files if file.name not in CONFIGS]):
             raise ValueError(f"{folder / part} holds no file that belongs to a {part}. Download it again.")
 
 
-def copied_files(folder: Path, part: str) -> list[Path]:
+def copied_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
     """The files of a part that a copy needs, by list: configs, vocabulary, one set of weights.
 
-    Pickles are among them only where there are no safetensors. Raises ``ValueError`` for one that is no regular
-    file, or that is a link out of ``folder``; links of a download's cache into its own blobs are none.
+    Those are the weights of ``variant`` where there are any, and pickles where there are no safetensors. Raises
+    ``ValueError`` for one that is no regular file, or that is a link out of ``folder``; links of a download's
+    cache into its own blobs are none.
     """
     files = sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
     if part.startswith("tokenizer"):
@@ -137,10 +140,16 @@ def copied_files(folder: Path, part: str) -> list[Path]:
     else:
         safe = [file for file in files if _WEIGHTS.fullmatch(file.name)]
         old = [file for file in files if _OLD_WEIGHTS.fullmatch(file.name)]
-        kept = [file for file in files if file.name in CONFIGS] + (safe or old)
+        own = [file for file in files if variant is not None and _variant_of(file) == variant]
+        kept = [file for file in files if file.name in CONFIGS] + (own or safe or old)
     for file in kept:
         _check_inside(file, folder.resolve())
     return kept
+
+
+def _variant_of(file: Path) -> str | None:
+    found = _VARIANT.fullmatch(file.name)
+    return None if found is None else found[2]
 
 
 def _check_inside(file: Path, root: Path) -> None:
@@ -155,20 +164,22 @@ def _check_inside(file: Path, root: Path) -> None:
         raise ValueError(f"{file} {error}") from error
 
 
-def copy_part(folder: Path, part: str, target: Path) -> None:
+def copy_part(folder: Path, part: str, target: Path, variant: str | None = None) -> None:
     """Copy the files of :func:`copied_files` into the new folder ``target``.
 
-    Links become files, pickles safetensors, and text encoders in half precision float32.
+    Links become files, pickles safetensors, text encoders in half precision float32, and the weights of a variant
+    lose its name.
     """
     target.mkdir()
-    files = copied_files(folder, part)
-    pickles = [file for file in files if file.suffix in PICKLES]
+    files = copied_files(folder, part, variant)
+    rewritten = [file for file in files if file.suffix in PICKLES or _variant_of(file) is not None]
     for file in files:
-        if file not in pickles:
+        if file not in rewritten:
             shutil.copyfile(file, target / file.name)
-    if pickles:
+    if rewritten:
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        weights = {name: value for file in pickles for name, value in _unpickled(file).items()}
+        read = [_unpickled(file) if file.suffix in PICKLES else load_file(file) for file in rewritten]
+        weights = {name: value for one in read for name, value in one.items()}
         save_file(weights, target / f"{stem}.safetensors", metadata={"format": "pt"})
     if part.startswith("text_encoder"):
         _to_float32(target)

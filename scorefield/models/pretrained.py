@@ -145,11 +145,12 @@ class PartReader:
             return self.variant if self.variant in found else None
         if found:
             others = ", ".join(sorted(map(str, found)))
-            raise ValueError(f"{part} holds weights of variant {others} only; got variant={self.variant!r}.")
+            got = f"--variant {self.variant}" if self.variant else "no --variant"
+            raise ValueError(f"{part} holds weights of variant {others} only; got {got}. Pass --variant with it.")
         if pickled := [name for name in files if name.endswith(PICKLED)]:
             raise ValueError(
                 f"{part} holds pickled weights only ({', '.join(pickled)}), and a pickle can run code when it is "
-                "read. Use safetensors (save_pretrained writes them), or allow_pickle=True if you trust it."
+                "read. Use safetensors (save_pretrained writes them), or pass --allow-pickle if you trust it."
             )
         held = f"it holds {', '.join(files)}" if files else "it is empty or missing"
         raise ValueError(f"{part} holds no weights: expected *.safetensors, and {held}. Download it again.")
