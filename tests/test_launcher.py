@@ -161,12 +161,13 @@ WORKER = """
 import os, sys
 from pathlib import Path
 import fitting, starting
-from command import RunOptions, identity
+from command import identity
+from distill_options import Config
 rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
 real = starting.code_hash
 for what in ("option", "code", "input", "same"):
     starting.code_hash = (lambda: "another") if what == "code" and rank else real
-    config = RunOptions(out=out, seed=rank if what == "option" else 0)
+    config = Config(out=out, student_every=2 + rank if what == "option" else 2)
     try:
         accelerator = fitting.start(config)
         assert accelerator.num_processes == 2
@@ -189,7 +190,7 @@ def test_two_real_ranks_are_told_before_anything_is_written(tmp_path):
     for rank in (0, 1):
         for start in ("option: False", "code: False", "input: False", "same: True"):
             assert f"rank {rank} {start}" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("differ in seed: 0, 1") == 2
+    assert done.stdout.count("differ in student_every: 2, 3") == 2
     assert done.stdout.count('differ in data: "0", "1"') == 2
 
 

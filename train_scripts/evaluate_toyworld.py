@@ -22,6 +22,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import check_index
@@ -95,11 +96,12 @@ def main(config: Config) -> Path:
         "steps": config.steps, "seed": config.seed,
     }  # fmt: skip
     print(json.dumps(figures, indent=2))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    with whole_file(config.out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2))
     sheet = make_grid(torch.cat([as_pictures(renders)[:32], made[:32]]).clamp(-1, 1), nrow=16, padding=2)
     pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(config.out / "contact_sheet.png")
+    with whole_file(config.out / "contact_sheet.png") as temporary:
+        Image.fromarray(pixels).save(temporary)
     print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
     return config.out
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from distill.export import FACTS
 from distill.student import Student
-from scorefield.atomic import foreign, whole_folder
+from scorefield.atomic import foreign, whole_file, whole_folder
 from scorefield.grids import Spacing
 from scorefield.randomness import derived_generator
 from scorefield.sampling import initial_noise, sample
@@ -225,11 +225,8 @@ def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     place = out.resolve()
     if out.suffix == ".npz":
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".writing-{place.name}")
-        with temporary.open("wb") as file:
+        with whole_file(place) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
-        temporary.replace(place)
     else:
         with whole_folder(place) as folder:
             for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
@@ -237,7 +234,8 @@ def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
                 to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
     overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
     picture = place.with_name(f"{place.name}.grid.png")
-    to_picture(overview).save(picture)
+    with whole_file(picture) as temporary:
+        to_picture(overview).save(temporary)
     return picture
 
 

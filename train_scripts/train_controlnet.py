@@ -245,7 +245,8 @@ def export(
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)
     with whole_file(config.out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2))
-    save_image(sheet, config.out / "samples.png")
+    with whole_file(config.out / "samples.png") as temporary:
+        save_image(sheet, temporary)
     name, standing = next(iter(look.standings.items()))
     print(
         f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
