@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from controlnet.evidence import Gap, Standing
+from scorefield.atomic import whole_file
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,8 @@ class EvidenceLog:
         """Write a look; a later one of the same or an earlier step replaces what followed."""
         kept = [*self.read(before=look.step), look]
         lines = "".join(json.dumps({**_as_json(one), "validation": self.validation}) + "\n" for one in kept)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text(lines)
-        temporary.replace(self.path)
+        with whole_file(self.path) as temporary:
+            temporary.write_text(lines)
         return self
 
     def read(self, before: float = math.inf) -> list[Evidence]:

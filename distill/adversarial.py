@@ -111,8 +111,8 @@ def discriminator_head(channels: int, size: int = 1) -> nn.Module:
     """Logits from bottleneck features: DMD2's stack of strided 4 x 4 convolutions, or an MLP for vectors.
 
     Args:
-        channels: of the features, (b, channels) or (b, channels, size, size).
-        size: height and width; 1 means features without space.
+        channels: of the features, (b, channels) or (b, channels, height, width).
+        size: the smaller of height and width; 1 means features without space.
     """
     if size == 1:
         return nn.Sequential(

@@ -24,6 +24,7 @@ from scorefield.models.codec import read_codec_config
 from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
 from scorefield.models.families import DiffusersNetwork, family_of, has_part, parts_of
 from scorefield.models.lora import Twin, adapter_weights, merged
+from scorefield.models.preflight import is_few_step
 from scorefield.models.pretrained import INDEX, NOISE_SETTINGS, part_folder
 from scorefield.schedule import Schedule, VariancePreserving
 
@@ -32,6 +33,9 @@ LORA = "pytorch_lora_weights.safetensors"
 
 FACTS = "dmd2.json"
 """Beside a LoRA, what a pipeline's folder says in its ``model_index.json``."""
+
+MOST_STEPS = 16
+"""Steps of a student that is known by its scheduler alone; diffusers' own default is 50."""
 
 
 def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> tuple[float, ...]:
@@ -139,20 +143,21 @@ def _check_boundary(scheduler: Any) -> None:
 
 def export_student(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, variant: str | None = None,
 ) -> Path:  # fmt: skip
     """Write what diffusers loads: a LoRA where the network is a :class:`Twin`, else a whole pipeline.
 
     The arguments are those of :func:`export_lora` and :func:`export_pipeline`.
     """
     lora = isinstance(student.unwrapped().denoiser.network, Twin)
-    write = export_lora if lora else export_pipeline
-    return write(student, pipeline, folder, card=card, base_model=base_model, size=size)
+    if lora:
+        return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size)
+    return export_pipeline(student, pipeline, folder, card=card, base_model=base_model, size=size, variant=variant)
 
 
 def export_pipeline(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, variant: str | None = None,
 ) -> Path:  # fmt: skip
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
@@ -166,12 +171,13 @@ def export_pipeline(
         card: text of the model card, above how to use it.
         base_model: name or folder of the teacher's pipeline, for the card.
         size: height and width in pixels that the student learned, if they are not the teacher's own.
+        variant: of the teacher's weights that are copied, such as "fp16"; where there is none, the plain ones.
 
     Raises:
         ValueError: another network, times that the scheduler cannot be asked at, or a folder that
             :func:`copied_parts` refuses.
     """
-    index, copied = read_json(pipeline / INDEX), copied_parts(pipeline)
+    index, copied = read_json(pipeline / INDEX), copied_parts(pipeline, variant)
     family = family_of(index)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     model = _model(student.unwrapped().denoiser.network)
@@ -183,7 +189,7 @@ def export_pipeline(
     text = card + (" The teacher's safety checker is not part of it." if _checks_safety(index) else "")
     with whole_folder(folder) as temporary:
         for part in copied:
-            copy_part(pipeline, part, temporary / part)
+            copy_part(pipeline, part, temporary / part, variant)
         model.save_pretrained(temporary / family.part, safe_serialization=True)
         scheduler.save_pretrained(temporary / "scheduler")
         index = _student_index(index, scheduler, facts)
@@ -230,7 +236,7 @@ def export_lora(
     return folder
 
 
-def copied_parts(pipeline: Path) -> list[str]:
+def copied_parts(pipeline: Path, variant: str | None = None) -> list[str]:
     """Folders of a teacher's pipeline that belong into its student's, too.
 
     Call it before a training, too: else its student could not be exported. Raises ``ValueError`` for an index that
@@ -239,7 +245,7 @@ def copied_parts(pipeline: Path) -> list[str]:
     index = read_json(pipeline / INDEX)
     check_index(index, pipeline / INDEX, parts_of(index))
     parts = [part for part in parts_of(index) if part not in (family_of(index).part, "scheduler")]
-    check_copyable(pipeline, parts)
+    check_copyable(pipeline, parts, variant)
     return parts
 
 
@@ -249,6 +255,32 @@ def read_student_facts(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     return {name: value for name, value in read_json(file).items() if name.startswith("dmd2_")}
+
+
+def read_student_times(folder: Path) -> tuple[float, ...]:
+    """Timesteps that an exported student is asked at, in its scheduler's units; empty for a teacher.
+
+    A folder that diffusers saved again has lost its facts; its scheduler still tells them. Raises ``ValueError``
+    for a model of few steps whose scheduler does not.
+    """
+    if asked := read_student_facts(folder).get("dmd2_denoising_timesteps", ()):
+        return tuple(float(t) for t in asked)
+    settings = _scheduler_settings(folder)
+    if not is_few_step(settings):
+        return ()
+    name, last = settings["_class_name"], settings.get("shift_terminal")
+    number, scheduler = 0, None
+    if name == "LCMScheduler":
+        number, scheduler = settings.get("original_inference_steps"), LCMScheduler.from_config(settings)
+    elif name == "FlowMatchLCMScheduler" and settings.get("shift") == 1:
+        number, scheduler = round(1 / (last or 1)), FlowMatchLCMScheduler.from_config(settings)
+    if scheduler is None or not isinstance(number, int) or not 1 <= number <= MOST_STEPS:
+        raise ValueError(
+            f"{folder} is a model of few steps, whose {name} does not say which. Draw it with diffusers, as its "
+            "card says."
+        )
+    scheduler.set_timesteps(number)
+    return tuple(scheduler.timesteps.tolist())
 
 
 def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> dict[str, Any]:

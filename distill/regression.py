@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distill.student import Student
 from distill.trajectory import Recorded, States, inputs, step_numbers, through
+from scorefield.atomic import whole_file
 from scorefield.denoiser import Cond, Denoiser
 from scorefield.randomness import Rng, derived_generator, shuffled
 from scorefield.sampling import Multistep, Step, initial_noise, sample
@@ -109,12 +110,10 @@ class Pairs:
 
     def save(self, path: Path) -> None:
         """Write one shard as safetensors, under a temporary name first."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".writing-{path.name}")
         tensors = {"noise": self.noise, "x0": self.x0, **{f"cond.{k}": v for k, v in self.cond.items()}}
         tensors |= {f"state.{time!r}": value for time, value in self.states.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
-        temporary.rename(path)
+        with whole_file(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> "Pairs":

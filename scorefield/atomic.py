@@ -1,12 +1,16 @@
 """Folders and files that appear whole or not at all, and that never replace what someone else wrote."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARKER = ".scorefield.json"
@@ -14,6 +18,7 @@ MARKER = ".scorefield.json"
 
 FORMAT = "scorefield-folder-1"
 SAMPLE = 2**19
+DAY = 86_400.0
 
 
 @contextmanager
@@ -129,10 +134,12 @@ def whole_file(final: Path) -> Iterator[Path]:
     """A name to write a file under, renamed to ``final`` when the block ends.
 
     After an error ``final`` is as before. Processes that write one file at once do not disturb each other: one of
-    them is last.
+    them is last. What killed writers of the same file left is removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".writing-{os.getpid()}-{threading.get_ident()}-{final.name}")
+    _clear(final)
+    own = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = final.with_name(f".writing-{own}-{final.name}")
     try:
         yield temporary
         _sync(temporary)
@@ -140,6 +147,43 @@ def whole_file(final: Path) -> Iterator[Path]:
         _sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return True for an error of a disk, or a quota, that is full, in whatever words its writer has it."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # Of safetensors, which is written in Rust, and of torch.save, which only notices how far it came.
+        if "(os error 28)" in text or "(os error 122)" in text or "No space left on device" in text:
+            return True
+        if isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _clear(final: Path) -> None:
+    # A writer on another machine may be at work: its file is left for a day.
+    pattern = re.compile(rf"\.writing-(?:(.+)-)?(\d+)-\d+-{re.escape(final.name)}")
+    for path in final.parent.iterdir():
+        if (found := pattern.fullmatch(path.name)) is None:
+            continue
+        with suppress(OSError):
+            dead = found[1] == socket.gethostname() and not _runs(int(found[2]))
+            if dead or time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _flush_to_disk(folder: Path) -> None:

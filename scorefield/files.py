@@ -14,6 +14,9 @@ KINDS = {
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
 
+MOST_TEXT = 2**26
+"""Bytes of the largest config or vocabulary that is read of a model's folder. Real ones have at most a quarter."""
+
 
 def check_regular(path: Path | str) -> None:
     """Raise ``ValueError`` for anything but a regular file or a link to one, and ``OSError`` for nothing at all.
@@ -29,6 +32,12 @@ def open_regular(path: Path | str) -> BinaryIO:
     """A regular file, opened to read bytes. Raises as :func:`check_regular` does."""
     check_regular(path)
     return open(path, "rb")
+
+
+def check_small(path: Path | str) -> None:
+    """Raise ``ValueError`` for a file of more than ``MOST_TEXT`` bytes. The message goes behind the name."""
+    if (size := os.stat(path).st_size) > MOST_TEXT:
+        raise ValueError(f"has {size:,} bytes; expected at most {MOST_TEXT:,}.")
 
 
 def read_regular(path: Path | str) -> bytes:
@@ -47,8 +56,11 @@ def load_json(file: Path) -> Any:
     """The content of a JSON file, in which all numbers are finite.
 
     Python reads NaN, Infinity and 1e999 as numbers, which no check such as ``x <= 0`` would refuse later.
-    Raises ``ValueError`` for them, and for what is no JSON or nested too deep; ``OSError`` for no file.
+    Raises ``ValueError`` for them, for what is no JSON, nested too deep or larger than ``MOST_TEXT``; ``OSError``
+    for no file.
     """
+    check_regular(file)
+    check_small(file)
     try:
         return json.loads(read_regular(file).decode(), parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:

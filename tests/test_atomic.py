@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import socket
+import subprocess
 
 import pytest
 
 from scorefield import atomic
-from scorefield.atomic import MARKER, check_replaceable, remove_folder, whole_file, whole_folder
+from scorefield.atomic import MARKER, check_replaceable, is_full, remove_folder, whole_file, whole_folder
 
 
 class Killed(BaseException):
@@ -95,13 +97,70 @@ def test_an_error_leaves_the_older_file_and_no_other(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_files_in_subfolders_reach_the_disk_too(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(atomic, "_sync", lambda path: synced.append(path.name))
+@pytest.fixture
+def calls(monkeypatch):
+    """What was flushed and renamed, in order: a power cut keeps only what was flushed before."""
+    made, sync, replace = [], os.fsync, os.replace
+
+    def flushed(descriptor):
+        made.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renamed(source, target):
+        made.append(("rename", str(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return made
+
+
+def test_a_folders_data_reach_the_disk_before_its_name_does(tmp_path, calls):
     with whole_folder(tmp_path / "model") as folder:
         (folder / "unet").mkdir()
         (folder / "unet" / "weights").write_text("x")
-    assert {"weights", "unet"} <= set(synced)
+    at = calls.index(("rename", str(folder)))
+    for name in ("unet/weights", "unet", MARKER, ""):
+        assert ("flush", str(folder / name)) in calls[:at], name
+    assert ("flush", str(tmp_path)) in calls[at:]
+
+
+def test_a_files_data_reach_the_disk_before_its_name_does(tmp_path, calls):
+    with whole_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("x")
+    assert calls == [("flush", str(temporary)), ("rename", str(temporary)), ("flush", str(tmp_path))]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    """SIGKILL leaves what is being written; another process's file, here or on another machine, stays."""
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    here = socket.gethostname()
+    gone = [f".writing-{here}-{killed.pid}-5-a.txt", ".writing-older-1-1-5-a.txt", ".writing-77-5-a.txt"]
+    kept = [f".writing-{here}-{os.getppid()}-5-a.txt", ".writing-another-1-1-5-a.txt", ".writing-mine-a.txt"]
+    kept += [f".writing-{here}-{killed.pid}-5-b.txt", "writing-1-1-a.txt"]
+    for name in (*gone, *kept):
+        (tmp_path / name).write_text("half")
+    for name in (".writing-older-1-1-5-a.txt", ".writing-77-5-a.txt", ".writing-mine-a.txt"):
+        os.utime(tmp_path / name, (0, 0))
+    write_file(tmp_path / "a.txt", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.txt"])
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True), (OSError(122, "Disk quota exceeded"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"), True),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(13, "Permission denied"), False), (RuntimeError("unexpected pos 5"), False),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_known_in_all_words(error, full):
+    assert is_full(error) is full
+    outer = ValueError("cannot be written")
+    outer.__cause__ = error
+    assert is_full(outer) is full
 
 
 def foreign_file(folder):

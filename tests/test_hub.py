@@ -385,7 +385,7 @@ def test_the_size_asked_for_reaches_latents_and_time_ids(save):
 
 def test_a_model_of_any_size_must_be_given_one(tmp_path):
     tiny.pixels(sample_size=None).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"does not say the size of its images. Pass size="):
+    with pytest.raises(ValueError, match=r"does not say the size of its images. Pass --teacher-size"):
         load_teacher(tmp_path)
     assert load_teacher(tmp_path, size=(8, 16)).shape == (3, 8, 16)
 

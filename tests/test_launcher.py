@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import command
@@ -160,12 +161,13 @@ WORKER = """
 import os, sys
 from pathlib import Path
 import fitting, starting
-from command import RunOptions, identity
+from command import identity
+from distill_options import Config
 rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
 real = starting.code_hash
 for what in ("option", "code", "input", "same"):
     starting.code_hash = (lambda: "another") if what == "code" and rank else real
-    config = RunOptions(out=out, seed=rank if what == "option" else 0)
+    config = Config(out=out, student_every=2 + rank if what == "option" else 2)
     try:
         accelerator = fitting.start(config)
         assert accelerator.num_processes == 2
@@ -188,13 +190,18 @@ def test_two_real_ranks_are_told_before_anything_is_written(tmp_path):
     for rank in (0, 1):
         for start in ("option: False", "code: False", "input: False", "same: True"):
             assert f"rank {rank} {start}" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("differ in seed: 0, 1") == 2
+    assert done.stdout.count("differ in student_every: 2, 3") == 2
     assert done.stdout.count('differ in data: "0", "1"') == 2
 
 
 def test_the_code_has_one_hash():
     assert code_hash() == code_hash()
     assert len(code_hash()) == 16
+
+
+def test_the_hash_is_of_all_packages():
+    assert all(map(find_spec, starting.PACKAGES))
+    assert set(starting.PACKAGES) == {path.parent.name for path in ROOT.glob("*/py.typed")}
 
 
 def test_results_without_checkpoints_belong_to_the_run_that_made_them(tmp_path):

@@ -115,6 +115,37 @@ def test_a_worse_one_does_not_replace_it(tmp_path):
     assert is_best(best, {"frechet_distance": 2.0}), "cut off by a kill"
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_the_best_of_a_run_killed_in_an_evaluation_is_that_of_an_undisturbed_one(tmp_path, features, monkeypatch):
+    """The checkpoint of the step is there by then, and the run goes on behind it."""
+    looks = iter([])
+
+    def compare(network, images, real):
+        if (distance := next(looks)) is None:
+            raise Killed
+        return {"frechet_distance": distance, "kid": 0.0}
+
+    monkeypatch.setattr(monitoring, "compare", compare)
+    config = train_teacher.Config(
+        out=tmp_path / "whole", width=32, depth=1, eval_every=3, eval_images=20, features=features, **TINY
+    )
+    found = {}
+    for name, distances in (("whole", [1.0, 2.0]), ("cut", [None, 1.0, 2.0])):
+        looks, run = iter(distances), replace(config, out=tmp_path / name)
+        if distances[0] is None:
+            with pytest.raises(Killed):
+                train_teacher.main(run)
+            assert (run.out / "checkpoints" / "step-000000003").is_dir()
+        train_teacher.main(run)
+        state = load_teacher(str(run.out / "best")).denoiser.network.state_dict()
+        found[name] = (json.loads((run.out / "best.json").read_text()), state)
+    assert found["whole"][0] == found["cut"][0] == {"step": 3, "frechet_distance": 1.0, "kid": 0.0}
+    assert all(torch.equal(x, found["cut"][1][name]) for name, x in found["whole"][1].items())
+
+
 def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, features):
     distil(tmp_path, teacher, eval_every=3, features=features)
     (tmp_path / "best.json").write_text('{"frechet_distance": -1.0, "step": 9}')

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import command
+import control_bases
 import evaluate_students
 import evaluate_toyworld
 import features
@@ -35,6 +36,7 @@ from scorefield.files import load_json, printable, read_json, read_regular
 from scorefield.models.components import check_part, copied_files
 from scorefield.models.hub import load_teacher
 from scorefield.models.network import ResidualMLP
+from scorefield.models.pretrained import PartReader
 from scorefield.models.storage import load_denoiser, save_denoiser
 from scorefield.schedule import Karras, RectifiedFlow
 
@@ -136,7 +138,7 @@ def test_an_export_copies_known_files_of_known_parts_only(folder, student, tmp_p
         "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     assert "payload" not in json.loads((out / "model_index.json").read_text())
-    load_teacher(out)
+    load_teacher(out, few_steps=True)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -217,6 +219,51 @@ def test_an_adapter_beside_weights_is_refused(folder, part):
     (folder / part / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="holds an adapter"):
         load_teacher(folder).prompts(["a"])
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_quantised_weights_are_refused_before_any_are_read(folder, part, nested, monkeypatch):
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    edit(folder / part / "config.json", **({"text_config": settings} if nested else settings))
+    monkeypatch.setattr(PartReader, "read", lambda *arguments: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=rf"{part}/config\.json: the weights are quantised \(bitsandbytes\)"):
+        load_teacher(folder)
+
+
+LARGE = [
+    "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json",
+    "tokenizer/tokenizer.json", "tokenizer/merges.txt", "tokenizer/spiece.model", "vae/any.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_texts_that_would_fill_the_memory_are_refused_unread(folder, name):
+    """Two GiB that take no room on the disk; reading them would take four in memory."""
+    with (folder / name).open("wb") as file:
+        file.truncate(2**31)
+    with pytest.raises(ValueError, match=rf"{name.split('/')[-1]}:? has 2,147,483,648 bytes; expected at most"):
+        load_teacher(folder)
+
+
+def test_descriptions_that_would_fill_the_memory_are_refused_unread(tmp_path):
+    features.save_classifier(features.Classifier(features.Facts(1, 8, 2)), tmp_path / "f")
+    for folder, name in ((denoiser_folder(tmp_path), "denoiser.json"), (tmp_path / "f", "features.json")):
+        with (folder / name).open("r+b") as file:
+            file.truncate(2**31)
+        with pytest.raises(ValueError, match="has 2,147,483,648 bytes"):
+            (features.load_classifier if name == "features.json" else lambda x: networks.load_teacher(str(x)))(
+                folder
+            )
+
+
+@pytest.mark.parametrize("text", ["{}", '{"size": "a"}', '{"size": 7}', "[", '{"size": 1e999}'])
+def test_a_painter_of_circles_that_was_edited_is_refused(tmp_path, text):
+    control_bases.save_circles(tmp_path / "c", control_bases.make_circles_unet(16), 16, "")
+    assert control_bases.load_base(str(tmp_path / "c")).size == (16, 16)
+    (tmp_path / "c" / "circles.json").write_text(text)
+    with pytest.raises(ValueError, match=r"circles\.json"):
+        control_bases.load_base(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("name", ["../vae/x.safetensors", "/etc/passwd", "..", 3])
@@ -336,8 +383,7 @@ def test_names_are_printed_on_one_line_without_control_characters(capsys):
         r"a\nerror: b\x1b[2J\x07\u202e\u2028\udcff"
     )  # fmt: skip
     assert printable("Größe 模型 é.png") == "Größe 模型 é.png"
-    with pytest.raises(SystemExit):
-        command.fail("unusable image a\nerror: forged\x1b]0;x\x07.png", 2)
+    command.say("unusable image a\nerror: forged\x1b]0;x\x07.png")
     assert capsys.readouterr().err == "error: unusable image a\\nerror: forged\\x1b]0;x\\x07.png\n"
     assert command.one_line("a\nb", UserWarning, "x.py", 3) == "x.py:3: UserWarning: a\\nb\n"
 

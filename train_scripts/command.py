@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -22,9 +24,13 @@ from accelerate import Accelerator
 from launcher import check_launcher
 from torch import Tensor, nn
 
-from scorefield.atomic import check_replaceable
+from scorefield.atomic import check_replaceable, is_full
 from scorefield.files import printable
 from scorefield.training.lock import FolderLock
+from scorefield.training.refusal import Ranks, Refusal
+
+PROBE = ".writing-probe-"
+"""How folders begin that are made only to see whether one can be."""
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -80,16 +86,17 @@ def run(
     Meanwhile no other run may use ``folders``, by default ``--out`` of a training.
 
     With ``presets`` the option --preset says where all values come from that are not given; the first by default.
-    Bad input, or a file that cannot be read or written, is printed in one line and exits with 2; a run that
-    stopped because it was not finite exits with 1. Ctrl-C exits with 130.
+    Bad input, or a file that cannot be read, is printed in one line and exits with 2; a run that stopped because
+    it was not finite, or the disk is full, exits with 1. Ctrl-C exits with 130. A rank that gives up takes the
+    others with it: all have its exit code, and it alone says why.
     """
     warnings.formatwarning = one_line
-    if presets is None:
-        config = tyro.cli(config_type, description=description)
-    else:
-        config = tyro.cli(config_type, description=description, default=_preset(sys.argv[1:], presets))
+    held = ExitStack()
+    ranks = Ranks(partial(_follow, held))
     try:
-        with ExitStack() as held:
+        with held:
+            default = {} if presets is None else {"default": _preset(sys.argv[1:], presets)}
+            config = tyro.cli(config_type, description=description, **default)
             for folder in _out_of(config) if folders is None else folders(config):
                 hold(folder, held)
             main(config)
@@ -97,13 +104,49 @@ def run(
         if is_first_rank():
             print("\nstopped by Ctrl-C; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(str(error), 1 if isinstance(error, FloatingPointError) else 2)
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU torch has no class of its own for it.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except SystemExit as stop:
+        if stop.code == 2:  # of the parser
+            ranks.give_up(2)
+        raise
+    except Exception as error:
+        message, code = _explained(error)
+        if ranks.several:  # torchrun sends it as soon as one of them has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        first = ranks.give_up(code)
+        if message is None:
             raise
-        fail(f"not enough memory: {error} Lower --batch-size or the size of the network.", 2)
+        if first:
+            say(message)
+        if ranks.several:
+            _end(code)
+        sys.exit(code)
+    finally:
+        ranks.close()
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """What to say of an error, and the exit code; nothing to say of a fault of the program."""
+    if is_full(error):
+        return f"the disk is full, or its quota is used up: {error}. What was saved before is whole.", 1
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return str(error), 1 if isinstance(error, FloatingPointError) else 2
+    # On a CPU torch has no class of its own for it.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"not enough memory: {error} Lower --batch-size or the size of the network.", 2
+    return None, 1
+
+
+def _follow(held: ExitStack, refusal: Refusal) -> None:
+    """End this process as another rank ended; no exception would reach a main thread that waits for that rank."""
+    held.close()
+    _end(refusal.code)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit without what Python does at its end, in which ranks wait for each other."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _out_of(config: Any) -> list[Path]:
@@ -132,11 +175,10 @@ def _preset(arguments: Sequence[str], presets: Mapping[str, Callable[[], C]]) ->
     return presets.get(chosen, next(iter(presets.values())))()
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Say why in one line and exit. Every rank speaks, since only one of several machines may lack a file."""
+def say(message: str) -> None:
+    """Say in one line why this rank ends."""
     rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
     print(f"error{rank}: {printable(message)}", file=sys.stderr)
-    sys.exit(code)
 
 
 def one_line(
@@ -210,7 +252,10 @@ def check_out(out: Path) -> None:
         nearest = next(path for path in [wanted, *wanted.absolute().parents] if path.exists())
         try:
             # Rights alone do not tell: root may write anywhere except where nobody may.
-            with tempfile.TemporaryDirectory(dir=nearest):
+            for left in nearest.glob(f"{PROBE}*"):  # by a check that was killed
+                with suppress(OSError):
+                    left.rmdir()
+            with tempfile.TemporaryDirectory(prefix=PROBE, dir=nearest):
                 pass
         except OSError as error:
             raise ValueError(

@@ -15,6 +15,7 @@ from controlnet.caching import share_prompts
 from controlnet.circles import COLOURS
 from scorefield import Cond, NetworkDenoiser, VariancePreserving, freeze
 from scorefield.atomic import whole_folder
+from scorefield.files import read_json
 from scorefield.models import hub
 from scorefield.models.families import DiffusersNetwork
 from scorefield.models.pretrained import PartReader
@@ -75,7 +76,10 @@ class Base:
         return replace(self, prompts=teacher.prompts, teacher=teacher)
 
 
-def load_base(name: str, *, size: int = 0, device: torch.device | str = "cpu", cache: Path | None = None) -> Base:
+def load_base(
+    name: str, *, size: int = 0, device: torch.device | str = "cpu", cache: Path | None = None,
+    allow_pickle: bool = False, variant: str = "",
+) -> Base:  # fmt: skip
     """A base by name, in float32: "toyworld", a folder of train_circles.py or of a pipeline, or a model online.
 
     Raises ``ValueError`` for anything else, and for models that take no prompts.
@@ -87,7 +91,9 @@ def load_base(name: str, *, size: int = 0, device: torch.device | str = "cpu", c
             raise ValueError(f"--base {name} draws {base.size[0]} pixels a side; got --size {size}.")
         return base
     known = folder if folder.is_dir() else name
-    teacher = hub.load_teacher(known, size=size or None, device=device, cache=cache)
+    teacher = hub.load_teacher(
+        known, size=size or None, device=device, cache=cache, allow_pickle=allow_pickle, variant=variant or None
+    )
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--base {name} takes no prompts; pass a text-to-image pipeline.")
     codec = teacher.codec
@@ -149,7 +155,11 @@ def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
 def load_circles(folder: Path, device: torch.device | str) -> Base:
     """A folder of :func:`save_circles`."""
     unet = PartReader(torch.float32, torch.device(device)).read(UNet2DConditionModel, folder)
-    size = int(json.loads((folder / FACTS).read_text())["size"])
+    size = read_json(folder / FACTS).get("size")
+    if not isinstance(size, int) or not 0 < size < 2**16 or size % PATCH:
+        raise ValueError(
+            f"{folder / FACTS}: size must be the pixels of a side; got {str(size)[:40]}. Was it edited?"
+        )
     denoiser = circles_denoiser(freeze(DiffusersNetwork(unet)))
 
     def prompts(captions: Sequence[str]) -> Cond:

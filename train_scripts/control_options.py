@@ -18,6 +18,10 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Values for all other options; those given beside it win."""
     base: str = ""
     """Folder or name of a text-to-image pipeline, folder of train_circles.py, or "toyworld"."""
+    allow_pickle: bool = False
+    """Read pickled weights of a base that has no safetensors. Only if you trust where it comes from."""
+    variant: str = ""
+    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
 
     out: Path = Path("runs/controlnet")

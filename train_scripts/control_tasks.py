@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
+import tyro
 from accelerate.utils import gather_object
 from control_bases import PALETTE
 from PIL import Image
@@ -57,7 +58,7 @@ class TaskOptions:
     """Of own data; empty: file_name, or the first column of images that is no map."""
     text_column: str = "text"
     """Of own data; empty: no captions."""
-    size: int = 0
+    size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
     """Pixels of a side to train at; 0: the base's own."""
     num_samples: int = 50_000
     """Of toyworld and circles."""

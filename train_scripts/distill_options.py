@@ -109,6 +109,10 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Setbacks from which the run goes on; after the next one it ends with its best weights."""
     ema_decay: float = 0.99
     """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
+    allow_pickle: bool = False
+    """Read weights that are no safetensors. They can run code of whoever made them."""
+    variant: str = ""
+    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     bottleneck: str | None = None
     """Submodule whose output critic and guard read. None: the network's own choice, its mid_block, or where one
     pass of it is narrowest."""
@@ -131,8 +135,6 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """What guidance moves away from."""
     teacher_size: int = 0
     """Height and width of the teacher's images in pixels; 0 is its own."""
-    allow_pickle: bool = False
-    """Read weights that are no safetensors. They can run code of whoever made them."""
     lora: bool = False
     """Student and fake score are LoRAs on the teacher's one copy of the weights, in place of copies."""
     lora_rank: int = 64
@@ -144,7 +146,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
 
 
 TEXT_ONLY = (
-    "num_prompts", "long_prompts", "negative", "teacher_size", "allow_pickle", "lora", "lora_rank", "lora_alpha",
+    "num_prompts", "long_prompts", "negative", "teacher_size", "lora", "lora_rank", "lora_alpha",
     "validation_prompts",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "features")
@@ -258,7 +260,11 @@ def text() -> Config:
     """Any text-to-image teacher: the default recipe under guidance 3, computed in bf16 on a GPU."""
     gpu = torch.cuda.is_available()
     return Config(
-        preset="text", batch_size=32, guidance=3.0, precision="bf16" if gpu else "no", gradient_checkpointing=gpu,
+        preset="text",
+        batch_size=32,
+        guidance=3.0,
+        precision="bf16" if gpu else "no",
+        gradient_checkpointing=gpu,
         betas=(0.9, 0.99),
     )
 

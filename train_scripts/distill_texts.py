@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import toyworld
 from distill.dmd import DMD
-from distill.export import copied_parts, export_student, read_student_facts, scheduler_for
+from distill.export import copied_parts, export_student, scheduler_for
 from distill.student import Student
 from scorefield import Cond
 from scorefield.data.rows import Listing, keep_good
@@ -148,8 +148,8 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
 
 def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
     """Raise ``ValueError`` for what teacher and prompts cannot do, before the long work of encoding them."""
-    folder = hub.pipeline_folder(teacher_name(config))
-    copied_parts(folder)
+    folder = hub.pipeline_folder(teacher_name(config), variant=config.variant or None)
+    copied_parts(folder, config.variant or None)
     times = student_times(config, source.denoiser.schedule)
     scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
     if config.eval_every and source.size != SIZE:
@@ -204,14 +204,10 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     half = config.precision == "bf16" and device.type != "cpu"
     source = hub.load_teacher(
         name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        vae_dtype=torch.float32, allow_pickle=config.allow_pickle, cache=cache,
+        vae_dtype=torch.float32, allow_pickle=config.allow_pickle, variant=config.variant or None, cache=cache,
     )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
-    if read_student_facts(hub.pipeline_folder(name)):
-        raise ValueError(
-            f"--teacher {config.teacher} is a student, which knows few noise levels. Pass its teacher."
-        )
     return source
 
 
@@ -269,5 +265,8 @@ def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Pat
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
-    pipeline = hub.pipeline_folder(teacher_name(config))
-    return export_student(student, pipeline, folder, card=card, base_model=base, size=teacher.source.size)
+    variant = config.variant or None
+    pipeline = hub.pipeline_folder(teacher_name(config), variant=variant)
+    return export_student(
+        student, pipeline, folder, card=card, base_model=base, size=teacher.source.size, variant=variant
+    )

@@ -18,6 +18,7 @@ from features import Classifier, inception, load_classifier
 from images import DataOptions, ImageSet, load_images
 from torch import Tensor
 
+from scorefield.atomic import whole_file
 from scorefield.data.rows import OnBadData
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 
@@ -61,10 +62,8 @@ def main(config: Config) -> Path | None:
     figures = measure(network, classifier, generated, reference, config)
     print(json.dumps(figures, indent=2))
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = config.out.with_name(f".writing-{config.out.name}")
-        temporary.write_text(json.dumps(figures, indent=2))
-        temporary.replace(config.out)
+        with whole_file(config.out) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2))
         print(f"figures in {config.out}")
     return config.out
 

@@ -24,8 +24,10 @@ from torchvision.utils import make_grid
 
 import toyworld
 from distill.export import FACTS, LORA, read_student_facts
+from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache
-from scorefield.files import check_regular
+from scorefield.files import check_regular, read_json
+from scorefield.models.preflight import check_many_steps
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.weights import check_finite
 
@@ -74,12 +76,13 @@ def main(config: Config) -> Path:
     }
     figures["settings"] = settings
     print(json.dumps(figures, indent=2))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    with whole_file(config.out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2))
     columns = min(16, config.num_prompts)
     sheet = make_grid(torch.cat([pictures[:columns] for pictures in drawn.values()]), nrow=columns, padding=2)
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(config.out / "contact_sheet.png")
+    with whole_file(config.out / "contact_sheet.png") as temporary:
+        Image.fromarray(pixels).save(temporary)
     print(f"figures and contact sheet (a row each: {', '.join(drawn)}) in {config.out}")
     return config.out
 
@@ -94,8 +97,10 @@ def check(config: Config) -> None:
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(
-                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher."
+                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher, or "
+                "another program saved it again."
             )
+    check_many_steps(read_json(config.teacher / "scheduler" / "scheduler_config.json"), config.teacher)
 
 
 def teacher_pictures(config: Config, bench: Bench) -> Tensor:

@@ -22,11 +22,12 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import check_index
 from scorefield.models.families import parts_of
-from scorefield.models.preflight import check_tokenizer, tokenizer_class
+from scorefield.models.preflight import check_many_steps, check_tokenizer, tokenizer_class
 from scorefield.models.pretrained import INDEX, PartReader
 from scorefield.randomness import derived_generator
 from toyworld.captions import caption
@@ -68,6 +69,7 @@ def main(config: Config) -> Path:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
     if not (config.pipeline / "model_index.json").is_file():
         raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
+    check_many_steps(read_json(config.pipeline / "scheduler" / "scheduler_config.json"), config.pipeline)
     pipeline = load_pipeline(config.pipeline, config.device)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
@@ -94,11 +96,12 @@ def main(config: Config) -> Path:
         "steps": config.steps, "seed": config.seed,
     }  # fmt: skip
     print(json.dumps(figures, indent=2))
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    with whole_file(config.out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2))
     sheet = make_grid(torch.cat([as_pictures(renders)[:32], made[:32]]).clamp(-1, 1), nrow=16, padding=2)
     pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(config.out / "contact_sheet.png")
+    with whole_file(config.out / "contact_sheet.png") as temporary:
+        Image.fromarray(pixels).save(temporary)
     print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
     return config.out
 

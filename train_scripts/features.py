@@ -14,7 +14,7 @@ from torch.nn import functional
 from tqdm import trange
 
 from scorefield.atomic import whole_folder
-from scorefield.files import check_regular, read_text
+from scorefield.files import check_regular, check_small, read_text
 from scorefield.models.weights import check_finite, check_fit
 from scorefield.randomness import Rng, shuffled
 
@@ -119,6 +119,7 @@ def save_classifier(network: Classifier, folder: Path) -> Path:
 def load_classifier(folder: Path) -> Classifier:
     """The classifier in ``folder``. Raises ``ValueError`` if there is none."""
     try:
+        check_small(folder / "features.json")
         description = json.loads(read_text(folder / "features.json"))  # an accuracy may be unknown, NaN
         if description.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")

@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from distill.adversarial import Critic
+from scorefield.atomic import whole_file
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase, Report, train
@@ -74,7 +75,8 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
     """Write the resolved config and open the TensorBoard log: the first files of a run."""
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(resolved(config), indent=2))
+        with whole_file(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(resolved(config), indent=2))
     open_log(accelerator, first, out)
 
 
@@ -145,7 +147,8 @@ def fit(
 
     The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
     ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
-    the run has to stop, and called for the step resumed from, if it has not seen that one yet. All call ``check``
+    the run has to stop. It is called again for the step resumed from, since its look at that one may have been cut
+    off: two looks at the same weights must leave what one does. All call ``check``
     with the step and whether it is about to be saved, and it may raise. So do weights that are not finite, on all
     processes and before anything is saved. All call ``keep``, which returns the steps whose checkpoints must stay;
     a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
@@ -166,8 +169,8 @@ def fit(
     )  # fmt: skip
     stop = 0
     with stop_signals(accelerator) as asked_to_stop:
-        if all_watch and first:
-            look(first)
+        if first:
+            look(first)  # which a kill in the look after its checkpoint would have left out
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from scorefield.data.arrays import check_class_numbers, check_values
-from scorefield.data.pictures import ROOM, as_floats, open_image, resized, square
+from scorefield.data.pictures import ROOM, as_floats, central, open_image, resized
 from scorefield.data.rows import Columns, Listing, OnBadData, Row, keep_good
 from scorefield.data.sources import read_rows
 
@@ -129,7 +129,8 @@ def _from_rows(listing: Listing, options: DataOptions) -> ImageSet:
                 raise ValueError(faults[number] or "names no picture.")
             image = open_image(row.image.read())
             mode, resolution = mode or image.mode, resolution or min(image.size)
-            images.append(square(image.convert(mode), stored_size(resolution, options.crop), resolution))
+            side = stored_size(resolution, options.crop)
+            images.append(central(image.convert(mode), (side, side), (resolution, resolution)))
         except (OSError, ValueError) as error:
             faults[number] = f"{row.name} {error}"
     good = keep_good(listing, faults, options.on_bad_data)

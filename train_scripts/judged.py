@@ -91,7 +91,9 @@ def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     import toyworld
 
     name = toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
-    teacher = hub.load_teacher(name, size=config.teacher_size or None, allow_pickle=config.allow_pickle)
+    teacher = hub.load_teacher(
+        name, size=config.teacher_size or None, allow_pickle=config.allow_pickle, variant=config.variant or None
+    )
     return teacher.prompts(prompts)
 
 

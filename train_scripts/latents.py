@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from scorefield.cache import Content, TensorCache, content_key
-from scorefield.data.pictures import as_floats, open_image, square
+from scorefield.data.pictures import as_floats, central, open_image
 from scorefield.data.rows import in_shares
 from scorefield.models import hub
 from scorefield.models.prompts import default_cache_folder
@@ -72,13 +72,13 @@ class Latents:
         return max(1, PIXELS // (height * width))
 
     def pixels(self, number: int) -> Tensor:
-        """Bytes (3, h, w) of an image, its central square resized. Raises ``ValueError`` for a bad one."""
+        """Bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
         image, size = self.images[number], self.teacher.size
         if isinstance(image, Tensor):
             if tuple(image.shape[1:]) != size:
                 raise ValueError(f"are {tuple(image.shape[1:])}, the teacher's {size}.")
             return image
-        return square(open_image(image.read()).convert("RGB"), size[0], size[0])
+        return central(open_image(image.read()).convert("RGB"), size)
 
     def judge(self, number: int) -> tuple[str, str]:
         """Hash of an image's file, and what is wrong with it; decoded only if it is not in the cache."""
@@ -116,6 +116,8 @@ def check_images(images: Pictures, teacher: hub.Teacher, accelerator: Accelerato
     """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
     assert teacher.codec is not None
     facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])
+    if len(set(teacher.size)) > 1:  # entries of an earlier version were square
+        facts = torch.cat([facts, torch.ones(1)])
     identity = fingerprint([*teacher.codec.vae.state_dict().values(), facts])
     latents = Latents(images, teacher, TensorCache(default_cache_folder().parent / "latents", identity))
     judged = in_shares(

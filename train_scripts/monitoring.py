@@ -16,7 +16,7 @@ from networks import Teacher
 from torch import Tensor
 from tqdm import tqdm
 
-from scorefield.atomic import remove_folder
+from scorefield.atomic import remove_folder, whole_file
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 
 Watch = Callable[[int], Mapping[str, float]]
@@ -116,7 +116,8 @@ def watcher(
             figures |= {f"eval/{name}": value for name, value in distances.items()}
             if is_best(best, distances):
                 save(best)
-                (config.out / "best.json").write_text(json.dumps({"step": step, **distances}))
+                with whole_file(config.out / "best.json") as temporary:
+                    temporary.write_text(json.dumps({"step": step, **distances}))
         return figures
 
     return watch

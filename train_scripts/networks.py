@@ -18,8 +18,9 @@ from user_code import call, code_of
 from distill.student import TIMES
 from scorefield import Cond, Denoiser, KarrasPreconditioning, NetworkDenoiser, guided
 from scorefield.data_scale import RescaledData
-from scorefield.files import read_json
+from scorefield.files import load_json, read_json
 from scorefield.models.network import ResidualMLP
+from scorefield.models.preflight import check_last_time, check_many_steps
 from scorefield.models.pretrained import PartReader, read_schedule
 from scorefield.models.storage import WEIGHTS, describe_schedule, load_denoiser, read_facts
 from scorefield.models.weights import check_fit
@@ -139,23 +140,29 @@ def another_network(teacher: Teacher, num_steps: int = 0) -> nn.Module:
     return build_network(teacher.facts, num_steps)
 
 
-def load_teacher(name: str, network: str = "") -> Teacher:
+def load_teacher(name: str, network: str = "", *, allow_pickle: bool = False, variant: str = "") -> Teacher:
     """A teacher or student by name: a folder of our scripts, a folder of diffusers, or ``module:function``.
 
     Args:
         name: module:function runs that code. Nothing that a folder holds is run or names what is.
         network: for the student of a module:function, the module:function that builds its network.
+        allow_pickle: read the pickles of a model of diffusers, where there are no safetensors.
+        variant: of a diffusers model's weights, such as "fp16".
 
     Raises:
-        ValueError: anything else, a folder that needs ``network``, or one that has no use for it.
+        ValueError: anything else, a folder that needs ``network``, or one that has no use for an option.
     """
     folder = Path(name)
+    diffusers = (folder / "unet" / "config.json").is_file() or _is_diffusers(folder / "config.json")
+    if not diffusers and (allow_pickle or variant):
+        raise ValueError(f"--allow-pickle and --variant are for models of diffusers. Leave them out for {name}.")
     if not folder.exists() and ":" in name:
         _check_unused(network, name)
         return from_function(name)
-    if (folder / "unet" / "config.json").is_file() or _is_diffusers(folder / "config.json"):
+    if diffusers:
         _check_unused(network, name)
-        return from_diffusers(folder)
+        reader = PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None)
+        return from_diffusers(folder, reader)
     for inner in ("teacher", "student"):
         if (folder / inner / "denoiser.json").is_file():
             raise ValueError(f"{folder} is the folder of a run; its result is {folder / inner}. Pass that.")
@@ -195,7 +202,7 @@ def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modu
 
 def _is_diffusers(config: Path) -> bool:
     try:
-        return "_class_name" in json.loads(config.read_text())
+        return "_class_name" in load_json(config)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -227,7 +234,7 @@ def find_bottleneck(network: nn.Module, name: str | None) -> str:
 
 
 def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int]:
-    """Name, channels and side of the activations of :func:`find_bottleneck`; side 1 means no space.
+    """Name, channels and shorter side of the activations of :func:`find_bottleneck`; 1 means no space.
 
     Raises ``ValueError`` for those that no critic can read, such as a transformer's tokens.
     """
@@ -246,7 +253,8 @@ def probe_bottleneck(teacher: "Probed", name: str | None) -> tuple[str, int, int
     found = tuple(kept[0].shape)
     if len(found) not in (2, 4):
         raise ValueError(f"{LISTENS}; those of --bottleneck {name} are {found}. Pass --gan-weight 0.")
-    return name, found[1], found[-1] if len(found) == 4 else 1
+    sides = found[2:]
+    return name, found[1], max(min(sides), 2) if any(side > 1 for side in sides) else 1
 
 
 def from_function(name: str) -> Teacher:
@@ -300,11 +308,11 @@ def check_sigma_data(value: object) -> float:
     return float(value)
 
 
-def from_diffusers(folder: Path) -> Teacher:
+def from_diffusers(folder: Path, reader: PartReader) -> Teacher:
     """A ``UNet2DModel`` and its scheduler: a pipeline's folder, or a model's folder with the scheduler beside.
 
-    Raises ``ValueError`` for weights that ``pretrained.PartReader`` refuses, a learned variance, or a
-    scheduler that is missing.
+    Raises ``ValueError`` for weights that ``reader`` refuses, a learned variance, and a scheduler that is missing
+    or that of a distilled model.
     """
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = next(
@@ -317,7 +325,9 @@ def from_diffusers(folder: Path) -> Teacher:
     )
     if scheduler is None:
         raise ValueError(f"{folder} has no scheduler/scheduler_config.json, so its noise schedule is unknown.")
-    network: Any = PartReader(torch.float32, torch.device("cpu")).read(UNet2DModel, model)
+    settings = read_json(scheduler)
+    check_many_steps(settings, folder)
+    network: Any = reader.read(UNet2DModel, model)
     config = network.config
     if config.out_channels != config.in_channels:
         raise ValueError(
@@ -329,9 +339,10 @@ def from_diffusers(folder: Path) -> Teacher:
             "in module:function."
         )
     try:
-        schedule, kind = read_schedule(read_json(scheduler))
+        schedule, kind = read_schedule(settings)
     except ValueError as error:
         raise ValueError(f"{scheduler}: {error} Or wrap the model in module:function.") from error
+    check_last_time(schedule, kind, folder)
     size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
     shape = (config.in_channels, int(size[0]), int(size[1]))
     num_classes = int(config.num_class_embeds or 0)

@@ -1,6 +1,5 @@
 """Text-to-image teachers for the scripts: a teacher of ``scorefield.models.hub`` whose classes are prompts."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.export import read_student_facts
+from distill.export import read_student_times
 from scorefield import Cond, Denoiser, NetworkDenoiser, guided
+from scorefield.files import load_json
 from scorefield.models import hub
 from scorefield.models.prompts import LongPrompts
 
@@ -75,7 +75,7 @@ def is_hub_model(name: str) -> bool:
     index = Path(name) / "model_index.json"
     if index.is_file():
         try:
-            return any(part.startswith("text_encoder") for part in json.loads(index.read_text()))
+            return any(part.startswith("text_encoder") for part in load_json(index))
         except (OSError, ValueError, TypeError, AttributeError):
             return False
     # Within a folder that exists it is a local path with a slip of the pen.
@@ -85,7 +85,7 @@ def is_hub_model(name: str) -> bool:
 def load_prompted(
     name: str, prompts: Sequence[str], *, negative: str = "", size: int = 0, allow_pickle: bool = False,
     long_prompts: LongPrompts = "stop",
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    variant: str = "", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> PromptedTeacher:  # fmt: skip
     """A teacher by name or folder, asked for ``prompts``; its text encoders are freed.
 
@@ -95,7 +95,11 @@ def load_prompted(
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError(f"--prompts must say something; got {list(prompts)}.")
     try:
-        teacher = hub.load_teacher(name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle)
+        teacher = hub.load_teacher(
+            name, dtype=dtype, device=device, size=size or None, allow_pickle=allow_pickle,
+            variant=variant or None, few_steps=True,
+        )  # fmt: skip
+        asked = read_student_times(hub.pipeline_folder(name, variant=variant or None))
     except ValueError as error:
         raise ValueError(f"--model {name}, asked by --prompts: {error}") from error
     if teacher.texts is None:
@@ -106,6 +110,5 @@ def load_prompted(
         raise ValueError(f'{name} draws what --prompts ask for, such as "a red mug"; got none.')
     prompts = [prompts[number] for number in teacher.texts.fitting(prompts, long_prompts, "--prompts")]
     conds, away = teacher.prompts(prompts), teacher.negative(negative)
-    asked = read_student_facts(hub.pipeline_folder(name)).get("dmd2_denoising_timesteps", ())
     times = tuple(t / teacher.denoiser.time_scale for t in asked)
     return PromptedTeacher(teacher.without_text_encoders(), conds, away, len(prompts), times)

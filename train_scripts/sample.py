@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 from accelerate import Accelerator
 from command import check_numbers, check_out, run
 from networks import Teacher, load_teacher
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from distill.export import FACTS
 from distill.student import Student
-from scorefield.atomic import foreign, whole_folder
+from scorefield.atomic import foreign, whole_file, whole_folder
 from scorefield.data.rows import OnBadData
 from scorefield.data.tables import TABLES
 from scorefield.grids import Spacing
@@ -80,10 +81,12 @@ class Config:
     guidance: float = 1.0
     """Scale of classifier-free guidance of a teacher; 1 means none, 7.5 is usual for Stable Diffusion. A student
     has it built in."""
-    size: int = 0
+    size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
     """Height and width of a text-to-image model's pictures in pixels; 0 means its own."""
     allow_pickle: bool = False
     """Read pickled weights of a diffusers model that has no safetensors. Only if you trust where it comes from."""
+    variant: str = ""
+    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     batch_size: int = 250
     """Images at a time and process."""
     precision: Literal["no", "bf16"] = "no"
@@ -132,13 +135,13 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
             config.model, read_prompts(config), negative=config.negative_prompt, size=config.size,
-            long_prompts=config.long_prompts,
-            allow_pickle=config.allow_pickle, dtype=dtype, device=device,
+            long_prompts=config.long_prompts, allow_pickle=config.allow_pickle, variant=config.variant, dtype=dtype,
+            device=device,
         )  # fmt: skip
-    for name in ("negative_prompt", "size", "allow_pickle"):
+    for name in ("negative_prompt", "size"):
         if getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} is for text-to-image models; leave it out.")
-    return load_teacher(config.model, config.network)
+    return load_teacher(config.model, config.network, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def read_prompts(config: Config) -> tuple[str, ...]:
@@ -239,11 +242,8 @@ def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     place = out.resolve()
     if out.suffix == ".npz":
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".writing-{place.name}")
-        with temporary.open("wb") as file:
+        with whole_file(place) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
-        temporary.replace(place)
     else:
         with whole_folder(place) as folder:
             for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
@@ -251,7 +251,8 @@ def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
                 to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
     overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
     picture = place.with_name(f"{place.name}.grid.png")
-    to_picture(overview).save(picture)
+    with whole_file(picture) as temporary:
+        to_picture(overview).save(temporary)
     return picture
 
 

@@ -29,6 +29,8 @@ class Config(RunOptions):
     """Name or folder of an AutoencoderTiny to encode with: less than half of the cost of a step."""
     allow_pickle: bool = False
     """Read weights that are no safetensors. They can run code of whoever made them."""
+    variant: str = ""
+    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
 
     out: Path = Path("runs/scene")

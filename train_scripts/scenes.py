@@ -64,7 +64,7 @@ def load_teacher(config: Config, device: torch.device) -> hub.Teacher:
     half = config.precision == "bf16" and device.type != "cpu"
     return hub.load_teacher(
         name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
+        tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle, variant=config.variant or None,
     )  # fmt: skip
 
 

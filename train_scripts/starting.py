@@ -20,7 +20,7 @@ IDENTITY = "identity.json"
 PLACES = ("out", "data", "teacher", "prompts", "base", "features", "cache")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
-PACKAGES = ("score", "distill", "sds", "controlnet", "toyworld")
+PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
 
 
 def check_ranks(config: RunOptions, accelerator: Accelerator) -> None:

@@ -125,7 +125,10 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
-    base = load_base(config.base, size=config.size, device=device, cache=config.cache / "prompts")
+    base = load_base(
+        config.base, size=config.size, device=device, cache=config.cache / "prompts",
+        allow_pickle=config.allow_pickle, variant=config.variant,
+    )  # fmt: skip
     texts = base.teacher and base.teacher.texts
     task = load_task(
         config, base.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
@@ -236,7 +239,8 @@ def export(
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)
     with whole_file(config.out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2))
-    save_image(sheet, config.out / "samples.png")
+    with whole_file(config.out / "samples.png") as temporary:
+        save_image(sheet, temporary)
     name, standing = next(iter(look.standings.items()))
     print(
         f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"

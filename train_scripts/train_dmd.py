@@ -44,7 +44,9 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    teacher = load_teacher(config.teacher, config.network)
+    teacher = load_teacher(
+        config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
+    )
     if teacher.times:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."

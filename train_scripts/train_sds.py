@@ -38,6 +38,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from scorefield.atomic import whole_file
 from scorefield.models import hub
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
@@ -197,7 +198,8 @@ def write_canvas(config: Config, canvas: Canvas, teacher: hub.Teacher) -> Path:
     """All particles in one picture."""
     images: Tensor = teacher.decode(canvas().detach()).float().clamp(-1, 1)
     path = config.out / "canvas.png"
-    save_image(images / 2 + 0.5, path, nrow=math.ceil(len(images) ** 0.5))
+    with whole_file(path) as temporary:
+        save_image(images / 2 + 0.5, temporary, nrow=math.ceil(len(images) ** 0.5))
     print(f"canvas: {path}")
     return path
 

@@ -99,19 +99,19 @@ def _in_bytes(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.round(values * 255).astype(np.uint8), "L")
 
 
-def square(image: Image.Image, size: int, resolution: int) -> Tensor:
-    """The central square of a picture, resized to ``size``: (c, size, size) of bytes.
+def central(image: Image.Image, size: tuple[int, int], least: tuple[int, int] | None = None) -> Tensor:
+    """The central part of a picture in the proportions of ``size``, resized to it: (c, height, width) of bytes.
 
-    Raises ``ValueError`` for a side below half of ``resolution``.
+    Raises ``ValueError`` for a picture below half of ``least``, (height, width), by default ``size``.
     """
-    side = min(image.size)
-    if side * 2 < resolution:
-        raise ValueError(f"is {image.width} x {image.height}, smaller than half of {resolution} x {resolution}.")
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Cut first: the filter must not see beyond the square.
-    return resized(
-        channels_first(np.asarray(image.crop((left, top, left + side, top + side)))), "image", (size, size)
-    )
+    least = least or size
+    if 2 * min(image.height / least[0], image.width / least[1]) < 1:
+        raise ValueError(f"is {image.width} x {image.height}, smaller than half of {least[1]} x {least[0]}.")
+    scale = min(image.height / size[0], image.width / size[1])
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    # Cut first: the filter must not see beyond the part.
+    return resized(channels_first(np.asarray(image.crop((left, top, left + width, top + height)))), "image", size)
 
 
 def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, convert: bool = False) -> Tensor:

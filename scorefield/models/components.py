@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scorefield.files import check_regular, printable, read_json
+from scorefield.files import check_regular, check_small, printable, read_json
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of parts come from."""
@@ -28,10 +28,14 @@ VOCABULARY = (
 CONFIGS = ("config.json", "generation_config.json")
 """Files beside the weights of a network."""
 
+TEXTS = (".json", ".txt", ".model", ".jinja")
+"""Endings of configs and vocabularies, which libraries read whole."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
+_VARIANT = re.compile(r"(model|diffusion_pytorch_model)\.(\w+)(-\d+-of-\d+)?\.safetensors", re.ASCII)
 _OLD_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", re.ASCII)
 
 
@@ -69,10 +73,10 @@ def _is_numbers(value: object) -> bool:
 
 
 def check_part(part: Path) -> None:
-    """Raise ``ValueError`` for a folder of weights whose files name others, or are no files.
+    """Raise ``ValueError`` for a folder of weights whose files name others, fill the memory, or are no files.
 
     Refused are adapters (transformers reads them unasked, and then does not say which weights are missing),
-    pipes and devices, and shards outside the folder.
+    weights that are stored quantised, texts too large to read, pipes and devices, and shards outside the folder.
     """
     for file in sorted(part.iterdir()) if part.is_dir() else ():
         if file.name == "adapter_config.json":
@@ -83,10 +87,29 @@ def check_part(part: Path) -> None:
         if not file.is_dir():
             try:
                 check_regular(file)
+                if file.suffix in TEXTS:
+                    check_small(file)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{file} {error}") from error
+        if file.name == "config.json":
+            _check_plain(read_json(file), file)
         if file.name.endswith(".index.json") or ".index." in file.name:
             _check_shards(file)
+
+
+def _check_plain(config: Mapping[str, Any], file: Path) -> None:
+    # Libraries would look for the quantiser, and its kernels, that the file names. Configs nest others.
+    left: list[Any] = [config]
+    while left:
+        inner = left.pop()
+        left += [value for value in inner.values() if isinstance(value, dict)]
+        for name in ("quantization_config", "compression_config"):
+            if (value := inner.get(name)) is not None:
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                raise ValueError(
+                    f"{file}: the weights are quantised ({printable(str(method)[:40])}), and only plain ones are "
+                    "read. Pass the model in float32, float16 or bfloat16."
+                )
 
 
 def _check_shards(file: Path) -> None:
@@ -96,18 +119,20 @@ def _check_shards(file: Path) -> None:
             raise ValueError(f"{file}: shards must be names of files beside it; got {str(name)[:80]!r}.")
 
 
-def check_copyable(folder: Path, parts: Iterable[str]) -> None:
+def check_copyable(folder: Path, parts: Iterable[str], variant: str | None = None) -> None:
     """Raise ``ValueError`` for a part of which nothing may be copied, or a file that leads out of ``folder``."""
     for part in parts:
-        if not copied_files(folder, part):
+        files = copied_files(folder, part, variant)
+        if not (files if part.startswith("tokenizer") else [file for file in files if file.name not in CONFIGS]):
             raise ValueError(f"{folder / part} holds no file that belongs to a {part}. Download it again.")
 
 
-def copied_files(folder: Path, part: str) -> list[Path]:
+def copied_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
     """The files of a part that a copy needs, by list: configs, vocabulary, one set of weights.
 
-    Pickles are among them only where there are no safetensors. Raises ``ValueError`` for one that is no regular
-    file, or that is a link out of ``folder``; links of a download's cache into its own blobs are none.
+    Those are the weights of ``variant`` where there are any, and pickles where there are no safetensors. Raises
+    ``ValueError`` for one that is no regular file, or that is a link out of ``folder``; links of a download's
+    cache into its own blobs are none.
     """
     files = sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
     if part.startswith("tokenizer"):
@@ -115,10 +140,16 @@ def copied_files(folder: Path, part: str) -> list[Path]:
     else:
         safe = [file for file in files if _WEIGHTS.fullmatch(file.name)]
         old = [file for file in files if _OLD_WEIGHTS.fullmatch(file.name)]
-        kept = [file for file in files if file.name in CONFIGS] + (safe or old)
+        own = [file for file in files if variant is not None and _variant_of(file) == variant]
+        kept = [file for file in files if file.name in CONFIGS] + (own or safe or old)
     for file in kept:
         _check_inside(file, folder.resolve())
     return kept
+
+
+def _variant_of(file: Path) -> str | None:
+    found = _VARIANT.fullmatch(file.name)
+    return None if found is None else found[2]
 
 
 def _check_inside(file: Path, root: Path) -> None:
@@ -133,20 +164,22 @@ def _check_inside(file: Path, root: Path) -> None:
         raise ValueError(f"{file} {error}") from error
 
 
-def copy_part(folder: Path, part: str, target: Path) -> None:
+def copy_part(folder: Path, part: str, target: Path, variant: str | None = None) -> None:
     """Copy the files of :func:`copied_files` into the new folder ``target``.
 
-    Links become files, pickles safetensors, and text encoders in half precision float32.
+    Links become files, pickles safetensors, text encoders in half precision float32, and the weights of a variant
+    lose its name.
     """
     target.mkdir()
-    files = copied_files(folder, part)
-    pickles = [file for file in files if file.suffix in PICKLES]
+    files = copied_files(folder, part, variant)
+    rewritten = [file for file in files if file.suffix in PICKLES or _variant_of(file) is not None]
     for file in files:
-        if file not in pickles:
+        if file not in rewritten:
             shutil.copyfile(file, target / file.name)
-    if pickles:
+    if rewritten:
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        weights = {name: value for file in pickles for name, value in _unpickled(file).items()}
+        read = [_unpickled(file) if file.suffix in PICKLES else load_file(file) for file in rewritten]
+        weights = {name: value for one in read for name, value in one.items()}
         save_file(weights, target / f"{stem}.safetensors", metadata={"format": "pt"})
     if part.startswith("text_encoder"):
         _to_float32(target)

@@ -21,11 +21,13 @@ from torch import Tensor
 from scorefield.denoiser import Cond, NetworkDenoiser, freeze
 from scorefield.files import read_json
 from scorefield.models.codec import Codec, load_codec, read_codec_config
-from scorefield.models.components import check_index
+from scorefield.models.components import check_index, check_part
 from scorefield.models.families import DiffusersNetwork, Family, Parts, family_of, has_part, parts_of
 from scorefield.models.preflight import (
     check_device,
     check_dtype,
+    check_last_time,
+    check_many_steps,
     check_network,
     check_options,
     check_shift,
@@ -137,7 +139,7 @@ def load_teacher(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     size: int | tuple[int, int] | None = None, tiny_vae: str | Path | None = None, slicing: bool = False,
     tiling: bool = False, cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
-    revision: str | None = None, vae_dtype: torch.dtype | None = None,
+    revision: str | None = None, vae_dtype: torch.dtype | None = None, few_steps: bool = False,
 ) -> Teacher:  # fmt: skip
     """A frozen teacher from a folder that ``save_pretrained`` wrote, or from a model's name.
 
@@ -156,10 +158,11 @@ def load_teacher(
         variant: of the weight files, such as "fp16".
         revision: branch, tag or commit of a model that is downloaded.
         vae_dtype: of the autoencoder alone, as for images that are encoded once and learned from; else ``dtype``.
+        few_steps: take a distilled model, too, which its scheduler tells: its denoiser is right at few times only.
 
     Raises:
         ValueError: for a name that is neither, a pipeline of another class, weights that are missing, pickled,
-            damaged or do not fit, and a dtype or size that cannot be.
+            damaged or do not fit, a distilled model, and a dtype or size that cannot be.
     """
     for one in (dtype, vae_dtype or dtype):
         check_dtype(one)
@@ -171,7 +174,10 @@ def load_teacher(
     if family.texts:
         parts["vae"] = folder / "vae" if tiny_vae is None else find_model(tiny_vae)
     settings = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
+    if not few_steps:
+        check_many_steps(settings, folder)
     schedule, kind = _check_schedule(settings, family)
+    check_last_time(schedule, kind, folder)
     shift = check_shift(settings) if family.flow else 1.0
     shape = _check_parts(reader, family, index, folder, parts, size, tiling)
     check_options(bool(family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
@@ -194,9 +200,9 @@ def load_teacher(
     )
 
 
-def pipeline_folder(name: str | Path, revision: str | None = None) -> Path:
+def pipeline_folder(name: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
     """The local folder of a pipeline that :func:`load_teacher` loaded. Raises ``ValueError`` as it does."""
-    reader = PartReader(torch.float32, torch.device("cpu"), allow_pickle=True)
+    reader = PartReader(torch.float32, torch.device("cpu"), allow_pickle=True, variant=variant)
     return find_pipeline(name, _weights_of, reader, revision)
 
 
@@ -209,6 +215,7 @@ def _check_parts(
         tokenizer_class(index, _tokenizer_of(part))
         check_tokenizer(folder / _tokenizer_of(part))
     for place in parts.values():
+        check_part(place)
         reader.find_variant(place)
     config = read_config(family.network, parts[family.part])
     check_network(config, parts[family.part])

@@ -10,6 +10,10 @@ import transformers
 
 from scorefield.files import read_json
 from scorefield.models.components import check_part
+from scorefield.schedule import Kind, Schedule
+
+FEW_STEPS = ("LCMScheduler", "FlowMatchLCMScheduler", "TCDScheduler")
+"""Schedulers of distilled models, which know few noise levels."""
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Files that hold all tokens of a tokenizer, either of them."""
@@ -38,6 +42,33 @@ def check_options(has_codec: bool, **options: object) -> None:
     given = [name for name, value in options.items() if value]
     if given and not has_codec:
         raise ValueError(f"this model works on pixels, without an autoencoder; leave out {', '.join(given)}.")
+
+
+def is_few_step(settings: Mapping[str, Any]) -> bool:
+    """Return True for the ``scheduler_config.json`` of a distilled model.
+
+    A student that was saved again by diffusers has lost all else that tells it from a teacher.
+    """
+    return settings.get("_class_name") in FEW_STEPS
+
+
+def check_many_steps(settings: Mapping[str, Any], source: Path | str) -> None:
+    """Raise ``ValueError`` for the scheduler of a distilled model, where all noise levels must be known."""
+    if is_few_step(settings):
+        raise ValueError(
+            f"{source} is a student, or another model of few steps: its scheduler is a {settings['_class_name']}, "
+            "and other noise levels it does not know. Pass its teacher, the model it was distilled from."
+        )
+
+
+def check_last_time(schedule: Schedule, kind: Kind, source: Path | str) -> None:
+    """Raise ``ValueError`` for a network of eps on a schedule whose noisiest timestep holds no image."""
+    if kind == "eps" and not float(schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64))) > 0:
+        raise ValueError(
+            f"{source}: the scheduler rescales its betas to zero terminal SNR, and the network predicts epsilon, "
+            "which then says nothing of the image. Pass a model of v_prediction, or set rescale_betas_zero_snr to "
+            "false in its scheduler_config.json if it was trained so."
+        )
 
 
 def check_network(config: Mapping[str, Any], part: Path) -> None:
@@ -80,7 +111,7 @@ def latent_shape(
     if channels != config["in_channels"]:
         raise ValueError(f"the autoencoder has {channels} channels, the network {config['in_channels']}.")
     if size is None and config["sample_size"] is None:
-        raise ValueError("the model does not say the size of its images. Pass size=(height, width).")
+        raise ValueError("the model does not say the size of its images. Pass --teacher-size, in pixels.")
     own = size is None
     height, width = _pair(config["sample_size"] if own else size)
     if own:

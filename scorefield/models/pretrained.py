@@ -78,7 +78,7 @@ class PartReader:
         variant = self.find_variant(part)
         options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
         if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
-            options = {"dtype": dtype or self.dtype, "attn_implementation": "sdpa"}
+            options = {"dtype": dtype or self.dtype, "attn_implementation": _attention(kind)}
         reader: Any = kind
         try:
             self._check_size(kind, part)
@@ -109,7 +109,7 @@ class PartReader:
             # Without the names of kernels, which transformers would fetch.
             kernels = ("attn_implementation", "_attn_implementation")
             settings = {key: value for key, value in read_json(part / "config.json").items() if key not in kernels}
-            build, config = kind, kind.config_class.from_dict(settings, attn_implementation="sdpa")
+            build, config = kind, kind.config_class.from_dict(settings, attn_implementation=_attention(kind))
         if not any(file.suffix in PICKLED for file in self.files(part)):  # whose sizes only their reader knows
             with torch.device("meta"):
                 check_size(part, self.files(part), build(config))
@@ -145,11 +145,12 @@ class PartReader:
             return self.variant if self.variant in found else None
         if found:
             others = ", ".join(sorted(map(str, found)))
-            raise ValueError(f"{part} holds weights of variant {others} only; got variant={self.variant!r}.")
+            got = f"--variant {self.variant}" if self.variant else "no --variant"
+            raise ValueError(f"{part} holds weights of variant {others} only; got {got}. Pass --variant with it.")
         if pickled := [name for name in files if name.endswith(PICKLED)]:
             raise ValueError(
                 f"{part} holds pickled weights only ({', '.join(pickled)}), and a pickle can run code when it is "
-                "read. Use safetensors (save_pretrained writes them), or allow_pickle=True if you trust it."
+                "read. Use safetensors (save_pretrained writes them), or pass --allow-pickle if you trust it."
             )
         held = f"it holds {', '.join(files)}" if files else "it is empty or missing"
         raise ValueError(f"{part} holds no weights: expected *.safetensors, and {held}. Download it again.")
@@ -289,6 +290,11 @@ def _digest(path: Path, size: int, changed: int) -> str:
     del size, changed
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _attention(kind: Any) -> str:
+    # torch's own, or plain matrices: T5 learned of it late in transformers 5.
+    return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
 
 
 def _is_harmless(kind: type, key: str) -> bool:
