@@ -135,8 +135,8 @@ def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeache
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         return load_prompted(
             config.model, read_prompts(config), negative=config.negative_prompt, size=config.size,
-            long_prompts=config.long_prompts, allow_pickle=config.allow_pickle, variant=config.variant, dtype=dtype,
-            device=device,
+            long_prompts=config.long_prompts, allow_pickle=config.allow_pickle, variant=config.variant,
+            dtype=dtype, device=device,
         )  # fmt: skip
     for name in ("negative_prompt", "size"):
         if getattr(config, name):
