@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.exact import GaussianMixture
 from scorefield.metrics import mode_shares
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.schedule import VariancePreserving
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import Phase, train

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlnet.adapter import ControlledDenoiser, copy_encoder, unet_of
 from controlnet.training import adamw, compile_lightly, control_phase, lighten
 from scorefield.denoiser import NetworkDenoiser, freeze
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.randomness import Rng, normal_like
 from scorefield.schedule import VariancePreserving
 from scorefield.times import uniform

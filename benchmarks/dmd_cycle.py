@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill.adversarial import Critic, discriminator_head
 from scorefield.denoiser import NetworkDenoiser, freeze
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.schedule import VariancePreserving
 
 NUM_CLASSES = 10

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from scorefield.denoiser import Cond
 from scorefield.gradient import standard_normal
 from scorefield.guidance import guided
-from scorefield.models.hub import Teacher
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.schedule import per_sample
 from sds.losses import TIMES, sds, sigma_squared

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
-from scorefield.models.hub import Teacher
+from scorefield.models.networks import DiffusersNetwork
+from scorefield.models.teacher import Teacher
 from scorefield.schedule import VariancePreserving
 
 NETWORK, ENCODERS = "sd21_unet", {"AutoencoderKL": "sd_vae", "AutoencoderTiny": "taesd"}

@@ -40,7 +40,7 @@ from sds_contenders import (
 from torch import Tensor
 
 from scorefield.denoiser import Cond
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
 from toyworld import pipeline_folder
 

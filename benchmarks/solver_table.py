@@ -20,17 +20,15 @@ from command import check_device, check_numbers, check_out, run
 from evaluate import load_features
 from features import Classifier
 from images import DataOptions, load_images
-from networks import Teacher
 from PIL import Image, ImageDraw
-from prompted import PromptedTeacher
 from torch import Tensor
 from tqdm import tqdm
 
 from scorefield.grids import Spacing
 from scorefield.metrics import extract_features, frechet_distance
+from scorefield.models.teacher import Teacher
 from scorefield.solvers import Solver
 
-Model = Teacher | PromptedTeacher
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
 
@@ -39,7 +37,7 @@ class Config:
     """Measure a teacher under every solver, grid and number of calls, and its students."""
 
     teacher: str
-    """Whatever --model of sample.py takes."""
+    """Whatever --teacher of sample.py takes."""
     reference: str
     """Real images: whatever --reference of evaluate.py takes."""
     features: Path
@@ -114,26 +112,25 @@ def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spa
     """The options of sample.py that draw one cell."""
     lines = config.prompts.read_text().splitlines() if config.prompts is not None else []
     return sample.Config(
-        model=model, prompts=tuple(line.strip() for line in lines if line.strip()), steps=calls, sampler=solver,
+        teacher=model, prompts=tuple(line.strip() for line in lines if line.strip()), steps=calls, sampler=solver,
         grid=spacing, num_images=config.num_images, guidance=config.guidance, batch_size=config.batch_size,
         negative_prompt=config.negative_prompt, seed=config.seed,
     )  # fmt: skip
 
 
-def load(config: Config, name: str) -> Model:
+def load(config: Config, name: str) -> Teacher:
     """A teacher or student, on the device. Raises ``ValueError`` for a teacher where a student is expected."""
-    model = sample.load_model(drawing(config, name, 1, "ddim", "trailing"), torch.device(config.device))
+    model = sample.load(drawing(config, name, 1, "ddim", "trailing"), torch.device(config.device))
     if bool(model.times) != (name != config.teacher):
         raise ValueError(
             f"{name} is a {'student' if model.times else 'teacher'}; --teacher and --students differ."
         )
-    model.denoiser.network.to(config.device)
     return model
 
 
-def reference_features(config: Config, teacher: Model, network: Any, classifier: Classifier | None) -> Tensor:
+def reference_features(config: Config, teacher: Teacher, network: Any, classifier: Classifier | None) -> Tensor:
     """Features of the real images, at the teacher's size. Raises ``ValueError`` if the features want another."""
-    channels, height, width = sample.image_shape(teacher)
+    channels, height, width = teacher.image_shape
     wanted = (classifier.facts.channels, classifier.facts.resolution) if classifier else (channels, height)
     if height != width or wanted != (channels, height):
         raise ValueError(
@@ -157,7 +154,7 @@ def missing(config: Config, table: Mapping[str, Any]) -> Iterator[tuple[Solver, 
 
 
 def measure(
-    options: sample.Config, model: Model, network: Any, reference: Tensor, table: Mapping[str, Any]
+    options: sample.Config, model: Teacher, network: Any, reference: Tensor, table: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One cell: calls paid and Fréchet distance, which is None where samples are not finite.
 
@@ -178,7 +175,7 @@ def measure(
     made = sample.draw(options, model, torch.arange(options.num_images).split(options.batch_size), labels)
     figure = None
     if bool(made.isfinite().all()):
-        device = next(model.denoiser.network.parameters()).device
+        device = model.device
         pixels = ((made.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
         parts = [extract_features(network, part.to(device)).cpu() for part in pixels.split(options.batch_size)]
         figure = frechet_distance(torch.cat(parts), reference)

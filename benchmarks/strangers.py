@@ -21,13 +21,13 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from networks import Teacher
 from torch import Tensor, nn
 from torch.nn import functional
-from unet import UNet
 
 from scorefield import NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
 from scorefield.data.arrays import read_idx
+from scorefield.models.networks import UNet
+from scorefield.models.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.guidance import guided
 from scorefield.models.codec import Codec
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import RectifiedFlow, VariancePreserving
 
 CLASSES = {c.__name__: c for c in (UNet2DConditionModel, SD3Transformer2DModel, AutoencoderKL, AutoencoderTiny)}

@@ -15,13 +15,12 @@ from teachers import build, meta_cond
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from distill.backbone import recompute_activations, shared_backbone
 from distill.dmd import DMD
 from distill.student import Student
 from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond, freeze
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
-from scorefield.models.lora import Twin
+from scorefield.models.lora import Twin, recompute_activations, shared_backbone
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import Images, Kind, PerSample, Schedule, VariancePreserving
 from scorefield.training.loop import Report, train
 from toyworld.parts import LENGTH, make_unet

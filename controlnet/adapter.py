@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from scorefield.denoiser import Cond, NetworkDenoiser, unwrap
-from scorefield.models.families import DiffusersNetwork, model_arguments
+from scorefield.models.networks import DiffusersNetwork, model_arguments
 from scorefield.schedule import Images, PerSample, Schedule
 
 WIDTHS = (16, 32, 96, 256)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from controlnet.adapter import ControlledDenoiser, unet_of
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.gradient import TIME_NOT_FINITE, TimeWeight, denoising_errors, prediction_weight, time_not_finite
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.randomness import Rng
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import EMA, Phase

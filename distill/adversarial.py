@@ -4,6 +4,7 @@ The critic listens to the network while it denoises, so logits and denoised imag
 only logits are asked for, the pass ends at the bottleneck.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,3 +145,60 @@ def generator_loss(fake: Float[Tensor, " b"]) -> Tensor:
 def critic_accuracy(real: Float[Tensor, " b"], fake: Float[Tensor, " b"]) -> Tensor:
     """Share of logits on the right side; 0.5 means that the critic cannot tell."""
     return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+
+
+LISTENS = "the GAN term listens to activations (b, c) or (b, c, h, w)"
+
+
+def find_bottleneck(network: nn.Module, name: str | None) -> str:
+    """Name of the submodule a critic reads: ``name``, the network's own choice, or its mid_block.
+
+    Raises ``ValueError`` where there is no such submodule, or none is known and none is named: a transformer has
+    none.
+    """
+    modules = dict(network.named_modules())
+    if name is None:
+        owners = [(prefix, module) for prefix, module in modules.items() if hasattr(module, "bottleneck")]
+        known = [f"{prefix}.{module.bottleneck}".lstrip(".") for prefix, module in owners]
+        name = next(iter([*known, *(key for key in modules if key.split(".")[-1] == "mid_block")]), None)
+    if name is None and any(key.split(".")[-1] == "transformer_blocks" for key in modules):
+        raise ValueError(
+            f"{LISTENS}, such as a UNet's mid_block has; a transformer has none. Pass --gan-weight 0."
+        )
+    if name is None or name not in modules:
+        raise ValueError(
+            f"the GAN term needs a submodule to listen to; got --bottleneck {name}. The network has "
+            f"{', '.join(list(modules)[1:8])}, ... Or pass --gan-weight 0."
+        )
+    return name
+
+
+def probe_bottleneck(
+    denoiser: NetworkDenoiser, shape: Sequence[int], cond: Cond, name: str | None
+) -> tuple[str, int, int]:
+    """Name, channels and shorter side of the activations of :func:`find_bottleneck`; 1 means no space.
+
+    Args:
+        denoiser: whose network is asked once.
+        shape: of one x0.
+        cond: of batch 1.
+        name: as there.
+
+    Raises ``ValueError`` for those that no critic can read, such as a transformer's tokens.
+    """
+    network = denoiser.network
+    name = find_bottleneck(network, name)
+    kept: list[Tensor] = []
+    hook = network.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
+    )
+    device = next(network.parameters()).device
+    t = torch.full((1,), denoiser.schedule.t_max, device=device)
+    with torch.no_grad():
+        denoiser(torch.zeros(1, *shape, device=device), t, {key: value.to(device) for key, value in cond.items()})
+    hook.remove()
+    found = tuple(kept[0].shape)
+    if len(found) not in (2, 4):
+        raise ValueError(f"{LISTENS}; those of --bottleneck {name} are {found}. Pass --gan-weight 0.")
+    sides = found[2:]
+    return name, found[1], max(min(sides), 2) if any(side > 1 for side in sides) else 1

@@ -22,20 +22,14 @@ from scorefield.atomic import whole_folder
 from scorefield.files import read_json
 from scorefield.models.codec import read_codec_config
 from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
-from scorefield.models.families import DiffusersNetwork, family_of, has_part, parts_of
+from scorefield.models.families import family_of, has_part, parts_of
 from scorefield.models.lora import Twin, adapter_weights, merged
-from scorefield.models.preflight import is_few_step
-from scorefield.models.pretrained import INDEX, NOISE_SETTINGS, part_folder
+from scorefield.models.networks import DiffusersNetwork
+from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
 from scorefield.schedule import Schedule, VariancePreserving
 
 LORA = "pytorch_lora_weights.safetensors"
 """Name of the file that ``load_lora_weights`` looks for."""
-
-FACTS = "dmd2.json"
-"""Beside a LoRA, what a pipeline's folder says in its ``model_index.json``."""
-
-MOST_STEPS = 16
-"""Steps of a student that is known by its scheduler alone; diffusers' own default is 50."""
 
 
 def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> tuple[float, ...]:
@@ -162,7 +156,7 @@ def export_pipeline(
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
     Args:
-        student: its network is a :class:`families.DiffusersNetwork`, or a twin of one, whose changes are
+        student: its network is a :class:`networks.DiffusersNetwork`, or a twin of one, whose changes are
             added to the weights. Stored in the precision it has.
         pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied: the files
             of :func:`components.copied_files` and nothing else. Text encoders in half precision become
@@ -229,7 +223,7 @@ def export_lora(
         weights = {f"{part}.{name}": value for name, value in adapter_weights(twin).items()}
         save_file(weights, temporary / LORA, metadata={"format": "pt"})
         scheduler.save_pretrained(temporary / "scheduler")
-        (temporary / FACTS).write_text(json.dumps(facts, indent=2))
+        (temporary / LORA_FACTS).write_text(json.dumps(facts, indent=2))
         use = _LORA_USE.replace("SCHEDULER", type(scheduler).__name__)
         use = _card(card, use, facts, index["_class_name"], base_model, "lora")
         (temporary / "README.md").write_text(use)
@@ -251,41 +245,15 @@ def copied_parts(pipeline: Path, variant: str | None = None) -> list[str]:
 
 def read_student_facts(folder: Path) -> dict[str, Any]:
     """The ``dmd2_*`` entries of an exported folder, empty for any other."""
-    file = folder / (FACTS if (folder / FACTS).is_file() else INDEX)
+    file = folder / (LORA_FACTS if (folder / LORA_FACTS).is_file() else INDEX)
     if not file.is_file():
         return {}
     return {name: value for name, value in read_json(file).items() if name.startswith("dmd2_")}
 
 
-def read_student_times(folder: Path) -> tuple[float, ...]:
-    """Timesteps that an exported student is asked at, in its scheduler's units; empty for a teacher.
-
-    A folder that diffusers saved again has lost its facts; its scheduler still tells them. Raises ``ValueError``
-    for a model of few steps whose scheduler does not.
-    """
-    if asked := read_student_facts(folder).get("dmd2_denoising_timesteps", ()):
-        return tuple(float(t) for t in asked)
-    settings = _scheduler_settings(folder)
-    if not is_few_step(settings):
-        return ()
-    name, last = settings["_class_name"], settings.get("shift_terminal")
-    number, scheduler = 0, None
-    if name == "LCMScheduler":
-        number, scheduler = settings.get("original_inference_steps"), LCMScheduler.from_config(settings)
-    elif name == "FlowMatchLCMScheduler" and settings.get("shift") == 1:
-        number, scheduler = round(1 / (last or 1)), FlowMatchLCMScheduler.from_config(settings)
-    if scheduler is None or not isinstance(number, int) or not 1 <= number <= MOST_STEPS:
-        raise ValueError(
-            f"{folder} is a model of few steps, whose {name} does not say which. Draw it with diffusers, as its "
-            "card says."
-        )
-    scheduler.set_timesteps(number)
-    return tuple(scheduler.timesteps.tolist())
-
-
 def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> dict[str, Any]:
     facts = {
-        "dmd2_denoising_timesteps": [t * student.denoiser.time_scale for t in student.times],
+        STUDENT_TIMES: [t * student.denoiser.time_scale for t in student.times],
         "dmd2_num_inference_steps": student.num_steps,
         "dmd2_guidance_scale": 1.0,
     }  # fmt: skip
@@ -341,7 +309,7 @@ pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1SIZE).images[0]
 
 def _card(text: str, use: str, facts: Mapping[str, Any], pipeline: str, base_model: str, tag: str) -> str:
     steps = facts["dmd2_num_inference_steps"]
-    times = ", ".join(f"{t:g}" for t in facts["dmd2_denoising_timesteps"])
+    times = ", ".join(f"{t:g}" for t in facts[STUDENT_TIMES])
     size = f", height={facts['dmd2_height']}, width={facts['dmd2_width']}" if "dmd2_height" in facts else ""
     use = use.replace("PROMPT", '"a prompt"').replace("STEPS", str(steps)).replace("SIZE", size)
     base = f"base_model: {base_model}\n" if base_model else ""

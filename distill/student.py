@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 from scorefield.denoiser import Cond, NetworkDenoiser
-from scorefield.models.storage import load_denoiser, read_facts, save_denoiser
+from scorefield.models.storage import TIMES, load_denoiser, read_facts, save_denoiser
 from scorefield.randomness import Generators, normal_like
 from scorefield.sampling import initial_noise
 from scorefield.schedule import Images, Schedule
-
-TIMES = "conditioning_times"
 
 
 @dataclass(frozen=True, eq=False)

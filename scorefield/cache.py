@@ -8,7 +8,7 @@ import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -37,6 +37,15 @@ def content_key(*contents: Content) -> str:
         digest.update(f"{kind} {len(data)}\n".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Short hash of some tensors' contents: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

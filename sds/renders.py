@@ -17,7 +17,7 @@ def encoded(images: Float[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor]
 
     Args:
         images: in [-1, 1], of any size.
-        encode: ``Teacher.encode`` of :mod:`hub`; latents for latent diffusion, the images for others.
+        encode: ``Teacher.encode``; latents for latent diffusion, the images for others.
         size: ``Teacher.size``, height and width in pixels.
 
     Raises:

@@ -1,7 +1,8 @@
 """Variational score distillation with a phi that learns (Wang et al. 2023, arXiv 2305.16213, Algorithm 1).
 
-The scene descends along eps_s - eps_phi, teacher and phi; phi, most often a :class:`sds.lora.LowRankTwin` of the
-teacher, learns to denoise the scene's renders, from every camera. Both are phases of :func:`loop.train`:
+The scene descends along eps_s - eps_phi, teacher and phi; phi, most often a
+:class:`scorefield.models.lora.Twin` of the teacher,
+learns to denoise the scene's renders, from every camera. Both are phases of :func:`loop.train`:
 
     phi = low_rank_denoiser(teacher.denoiser, generator=generator)
     method = VSD(teacher=guided(teacher.denoiser, 7.5, negative), phi=phi)

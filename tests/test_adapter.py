@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder
 from scorefield.denoiser import Conditioned, NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.schedule import RectifiedFlow, VariancePreserving
 

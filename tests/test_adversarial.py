@@ -14,7 +14,7 @@ from distill.adversarial import (
     logits_alone,
 )
 from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.schedule import Karras, RectifiedFlow
 
 close = torch.testing.assert_close

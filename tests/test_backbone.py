@@ -12,14 +12,12 @@ import torch
 from text_contenders import COPIES, SHARED, Case, count_bytes, make_network
 from torch import nn
 
-from distill import backbone
-from distill.adversarial import discriminator_head
-from distill.backbone import LAYERS, offload_state, recompute_activations, shared_backbone
-from scorefield.models.families import DiffusersNetwork
-from scorefield.models.lora import Twin, adapter_weights, merged
-from scorefield.models.network import ResidualMLP
+from scorefield.models.lora import LAYERS, Twin, adapter_weights, merged, recompute_activations, shared_backbone
+from scorefield.models.networks import DiffusersNetwork, ResidualMLP
 from scorefield.randomness import Rng
+from scorefield.training import offload
 from scorefield.training.loop import EMA, Phase, train
+from scorefield.training.offload import offload_state
 
 close = torch.testing.assert_close
 WORKER = Path(__file__).parent / "workers" / "backbone_ranks.py"
@@ -215,8 +213,6 @@ def test_only_layers_that_are_there_are_changed():
     ({"rank": 0}, "rank must be at least 1; got 0"),
     ({"alpha": 0.0}, "alpha must be above 0"),
     ({"targets": ("nothing",)}, "the network has none of the layers nothing"),
-    ({"bottleneck": "model.mid_block"}, "a critic needs a bottleneck and a head"),
-    ({"bottleneck": "model.nowhere", "head": nn.Flatten(0)}, "no submodule 'backbone.model.nowhere'"),
 ])  # fmt: skip
 def test_impossible_backbones_raise(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -260,7 +256,7 @@ def learn(optimizer_of, accelerator, steps=4):
 
 def test_state_is_at_home_between_steps_and_with_the_weights_within(accelerator, monkeypatch):
     """Where a device's memory is another memory; here both are the CPU, and the moves are watched."""
-    calls, move = [], backbone._move
+    calls, move = [], offload._move
 
     def watched(state, device):
         calls.append((sorted(state), device))
@@ -271,7 +267,7 @@ def test_state_is_at_home_between_steps_and_with_the_weights_within(accelerator,
         optimizer.register_step_pre_hook(lambda *arguments: calls.append("step"))
         return optimizer
 
-    monkeypatch.setattr(backbone, "_move", watched)
+    monkeypatch.setattr(offload, "_move", watched)
     plain, _ = learn(lambda network: torch.optim.AdamW(network.parameters(), 1e-2), accelerator)
     away, optimizer = learn(optimizer_of, accelerator, steps=2)
     names = ["exp_avg", "exp_avg_sq", "step"]
@@ -293,12 +289,3 @@ def test_state_of_weights_on_a_gpu_lies_on_the_cpu():
         assert {x.device.type for s in optimizer.state.values() for x in s.values()} == {"cpu"}
     optimizer.load_state_dict(optimizer.state_dict())
     assert {x.device.type for s in optimizer.state.values() for x in s.values()} == {"cpu"}
-
-
-def test_the_head_of_the_critic_is_not_shared():
-    head = discriminator_head(16, 4).double()
-    fake = shared_backbone(
-        worker.make_teacher(), rank=2, bottleneck="model.mid_block", head=head, generator=RNG("lora")
-    )[1]
-    learned = {id(p) for p in fake.network.parameters() if p.requires_grad}
-    assert {id(p) for p in head.parameters()} < learned

@@ -18,8 +18,8 @@ from torch import Generator, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorefield.denoiser import NetworkDenoiser, freeze
-from scorefield.models.families import DiffusersNetwork
-from scorefield.models.hub import Teacher
+from scorefield.models.networks import DiffusersNetwork
+from scorefield.models.teacher import Teacher
 from scorefield.schedule import VariancePreserving
 
 SMALL = Config(num_views=2, size=8, rounds=1, warmup=0, iterations=1)

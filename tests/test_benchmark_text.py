@@ -18,8 +18,7 @@ from text_contenders import COMPILED, COPIES, NAMES, SHARED, TWO_CALLS, Case
 from text_cycle import Config, Cycle
 from torch import nn
 
-from distill.backbone import LAYERS
-from scorefield.models.lora import Twin
+from scorefield.models.lora import LAYERS, Twin
 
 TINY = Config(batch=1, rank=2, student_every=2, rounds=1, warmup=0)
 CPU, META = torch.device("cpu"), torch.device("meta")

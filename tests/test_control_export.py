@@ -18,7 +18,7 @@ from controlnet.verdict import Evidence
 from scorefield.atomic import MARKER
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.sampling import sample
 from scorefield.schedule import VariancePreserving
 

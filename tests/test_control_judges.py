@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from control_bases import PALETTE
 from control_judges import judge_likeness, make_judge, nearest_colour, silhouettes
 from control_tasks import ANNOTATORS, Task, choose_scenes, render_world
 
 from controlnet import circles
 from controlnet.evidence import Probe, Validation
 from controlnet.hints import Precomputed, hint_generators
+from toyworld.circles import PALETTE
 
 NUMBER = 64
 

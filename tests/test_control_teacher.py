@@ -9,7 +9,7 @@ from controlnet.canny import Canny
 from controlnet.circles import Circles
 from controlnet.data import ControlBatches
 from scorefield.cache import TensorCache
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import train_controlnet
-from control_bases import load_base
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.canny import canny
 from controlnet.export import load_adapter
 from controlnet.scores import edge_f1
 from scorefield import guided, inject
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.times import uniform
 from sds.canvas import Canvas
@@ -22,7 +22,7 @@ NUM, STEPS = 8, 200
 
 def distilled(denoiser, base, cond):
     """Latents (n, 4, 16, 16) that SDS (arXiv 2209.14988) makes of noise, by the same draws for each denoiser."""
-    teacher = guided(denoiser, 7.5, base.null)
+    teacher = guided(denoiser, 7.5, base.negative())
     canvas = Canvas.noise((4, 16, 16), num_particles=NUM, generator=derived_generator("canvas"))
     optimizer = torch.optim.Adam(canvas.parameters(), 0.05)
     for step in range(STEPS):
@@ -39,7 +39,7 @@ def test_score_distillation_under_control_follows_the_hint(tmp_path):
     config = train_controlnet.PRESETS["toyworld-canny"]()
     config = train_controlnet.replace(config, out=tmp_path / "out", cache=tmp_path / "cache", eval_every=0)
     folder = train_controlnet.main(config)
-    base, scenes = load_base("toyworld"), draw_scenes(range(2 * HELD_OUT, 2 * HELD_OUT + NUM))
+    base, scenes = load_teacher("toyworld"), draw_scenes(range(2 * HELD_OUT, 2 * HELD_OUT + NUM))
     edges = canny(render(scenes).rgb, torch.tensor(100.0), torch.tensor(200.0))
     controlled = ControlledDenoiser(base.denoiser, load_adapter(folder), edges)
     cond = base.prompts(captions_of(scenes))

@@ -14,7 +14,7 @@ from scorefield.denoiser import NetworkDenoiser
 from scorefield.exact import GaussianMixture
 from scorefield.gradient import ScoreDistillation, ratio_weight
 from scorefield.guidance import Guided, guided, perpendicular
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import constant

@@ -12,7 +12,7 @@ from scorefield.diagnosis.mistakes import mistakes, zero_snr
 from scorefield.diagnosis.readings import coefficients, declared
 from scorefield.diagnosis.trials import difference, errors, levels_of, make_trial
 from scorefield.exact import EmpiricalDistribution, GaussianMixture
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 LINEAR, SCALED, COSINE = (

@@ -12,13 +12,13 @@ import pytest
 import roles
 import torch
 from distill_options import IMAGE_PRESETS, PRESETS, Config, presets_for
-from networks import Teacher, build_network
-from prompted import PromptedTeacher
 
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
 from distill.student import Student, even_times
 from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.networks import build_network
+from scorefield.models.teacher import Listed, Teacher
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
@@ -96,7 +96,7 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
     sizes = []
 
     class Many:
-        num_classes, shape, shift = 700, (2,), 1.0
+        num_classes, shape, shift, device = 700, (2,), 1.0, torch.device("cpu")
         denoiser = NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow")
 
         def cond(self, labels):
@@ -115,7 +115,7 @@ def test_pairs_are_made_in_batches_that_fit_where_the_training_does(monkeypatch,
     seen = []
     teacher = SimpleNamespace(
         num_classes=2, shape=(2,), shift=1.0, cond=lambda labels: {"embeds": labels.float()[:, None]},
-        denoiser=NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow"),
+        denoiser=NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow"), device=torch.device("cpu"),
     )  # fmt: skip
     monkeypatch.setattr(roles, "make_pairs", lambda *args, **options: seen.append(options["batch"]))
     monkeypatch.setattr(roles, "stored_pairs", lambda make, *args, **options: make(0, 1))
@@ -125,8 +125,9 @@ def test_pairs_are_made_in_batches_that_fit_where_the_training_does(monkeypatch,
 
 
 def test_only_the_conditions_of_a_batch_go_to_the_teachers_device():
-    source = SimpleNamespace(device=torch.device("meta"))
-    teacher = PromptedTeacher(source, {"embeds": torch.zeros(5, 3)}, None, 5)
+    denoiser = NetworkDenoiser(torch.nn.Linear(2, 2, device="meta"), RectifiedFlow(), "flow")
+    listed = Listed(("a",) * 5, {"embeds": torch.zeros(5, 3)}, {})
+    teacher = Teacher(denoiser, (3, 8, 8), 5, listed=listed)
     found = teacher.cond(torch.tensor([4, 1]))["embeds"]
     assert (found.device.type, found.shape) == ("meta", (2, 3))
 

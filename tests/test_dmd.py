@@ -16,7 +16,7 @@ from distill.student import Student, even_times
 from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
 from scorefield.gradient import denoising_loss, karras_weight, prediction_weight
 from scorefield.guidance import guided
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import constant, uniform

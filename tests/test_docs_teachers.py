@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import load_teacher, own_network
 from torch import nn
 
 from distill.student import Student, save_student
 from scorefield import GaussianMixture, Karras, VariancePreserving
+from scorefield.models.teacher import load_teacher, own_network
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "teachers.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

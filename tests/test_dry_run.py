@@ -7,7 +7,6 @@ import control_options
 import distill_options
 import evaluate_students
 import evaluate_toyworld
-import networks
 import numpy as np
 import pytest
 import sample
@@ -20,8 +19,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from distill.export import read_student_times
-from scorefield.models.hub import load_teacher
+from scorefield.models.pretrained import read_student_times
+from scorefield.models.teacher import load_teacher
 
 BRIEF = {"steps": 2, "batch_size": 2, "save_every": 2, "log_every": 1}
 DMD = {
@@ -59,7 +58,7 @@ def learn_canvas(root, model, out, **changes):
 
 def teach_control(root, model, out, **changes):
     own = {
-        "base": str(model), "data": str(root / "data"), "out": out, "hint": "canny", "eval_samples": 2,
+        "teacher": str(model), "data": str(root / "data"), "out": out, "hint": "canny", "eval_samples": 2,
         "test_samples": 0, "sampling_steps": 2, **BRIEF,
     }  # fmt: skip
     if "teacher_size" in changes:
@@ -71,7 +70,7 @@ def draw(root, model, out, **changes):
     changes.pop("dry_run")
     if "teacher_size" in changes:
         changes["size"] = changes.pop("teacher_size")
-    own = {"model": str(model), "prompts": ("a mug",), "out": out, "num_images": 2, "steps": 2}
+    own = {"teacher": str(model), "prompts": ("a mug",), "out": out, "num_images": 2, "steps": 2}
     return sample.main(sample.Config(**{**own, **changes}))
 
 
@@ -149,6 +148,12 @@ def test_what_a_dry_run_accepts_starts_and_what_it_refuses_has_a_remedy(
         assert start(dry_run=False, **options).exists()
 
 
+def times_of(folder):
+    index, settings = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    known = json.loads(index.read_text()) if index.is_file() else {}
+    return read_student_times(known, json.loads(settings.read_text()), folder)
+
+
 def saved_again(folder, out, steps):
     """A student's folder as stock diffusers leaves it: its keys are gone, its scheduler stays."""
     import torch
@@ -162,7 +167,7 @@ def saved_again(folder, out, steps):
     export_pipeline(Student(teacher.denoiser, times), folder, out / "student")
     pipe = StableDiffusionPipeline.from_pretrained(out / "student", local_files_only=True)
     pipe.save_pretrained(out / "again")
-    assert torch.tensor(read_student_times(out / "student")).tolist() == list(times)
+    assert torch.tensor(times_of(out / "student")).tolist() == list(times)
     assert not any("dmd2" in name for name in json.loads((out / "again" / "model_index.json").read_text()))
     return out / "student", out / "again", times
 
@@ -170,7 +175,7 @@ def saved_again(folder, out, steps):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_student_that_diffusers_saved_again_is_still_a_student(root, tmp_path, steps):
     student, again, times = saved_again(root / "sd", tmp_path, steps)
-    assert read_student_times(again) == times
+    assert times_of(again) == times
     drawn = [
         np.load(draw(root, folder, tmp_path / f"{folder.name}.npz", dry_run=False))["images"]
         for folder in (student, again)
@@ -182,7 +187,9 @@ def test_a_student_that_diffusers_saved_again_is_still_a_student(root, tmp_path,
                 command(root, folder, tmp_path / "run", dry_run=True)
     for folder in (student, again):
         with pytest.raises(ValueError, match="is a student"):
-            evaluate_toyworld.main(evaluate_toyworld.Config(pipeline=folder, out=tmp_path / "run", device="cpu"))
+            evaluate_toyworld.main(
+                evaluate_toyworld.Config(teacher=str(folder), out=tmp_path / "run", device="cpu")
+            )
         with pytest.raises(ValueError, match="is a student"):
             evaluate_students.main(
                 evaluate_students.Config(students=(student,), teacher=folder, out=tmp_path / "run", device="cpu")
@@ -201,15 +208,15 @@ def test_a_student_of_flows_that_diffusers_saved_again_is_still_a_student(tmp_pa
     for number, times in ((1, (1000.0,)), (2, (1000.0, 500.0)), (4, (1000.0, 750.0, 500.0, 250.0))):
         last = {} if number == 1 else {"shift_terminal": 1 / number}
         FlowMatchLCMScheduler(shift=1.0, **last).save_pretrained(tmp_path / "scheduler")
-        assert read_student_times(tmp_path) == pytest.approx(times)
+        assert times_of(tmp_path) == pytest.approx(times)
     FlowMatchLCMScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match="does not say which"):
-        read_student_times(tmp_path)
+        times_of(tmp_path)
 
 
 def test_a_model_of_pixels_under_a_scheduler_of_few_steps_is_no_teacher(tmp_path):
     tiny.pixels().save_pretrained(tmp_path)
-    assert networks.load_teacher(str(tmp_path)).shape == (3, 8, 8)
+    assert load_teacher(str(tmp_path)).shape == (3, 8, 8)
     few_steps(tmp_path)
     with pytest.raises(ValueError, match="is a student"):
-        networks.load_teacher(str(tmp_path))
+        load_teacher(str(tmp_path))

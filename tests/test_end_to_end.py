@@ -22,7 +22,7 @@ from scorefield import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, 
 from scorefield.denoiser import KarrasPreconditioning
 from scorefield.gradient import denoising_loss, karras_weight, prediction_weight
 from scorefield.metrics import mode_shares, sliced_wasserstein
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import shuffled
 from scorefield.sampling import grid
 from scorefield.times import log_normal, uniform

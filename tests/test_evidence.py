@@ -15,7 +15,7 @@ from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes,
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.gradient import min_snr_weight, prediction_weight
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.schedule import RectifiedFlow
 from scorefield.times import constant, uniform

@@ -181,7 +181,7 @@ def check_samples(words, folder):
 @fuzz(30)
 @given(words=flags(sample.Config, {"out", "model"}))
 def test_flags_of_sampling(fresh, teacher, words):
-    small = ["--model", str(teacher), "--num-images", "2", "--steps", "2"]
+    small = ["--teacher", str(teacher), "--num-images", "2", "--steps", "2"]
     code, said = check_samples([*small, *words], fresh())
     assert code == 0 or "--" in said, said
 
@@ -303,7 +303,7 @@ def test_teachers_that_were_tampered_with(fresh, teacher, name, place, byte, cut
     shutil.copytree(teacher, folder / "teacher")
     path = folder / "teacher" / name
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
-    check_samples(["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
+    check_samples(["--teacher", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
 
 
 DELETED = object()
@@ -326,7 +326,7 @@ def test_descriptions_that_were_edited(fresh, teacher, place, value):
     else:
         holder[key] = value
     path.write_text(json.dumps(description))
-    check_samples(["--model", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
+    check_samples(["--teacher", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
 
 
 @fuzz(30)

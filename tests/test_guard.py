@@ -22,7 +22,7 @@ from distill.guard import (
 from distill.regression import Pairs
 from distill.student import Student
 from scorefield.denoiser import NetworkDenoiser
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.schedule import RectifiedFlow
 
 close = torch.testing.assert_close

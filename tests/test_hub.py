@@ -19,9 +19,9 @@ from transformers import CLIPTextModel
 
 from scorefield import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
 from scorefield.gradient import ratio_weight
-from scorefield.models import hub
-from scorefield.models.hub import load_teacher
+from scorefield.models import pipeline as pipelines
 from scorefield.models.prompts import CUT, PromptEncoder
+from scorefield.models.teacher import load_teacher
 from scorefield.sampling import ddpm, grid, sample
 from scorefield.times import uniform
 
@@ -93,7 +93,7 @@ def conditions(teacher):
     if teacher.texts is not None:
         return teacher.prompts(PROMPTS), teacher.negative(NEGATIVE)
     if teacher.num_classes:
-        return teacher.classes(torch.tensor([0, 2])), teacher.classes(torch.tensor([3]))
+        return teacher.cond(torch.tensor([0, 2])), teacher.cond(torch.tensor([3]))
     return {}, {}
 
 
@@ -133,7 +133,8 @@ def test_predictions_are_those_of_the_familys_own_call(saved, generator):
     expected = own_call(saved, x_t, t)
     denoiser = teacher.denoiser
     assert denoiser.kind == KINDS.get(saved.name, "eps")
-    close(denoiser.network(x_t, denoiser.time_scale * t, **cond), expected)
+    found = denoiser.network(x_t, denoiser.time_scale * t, **cond)
+    close(found if isinstance(found, torch.Tensor) else found.sample, expected)
     alpha, sigma = coefficients(saved, t)
     x0 = {
         "eps": (x_t - sigma * expected) / alpha,
@@ -218,8 +219,8 @@ def test_classes_sampled_by_our_loop_are_the_schedulers(save, generator):
     for t in scheduler.timesteps:
         negative, positive = (saved.pipeline.unet(x, t, class_labels=given).sample for given in (null, labels))
         x = scheduler.step(negative + 2 * (positive - negative), t, x).prev_sample
-    denoiser = guided(teacher.denoiser, 2.0, teacher.classes(null[:1]))
-    close(sample(denoiser, noise, teacher.classes(labels), times=scheduler.timesteps.double()), x, atol=1e-4)
+    denoiser = guided(teacher.denoiser, 2.0, teacher.cond(null[:1]))
+    close(sample(denoiser, noise, teacher.cond(labels), times=scheduler.timesteps.double()), x, atol=1e-4)
 
 
 @torch.no_grad()
@@ -229,7 +230,7 @@ def test_guidance_and_zero_gradient_identities(saved, generator):
     x_t = torch.randn(2, *teacher.shape, generator=generator)
     t = denoiser.schedule.at(torch.tensor([0.3, 0.6])).float()
     calls = []
-    hook = denoiser.network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    hook = denoiser.network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
     plain = guided(denoiser, 1.0, negative)(x_t, t, cond)
     assert calls == [2]
     none = guided(denoiser, 0.0, negative)(x_t, t, cond)
@@ -522,7 +523,7 @@ def test_identity_knows_variant_pipeline_width_tokenizer_and_version(tmp_path, m
     (folder / "model_index.json").write_text(json.dumps(changed))
     seen.append(print_of().texts.identify())
     (folder / "model_index.json").write_text(json.dumps(index))
-    monkeypatch.setattr(hub.transformers, "__version__", "0")  # the module that it looks at
+    monkeypatch.setattr(pipelines.transformers, "__version__", "0")  # the module that it looks at
     seen.append(print_of().texts.identify())
     monkeypatch.undo()
     config = {"caption_projection_dim": 16, "pooled_projection_dim": 24, "joint_attention_dim": 40}
@@ -558,13 +559,13 @@ def test_prompts_must_be_a_list_of_strings(save, prompts):
 
 
 def test_teachers_say_which_condition_they_take(save):
-    with pytest.raises(ValueError, match=r"takes no prompts.*classes\(labels\)"):
+    with pytest.raises(ValueError, match=r"takes no prompts.*cond\(labels\)"):
         save("classes").load().prompts(["a"])
     with pytest.raises(ValueError, match=r"takes no class labels.*prompts"):
-        save("sd1").load().classes(torch.tensor([0]))
+        save("sd1").load().cond(torch.tensor([0]))
     for label in (-1, 4):
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\]; got"):
-            save("classes").load().classes(torch.tensor([0, label]))
+            save("classes").load().cond(torch.tensor([0, label]))
 
 
 def test_the_cache_folder_is_in_the_home_folder_unless_named(save, monkeypatch, tmp_path):
@@ -582,7 +583,7 @@ def test_models_without_subfolders_load_too(save, tmp_path):
     teacher = load_teacher(tmp_path)
     assert (teacher.denoiser.kind, teacher.num_classes) == ("x0", 4)
     assert isinstance(teacher.denoiser.schedule, VariancePreserving)
-    cond, x_t, t = teacher.classes(torch.tensor([1])), torch.randn(1, 3, 8, 8), torch.tensor([10.0])
+    cond, x_t, t = teacher.cond(torch.tensor([1])), torch.randn(1, 3, 8, 8), torch.tensor([10.0])
     with torch.no_grad():
         close(teacher.denoiser(x_t, t, cond), pipeline.unet(x_t, t, class_labels=torch.tensor([1])).sample)
 

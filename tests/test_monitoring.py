@@ -13,10 +13,10 @@ import train_teacher
 from features import Classifier, Facts, save_classifier
 from images import DataOptions, load_images
 from monitoring import EvalOptions, Look, alarms, check_evaluation, is_best, look
-from networks import load_teacher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scorefield.metrics import frechet_distance, kernel_distance
+from scorefield.models.teacher import load_teacher
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 
@@ -83,7 +83,7 @@ def test_the_last_figures_are_those_of_the_saved_student(watched, features):
     """Made again here from the saved average: what is evaluated is what is kept, not the raw weights."""
     out, student = watched
     model, data = load_teacher(str(student)), load_images(DataOptions())
-    options = monitoring.sample.Config(model="", num_images=20)
+    options = monitoring.sample.Config(teacher="", num_images=20)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20]
     real = data.batch(chosen, torch.Generator()).images
     labels = data.labels[chosen]  # as frequent as in the data

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 
 SHAPES = [(2,), (1, 8, 8), (3, 2, 4)]
 

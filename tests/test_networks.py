@@ -1,5 +1,6 @@
 """Teachers from anywhere, and networks that are built again from what is saved beside them."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -12,21 +13,22 @@ import student_data
 import torch
 import train_dmd
 import train_teacher
-import user_code
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from images import ImageSet
-from networks import Teacher, UNet, build_network, load_teacher, probe_bottleneck
 from safetensors.torch import load_file, save_file
 
 from scorefield import Karras, NetworkDenoiser, VariancePreserving
+from scorefield.models import user_code
+from scorefield.models.networks import UNet, build_network
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng
 
 OWN = """
 import torch
-from networks import Teacher
+from scorefield.models.teacher import Teacher
 from scorefield import NetworkDenoiser, RectifiedFlow
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 
 def bare():
     return ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2)
@@ -105,7 +107,7 @@ def test_diffusers_folders_that_cannot_teach_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no scheduler/scheduler_config\.json"):
         load_teacher(str(tmp_path / "alone"))
     DDPMPipeline(small_unet(out_channels=2), DDPMScheduler()).save_pretrained(tmp_path / "variance")
-    with pytest.raises(ValueError, match="predicts 2 channels of 1"):
+    with pytest.raises(ValueError, match="maps 1 channels to 2: it learned its variance"):
         load_teacher(str(tmp_path / "variance"))
     small_unet().save_pretrained(tmp_path / "pickled", safe_serialization=False)
     DDPMScheduler().save_pretrained(tmp_path / "pickled")
@@ -151,7 +153,7 @@ def test_what_a_folder_names_is_never_run(tmp_path, monkeypatch):
     (folder / "weights.py").write_text(marks)
     for tried in (
         lambda: load_teacher(str(folder)),
-        lambda: sample.main(sample.Config(model=str(folder), out=tmp_path / "samples")),
+        lambda: sample.main(sample.Config(teacher=str(folder), out=tmp_path / "samples")),
         lambda: train_dmd.main(train_dmd.Config(teacher=str(folder), out=tmp_path / "out", dry_run=True)),
         lambda: build_network(json.loads((folder / "denoiser.json").read_text())["facts"]),
     ):
@@ -179,27 +181,25 @@ def test_network_is_refused_where_it_has_no_use(own_module, tmp_path):
 
 
 def test_a_users_module_neither_loses_to_a_script_nor_replaces_it(tmp_path, monkeypatch):
-    """unet.py is a module of the scripts, too; the user's imports its neighbour."""
+    """sample.py is a module of the scripts, too; the user's imports its neighbour."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    ours = sys.modules["unet"]
+    ours = sys.modules["sample"]
     (tmp_path / "neighbour.py").write_text("value = 7")
-    (tmp_path / "unet.py").write_text("import neighbour\ndef mine():\n    return neighbour.value\n")
-    assert user_code.call("unet:mine") == 7
-    assert sys.modules["unet"] is ours
-    import unet
-
-    assert unet is ours
+    (tmp_path / "sample.py").write_text("import neighbour\ndef mine():\n    return neighbour.value\n")
+    assert user_code.call("sample:mine") == 7
+    assert sys.modules["sample"] is ours
+    assert importlib.import_module("sample") is ours
     assert user_code.user_function("json:dumps") is json.dumps
     with pytest.raises(ValueError, match="expected module:function"):
-        user_code.call("../unet:mine")
+        user_code.call("../sample:mine")
 
 
 EDM = """
 import torch
-from networks import Teacher
+from scorefield.models.teacher import Teacher
 from scorefield import Karras, NetworkDenoiser, karras_denoiser, rescaled_data
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 
 def plain():
     return karras_denoiser(ResidualMLP((1, 8, 8), num_classes=0, width=16, depth=2), Karras(), 0.3)
@@ -277,7 +277,7 @@ def test_classes_are_drawn_alike_where_there_are_no_images():
 
 @pytest.mark.parametrize(("name", "message"), [
     ("mine:absent", "no such function"), ("absent:teacher", "no such function"), ("mine:nothing", "got int"),
-    ("absent", "is not a denoiser's folder"), ("mine:", "expected module:function"), ("mine:torch", "a module"),
+    ("absent", "is no folder here"), ("mine:", "expected module:function"), ("mine:torch", "a module"),
 ])  # fmt: skip
 def test_what_is_no_teacher_is_refused(own_module, name, message):
     with pytest.raises(ValueError, match=message):
@@ -318,7 +318,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
         train_teacher.Config(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
     )
     loaded = load_teacher(str(teacher))
-    assert probe_bottleneck(loaded, None) == ("network.unet.mid_block", 16, 4)
+    assert roles.probe(loaded, None) == ("network.unet.mid_block", 16, 4)
     assert loaded.facts["sigma_data"] > 0
     student = train_dmd.main(train_dmd.Config(
         **{**SHORT, **common, "guard_images": 64}, out=tmp_path / "student", teacher=str(teacher), warmup_steps=1,

@@ -15,7 +15,7 @@ import train_toyworld
 from safetensors.torch import load_file
 
 from scorefield import NetworkDenoiser
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
 from toyworld.captions import WORDS, caption, describe
 from toyworld.data import draw_scene

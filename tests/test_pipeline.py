@@ -13,7 +13,7 @@ import torch
 
 from scorefield import guided
 from scorefield.metrics import extract_features, frechet_distance
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.sampling import grid, initial_noise, sample
 from toyworld import pipeline_folder

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from scorefield.models import pretrained
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.schedule import VariancePreserving
 
 # Where weights lie in memory decides which kernels run, so the same weights differ in the last bit.
@@ -84,7 +84,9 @@ def test_vanished_names_are_answered_with_living_ones(offline):
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "runs/no/such/folder", "./here", "no such name", "''"])
 def test_a_name_that_is_nothing_is_refused(offline, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is no folder here and could not be downloaded") as caught:
+    with pytest.raises(
+        ValueError, match=r"is no folder here, and no name of a model online|could not be downloaded"
+    ) as caught:
         load_teacher(name)
     assert MIRROR in str(caught.value)
 
@@ -149,7 +151,7 @@ def test_a_gated_model_has_its_own_remedy(monkeypatch, original):
 def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     online(monkeypatch, tmp_path / "index.json", [])
-    with pytest.raises(ValueError, match="unsupported pipeline class 'FluxPipeline'; expected one of Stable"):
+    with pytest.raises(ValueError, match=r"unsupported pipeline class 'FluxPipeline'; expected one of .*, Stable"):
         load_teacher("somebody/flux")
 
 
@@ -363,9 +365,7 @@ def test_weights_of_another_shape_are_refused(folder):
 )
 def test_other_pipelines_are_refused(folder, name):
     edit(folder / "model_index.json", _class_name=name)
-    with pytest.raises(
-        ValueError, match=r"unsupported pipeline class .*; expected one of StableDiffusionPipeline, "
-    ):
+    with pytest.raises(ValueError, match=r"unsupported pipeline class .*; expected one of DDIMPipeline, "):
         load_teacher(folder)
 
 
@@ -408,7 +408,7 @@ def test_schedulers_that_do_not_fit_are_refused(folder):
     with pytest.raises(ValueError, match="needs a DDPM-like scheduler; got FlowMatchEulerDiscreteScheduler"):
         load_teacher(folder)
     file.unlink()
-    with pytest.raises(ValueError, match=r"cannot read .*scheduler_config\.json"):
+    with pytest.raises(ValueError, match=r"has no scheduler/scheduler_config\.json"):
         load_teacher(folder)
     file.write_text(whole)
     load_teacher(folder)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from distill.export import export_student
 from distill.student import Student
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -19,7 +19,7 @@ from distill.regression import (
 from distill.student import Student
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, heun, sample
 from scorefield.schedule import Karras, RectifiedFlow

@@ -18,7 +18,7 @@ from scorefield.denoiser import NetworkDenoiser
 from scorefield.exact import GaussianMixture
 from scorefield.gradient import inject
 from scorefield.guidance import guided
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving, per_sample
 from scorefield.times import constant, uniform

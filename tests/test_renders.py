@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 from scorefield.exact import GaussianMixture
 from scorefield.guidance import guided, perpendicular
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.schedule import RectifiedFlow
 from sds.canvas import Canvas
 from sds.editing import DDS

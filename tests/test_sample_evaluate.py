@@ -17,12 +17,12 @@ import train_features
 import train_teacher
 from features import Classifier, Facts, load_classifier, save_classifier
 from images import DataOptions, ImageSet, load_images
-from networks import load_teacher
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from distill.student import Student, save_student
+from scorefield.models.teacher import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +40,8 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(("model", "sampler"), [("teacher", "ddim"), ("teacher", "ddpm"), ("teacher", "heun"),
                                                 ("student", "ddim")])  # fmt: skip
 def test_images_do_not_depend_on_the_batch_size(models, model, sampler):
-    config = sample.Config(model=models[model], num_images=13, steps=4, sampler=sampler, guidance=1.5)
-    teacher = load_teacher(config.model)
+    config = sample.Config(teacher=models[model], num_images=13, steps=4, sampler=sampler, guidance=1.5)
+    teacher = load_teacher(config.teacher)
     labels = sample.asked_labels(config, teacher)
     assert labels.tolist() == [number % 10 for number in range(13)]
 
@@ -59,7 +59,7 @@ def on_ranks(number, config):
     """The script on some ranks: its whole file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number),
                str(ROOT / "train_scripts" / "sample.py")]  # fmt: skip
-    for name in ("model", "out", "num_images", "batch_size", "steps"):
+    for name in ("teacher", "out", "num_images", "batch_size", "steps"):
         command += ["--" + name.replace("_", "-"), str(getattr(config, name))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
@@ -75,7 +75,7 @@ def on_ranks(number, config):
 def test_images_do_not_depend_on_the_ranks(models, tmp_path, model, num_images):
     """One image at a time, so that not even a rounding differs; and fewer images than ranks."""
     config = sample.Config(
-        model=models[model], num_images=num_images, batch_size=1, steps=4, out=tmp_path / "a.npz"
+        teacher=models[model], num_images=num_images, batch_size=1, steps=4, out=tmp_path / "a.npz"
     )
     one = sample.main(config).read_bytes()
     assert on_ranks(2, dataclasses.replace(config, out=tmp_path / "b.npz")) == one
@@ -84,15 +84,17 @@ def test_images_do_not_depend_on_the_ranks(models, tmp_path, model, num_images):
 def test_a_rank_without_images_draws_none(models):
     teacher = load_teacher(models["teacher"])
     labels = torch.zeros(0, dtype=torch.long)
-    made = sample.draw(sample.Config(model=""), teacher, torch.arange(0).split(250), labels)
+    made = sample.draw(sample.Config(teacher=""), teacher, torch.arange(0).split(250), labels)
     assert made.shape == (0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("classes", [(), (3, 7), (0,)])
 def test_a_folder_of_pictures_is_data_again_with_its_labels(models, tmp_path, capsys, classes):
-    config = sample.Config(model=models["teacher"], num_images=12, steps=2, classes=classes, out=tmp_path / "made")
+    config = sample.Config(
+        teacher=models["teacher"], num_images=12, steps=2, classes=classes, out=tmp_path / "made"
+    )
     images = load_images(DataOptions(data=str(sample.main(config))))
-    labels = sample.asked_labels(config, load_teacher(config.model))
+    labels = sample.asked_labels(config, load_teacher(config.teacher))
     assert images.labels.tolist() == labels.sort().values.tolist()
     assert images.class_names == tuple(str(number) for number in range(int(labels.max()) + 1))
     with Image.open(tmp_path / "made.grid.png") as picture:
@@ -104,7 +106,7 @@ def test_a_folder_of_pictures_is_data_again_with_its_labels(models, tmp_path, ca
 
 
 def test_sampling_again_replaces_the_older_samples_whole(models, tmp_path, monkeypatch):
-    config = sample.Config(model=models["teacher"], num_images=12, steps=2, out=tmp_path / "made")
+    config = sample.Config(teacher=models["teacher"], num_images=12, steps=2, out=tmp_path / "made")
     sample.main(config)
     sample.main(dataclasses.replace(config, num_images=4, classes=(3,)))
     files = sorted(path.relative_to(config.out).as_posix() for path in config.out.rglob("*.png"))
@@ -126,7 +128,7 @@ def test_a_folder_of_anything_else_is_refused_and_kept(models, tmp_path, other):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("mine")
     with pytest.raises(ValueError, match=r"--out .* (no earlier sample|is a file)"):
-        sample.main(sample.Config(model=models["teacher"], num_images=2, steps=2, out=out))
+        sample.main(sample.Config(teacher=models["teacher"], num_images=2, steps=2, out=out))
     assert path.read_text() == "mine"
 
 
@@ -136,7 +138,7 @@ def test_a_folder_of_anything_else_is_refused_and_kept(models, tmp_path, other):
 ])  # fmt: skip
 def test_impossible_requests_are_refused(models, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        sample.main(sample.Config(**{"model": models["teacher"], "out": tmp_path / "x", **changes}))
+        sample.main(sample.Config(**{"teacher": models["teacher"], "out": tmp_path / "x", **changes}))
     assert not (tmp_path / "x").exists()
 
 

@@ -1,4 +1,4 @@
-"""train_scripts/sample.py with text-to-image models: any family of scorefield.models.hub under prompts."""
+"""train_scripts/sample.py with text-to-image models: any family of scorefield.models.teacher under prompts."""
 
 import dataclasses
 import shutil
@@ -8,11 +8,11 @@ import pytest
 import sample
 import tiny_pipelines as tiny
 import torch
-from prompted import is_hub_model
 
 from scorefield import guided
 from scorefield.atomic import MARKER
-from scorefield.models.hub import load_teacher
+from scorefield.models import teacher as teachers
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.sampling import ddpm, grid, initial_noise
 
@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 def config_of(model, out, **changes):
     return sample.Config(
         **{
-            "model": str(model),
+            "teacher": str(model),
             "prompts": PROMPTS,
             "num_images": 7,
             "steps": 3,
@@ -94,7 +94,7 @@ def test_a_size_of_its_own(folders, tmp_path):
 
 def test_bf16_loads_bf16(folders):
     config = config_of(folders / "sd", "x", precision="bf16")
-    model = sample.load_model(config, torch.device("cpu"))
+    model = sample.load(config, torch.device("cpu"))
     assert {p.dtype for p in model.denoiser.network.parameters()} == {torch.bfloat16}
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folders, tmp_path,
 def test_pickles_only_if_asked(folders, tmp_path):
     shutil.copytree(folders / "sd", tmp_path / "model")
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
-    vae = sample.load_model(config_of(folders / "sd", "x"), torch.device("cpu")).source.codec.vae
+    vae = sample.load(config_of(folders / "sd", "x"), torch.device("cpu")).codec.vae
     torch.save(vae.state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
     config = config_of(tmp_path / "model", tmp_path / "a.npz", num_images=2)
@@ -128,14 +128,12 @@ def test_pickles_only_if_asked(folders, tmp_path):
 def test_a_name_online_is_told_from_a_slip_of_the_pen(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert is_hub_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert is_hub_model(str(folders / "sd"))
-    for local in (
-        "runs/studnt",
-        "teacher",
-        "module:function",
-        "a/b/c",
-        str(folders / "pixels"),
-        str(folders / "x"),
-    ):
-        assert not is_hub_model(local), local
+    seen = []
+    monkeypatch.setattr(teachers, "open_pipeline", lambda name, *args, **options: seen.append(name) or 1 / 0)
+    for online in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "studnt/student"):
+        with pytest.raises(ZeroDivisionError):
+            teachers.load_teacher(online)
+    assert len(seen) == 2
+    for local in ("runs/studnt", "teacher", "a/b/c", str(folders / "x")):
+        with pytest.raises(ValueError, match="is no folder here, and no name of a model online"):
+            teachers.load_teacher(local)

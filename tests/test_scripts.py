@@ -17,14 +17,14 @@ import train_dmd
 import train_teacher
 from digits import SHAPE, Judge, load_digits, proportional_labels
 from images import DataOptions, load_images
-from networks import load_teacher
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.student import Student, save_student
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.models.storage import save_denoiser
+from scorefield.models.teacher import load_teacher
 from scorefield.training import checkpoint
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
@@ -201,8 +201,10 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
     ("train_teacher", ["--seed", "-1"], ["--seed", "[0, 2^63)"]),
     ("train_teacher", ["--out", "/proc/x"], ["cannot write"]),
     ("train_teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
+    ("sample", ["--model=x"], ["--model is called --teacher now"]),
+    ("train_dmd", ["--base", "x"], ["--base is called --teacher now"]),
     ("train_dmd", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
-    ("train_dmd", ["--teacher", "{missing}"], ["not a denoiser's folder", "train_teacher.py"]),
+    ("train_dmd", ["--teacher", "{missing}"], ["is no folder here", "Pass the folder of a teacher"]),
     ("train_dmd", ["--data", "{large}"], ["(1, 8, 8)", "(1, 16, 16)", "teacher's own data"]),
     ("train_dmd", ["--data", "{labels}"], ["10 classes", "of 11"]),
     ("train_dmd", ["--teacher", "{student}"], ["is a student", "Pass its teacher"]),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from scorefield.exact import GaussianMixture
 from scorefield.guidance import guided
-from scorefield.models.hub import load_teacher
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
 from scorefield.schedule import RectifiedFlow
 from scorefield.times import constant

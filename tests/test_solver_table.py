@@ -10,11 +10,11 @@ import solver_table
 import torch
 import train_teacher
 from features import Classifier, Facts, save_classifier
-from networks import load_teacher
 from PIL import Image
 
 from distill.student import Student, save_student
 from scorefield.metrics import frechet_distance
+from scorefield.models.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_cells_are_distances_of_what_sample_draws(config, monkeypatch):
     assert table["cells"]["heun, log-snr"]["3"]["calls"] == 3
     teacher = load_teacher(config.teacher)
     options = sample.Config(
-        model=config.teacher, num_images=20, steps=3, sampler="dpm++", grid="log-snr", batch_size=7
+        teacher=config.teacher, num_images=20, steps=3, sampler="dpm++", grid="log-snr", batch_size=7
     )
     made = draw(options, teacher, torch.arange(20).split(7), sample.asked_labels(options, teacher))
     pixels = ((made.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1

@@ -15,12 +15,12 @@ import student_data
 import torch
 import train_dmd
 import train_teacher
-from networks import load_teacher
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill import regression
 from distill.student import Student
+from scorefield.models.teacher import load_teacher
 from scorefield.schedule import Karras
 from scorefield.training import checkpoint
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from distill.student import Student, even_times, load_student, save_student, times_by_ratio
 from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.models.storage import read_facts, save_denoiser
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from distill.backbone import shared_backbone
 from distill.export import (
     LORA,
     export_lora,
@@ -26,8 +25,9 @@ from distill.export import (
 )
 from distill.student import Student, even_times
 from scorefield.denoiser import NetworkDenoiser
-from scorefield.models.hub import load_teacher
-from scorefield.models.network import ResidualMLP
+from scorefield.models.lora import shared_backbone
+from scorefield.models.networks import ResidualMLP
+from scorefield.models.teacher import load_teacher
 from scorefield.schedule import RectifiedFlow, VariancePreserving
 from toyworld import pipeline_folder
 

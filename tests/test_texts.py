@@ -13,7 +13,7 @@ from PIL import Image
 
 from scorefield.data.pictures import resized
 from scorefield.data.rows import Cell, File
-from scorefield.models import hub
+from scorefield.models import teacher as teachers
 from scorefield.models.prompts import PromptEncoder
 
 
@@ -21,7 +21,7 @@ from scorefield.models.prompts import PromptEncoder
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.sd().save_pretrained(folder / "sd")
-    return hub.load_teacher(folder / "sd").without_text_encoders()
+    return teachers.load_teacher(folder / "sd").without_text_encoders()
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +229,9 @@ def test_each_image_is_an_entry_that_is_read_when_its_turn_comes(teacher, images
 
 def test_the_autoencoder_sees_a_bounded_number_of_pixels(teacher, images, accelerator, monkeypatch):
     seen = []
-    monkeypatch.setattr(hub.Teacher, "encode", lambda self, x: seen.append(len(x)) or torch.zeros(len(x), 4, 8, 8))
+    monkeypatch.setattr(
+        teachers.Teacher, "encode", lambda self, x: seen.append(len(x)) or torch.zeros(len(x), 4, 8, 8)
+    )
     monkeypatch.setattr(latents, "PIXELS", 2 * 16 * 16 + 5)
     encoded(images[:5], teacher, accelerator)
     assert seen == [2, 2, 1]

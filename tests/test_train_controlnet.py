@@ -14,7 +14,6 @@ import torch
 import train_circles
 import train_controlnet
 from accelerate.state import AcceleratorState
-from control_bases import encode_captions, load_base
 from control_watch import in_full, make_validation, take_look
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -27,8 +26,10 @@ from controlnet.evidence import Standing
 from controlnet.export import load_adapter
 from scorefield.guidance import guided
 from scorefield.models.codec import Codec
+from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.sampling import grid, initial_noise, sample
+from toyworld.circles import encode_captions
 from toyworld.judge import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,7 @@ def write_samples(folder, number, caption=None):
 
 def make_config(place, out, **changes):
     settings = {
-        "base": str(place / "model"), "data": str(place / "data"), "size": SIZE, "steps": 6, "batch_size": 2,
+        "teacher": str(place / "model"), "data": str(place / "data"), "size": SIZE, "steps": 6, "batch_size": 2,
         "eval_every": 3, "eval_samples": 2, "test_samples": 2, "sampling_steps": 2, "guidance": 2.0,
         "save_every": 2, "learning_rate": 1e-3, "cache": place / "cache", "ema_decay": 0.5, "log_every": 1,
         "long_prompts": "cut",
@@ -145,7 +146,7 @@ def test_without_control_the_report_is_of_the_base_itself(place, whole):
         cond = {name: value[row : row + 1] for name, value in probe.cond.items()}
         with torch.no_grad():
             x_t = initial_noise(base.denoiser.schedule, noise, times[0])
-            x0 = sample(guided(base.denoiser, 2.0, base.null), x_t, cond, times=times)
+            x0 = sample(guided(base.denoiser, 2.0, base.negative()), x_t, cond, times=times)
             images.append(base.decode(x0).clamp(-1, 1))
     drawn = validation.judge(torch.cat(images), probe)
     for name, standing in report["scores_without_control"].items():
@@ -313,7 +314,7 @@ def test_dry_run_prints_config_and_bytes_and_writes_nothing(place, tmp_path, cap
     said = capsys.readouterr().out
     assert '"hint": "canny"' in said
     assert "6 samples encoded, 4 held out" in said
-    for role in ("base: ", "adapter: ", "average: "):
+    for role in ("teacher: ", "adapter: ", "average: "):
         assert role in said
     assert said.count("gradients and optimiser state") == 2, "one in each plan"
     assert "6 of the adapter" in said
@@ -330,17 +331,20 @@ def test_the_plan_counts_an_unlocked_decoder_and_a_base_in_bf16(place, tmp_path,
         return {role: (int(words[2]), int(words[6]) if len(words) > 6 else 0) for role, words in numbers.items()}
 
     locked, half, unlocked = bytes_of(), bytes_of(precision="bf16"), bytes_of(precision="bf16", unlocked=True)
-    assert half["base"] == (locked["base"][0] // 2, 0)
+    assert half["teacher"] == (locked["teacher"][0] // 2, 0)
     assert half["adapter"] == locked["adapter"]
     decoder = unlocked["average"][0] - locked["average"][0]
-    assert 0 < decoder < locked["base"][0]
-    assert unlocked["base"] == (locked["base"][0], 3 * decoder)  # a gradient and two moments beside each weight
+    assert 0 < decoder < locked["teacher"][0]
+    assert unlocked["teacher"] == (
+        locked["teacher"][0],
+        3 * decoder,
+    )  # a gradient and two moments beside each weight
 
 
 def test_a_broken_record_of_evidence_stops_a_run_at_its_start(place, tmp_path):
     (tmp_path / "evidence.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"evidence\.jsonl is no record of evidence.* Move it away"):
-        train_controlnet.main(make_config(place, tmp_path, base="nothing is loaded"))
+        train_controlnet.main(make_config(place, tmp_path, teacher="nothing is loaded"))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,7 @@ def test_a_broken_record_of_evidence_stops_a_run_at_its_start(place, tmp_path):
 )
 def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_changes):
     options = {
-        "--base": place / "model", "--data": place / "data", "--size": SIZE, "--steps": 3, "--batch-size": 2,
+        "--teacher": place / "model", "--data": place / "data", "--size": SIZE, "--steps": 3, "--batch-size": 2,
         "--eval-every": 2, "--eval-samples": 3, "--sampling-steps": 2, "--guidance": 1, "--out": tmp_path / "two",
         "--cache": tmp_path / "cache", "--learning-rate": "1e-3",
     }  # fmt: skip
@@ -391,20 +395,26 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
 
 
 BAD = [
-    ([], ["--base and --data are needed"]),
-    (["--base", "{place}/nothing", "--data", "{place}/data"], ["nothing"]),
-    (["--base", "{place}/model", "--data", "{place}/nothing"], ["nothing", "no such file or folder"]),
-    (["--base", "{place}/model", "--data", "{place}/data", "--hint", "depth"], ["depth_file_name"]),
+    ([], ["--teacher and --data are needed"]),
+    (["--teacher", "{place}/nothing", "--data", "{place}/data"], ["nothing"]),
+    (["--teacher", "{place}/model", "--data", "{place}/nothing"], ["nothing", "no such file or folder"]),
+    (["--teacher", "{place}/model", "--data", "{place}/data", "--hint", "depth"], ["depth_file_name"]),
     (
-        ["--base", "{place}/model", "--data", "{place}/data", "--eval-samples", "10", "--long-prompts", "cut"],
+        ["--teacher", "{place}/model", "--data", "{place}/data", "--eval-samples", "10", "--long-prompts", "cut"],
         ["held out", "--eval-samples"],
     ),
-    (["--base", "{place}/model", "--data", "{place}/data", "--eval-samples", "1"], ["at least 2"]),
-    (["--base", "{place}/model", "--data", "{place}/data", "--prompt-drop", "1.5"], ["--prompt-drop", "[0, 1]"]),
-    (["--base", "{place}/model", "--data", "{place}/data", "--lr-floor", "2"], ["--lr-floor"]),
-    (["--base", "{place}/model", "--data", "{place}/data", "--learning-rate", "0"], ["--learning-rate", "(0, 1]"]),
-    (["--base", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
-    (["--base", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
+    (["--teacher", "{place}/model", "--data", "{place}/data", "--eval-samples", "1"], ["at least 2"]),
+    (
+        ["--teacher", "{place}/model", "--data", "{place}/data", "--prompt-drop", "1.5"],
+        ["--prompt-drop", "[0, 1]"],
+    ),
+    (["--teacher", "{place}/model", "--data", "{place}/data", "--lr-floor", "2"], ["--lr-floor"]),
+    (
+        ["--teacher", "{place}/model", "--data", "{place}/data", "--learning-rate", "0"],
+        ["--learning-rate", "(0, 1]"],
+    ),
+    (["--teacher", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
+    (["--teacher", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
     (["--preset", "toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
     (["--preset", "toyworld-canny", "--hint", "nonsense", "--dry-run"], ["'nonsense'", "image, depth, normals"]),
     (["--preset", "toyworld-canny", "--hint", ""], ["--hint is missing", "canny"]),
@@ -503,12 +513,12 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
         weights(train_circles.main(train_circles.Config(out=tmp_path / "painter", steps=2, **options))),
     )
     assert "resumed from step 2" in capsys.readouterr().out
-    base = load_base(str(painter))
+    base = load_teacher(str(painter))
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(base.decode(base.encode(images)), images)
     AcceleratorState._reset_state(reset_partial_state=True)
     config = replace(
-        train_controlnet.PRESETS["circles"](), base=str(painter), num_samples=20, steps=2, batch_size=4,
+        train_controlnet.PRESETS["circles"](), teacher=str(painter), num_samples=20, steps=2, batch_size=4,
         eval_samples=4, test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control",
         cache=tmp_path / "cache",
     )  # fmt: skip
@@ -518,7 +528,7 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
     assert report["scores"]["mask_iou"]["ceiling"] == 1
     assert report["scores"]["colour_right"]["ceiling"] == 1
     assert report["scores"]["colour_error"]["ceiling"] < 1e-3
-    with pytest.raises(ValueError, match=r"draws 16 pixels a side; got --size 32"):
+    with pytest.raises(ValueError, match=r"draws 16 x 16 pixels; leave out --size"):
         train_controlnet.main(replace(config, size=32, out=tmp_path / "other"))
 
 
@@ -554,11 +564,11 @@ def test_a_standing_in_full():
 
 
 def test_a_look_without_control_is_that_of_the_base(place):
-    base = load_base(str(place / "model"), size=SIZE, cache=place / "cache")
-    adapter = train_controlnet.copy_encoder(base.denoiser, hint_channels=1, factor=base.factor)
+    base = load_teacher(str(place / "model"), size=SIZE, cache=place / "cache")
+    adapter = train_controlnet.copy_encoder(base.denoiser, hint_channels=1, factor=base.codec.factor)
     for parameter in adapter.parameters():
         torch.nn.init.constant_(parameter, 0.01)
-    x_t, t = torch.randn(2, 4, SIZE // base.factor, SIZE // base.factor), torch.full((2,), 500.0)
+    x_t, t = torch.randn(2, 4, SIZE // base.codec.factor, SIZE // base.codec.factor), torch.full((2,), 500.0)
     hint, cond = torch.ones(2, 1, SIZE, SIZE), base.prompts(["a", "b"])
     free = ControlledDenoiser(base.denoiser, adapter, hint, scale=0.0)
     assert torch.equal(free(x_t, t, cond), base.denoiser(x_t, t, cond))

@@ -1,9 +1,9 @@
 """train_dmd.py with text-to-image teachers: what it writes, resumes, caches and refuses."""
 
-import functools
 import gc
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -32,11 +32,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextModel
 
 import toyworld
-from distill.backbone import shared_backbone
 from distill.export import export_student, read_student_facts
 from distill.student import Student
 from scorefield.atomic import MARKER
-from scorefield.models import hub
+from scorefield.models import teacher as teachers
+from scorefield.models.lora import shared_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -154,13 +154,13 @@ def test_tensorboard_shows_losses_and_the_validation_pictures(finished):
 
 def test_validation_prompts_are_what_is_drawn(root, tmp_path, monkeypatch):
     """Decoded one by one: an autoencoder's activations are large."""
-    shown, sizes, decode = [], [], hub.Teacher.decode
-    monkeypatch.setattr(hub.Teacher, "decode", lambda self, x0: sizes.append(len(x0)) or decode(self, x0))
+    shown, sizes, decode = [], [], teachers.Teacher.decode
+    monkeypatch.setattr(teachers.Teacher, "decode", lambda self, x0: sizes.append(len(x0)) or decode(self, x0))
     monkeypatch.setattr(stages, "fit", lambda *args, **options: shown.append(options["preview"]()))
     train_dmd.main(config_of(root, tmp_path / "run", validation_prompts=("x", "y", "a red mug"), warmup_steps=0))
     assert shown[0].shape == (3, 3, 16, 16)
     assert sizes == [1, 1, 1]
-    teacher = hub.load_teacher(root / "sd")
+    teacher = teachers.load_teacher(root / "sd")
     noise = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(0))
     x0 = teacher.denoiser(noise, torch.full((3,), 712.0), teacher.prompts(["x", "y", "a red mug"]))
     torch.testing.assert_close(shown[0], teacher.decode(x0).detach(), rtol=1e-4, atol=1e-4)
@@ -181,7 +181,7 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
         alive.append(sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects()))
 
     monkeypatch.setattr(stages, "fit", spy)
-    encoded = count_calls(monkeypatch, "scorefield.models.families.StableDiffusionPipeline.encode_prompt")
+    encoded = count_calls(monkeypatch, "diffusers.StableDiffusionPipeline.encode_prompt")
     config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "new.txt"), gan_weight=0.0, warmup_steps=0)
     gc.collect()
     before = sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects())
@@ -198,7 +198,7 @@ def test_a_size_of_its_own_is_exported(root, tmp_path):
     facts = read_student_facts(out)
     assert (facts["dmd2_height"], facts["dmd2_width"]) == (24, 24)
     assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 12
-    assert hub.load_teacher(out).size == (24, 24)
+    assert teachers.load_teacher(out).size == (24, 24)
     assert "2 iterations of batch 12, 1 updates" in (out / "README.md").read_text()
 
 
@@ -211,10 +211,10 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
     def refuse(*args, **options):
         raise AssertionError("encoded, or decoded, again")
 
-    monkeypatch.setattr(hub.Teacher, "encode", refuse)
-    monkeypatch.setattr("scorefield.models.families.StableDiffusionPipeline.encode_prompt", refuse)
+    monkeypatch.setattr(teachers.Teacher, "encode", refuse)
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.encode_prompt", refuse)
     monkeypatch.setattr("latents.open_image", refuse)
-    for module in ("distill_texts", "latents"):
+    for module in ("scorefield.models.teacher", "latents"):
         monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
     shown = {"validation_prompts": ("a red mug", "cone")}
     stored = train_dmd.main(config_of(root, tmp_path / "run", **shown))
@@ -322,7 +322,7 @@ def killed_after_its_first_checkpoint(run, config):
 def count_calls(monkeypatch, name):
     """Replace a function by itself and a note of each call."""
     module, _, attribute = name.rpartition(".")
-    owner = functools.reduce(getattr, module.split(".")[2:], sys.modules[".".join(module.split(".")[:2])])
+    owner = pkgutil.resolve_name(module)
     function, calls = getattr(owner, attribute), []
 
     def noted(*args, **options):
@@ -502,8 +502,10 @@ def test_all_is_checked_before_pairs_are_made(root, tmp_path, monkeypatch):
 
 def test_the_autoencoder_of_a_teacher_in_half_precision_is_not(root, monkeypatch):
     """Real images are encoded once; a GPU that is not there is only named."""
-    load = hub.load_teacher
-    monkeypatch.setattr(hub, "load_teacher", lambda *args, **options: load(*args, **{**options, "device": "cpu"}))
+    load = teachers.load_teacher
+    monkeypatch.setattr(
+        "distill_texts.load_teacher", lambda *args, **options: load(*args, **{**options, "device": "cpu"})
+    )
     config = replace(distill_options.text(), teacher=str(root / "sd"), precision="bf16")
     source = sys.modules["distill_texts"].load_source(config, torch.device("cuda"))
     assert next(source.denoiser.network.parameters()).dtype == torch.bfloat16
@@ -541,7 +543,7 @@ def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, mo
         train_dmd.main(config_of(root, tmp_path / "run", dry_run=True, gan_weight=0.01, **changes))
     assert not (tmp_path / "cache").exists()
     said = capsys.readouterr().out.split('"preset"')
-    size = sum(p.numel() for p in hub.load_teacher(root / "sd").denoiser.network.parameters())
+    size = sum(p.numel() for p in teachers.load_teacher(root / "sd").denoiser.network.parameters())
     assert (
         f"student: {size:,} parameters, {4 * size:,} bytes of weights, {12 * size:,} bytes of gradients" in said[1]
     )
@@ -556,9 +558,11 @@ def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, mo
 
 
 def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
-    config = sample.Config(model=str(finished["four"]), prompts=PROMPTS[:2], num_images=2, out=tmp_path / "a.npz")
+    config = sample.Config(
+        teacher=str(finished["four"]), prompts=PROMPTS[:2], num_images=2, out=tmp_path / "a.npz"
+    )
     images = np.load(sample.main(config))["images"]
-    teacher = hub.load_teacher(finished["four"])
+    teacher = teachers.load_teacher(finished["four"])
     pipe = StableDiffusionPipeline.from_pretrained(finished["four"], local_files_only=True)
     generators = [sample.derived_generator(0, "sample", number) for number in range(2)]
     noise = torch.stack([torch.randn(teacher.shape, generator=generator) for generator in generators])
@@ -572,7 +576,7 @@ def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
 
 
 def test_a_lora_is_not_sampled_alone(finished, tmp_path):
-    config = sample.Config(model=str(finished["lora"]), prompts=PROMPTS[:1], out=tmp_path / "a.npz")
+    config = sample.Config(teacher=str(finished["lora"]), prompts=PROMPTS[:1], out=tmp_path / "a.npz")
     with pytest.raises(ValueError, match="is a LoRA, which needs its teacher: load it in diffusers"):
         sample.main(config)
 
@@ -587,7 +591,7 @@ def students(tmp_path_factory):
     watched = {"steps": 2, "eval_every": 2, "eval_images": 4}
     full = train_dmd.main(Config(preset="text", out=root / "full", **{**settings, **watched}))
     patch.undo()
-    teacher = hub.load_teacher(toyworld.pipeline_folder())
+    teacher = teachers.load_teacher(toyworld.pipeline_folder())
     twin = shared_backbone(teacher.denoiser, rank=2, generator=torch.Generator().manual_seed(0))[0]
     for parameter in twin.network.parameters():
         parameter.data += 0.05
@@ -599,7 +603,7 @@ def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, m
     settings = {**TINY, **PLAIN, "teacher": "toyworld", "prompts": "toyworld", "num_prompts": 2, "eval_every": 2}
     config = Config(preset="text", out=tmp_path / "run", **settings, allow_pickle=True)
     monkeypatch.setattr("judged.NUM_RENDERS", 2)
-    loaded, load = [], hub.load_teacher
+    loaded, load = [], teachers.load_teacher
 
     def noted(*args, **options):
         loaded.append(options.get("allow_pickle"))
@@ -607,7 +611,8 @@ def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, m
             raise ValueError("no memory left")
         return load(*args, **options)
 
-    monkeypatch.setattr(hub, "load_teacher", noted)
+    for module in ("distill_texts", "judged"):
+        monkeypatch.setattr(f"{module}.load_teacher", noted)
     with pytest.raises(ValueError, match="no memory left"):
         train_dmd.main(config)
     assert loaded == [True, True]

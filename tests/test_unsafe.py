@@ -14,12 +14,10 @@ import zipfile
 from pathlib import Path
 
 import command
-import control_bases
 import evaluate_students
 import evaluate_toyworld
 import features
 import images
-import networks
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
@@ -33,12 +31,14 @@ from scorefield.data.arrays import read_idx, read_npz
 from scorefield.data.rows import File
 from scorefield.denoiser import NetworkDenoiser, karras_denoiser
 from scorefield.files import load_json, printable, read_json, read_regular
+from scorefield.models import networks
 from scorefield.models.components import check_part, copied_files
-from scorefield.models.hub import load_teacher
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.models.pretrained import PartReader
 from scorefield.models.storage import load_denoiser, save_denoiser
+from scorefield.models.teacher import load_teacher
 from scorefield.schedule import Karras, RectifiedFlow
+from toyworld import circles
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +259,11 @@ def test_descriptions_that_would_fill_the_memory_are_refused_unread(tmp_path):
 
 @pytest.mark.parametrize("text", ["{}", '{"size": "a"}', '{"size": 7}', "[", '{"size": 1e999}'])
 def test_a_painter_of_circles_that_was_edited_is_refused(tmp_path, text):
-    control_bases.save_circles(tmp_path / "c", control_bases.make_circles_unet(16), 16, "")
-    assert control_bases.load_base(str(tmp_path / "c")).size == (16, 16)
+    circles.save_circles(tmp_path / "c", circles.make_circles_unet(16), 16, "")
+    assert load_teacher(str(tmp_path / "c")).size == (16, 16)
     (tmp_path / "c" / "circles.json").write_text(text)
     with pytest.raises(ValueError, match=r"circles\.json"):
-        control_bases.load_base(str(tmp_path / "c"))
+        load_teacher(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("name", ["../vae/x.safetensors", "/etc/passwd", "..", 3])
@@ -283,7 +283,7 @@ def denoiser_folder(tmp_path, **options):
 
 
 def test_a_network_that_its_weights_do_not_fill_is_never_built(tmp_path, monkeypatch):
-    networks.load_teacher(str(denoiser_folder(tmp_path)))
+    load_teacher(str(denoiser_folder(tmp_path)))
     folder = denoiser_folder(tmp_path, width=4096, depth=200)
     devices, built = [], networks.ResidualMLP
 
@@ -294,7 +294,7 @@ def test_a_network_that_its_weights_do_not_fill_is_never_built(tmp_path, monkeyp
 
     monkeypatch.setattr(networks, "ResidualMLP", build)
     with pytest.raises(ValueError, match="do not fit the ResidualMLP that is described beside"):
-        networks.load_teacher(str(folder))
+        load_teacher(str(folder))
     assert devices == ["meta"]
 
 
@@ -362,7 +362,7 @@ def test_numbers_of_json_are_finite(tmp_path, folder, text):
     saved = denoiser_folder(tmp_path) / "denoiser.json"
     saved.write_text(saved.read_text().replace('"time_scale": 1.0', f'"time_scale": {text}'))
     with pytest.raises(ValueError, match=f"holds the number {text}"):
-        networks.load_teacher(str(saved.parent))
+        load_teacher(str(saved.parent))
 
 
 @pytest.mark.parametrize("scaling", [0, -1.0, "x", None])

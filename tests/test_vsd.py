@@ -7,7 +7,7 @@ import torch
 from scorefield.denoiser import Conditioned, NetworkDenoiser, freeze
 from scorefield.gradient import denoising_loss, prediction_weight
 from scorefield.guidance import guided
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import constant, uniform

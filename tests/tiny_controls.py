@@ -9,7 +9,7 @@ from torch import nn
 
 from controlnet.adapter import ControlledDenoiser, copy_encoder
 from scorefield.denoiser import NetworkDenoiser, freeze
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import VariancePreserving
 
 # Name -> pixels of the hint per pixel of x_t, channels of the hint, prediction kind.

@@ -14,7 +14,7 @@ def pipeline_folder() -> Path:
     """The trained text-to-image pipeline that ships: a ``StableDiffusionPipeline`` of diffusers, 64 x 64 pixels.
 
         StableDiffusionPipeline.from_pretrained(pipeline_folder())
-        scorefield.models.hub.load_teacher(pipeline_folder())
+        scorefield.models.teacher.load_teacher("toyworld")
 
     Its README says how it was made and what it can draw.
     """

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +21,10 @@ import torch
 import tyro
 from accelerate import Accelerator
 from launcher import check_launcher
-from torch import Tensor, nn
+from torch import nn
 
 from scorefield.atomic import check_replaceable, is_full
+from scorefield.cache import fingerprint as fingerprint
 from scorefield.files import printable
 from scorefield.training.lock import FolderLock
 from scorefield.training.refusal import Ranks, Refusal
@@ -34,6 +34,9 @@ PROBE = ".writing-probe-"
 
 C = TypeVar("C")
 T = TypeVar("T")
+
+RENAMED = {"--model": "--teacher", "--base": "--teacher", "--pipeline": "--teacher"}
+"""Options that had other names in earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ def run(
     ranks = Ranks(partial(_follow, held))
     try:
         with held:
+            refuse_renamed(sys.argv[1:])
             default = {} if presets is None else {"default": _preset(sys.argv[1:], presets)}
             config = tyro.cli(config_type, description=description, **default)
             for folder in _out_of(config) if folders is None else folders(config):
@@ -147,6 +151,13 @@ def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def refuse_renamed(arguments: Sequence[str]) -> None:
+    """Raise ``ValueError`` for an option of an earlier version, saying its new name."""
+    for argument in arguments:
+        if (flag := argument.partition("=")[0]) in RENAMED:
+            raise ValueError(f"{flag} is called {RENAMED[flag]} now. Pass {RENAMED[flag]} in its place.")
 
 
 def _out_of(config: Any) -> list[Path]:
@@ -209,15 +220,6 @@ def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -
     ignored = {"out", "dry_run", "skip_teacher_check", "on_bad_data", "long_prompts", *watching, *export, *inputs}
     fields = {name: value for name, value in resolved(config).items() if name not in ignored}
     return {**fields, **inputs, "num_processes": accelerator.num_processes}
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Short hash of some tensors' contents."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def show_plan(

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from control_bases import PALETTE
 from control_tasks import MADE, Task
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from controlnet.evidence import Judge, Probe, hint_judge
 from controlnet.hints import Hint, brightness, hint_generators, unit
 from controlnet.lines import Scribble, SoftEdge
 from controlnet.scores import DENSE_SCORES, EDGE_SCORES, MASK_SCORES, colour_error, rmse, shading, ssim
+from toyworld.circles import PALETTE
 
 SOFT = SoftEdge(gain=(2.0, 2.0), levels=0)
 """By whose strengths two images are compared where a hint cannot be read off an image."""

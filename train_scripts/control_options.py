@@ -16,10 +16,11 @@ class Config(RunOptions, TaskOptions, WatchOptions):
 
     preset: Literal["", "circles", "toyworld-canny", "toyworld-depth", "sd15-canny", "sdxl-canny"] = ""
     """Values for all other options; those given beside it win."""
-    base: str = ""
-    """Folder or name of a text-to-image pipeline, folder of train_circles.py, or "toyworld"."""
+    teacher: str = ""
+    """The frozen model that the adapter is put on: folder or name of a text-to-image pipeline, folder of
+    train_circles.py, toyworld, which ships, or module:function, whose code is run."""
     allow_pickle: bool = False
-    """Read pickled weights of a base that has no safetensors. Only if you trust where it comes from."""
+    """Read pickled weights of a teacher that has no safetensors. Only if you trust where it comes from."""
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
@@ -47,11 +48,11 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     ema_decay: float = 0.999
     """Of the averaged weights, which are judged and saved."""
     unlocked: bool = False
-    """Train the base's decoder too (sd_locked=False); it is saved beside the adapter."""
+    """Train the teacher's decoder too (sd_locked=False); it is saved beside the adapter."""
     recompute_levels: int | None = None
     """Levels of resolution, from the finest, that --gradient-checkpointing recomputes; None: all."""
     licence: str = ""
-    """Of the finished adapter, for its card, as hubs name it; it copies the base, whose licence may bind it."""
+    """Of the finished adapter, for its card, as hubs name it; it copies the teacher, whose licence may bind it."""
     activation_budget: float = 1.0
     """Share of activations that --compile keeps for the backward pass; torch chooses what it computes again."""
 
@@ -59,7 +60,7 @@ class Config(RunOptions, TaskOptions, WatchOptions):
 def toyworld_canny() -> Config:
     """Minutes on a CPU with the pipeline that ships, which was trained on means of latents."""
     return Config(
-        preset="toyworld-canny", base="toyworld", data="toyworld", num_samples=2000,
+        preset="toyworld-canny", teacher="toyworld", data="toyworld", num_samples=2000,
         prompt_drop=0.1, steps=250, batch_size=32, learning_rate=5e-4, new_factor=4.0, warmup=25, lr_floor=0.0,
         ema_decay=0.98, eval_every=50, eval_samples=32, test_samples=128, guidance=3.0, save_every=50,
         log_every=10,
@@ -74,7 +75,7 @@ def toyworld_depth() -> Config:
 def circles() -> Config:
     """The same, for longer, on what train_circles.py painted."""
     return replace(
-        toyworld_canny(), preset="circles", base="runs/circles/base", data="circles", hint="outline",
+        toyworld_canny(), preset="circles", teacher="runs/circles/base", data="circles", hint="outline",
         num_samples=50_000, steps=600, eval_every=25,
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ def circles() -> Config:
 def sd15_canny() -> Config:
     """Zhang et al. 2023 (arXiv 2302.05543) on Stable Diffusion 1.5; a batch of 32 by accumulation."""
     return Config(
-        preset="sd15-canny", base="stable-diffusion-v1-5/stable-diffusion-v1-5", data="images", size=512,
+        preset="sd15-canny", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", data="images", size=512,
         batch_size=4, accumulate=8, precision="bf16", gradient_checkpointing=True, recompute_levels=1, flip=True,
         test_samples=64,
     )  # fmt: skip
@@ -91,7 +92,7 @@ def sd15_canny() -> Config:
 def sdxl_canny() -> Config:
     """The same on SDXL."""
     return replace(
-        sd15_canny(), preset="sdxl-canny", base="stabilityai/stable-diffusion-xl-base-1.0", size=1024,
+        sd15_canny(), preset="sdxl-canny", teacher="stabilityai/stable-diffusion-xl-base-1.0", size=1024,
         batch_size=1, accumulate=32, recompute_levels=None, guidance=5.0,
     )  # fmt: skip
 
@@ -128,5 +129,5 @@ def check(config: Config) -> None:
         raise ValueError(f"--cache {config.cache} is a file, or inside of one; name a folder.")
     if not config.hint:
         raise ValueError(f"--hint is missing: {', '.join(ANNOTATORS)}, or the name of a map of the samples.")
-    if not config.base or not config.data:
-        raise ValueError("--base and --data are needed, or a --preset that names them.")
+    if not config.teacher or not config.data:
+        raise ValueError("--teacher and --data are needed, or a --preset that names them.")

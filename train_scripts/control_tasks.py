@@ -10,7 +10,6 @@ from typing import Annotated, ClassVar, Literal, get_args
 import torch
 import tyro
 from accelerate.utils import gather_object
-from control_bases import PALETTE
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from scorefield.data.pictures import PLAIN, Kind
 from scorefield.data.rows import OnBadData
 from scorefield.models.prompts import LongPrompts
 from toyworld import data as toyworld
+from toyworld.circles import PALETTE
 from toyworld.render import render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
 
@@ -59,7 +59,7 @@ class TaskOptions:
     text_column: str = "text"
     """Of own data; empty: no captions."""
     size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
-    """Pixels of a side to train at; 0: the base's own."""
+    """Pixels of a side to train at; 0: the teacher's own."""
     num_samples: int = 50_000
     """Of toyworld and circles."""
     crop: Literal["center", "random"] = "center"
@@ -67,8 +67,8 @@ class TaskOptions:
     flip: bool = False
     """Mirror half of the samples."""
     latents: Literal["auto", "sampled", "mean"] = "auto"
-    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the base was trained, which is on
-    means for toyworld. Draws teach nothing to a base of means."""
+    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the teacher was trained, which
+    is on means for toyworld. Draws teach nothing to a model of means."""
     prompt_drop: float = 0.5
     """Share of samples whose prompt is dropped, drawn anew in each epoch."""
     hint_drop: float = 0.0
@@ -222,7 +222,7 @@ def load_task(
     if options.data == "toyworld":
         check_source(hint, ToyWorld.kinds)
         if size != (64, 64):
-            raise ValueError(f"the toy world's pictures are 64 x 64; --base draws {size[1]} x {size[0]}.")
+            raise ValueError(f"the toy world's pictures are 64 x 64; --teacher draws {size[1]} x {size[0]}.")
         world = render_world(choose_scenes(options.num_samples, held_out=False))
         held = render_world(choose_scenes(num_held_out, held_out=True))
         return Task(training=world, held_out=held, hint=hint, source=options.data)

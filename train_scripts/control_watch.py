@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from command import check_numbers
-from control_bases import Base
 from control_judges import make_judge, make_probe
 from control_tasks import Task
 from fitting import log
@@ -23,6 +22,7 @@ from controlnet.export import contact_sheet
 from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from scorefield.cache import content_key
 from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.teacher import Teacher
 from scorefield.training.ranks import shared_rows
 from toyworld.captions import parse
 from toyworld.judge import accuracies, load_judge
@@ -49,10 +49,10 @@ class WatchOptions:
 
 
 NOT_WEIGHTS = (
-    "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples", "on_bad_data",
-    "convert", "eval_samples", "test_samples", "eval_batch_size", "licence",
+    "teacher", "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples",
+    "on_bad_data", "convert", "eval_samples", "test_samples", "eval_batch_size", "licence",
 )  # fmt: skip
-"""Options that change no weight, or what is trained on only: that is in the fingerprint of the data."""
+"""Options that change no weight, or what is trained on only: that is in the fingerprints of data and teacher."""
 
 
 def check_watch(options: Any) -> None:
@@ -73,7 +73,7 @@ def fingerprint_of(config: Any, task: Task, indices: range) -> str:
 
 
 def make_validation(
-    config: Any, base: Base, task: Task, batches: ControlBatches, indices: range, accelerator: Accelerator
+    config: Any, teacher: Teacher, task: Task, batches: ControlBatches, indices: range, accelerator: Accelerator
 ) -> Validation:
     """Held-out samples with their judge, drawn as the options say by all ranks together.
 
@@ -81,9 +81,10 @@ def make_validation(
     """
     full = torch.autocast(accelerator.device.type, enabled=False)
     return Validation(
-        probe=make_probe(batches, task, indices), judge=full(make_judge(task)), decode=full(base.decode),
-        encode=full(base.encode), guidance=config.guidance, negative=base.null, num_steps=config.sampling_steps,
-        batch_size=config.eval_batch_size, share=partial(shared_rows, accelerator=accelerator),
+        probe=make_probe(batches, task, indices), judge=full(make_judge(task)), decode=full(teacher.decode),
+        encode=full(teacher.encode), guidance=config.guidance, negative=teacher.negative(),
+        num_steps=config.sampling_steps, batch_size=config.eval_batch_size,
+        share=partial(shared_rows, accelerator=accelerator),
     )  # fmt: skip
 
 

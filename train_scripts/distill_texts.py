@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from command import fingerprint, identity, show_plan
+from command import identity, show_plan
 from distill_options import Config
 from fitting import prepare, start
 from judged import SIZE, text_watch
-from latents import IN_MEMORY, Latents, check_images
-from networks import identity_of, probe_bottleneck
-from prompted import PromptedTeacher
+from latents import Latents, check_images
 from roles import build_method, build_text_roles, plan_of_pairs, planned_roles, settled, student_times
 from stages import Stages, distil
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 from texts import Texts, read_texts
 from torch import Tensor, nn
 
-import toyworld
+from distill.adversarial import probe_bottleneck
 from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.student import Student
@@ -28,27 +26,13 @@ from scorefield import Cond
 from scorefield.data.rows import Listing, keep_good
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
-from scorefield.models import hub
+from scorefield.models.pretrained import INDEX
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.training import checkpoint
 
 WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
 """Options that change no number of a run."""
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPrompts(PromptedTeacher):
-    """A teacher of more prompts than fit into memory: their conditions are read from the cache on disk.
-
-    Attributes:
-        prompts: all of them, encoded before.
-    """
-
-    prompts: tuple[str, ...] = ()
-
-    def cond(self, labels: Tensor) -> Cond:
-        """The conditions of the prompts with these numbers."""
-        return self.source.prompts([self.prompts[number] for number in labels.tolist()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +48,7 @@ class Inputs:
     """
 
     config: Config
-    teacher: PromptedTeacher
+    teacher: Teacher
     texts: Texts
     latents: Latents | None
     shown: Cond
@@ -106,7 +90,7 @@ def distil_texts(config: Config) -> Path:
     return out
 
 
-def ask_teacher(config: Config, teacher: PromptedTeacher, latents: Latents | None) -> Diagnosis:
+def ask_teacher(config: Config, teacher: Teacher, latents: Latents | None) -> Diagnosis:
     """Check the teacher on a few latents of the prompts' images, or on its own.
 
     Raises ``ValueError`` for a teacher that fails.
@@ -114,7 +98,8 @@ def ask_teacher(config: Config, teacher: PromptedTeacher, latents: Latents | Non
     count = num_checked(teacher.shape)
     chosen = torch.randperm(teacher.num_classes, generator=torch.Generator().manual_seed(0))
     chosen = chosen.repeat(-(-count // len(chosen)))[:count]
-    null = teacher.negative if config.guidance != 1 else None
+    listed = teacher.listed
+    null = listed.negative if listed is not None and config.guidance != 1 else None
     x0 = None if latents is None else latents(chosen)
     return check_teacher(teacher, x0, chosen, null=null, bounded=False, batch_size=config.batch_size)
 
@@ -127,9 +112,8 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     texts = read_texts(config.prompts, config.num_prompts, on_bad_data=config.on_bad_data)
     with tempfile.TemporaryDirectory() as nowhere:
         source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
-        assert source.texts is not None
-        negative, latents = source.negative(config.negative), None
-        config = settled(config, PromptedTeacher(source, negative, None, 1), bool(len(texts.images)))
+        latents = None
+        config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
         check_inputs(config, texts, source)
         if config.gan_weight and config.reals == "data" and not (config.dry_run and config.prompts == "toyworld"):
             latents, faults = check_images(texts.images, source, accelerator)
@@ -137,18 +121,18 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             texts, latents = texts.some(good), latents.some(good)
         if config.dry_run:
             texts, latents = Texts(texts.prompts[:1]), None
-        kept = source.texts.fitting(texts.prompts, config.long_prompts, config.prompts)
+        kept = source.fitting(texts.prompts, config.long_prompts, config.prompts)
         texts, latents = texts.some(kept), None if latents is None else latents.some(kept)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
-        teacher = prompted(texts.prompts, negative, source)
+        teacher = source.asked(texts.prompts, config.negative)
     if latents is not None:
-        latents = replace(latents, teacher=teacher.source).encoded(accelerator)
+        latents = replace(latents, teacher=teacher).encoded(accelerator)
     return Inputs(config, teacher, texts, latents, shown)
 
 
-def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
+def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
     """Raise ``ValueError`` for what teacher and prompts cannot do, before the long work of encoding them."""
-    folder = hub.pipeline_folder(teacher_name(config), variant=config.variant or None)
+    folder = pipeline_of(source)
     copied_parts(folder, config.variant or None)
     times = student_times(config, source.denoiser.schedule)
     scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
@@ -168,7 +152,7 @@ def check_inputs(config: Config, texts: Texts, source: hub.Teacher) -> None:
                 f"the toy world's images are {SIZE}, the teacher's {source.size}. Pass --gan-weight 0."
             )
         negative = source.negative(config.negative)  # any one prompt would do
-        probe_bottleneck(PromptedTeacher(source, negative, None, 1), config.bottleneck)
+        probe_bottleneck(source.denoiser, source.shape, negative, config.bottleneck)
 
 
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
@@ -184,42 +168,33 @@ def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator
     )
     return distil(
         stages, columns=4, preview=lambda student: draw(student, teacher, inputs.shown),
-        watch=lambda student: text_watch(config, student, teacher.source),
+        watch=lambda student: text_watch(config, student, teacher),
     )  # fmt: skip
 
 
-def teacher_name(config: Config) -> str | Path:
-    """Name or folder of the teacher."""
-    return toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
+def pipeline_of(teacher: Teacher) -> Path:
+    """The folder of its pipeline, whose parts its student needs. Raises ``ValueError`` for a teacher without."""
+    if teacher.source is None or not (teacher.source / INDEX).is_file():
+        raise ValueError("--teacher must be a pipeline of diffusers to be distilled with --prompts.")
+    return teacher.source
 
 
-def load_source(config: Config, device: torch.device, cache: Path | None = None) -> hub.Teacher:
+def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:
     """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
 
     Its autoencoder is float32: what it makes of real images once is learned from all along.
 
-    Raises ``ValueError`` for what ``hub.load_teacher`` refuses, a model without prompts, and a student.
+    Raises ``ValueError`` for what ``load_teacher`` refuses, a model without prompts, and a student.
     """
-    name = teacher_name(config)
     half = config.precision == "bf16" and device.type != "cpu"
-    source = hub.load_teacher(
-        name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        vae_dtype=torch.float32, allow_pickle=config.allow_pickle, variant=config.variant or None, cache=cache,
+    source = load_teacher(
+        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
+        size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
+        variant=config.variant or None,
     )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
     return source
-
-
-def prompted(prompts: tuple[str, ...], negative: Cond, source: hub.Teacher) -> PromptedTeacher:
-    """The teacher whose classes are the prompts, without its text encoders; their conditions are on the CPU."""
-    size = sum(value.nbytes for value in negative.values()) * len(prompts)
-    if size > IN_MEMORY:
-        return StoredPrompts(source.without_text_encoders(), {}, negative, len(prompts), prompts=prompts)
-    starts = range(0, len(prompts), 250)
-    parts = [source.prompts(prompts[start : start + 250]) for start in starts]
-    conds = {name: torch.cat([part[name].cpu() for part in parts]) for name in negative}
-    return PromptedTeacher(source.without_text_encoders(), conds, negative, len(prompts))
 
 
 def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
@@ -228,11 +203,11 @@ def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Mo
 
 
 @torch.no_grad()
-def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
+def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
     """Pictures of some conditions, always from the same noise."""
     generator = torch.Generator().manual_seed(0)
     number = len(next(iter(cond.values())))
-    noise = torch.randn(number, *teacher.shape, generator=generator).to(teacher.source.device)
+    noise = torch.randn(number, *teacher.shape, generator=generator).to(teacher.device)
     x0 = student.sample(noise, cond, generator=generator)
     # One by one: SDXL's autoencoder needs three GiB for each.
     return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
@@ -241,22 +216,20 @@ def draw(student: Student, teacher: PromptedTeacher, cond: Cond) -> Tensor:
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """What a run reads, as inputs of :func:`command.identity`."""
     teacher, latents = inputs.teacher, inputs.latents
-    negative = [] if teacher.negative is None else [teacher.negative[name] for name in sorted(teacher.negative)]
     return {
-        "teacher": identity_of(teacher.denoiser, list(teacher.shape), fingerprint(negative)),
-        "prompts": inputs.texts.identity(),
+        "teacher": teacher.identity(), "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
     }  # fmt: skip
 
 
-def show(config: Config, teacher: PromptedTeacher, networks: tuple[nn.Module, nn.Module]) -> None:
+def show(config: Config, teacher: Teacher, networks: tuple[nn.Module, nn.Module]) -> None:
     """The plan of ``--dry-run``."""
     roles = planned_roles(config, teacher.denoiser.network, *networks)
     updates = {"student": config.steps // config.student_every, "fake": config.steps}
     show_plan(config, roles, updates, before=plan_of_pairs(config))
 
 
-def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Path, num_processes: int) -> Path:
+def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_processes: int) -> Path:
     """Export the student: a pipeline, or a LoRA."""
     batch_size = config.batch_size * config.accumulate * num_processes
     card = (
@@ -265,8 +238,7 @@ def save(config: Config, student: Student, teacher: PromptedTeacher, folder: Pat
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
-    variant = config.variant or None
-    pipeline = hub.pipeline_folder(teacher_name(config), variant=variant)
     return export_student(
-        student, pipeline, folder, card=card, base_model=base, size=teacher.source.size, variant=variant
-    )
+        student, pipeline_of(teacher), folder, card=card, base_model=base, size=teacher.size,
+        variant=config.variant or None,
+    )  # fmt: skip

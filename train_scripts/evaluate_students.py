@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import make_grid
 
-import toyworld
-from distill.export import FACTS, LORA, read_student_facts
+from distill.export import LORA, read_student_facts
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache
 from scorefield.files import check_regular, read_json
 from scorefield.models.preflight import check_many_steps
+from scorefield.models.pretrained import LORA_FACTS
 from scorefield.models.prompts import default_cache_folder
+from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
 
 
@@ -38,8 +39,8 @@ class Config:
 
     students: tuple[Path, ...]
     """Folders that train_dmd.py wrote: pipelines, or LoRAs."""
-    teacher: Path = toyworld.pipeline_folder()
-    """Folder of the pipeline they learned from."""
+    teacher: str = "toyworld"
+    """Folder of the pipeline they learned from, or toyworld, which ships."""
     out: Path = Path("runs/students")
     """Folder for figures.json and the contact sheet."""
     num_prompts: int = 500
@@ -100,7 +101,8 @@ def check(config: Config) -> None:
                 f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher, or "
                 "another program saved it again."
             )
-    check_many_steps(read_json(config.teacher / "scheduler" / "scheduler_config.json"), config.teacher)
+    folder = Path(named_folder(config.teacher))
+    check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
 
 
 def teacher_pictures(config: Config, bench: Bench) -> Tensor:
@@ -126,7 +128,7 @@ def student_pictures(config: Config, folder: Path, bench: Bench) -> Tensor:
 
 def load_student(config: Config, folder: Path) -> Any:
     """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
-    if not (folder / FACTS).is_file():
+    if not (folder / LORA_FACTS).is_file():
         return load_pipeline(folder, config.device)
     pipeline = load_pipeline(config.teacher, config.device)
     try:

@@ -1,6 +1,6 @@
 """Does the toy world's pipeline draw what it is asked? The judge's answers, Fréchet distances, a contact sheet.
 
-    python train_scripts/evaluate_toyworld.py --pipeline runs/toyworld/pipeline --out runs/toyworld/figures
+    python train_scripts/evaluate_toyworld.py --teacher runs/toyworld/pipeline --out runs/toyworld/figures
 
 The pipeline is called as any program would that imports diffusers alone; the judge and the renders only look at
 what came out. Its parts are read strictly: no pickles, no code, nothing missing.
@@ -14,21 +14,20 @@ from typing import Any
 import diffusers
 import torch
 from command import check_device, check_numbers, check_out, run
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
-from transformers import CLIPTextModel
 
 from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
-from scorefield.models.components import check_index
-from scorefield.models.families import parts_of
-from scorefield.models.preflight import check_many_steps, check_tokenizer, tokenizer_class
+from scorefield.models.pipeline import open_pipeline
+from scorefield.models.preflight import check_many_steps
 from scorefield.models.pretrained import INDEX, PartReader
+from scorefield.models.teacher import named_folder
 from scorefield.randomness import derived_generator
 from toyworld.captions import caption
 from toyworld.data import HELD_OUT
@@ -39,8 +38,8 @@ from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
 class Config:
     """Measure the toy world's pipeline against renders it has not seen."""
 
-    pipeline: Path = Path("runs/toyworld/pipeline")
-    """Folder of diffusers."""
+    teacher: str = "runs/toyworld/pipeline"
+    """Folder of diffusers, or toyworld, the pipeline that ships."""
     out: Path = Path("runs/toyworld/figures")
     """Folder for figures.json and the contact sheet."""
     num_prompts: int = 500
@@ -67,10 +66,10 @@ def main(config: Config) -> Path:
     check_device(config.device)
     if min(config.num_prompts, config.num_renders) < 2:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
-    if not (config.pipeline / "model_index.json").is_file():
-        raise ValueError(f"--pipeline {config.pipeline} is no folder of diffusers: it has no model_index.json.")
-    check_many_steps(read_json(config.pipeline / "scheduler" / "scheduler_config.json"), config.pipeline)
-    pipeline = load_pipeline(config.pipeline, config.device)
+    folder = Path(named_folder(config.teacher))
+    if (folder / INDEX).is_file():
+        check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    pipeline = load_pipeline(config.teacher, config.device)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
     renders, attributes = render_pictures(asked, config.seed)
@@ -106,24 +105,23 @@ def main(config: Config) -> Path:
     return config.out
 
 
-def load_pipeline(folder: Path, device: str) -> Any:
-    """A Stable Diffusion pipeline of diffusers in float32, read part by part as ``hub`` reads a teacher.
+def load_pipeline(name: str | Path, device: str) -> Any:
+    """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
 
     Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
     weights that are missing, pickled or damaged, or that do not fit.
     """
-    index = read_json(folder / INDEX)
-    if (name := index.get("_class_name")) != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {str(name)[:80]!r}.")
-    check_index(index, folder / INDEX, parts_of(index))
-    reader = PartReader(torch.float32, torch.device("cpu"))
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    parts: dict[str, Any] = {part: reader.read(kind, folder / part) for part, kind in kinds.items()}
-    check_tokenizer(folder / "tokenizer")
-    parts["tokenizer"] = reader.read_tokenizer(tokenizer_class(index, "tokenizer"), folder / "tokenizer")
-    parts["scheduler"] = load_scheduler(folder)
-    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline: Any = StableDiffusionPipeline(**parts, **unused)
+    folder = Path(named_folder(name))
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"--teacher {folder} is no folder of diffusers: it has no {INDEX}.")
+    parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu")))
+    if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
+    parts.check()
+    pipeline: Any = StableDiffusionPipeline(
+        **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
     return pipeline.to(device)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distill.student import Student
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
-from scorefield.models import hub
 from scorefield.models.prompts import default_cache_folder
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import derived_generator
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import HELD_OUT, draw_scenes
@@ -65,7 +65,7 @@ def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
     return Bench(judge, tuple(attributes), reference)
 
 
-def text_watch(config: Any, student: Student, source: hub.Teacher) -> Callable[[int], Mapping[str, float]]:
+def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int], Mapping[str, float]]:
     """The bench's figures every ``--eval-every`` steps and at the end, of a student of the toy world.
 
     Scenes are those of seed 1: what is reported at last, by ``evaluate_students.py``, is measured on others.
@@ -88,18 +88,16 @@ def text_watch(config: Any, student: Student, source: hub.Teacher) -> Callable[[
 
 def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     """Conditions of prompts of the toy world's pipeline."""
-    import toyworld
-
-    name = toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
-    teacher = hub.load_teacher(
-        name, size=config.teacher_size or None, allow_pickle=config.allow_pickle, variant=config.variant or None
-    )
+    teacher = load_teacher(
+        config.teacher, size=config.teacher_size or None, allow_pickle=config.allow_pickle,
+        variant=config.variant or None,
+    )  # fmt: skip
     return teacher.prompts(prompts)
 
 
 @torch.no_grad()
 def draw_pictures(
-    student: Student, source: hub.Teacher, cond: Mapping[str, Tensor], number: int, batch_size: int = 50
+    student: Student, source: Teacher, cond: Mapping[str, Tensor], number: int, batch_size: int = 50
 ) -> Tensor:
     """Pictures (n, 3, h, w) in [-1, 1], each from noise of its own, on the CPU."""
     made = []

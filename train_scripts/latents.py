@@ -17,8 +17,8 @@ from tqdm import tqdm
 from scorefield.cache import Content, TensorCache, content_key
 from scorefield.data.pictures import as_floats, central, open_image
 from scorefield.data.rows import in_shares
-from scorefield.models import hub
 from scorefield.models.prompts import default_cache_folder
+from scorefield.models.teacher import Teacher
 
 PIXELS = 2**20
 """Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
@@ -40,7 +40,7 @@ class Latents:
     """
 
     images: Pictures
-    teacher: hub.Teacher
+    teacher: Teacher
     cache: TensorCache
     digests: Sequence[str] = ()
     kept: Tensor | None = None
@@ -112,7 +112,7 @@ class Latents:
         return hashlib.sha256("\n".join([self.cache.identity, *self.digests]).encode()).hexdigest()[:16]
 
 
-def check_images(images: Pictures, teacher: hub.Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
+def check_images(images: Pictures, teacher: Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
     """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
     assert teacher.codec is not None
     facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])

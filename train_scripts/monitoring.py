@@ -12,12 +12,12 @@ import torch
 from command import check_numbers, is_first_rank
 from features import Classifier, load_classifier
 from images import ImageSet
-from networks import Teacher
 from torch import Tensor
 from tqdm import tqdm
 
 from scorefield.atomic import remove_folder, whole_file
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models.teacher import Teacher
 
 Watch = Callable[[int], Mapping[str, float]]
 
@@ -93,14 +93,15 @@ def watcher(
     if not config.eval_every or not is_first_rank():
         return lambda step: {}
     options = sample.Config(
-        model="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
+        teacher="", num_images=config.eval_images, guidance=getattr(config, "guidance", 1.0), seed=config.seed
     )
     parts = torch.arange(options.num_images).split(options.batch_size)
     real, labels = marks(data, options.num_images, max(1, model.num_classes))
     bar = tqdm(parts, desc="teacher samples", disable=None, leave=False)
     wanted = look(real if teacher is None else sample.draw(options, teacher, bar, labels))
-    device = next(model.denoiser.network.parameters()).device
-    network = None if config.features is None or data is None else load_features(config.features, data).to(device)
+    network = None
+    if config.features is not None and data is not None:
+        network = load_features(config.features, data).to(model.device)
     best = config.out / "best"
 
     def watch(step: int) -> dict[str, float]:

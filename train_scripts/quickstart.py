@@ -18,12 +18,12 @@ import train_teacher
 from command import check_numbers, check_out, resolved, run
 from digits import NUM_CLASSES, SHAPE, Judge
 from distill_options import digits
-from networks import load_teacher
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distill.student import Student
 from scorefield import NetworkDenoiser
+from scorefield.models.teacher import load_teacher
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.training import checkpoint
 

@@ -11,12 +11,9 @@ import torch
 from accelerate import Accelerator
 from distill_options import Config
 from fitting import adamw, cosine
-from networks import Teacher, another_network, find_bottleneck, probe_bottleneck
-from prompted import PromptedTeacher
 from torch import nn
 
-from distill.adversarial import Critic, discriminator_head
-from distill.backbone import offload_state, shared_backbone
+from distill.adversarial import Critic, discriminator_head, find_bottleneck, probe_bottleneck
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
@@ -27,11 +24,15 @@ from distill.student import Student, even_times, times_by_ratio
 from scorefield import Denoiser, NetworkDenoiser, freeze
 from scorefield.denoiser import unwrap
 from scorefield.gradient import karras_weight
+from scorefield.models.lora import shared_backbone
+from scorefield.models.networks import build_network
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import derived_generator
 from scorefield.schedule import Schedule
 from scorefield.solvers import plan
 from scorefield.times import between_ratios, uniform
 from scorefield.training.loop import EMA, Phase
+from scorefield.training.offload import offload_state
 
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""
@@ -43,7 +44,7 @@ PAIR_USES = 20
 """How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
 
 
-def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> Config:
+def settled(config: Config, teacher: Teacher, real: bool) -> Config:
     """The options with every default that depends on others or on the teacher filled in.
 
     Args:
@@ -67,10 +68,15 @@ def settled(config: Config, teacher: Teacher | PromptedTeacher, real: bool) -> C
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
 
 
-def listens(teacher: Teacher | PromptedTeacher, bottleneck: str | None) -> bool:
+def probe(teacher: Teacher, bottleneck: str | None) -> tuple[str, int, int]:
+    """What a critic would listen to; raises ``ValueError`` as ``adversarial.probe_bottleneck`` does."""
+    return probe_bottleneck(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()), bottleneck)
+
+
+def listens(teacher: Teacher, bottleneck: str | None) -> bool:
     """Return True where a critic finds a bottleneck in the teacher's network."""
     try:
-        probe_bottleneck(teacher, bottleneck)
+        probe(teacher, bottleneck)
     except ValueError:
         return False
     return True
@@ -91,32 +97,34 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
-    fake = another_network(teacher, num_steps=fake_steps(config, teacher.facts)).eval()
+    if teacher.facts.get("network") == "function":
+        fake = copy.deepcopy(teacher.denoiser.network).eval()
+    else:
+        fake = build_network(teacher.facts, fake_steps(config, teacher.facts)).eval()
     lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
     if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
         raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
     if config.gan_weight:
-        name, channels, size = probe_bottleneck(teacher, config.bottleneck)
+        name, channels, size = probe(teacher, config.bottleneck)
         fake = Critic(fake, name, discriminator_head(channels, size))
     return student.requires_grad_(True), fake.requires_grad_(True)
 
 
-def build_text_roles(config: Config, teacher: PromptedTeacher) -> tuple[nn.Module, nn.Module]:
+def build_text_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
     """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights."""
-    network, device = teacher.denoiser.network, teacher.source.device
-    name, head = None, None
+    name, head = "", None
     if config.gan_weight:
-        name, channels, size = probe_bottleneck(teacher, config.bottleneck)
-        head = discriminator_head(channels, size).to(device)
+        name, channels, size = probe(teacher, config.bottleneck)
+        head = discriminator_head(channels, size).to(teacher.device)
     if config.lora:
-        student, fake = shared_backbone(
-            teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None, bottleneck=name, head=head,
+        roles = shared_backbone(
+            teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None,
             checkpointing=config.gradient_checkpointing, generator=derived_generator("lora", config.seed),
         )  # fmt: skip
-        return student.network, fake.network
-    # Weights that learn are float32, whatever the teacher's precision.
-    copies = [copy.deepcopy(network).float().requires_grad_(True) for _ in range(2)]
-    return copies[0], copies[1] if name is None or head is None else Critic(copies[1], name, head)
+        student, fake, name = roles[0].network, roles[1].network, f"backbone.{name}"
+    else:  # weights that learn are float32, whatever the teacher's precision
+        student, fake = (copy.deepcopy(teacher.denoiser.network).float().requires_grad_(True) for _ in range(2))
+    return student, fake if head is None else Critic(fake, name, head)
 
 
 def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
@@ -130,11 +138,11 @@ def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: 
     return {"teacher": teacher, "student": student, **followed, "fake": fake}
 
 
-def build_method(config: Config, teacher: Teacher | PromptedTeacher, student: nn.Module, fake: nn.Module) -> DMD:
+def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
     """The recipe of this script as a :class:`distill.dmd.DMD`."""
     target = teacher.guided(config.guidance)
     gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
-    facts = teacher.facts if isinstance(teacher, Teacher) else {}
+    facts = teacher.facts
     sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
     check_rounding(config, teacher.denoiser)
     return DMD(
@@ -191,7 +199,7 @@ DISTANCES: dict[str, Distance] = {"l1": absolute_error, "l2": squared_error, "hu
 
 
 def teacher_pairs(
-    config: Config, target: Denoiser, teacher: Teacher | PromptedTeacher, accelerator: Accelerator, *, number: int,
+    config: Config, target: Denoiser, teacher: Teacher, accelerator: Accelerator, *, number: int,
     identity: str, purpose: str = "pairs", keep: tuple[float, ...] = (),
 ) -> Pairs:  # fmt: skip
     """Pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
@@ -221,7 +229,7 @@ def teacher_pairs(
         if config.pair_sampler == "auto"
         else plan(target.schedule, config.pair_steps, "ddim", "uniform")
     )
-    device = next(teacher.denoiser.network.parameters()).device
+    device = teacher.device
     seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
     wanted = PairsOf(
         teacher=identity, cond=cond, times=chosen.times, num=number, shape=teacher.shape, seed=seed,

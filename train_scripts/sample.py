@@ -1,8 +1,8 @@
 """Images from a teacher or a student: as PNG files or one npz file, and a grid to look at.
 
-    python train_scripts/sample.py --model runs/student/student --out samples --num-images 1000
-    python train_scripts/sample.py --model toyworld/pipeline --prompts "a red mug" "a blue chair" --guidance 3
-    accelerate launch train_scripts/sample.py --model runs/teacher/teacher --steps 10 --sampler dpm++ --out ten.npz
+    python train_scripts/sample.py --teacher runs/student/student --out samples --num-images 1000
+    python train_scripts/sample.py --teacher toyworld --prompts "a red mug" "a blue chair" --guidance 3
+    accelerate launch train_scripts/sample.py --teacher runs/teacher/teacher --steps 10 --out ten.npz
 
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
 """
@@ -19,21 +19,19 @@ import torch
 import tyro
 from accelerate import Accelerator
 from command import check_numbers, check_out, run
-from networks import Teacher, load_teacher
 from PIL import Image
-from prompted import PromptedTeacher, is_hub_model, load_prompted
 from texts import read_texts
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from distill.export import FACTS
 from distill.student import Student
 from scorefield.atomic import foreign, whole_file, whole_folder
 from scorefield.data.rows import OnBadData
 from scorefield.data.tables import TABLES
 from scorefield.grids import Spacing
 from scorefield.models.prompts import LongPrompts
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.sampling import initial_noise, sample
 from scorefield.schedule import Schedule
@@ -45,9 +43,9 @@ from scorefield.training.ranks import check_launch
 class Config:
     """Sample a teacher or a student."""
 
-    model: str
-    """Folder of train_teacher.py or train_dmd.py, a diffusers folder, the name of a diffusers model online, or
-    module:function, whose code is run."""
+    teacher: str
+    """What draws, teacher or student: a folder of train_teacher.py, train_dmd.py or train_circles.py, a diffusers
+    folder, the name of a diffusers model online, toyworld, which ships, or module:function, whose code is run."""
     network: str = ""
     """For the student of a module:function: the module:function that builds its network, whose code is run. What a
     folder names is never run."""
@@ -101,47 +99,46 @@ def main(config: Config) -> Path:
     check_samples_out(config.out)
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
-    model = load_model(config, accelerator.device)
-    model.guided(config.guidance)  # or it says why not
-    labels = asked_labels(config, model)
-    if not model.times and accelerator.is_main_process:
-        report_plan(model.denoiser.schedule, plan_of(config, model))
-    model.denoiser.network.to(accelerator.device)
+    teacher = load(config, accelerator.device)
+    teacher.guided(config.guidance)  # or it says why not
+    labels = asked_labels(config, teacher)
+    if not teacher.times and accelerator.is_main_process:
+        report_plan(teacher.denoiser.schedule, plan_of(config, teacher))
     # With fewer images than ranks some have none.
     own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
     parts = tqdm(own.split(config.batch_size), desc="images", disable=None)
     with accelerator.autocast():
-        made = draw(config, model, parts, labels)
+        made = draw(config, teacher, parts, labels)
     whole = join(made, config.num_images, accelerator)
     if accelerator.is_main_process:
-        picture = write(whole, labels, config.out, columns=columns(model.num_classes if config.prompts else 0))
+        picture = write(whole, labels, config.out, columns=columns(teacher.num_classes if config.prompts else 0))
         print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
 
 
-def load_model(config: Config, device: torch.device) -> Teacher | PromptedTeacher:
-    """A teacher or student of the scripts, or any diffusers model under the prompts.
+def load(config: Config, device: torch.device) -> Teacher:
+    """The teacher or student; one of prompts is asked for those of ``--prompts``.
 
     Raises ``ValueError`` for a model that cannot be read, or that the other options are not for.
     """
-    if (Path(config.model) / FACTS).is_file():
-        raise ValueError(
-            f"{config.model} is a LoRA, which needs its teacher: load it in diffusers, as its README.md says."
-        )
-    if config.prompts or is_hub_model(config.model):
-        if config.network:
-            raise ValueError("--network is for students of a module:function; leave it out with --prompts.")
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        return load_prompted(
-            config.model, read_prompts(config), negative=config.negative_prompt, size=config.size,
-            long_prompts=config.long_prompts, allow_pickle=config.allow_pickle, variant=config.variant,
-            dtype=dtype, device=device,
-        )  # fmt: skip
-    for name in ("negative_prompt", "size"):
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise ValueError(f"--prompts must say something; got {list(config.prompts)}.")
+    teacher = load_teacher(
+        config.teacher, config.network, device=device, size=config.size or None, allow_pickle=config.allow_pickle,
+        variant=config.variant or None, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        few_steps=True,
+    )  # fmt: skip
+    if teacher.texts is not None:
+        if not config.prompts:
+            raise ValueError(f'{config.teacher} draws what --prompts ask for, such as "a red mug"; got none.')
+        prompts = read_prompts(config)
+        kept = teacher.fitting(prompts, config.long_prompts, "--prompts")
+        return teacher.asked([prompts[number] for number in kept], config.negative_prompt)
+    for name in ("prompts", "negative_prompt"):
         if getattr(config, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for text-to-image models; leave it out.")
-    return load_teacher(config.model, config.network, allow_pickle=config.allow_pickle, variant=config.variant)
+            raise ValueError(f"{config.teacher} takes no prompts; leave out --{name.replace('_', '-')}.")
+    return teacher
 
 
 def read_prompts(config: Config) -> tuple[str, ...]:
@@ -177,39 +174,41 @@ def check_samples_out(out: Path) -> None:
         )
 
 
-def asked_labels(config: Config, model: Teacher | PromptedTeacher) -> Tensor:
+def asked_labels(config: Config, teacher: Teacher) -> Tensor:
     """One label per image. Raises ``ValueError`` for classes that the model does not know."""
-    classes = config.classes or tuple(range(max(1, model.num_classes)))
-    if not all(0 <= label < max(1, model.num_classes) for label in classes):
-        raise ValueError(f"--classes must lie in [0, {max(1, model.num_classes) - 1}]; got {classes}.")
+    classes = config.classes or tuple(range(max(1, teacher.num_classes)))
+    if not all(0 <= label < max(1, teacher.num_classes) for label in classes):
+        raise ValueError(f"--classes must lie in [0, {max(1, teacher.num_classes) - 1}]; got {classes}.")
     return torch.tensor(classes)[torch.arange(config.num_images) % len(classes)]
 
 
 @torch.no_grad()
-def draw(config: Config, model: Teacher | PromptedTeacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
+def draw(config: Config, teacher: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
     """The images of some numbers, given batch by batch, on the CPU; image i is of ``labels[i]``."""
-    made = [make(config, model, part, labels[part]) for part in parts if len(part)]
-    return torch.cat(made) if made else torch.zeros(0, *image_shape(model))
+    made = [make(config, teacher, part, labels[part]) for part in parts if len(part)]
+    return torch.cat(made) if made else torch.zeros(0, *teacher.image_shape)
 
 
-def make(config: Config, model: Teacher | PromptedTeacher, part: Tensor, labels: Tensor) -> Tensor:
+def make(config: Config, teacher: Teacher, part: Tensor, labels: Tensor) -> Tensor:
     """One batch of images, each from generators of its own."""
-    device = next(model.denoiser.network.parameters()).device
     generators = [derived_generator(config.seed, "sample", int(number)) for number in part]
-    noise = torch.stack([torch.randn(model.shape, generator=generator) for generator in generators]).to(device)
-    cond = model.cond(labels.to(device))
-    if model.times:
-        return model.decode(Student(model.denoiser, model.times).sample(noise, cond, generator=generators)).cpu()
-    denoiser = model.guided(config.guidance)
-    chosen = plan_of(config, model)
+    noise = torch.stack([torch.randn(teacher.shape, generator=generator) for generator in generators])
+    noise = noise.to(teacher.device)
+    cond = teacher.cond(labels.to(teacher.device))
+    if teacher.times:
+        return teacher.decode(
+            Student(teacher.denoiser, teacher.times).sample(noise, cond, generator=generators)
+        ).cpu()
+    denoiser = teacher.guided(config.guidance)
+    chosen = plan_of(config, teacher)
     x_t = initial_noise(denoiser.schedule, noise, float(chosen.times[0]))
     x0 = sample(denoiser, x_t, cond, times=chosen.times, step=chosen.step, generator=generators)
-    return model.decode(x0).float().cpu()
+    return teacher.decode(x0).float().cpu()
 
 
-def plan_of(config: Config, model: Teacher | PromptedTeacher) -> Plan:
+def plan_of(config: Config, teacher: Teacher) -> Plan:
     """How a teacher is sampled under these options. Raises ``ValueError`` for more calls than timesteps."""
-    return plan(model.denoiser.schedule, config.steps, config.sampler, config.grid, shift=model.shift)
+    return plan(teacher.denoiser.schedule, config.steps, config.sampler, config.grid, shift=teacher.shift)
 
 
 def report_plan(schedule: Schedule, chosen: Plan) -> None:
@@ -217,11 +216,6 @@ def report_plan(schedule: Schedule, chosen: Plan) -> None:
     print(f"sampler: {chosen.solver} on a {chosen.spacing} grid, {chosen.num_calls} network calls an image")
     if warning := caution(schedule, chosen):
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def image_shape(model: Teacher | PromptedTeacher) -> tuple[int, int, int]:
-    """(c, h, w) in pixels."""
-    return (3, *model.source.size) if isinstance(model, PromptedTeacher) and model.source.codec else model.shape
 
 
 def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-import toyworld
 from scorefield import Cond, Denoiser, guided
 from scorefield.gradient import TimeWeight
-from scorefield.models import hub
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
 from sds.canvas import Canvas
@@ -58,28 +57,27 @@ def colour_of(name: str) -> tuple[float, float, float]:
     return red / 127.5 - 1, green / 127.5 - 1, blue / 127.5 - 1
 
 
-def load_teacher(config: Config, device: torch.device) -> hub.Teacher:
+def frozen_teacher(config: Config, device: torch.device) -> Teacher:
     """The teacher of ``--teacher`` on its device, in bf16 where the run is."""
-    name = toyworld.pipeline_folder() if config.teacher == "toyworld" else config.teacher
     half = config.precision == "bf16" and device.type != "cpu"
-    return hub.load_teacher(
-        name, dtype=torch.bfloat16 if half else torch.float32, device=device, size=config.teacher_size or None,
-        tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle, variant=config.variant or None,
+    return load_teacher(
+        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
+        size=config.teacher_size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
+        variant=config.variant or None,
     )  # fmt: skip
 
 
-def read_prompts(config: Config, teacher: hub.Teacher) -> list[Cond]:
+def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
     """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
     negative = teacher.negative(config.negative)
     asked = [[config.prompt.strip()]]
     if not config.canvas:
         asked = [words_of(config, name) for name in config.backdrops or (None,)]
-    assert teacher.texts is not None
-    teacher.texts.fitting(sum(asked, list[str]()), config.long_prompts, "--prompt")
+    teacher.fitting(sum(asked, list[str]()), config.long_prompts, "--prompt")
     return [negative, *map(teacher.prompts, asked)]
 
 
-def fingerprints(teacher: hub.Teacher, words: list[Cond]) -> dict[str, str]:
+def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
     """What a run reads of its teacher, as inputs of :func:`command.identity`."""
     codec: list[Tensor] = []
     if teacher.codec is not None:
@@ -118,7 +116,7 @@ def build_scene(config: Config) -> Scene:
     return Scene(field, background=background, num_samples=config.num_samples)
 
 
-def build_canvas(config: Config, teacher: hub.Teacher) -> Canvas:
+def build_canvas(config: Config, teacher: Teacher) -> Canvas:
     """Particles of noise in the shape of the teacher's x0, bounded where that is pixels."""
     return Canvas.noise(
         teacher.shape, num_particles=config.batch_size, std=0.1 if teacher.codec is None else 1.0,
@@ -145,7 +143,7 @@ def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]
     return [*pairs, (above, config.overhead)] if config.overhead else pairs
 
 
-def build_looks(config: Config, scene: Scene, teacher: hub.Teacher, num_ranks: int) -> SceneLooks:
+def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneLooks:
     """Random views of the scene, with the words for each."""
     colours: list[str | None] = list(config.backdrops) or [None]
     backdrops = [
@@ -168,7 +166,7 @@ def build_looks(config: Config, scene: Scene, teacher: hub.Teacher, num_ranks: i
     )
 
 
-def canvas_looks(config: Config, canvas: Canvas, teacher: hub.Teacher) -> CanvasLooks:
+def canvas_looks(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasLooks:
     """The canvas as it is, under the prompt alone."""
     return CanvasLooks(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
 
@@ -179,7 +177,7 @@ def penalties_at(config: Config, step: int) -> Penalties:
     return Penalties(**{name: along(config, getattr(config, name), step) for name in names})
 
 
-def conditions(config: Config, teacher: hub.Teacher, backdrop: str | None) -> Cond:
+def conditions(config: Config, teacher: Teacher, backdrop: str | None) -> Cond:
     """Of :func:`words_of`."""
     return teacher.prompts(words_of(config, backdrop))
 
@@ -190,7 +188,7 @@ def words_of(config: Config, backdrop: str | None) -> list[str]:
     return [prompt] * 4 if config.words == "none" else list(view_prompts(prompt))
 
 
-def build_method(config: Config, teacher: hub.Teacher) -> Callable[[int], Distillation]:
+def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillation]:
     """Step -> loss."""
     negative, denoiser = teacher.negative(config.negative), teacher.denoiser
     w = WEIGHTS[config.weight]
@@ -225,7 +223,7 @@ def time_embedding(network: Any) -> str:
     raise ValueError("--method vsd needs a UNet or SD3 transformer of diffusers; use --method sds.")
 
 
-def build_probe(config: Config, task: SceneDistillation, teacher: hub.Teacher) -> Probe:
+def build_probe(config: Config, task: SceneDistillation, teacher: Teacher) -> Probe:
     """Figures at fixed views: front, side, back and overhead before the first backdrop; or of all particles."""
     subject, method = task.subject, task.method(0)
     negative = teacher.negative(config.negative)

@@ -12,8 +12,6 @@ from distill_options import Config
 from fitting import adamw, check_identity, cosine, fit, progress, resume
 from guarding import Guarded, SetbackError, set_rate
 from monitoring import Watch
-from networks import Teacher
-from prompted import PromptedTeacher
 from roles import DISTANCES, average_of, averaged, build_phases, teacher_pairs
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +21,7 @@ from distill.guard import Guard, middle_layer
 from distill.rates import Rates, range_test
 from distill.regression import Pairs, Regression, teacher_batch
 from distill.student import Student
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase, train
@@ -44,7 +43,7 @@ class Stages:
 
     config: Config
     method: DMD
-    teacher: Teacher | PromptedTeacher
+    teacher: Teacher
     accelerator: Accelerator
     batches: Callable[[Rng], Any]
     own: dict[str, Any]

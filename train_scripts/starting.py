@@ -17,7 +17,7 @@ from scorefield.training.ranks import check_same_fields
 IDENTITY = "identity.json"
 """In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
 
-PLACES = ("out", "data", "teacher", "prompts", "base", "features", "cache")
+PLACES = ("out", "data", "teacher", "prompts", "features", "cache")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")

@@ -8,8 +8,8 @@ from command import fingerprint
 from digits import NUM_CLASSES, SHAPE
 from distill_options import Config
 from images import ImageSet, load_images
-from networks import Teacher
 
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng, shuffled
 
 

@@ -4,26 +4,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from command import is_first_rank
-from networks import Probed
 from torch import Generator, Tensor
 from torchvision.utils import save_image
 
 from scorefield import Cond
 from scorefield.diagnosis.check import Diagnosis, diagnose
+from scorefield.models.teacher import Teacher
 
 PICTURE = "teacher_check.png"
 COLUMNS = 8
-
-
-class Checked(Probed, Protocol):
-    """A teacher whose answers can be drawn."""
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """x0 to images."""
 
 
 def num_checked(shape: Sequence[int]) -> int:
@@ -32,7 +24,7 @@ def num_checked(shape: Sequence[int]) -> int:
 
 
 def check_teacher(
-    teacher: Checked, x0: Tensor | None, labels: Tensor, *, null: Cond | None = None, bounded: bool = True,
+    teacher: Teacher, x0: Tensor | None, labels: Tensor, *, null: Cond | None = None, bounded: bool = True,
     batch_size: int = 64,
 ) -> Diagnosis:  # fmt: skip
     """Print what is wrong with a teacher, and refuse one that cannot be distilled.
@@ -48,7 +40,7 @@ def check_teacher(
     Raises:
         ValueError: an error among the findings, with what was found, expected, and what to do.
     """
-    device = next(teacher.denoiser.network.parameters(), torch.empty(0)).device
+    device = teacher.device
     generator = Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
     start = time.perf_counter()
@@ -89,7 +81,7 @@ def describe(found: Diagnosis, seconds: float) -> str:
 
 
 @torch.no_grad()
-def draw_check(teacher: Checked, found: Diagnosis, path: Path) -> None:
+def draw_check(teacher: Teacher, found: Diagnosis, path: Path) -> None:
     """Rows of images that were asked about, then samples of 1, 2 and 4 steps (16 without data), as a PNG file."""
     rows = [] if found.images is None or found.own else [found.images[:COLUMNS]]
     rows += [images[:COLUMNS] for _, images in sorted(found.samples.items())]

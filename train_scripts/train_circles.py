@@ -13,27 +13,19 @@ from typing import Any, ClassVar
 
 import torch
 from command import RunOptions, check_numbers, check_run, identity, run, show_plan
-from control_bases import (
-    PALETTE,
-    PATCH,
-    circles_denoiser,
-    encode_captions,
-    in_patches,
-    make_circles_unet,
-    save_circles,
-)
 from fitting import adamw, cosine, fit, prepare, resume, start
-from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch import Tensor
 
 from controlnet.circles import Circles, pictures
 from scorefield import guided
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.networks import DiffusersNetwork
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, sample
 from scorefield.times import uniform
 from scorefield.training.loop import EMA, Phase
+from toyworld.circles import PALETTE, PATCHES, make_circles_unet, painter, save_circles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +62,9 @@ def main(config: Config) -> Path:
     check_numbers(
         config, positive=("num_samples",), rates=("learning_rate",), shares=("caption_dropout", "ema_decay")
     )
-    if config.size < 16 or config.size % (4 * PATCH):
-        raise ValueError(f"--size must be a multiple of {4 * PATCH}, 16 at least; got {config.size}.")
+    step = 4 * PATCHES.factor
+    if config.size < 16 or config.size % step:
+        raise ValueError(f"--size must be a multiple of {step}, 16 at least; got {config.size}.")
     torch.manual_seed(config.seed)
     unet: Any = make_circles_unet(config.size)
     if config.dry_run:
@@ -79,7 +72,8 @@ def main(config: Config) -> Path:
         return config.out
     accelerator = start(config)
     network = prepare(DiffusersNetwork(unet), config, accelerator)
-    phase = make_phase(config, network)
+    teacher = painter(network, config.size)
+    phase = make_phase(config, teacher)
     assert phase.ema is not None
     averaged: Any = phase.ema.network
     data = Circles(config.size, config.num_samples, colours=PALETTE, distinct=True)
@@ -88,15 +82,15 @@ def main(config: Config) -> Path:
         drawn = [data.circle(index) for index in shuffled(len(data), config.batch_size, rng).tolist()]
         kept = torch.rand(len(drawn), generator=rng("captions")) >= config.caption_dropout
         captions = [circle.caption if keep else "" for circle, keep in zip(drawn, kept, strict=True)]
-        x0 = in_patches(pictures(drawn, config.size))[0]
-        return {"x0": x0.to(accelerator.device), "cond": conditions(captions, accelerator.device)}
+        x0 = PATCHES.encode(pictures(drawn, config.size))
+        return {"x0": x0.to(accelerator.device), "cond": teacher.prompts(captions)}
 
     own = identity(config, accelerator, {"data": f"circles of {len(PALETTE)} colours"})
     first = resume(config, [phase], accelerator, own)
     captions = [data.caption(index) for index in range(min(32, len(data)))]
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=8,
-        preview=lambda: preview(config, averaged, captions),
+        preview=lambda: preview(painter(averaged, config.size), captions),
     )  # fmt: skip
     folder = config.out / "base"
     if accelerator.is_main_process:
@@ -105,9 +99,9 @@ def main(config: Config) -> Path:
     return folder
 
 
-def make_phase(config: Config, network: nn.Module) -> Phase:
+def make_phase(config: Config, teacher: Teacher) -> Phase:
     """The squared error of v at uniform times, AdamW, a cosine, an average."""
-    denoiser = circles_denoiser(network)
+    denoiser, network = teacher.denoiser, teacher.denoiser.network
 
     def loss(batch: dict[str, Any], rng: Rng) -> dict[str, Tensor]:
         errors, t = denoising_errors(
@@ -123,20 +117,13 @@ def make_phase(config: Config, network: nn.Module) -> Phase:
     )  # fmt: skip
 
 
-def conditions(captions: list[str], device: torch.device) -> dict[str, Tensor]:
-    """What the network is told."""
-    return {name: value.to(device) for name, value in encode_captions(captions).items()}
-
-
 @torch.no_grad()
-def preview(config: Config, network: nn.Module, captions: list[str]) -> Tensor:
+def preview(teacher: Teacher, captions: list[str]) -> Tensor:
     """Pictures of these captions, always from the same noise."""
-    device = next(network.parameters()).device
-    shape = (len(captions), 3 * PATCH**2, config.size // PATCH, config.size // PATCH)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    model = guided(circles_denoiser(network), 2.0, conditions([""], device))
+    noise = torch.randn(len(captions), *teacher.shape, generator=torch.Generator().manual_seed(0))
+    model = guided(teacher.denoiser, 2.0, teacher.negative())
     times = grid(model.schedule, 25)
-    return pixel_shuffle(sample(model, noise, conditions(captions, device), times=times), PATCH)
+    return teacher.decode(sample(model, noise.to(teacher.device), teacher.prompts(captions), times=times))
 
 
 def card(config: Config) -> str:
@@ -148,7 +135,7 @@ tags: [text-to-image]
 # Circles of {config.size} x {config.size} pixels
 
 Draws captions such as "red circle with blue background", of the colours {", ".join(PALETTE)}.
-Pixels in patches of {PATCH} x {PATCH}, v-prediction, betas of Stable Diffusion. Trained from nothing by
+Pixels in patches of 2 x 2, v-prediction, betas of Stable Diffusion. Trained from nothing by
 `train_scripts/train_circles.py`, seed {config.seed}: {config.steps:,} iterations of batch {config.batch_size}.
 """
 

@@ -1,7 +1,7 @@
 """Teach a frozen text-to-image model to follow hints such as edges, by an adapter beside it (ControlNet).
 
     python train_scripts/train_controlnet.py --preset toyworld-canny --out runs/control
-    accelerate launch train_scripts/train_controlnet.py --base <pipeline> --data images/ --hint canny
+    accelerate launch train_scripts/train_controlnet.py --teacher <pipeline> --data images/ --hint canny
 
 The adapter is a copy of the encoder behind convolutions that start at zero. Held-out hints are judged while it
 learns: "control learned at step n" is printed when it has. The result, in --out/controlnet, loads in stock
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from command import fingerprint, identity, run, show_plan
-from control_bases import Base, load_base
 from control_options import PRESETS, Config, check
 from control_tasks import Task, load_task
 from control_watch import NOT_WEIGHTS, ControlWatch, fingerprint_of, make_report, make_validation
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
-from controlnet.caching import Latents, Memory
+from controlnet.caching import Latents, Memory, share_prompts
 from controlnet.data import ControlBatches, read_ahead
 from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
@@ -38,8 +37,11 @@ from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.gradient import min_snr_weight
-from scorefield.models.prompts import default_cache_folder
+from scorefield.models.codec import Codec
+from scorefield.models.prompts import PromptEncoder, default_cache_folder
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.training.loop import EMA, Phase
+from toyworld import pipeline_folder
 
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""
@@ -59,22 +61,22 @@ def main(config: Config) -> Path:
     if config.dry_run:
         return plan(config)
     accelerator = start(config)
-    base, task = load(config, accelerator)
-    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
-    base = base.without_text_encoders(task.captions, accelerator.process_index, accelerator.num_processes)
-    batches, held_out = make_batches(config, base, task, accelerator)
+    teacher, task = load(config, accelerator)
+    adapter = make_adapter(teacher, task)
+    teacher = encode_captions(teacher, task, accelerator)
+    batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate:
         calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
-    denoiser = make_denoiser(config, base, adapter, accelerator)
+    denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    inputs = {"data": task.identity(), "base": fingerprint(base.denoiser.network.parameters())}
+    inputs = {"data": task.identity(), "base": fingerprint(teacher.denoiser.network.parameters())}
     own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
-    validation = make_validation(config, base, task, held_out, looked, accelerator)
+    validation = make_validation(config, teacher, task, held_out, looked, accelerator)
     first = resume(config, [phase], accelerator, own)
     if first == 0 and accelerator.is_main_process:
         log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
@@ -86,7 +88,7 @@ def main(config: Config) -> Path:
 
     def finish() -> None:
         indices = tested or looked
-        judged = make_validation(config, base, task, held_out, indices, accelerator) if tested else validation
+        judged = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
         untouched.network.to(accelerator.device)
         report, look, images = make_report(
             task, judged, averaged, untouched, log, indices, config.steps, accelerator
@@ -96,7 +98,7 @@ def main(config: Config) -> Path:
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
-            export(config, base, task, report, look, averaged, judged, images, images_per_step)
+            export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -108,47 +110,64 @@ def main(config: Config) -> Path:
 def plan(config: Config) -> Path:
     """Print what a run would hold and do; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as nowhere:
-        base, task = load(replace(config, cache=Path(nowhere)), None)
-    network = base.denoiser.network
-    adapter = copy_encoder(base.denoiser, hint_channels=task.hint.channels, factor=base.factor)
+        teacher, task = load(replace(config, cache=Path(nowhere)), None)
+    network, adapter = teacher.denoiser.network, make_adapter(teacher, task)
     freeze_base(config, network)
-    learning = unlock(ControlledDenoiser(base.denoiser, adapter)) if config.unlocked else adapter
-    roles = {"base": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
+    roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
     before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
     show_plan(config, roles, {"adapter": config.steps}, before)
     return config.out
 
 
-def load(config: Config, accelerator: Accelerator | None) -> tuple[Base, Task]:
-    """Base and samples, on the device of the ranks, which share the check of the files."""
+def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task]:
+    """Teacher, in float32, and samples, on the device of the ranks, which share the check of the files."""
     rank, num_ranks, device = 0, 1, torch.device("cpu")
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
-    base = load_base(
-        config.base, size=config.size, device=device, cache=config.cache / "prompts",
-        allow_pickle=config.allow_pickle, variant=config.variant,
+    teacher = load_teacher(
+        config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
+        allow_pickle=config.allow_pickle, variant=config.variant or None,
     )  # fmt: skip
-    texts = base.teacher and base.teacher.texts
+    if teacher.codec is None or teacher.texts is None:
+        raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
     task = load_task(
-        config, base.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
-        fitting=texts and (lambda captions: texts.fitting(captions, config.long_prompts, config.data)),
+        config, teacher.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
+        fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
     )  # fmt: skip
-    return base, task
+    return teacher, task
+
+
+def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:
+    """The teacher for the captions of these samples, which all ranks encode together, without text encoders."""
+    if isinstance(teacher.texts, PromptEncoder):
+        captions, rank = [*task.captions(), ""], accelerator.process_index
+        share_prompts(teacher.texts, captions, rank=rank, num_ranks=accelerator.num_processes)
+    return teacher.without_text_encoders()
+
+
+def make_adapter(teacher: Teacher, task: Task) -> EncoderCopy:
+    """A fresh adapter for the hints of the task."""
+    assert teacher.codec is not None
+    return copy_encoder(teacher.denoiser, hint_channels=task.hint.channels, factor=teacher.codec.factor)
 
 
 def make_batches(
-    config: Config, base: Base, task: Task, accelerator: Accelerator
+    config: Config, teacher: Teacher, task: Task, accelerator: Accelerator
 ) -> tuple[ControlBatches, ControlBatches]:
     """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
-    sampled = config.latents == "sampled" or (config.latents == "auto" and not base.on_means)
-    kept = base.teacher is not None and config.crop == "center"
-    cache = TensorCache(config.cache / "latents", base.identity()) if kept and config.cache else None
-    latents = Latents(base.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
+    codec, source = teacher.codec, teacher.source
+    assert codec is not None
+    on_means = source is not None and source.resolve() == pipeline_folder().resolve()
+    sampled = config.latents == "sampled" or (config.latents == "auto" and not on_means)
+    kept = isinstance(codec, Codec) and config.crop == "center"
+    cache = TensorCache(config.cache / "latents", codec.identity()) if kept and config.cache else None
+    latents = Latents(codec.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
     training, held_out = (
         ControlBatches(
-            samples=samples, hints=[task.hint], size=base.size, batch_size=batch_size, prompts=base.prompts,
-            null=base.null, latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
+            samples=samples, hints=[task.hint], size=teacher.size, batch_size=batch_size, prompts=teacher.prompts,
+            null=teacher.negative(), latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
             flip=config.flip, crop=config.crop, device=accelerator.device,
         )
         for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
@@ -164,10 +183,10 @@ def freeze_base(config: Config, network: nn.Module) -> None:
 
 
 def make_denoiser(
-    config: Config, base: Base, adapter: EncoderCopy, accelerator: Accelerator
+    config: Config, teacher: Teacher, adapter: EncoderCopy, accelerator: Accelerator
 ) -> ControlledDenoiser:
-    """The base frozen, and the adapter, wrapped for several ranks."""
-    network = base.denoiser.network
+    """The teacher frozen, and the adapter, wrapped for several ranks."""
+    network = teacher.denoiser.network
     freeze_base(config, network)
     for part in (network, adapter):
         lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
@@ -175,7 +194,7 @@ def make_denoiser(
             compile_lightly(part, config.activation_budget)
     # What is unlocked beside it is no part of a wrapped adapter; the loop averages its gradients.
     prepared = adapter.to(accelerator.device) if config.unlocked else accelerator.prepare(adapter)
-    return ControlledDenoiser(base.denoiser, prepared)
+    return ControlledDenoiser(teacher.denoiser, prepared)
 
 
 def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
@@ -200,13 +219,13 @@ def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
 
 
 def facts(
-    config: Config, base: Base, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
+    config: Config, teacher: Teacher, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
     images_per_step: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What a card says of the training."""
     sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
     return {
-        "data": f"{task.source}, {len(task.training):,} samples of {base.size[1]} x {base.size[0]} pixels",
+        "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels",
         "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
         "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
         "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,
@@ -218,17 +237,17 @@ def facts(
 
 
 def export(
-    config: Config, base: Base, task: Task, report: dict[str, Any], look: Evidence, denoiser: ControlledDenoiser,
-    judged: Validation, images: Tensor, images_per_step: int,
+    config: Config, teacher: Teacher, task: Task, report: dict[str, Any], look: Evidence,
+    denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
 ) -> None:  # fmt: skip
     """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
-    ours = config.base == "toyworld" or base.teacher is None
+    pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
     asked = (judged.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
-        base="toyworld/pipeline" if config.base == "toyworld" else config.base, hint=config.hint, look=look,
-        event=report["event"], training=facts(config, base, task, report, denoiser, images_per_step),
-        licence=config.licence or ("apache-2.0" if ours else None),
-        hint_channels=task.hint.channels, pipeline=base.teacher is not None, unlocked=config.unlocked,
+        base="toyworld/pipeline" if config.teacher == "toyworld" else config.teacher, hint=config.hint, look=look,
+        event=report["event"], training=facts(config, teacher, task, report, denoiser, images_per_step),
+        licence=config.licence or ("apache-2.0" if config.teacher == "toyworld" or not pipeline else None),
+        hint_channels=task.hint.channels, pipeline=pipeline, unlocked=config.unlocked,
         limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
         f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
         "differ.",

@@ -21,15 +21,14 @@ from distill_texts import distil_texts
 from fitting import prepare, start
 from images import ImageSet
 from monitoring import Watch, check_evaluation, watcher
-from networks import Teacher, load_teacher
 from roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from stages import Stages, distil
 from student_data import data_identity, student_batches, student_data
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 from distill.student import Student, save_student
-from scorefield import freeze
 from scorefield.diagnosis.check import Diagnosis
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 
@@ -56,12 +55,10 @@ def distil_images(config: Config) -> Path:
     check_evaluation(config, data)
     found = None
     if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
-        freeze(teacher.denoiser.network)
         found = ask_teacher(config, teacher, data)
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
-    freeze(teacher.denoiser.network)
     if config.dry_run:
         roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
         updates = {"student": config.steps // config.student_every, "fake": config.steps}
@@ -112,11 +109,10 @@ def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diag
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
     """A few samples of the first ten classes, always from the same noise."""
-    device = next(student.denoiser.network.parameters()).device
-    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(device)
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
-    return student.sample(noise, teacher.cond(labels), generator=generator)
+    noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(teacher.device)
+    return student.sample(noise, teacher.cond(labels.to(teacher.device)), generator=generator)
 
 
 if __name__ == "__main__":

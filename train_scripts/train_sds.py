@@ -30,7 +30,7 @@ from scenes import (
     build_scene,
     canvas_looks,
     fingerprints,
-    load_teacher,
+    frozen_teacher,
     optimizers,
     read_prompts,
 )
@@ -39,7 +39,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from scorefield.atomic import whole_file
-from scorefield.models import hub
+from scorefield.models.teacher import Teacher
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
 from scorefield.training.ranks import check_same
@@ -59,7 +59,7 @@ def main(config: Config) -> Path:
     """Learn and export; returns the folder of the export, or the picture of a canvas."""
     check_scene(config)
     accelerator = start(config)
-    teacher = load_teacher(config, accelerator.device)
+    teacher = frozen_teacher(config, accelerator.device)
     inputs = fingerprints(teacher, read_prompts(config, teacher))
     teacher = teacher.without_text_encoders()  # before anything else can hold on to them
     task = build_task(config, teacher, accelerator)
@@ -78,7 +78,7 @@ def main(config: Config) -> Path:
     return finish(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
 
 
-def build_task(config: Config, teacher: hub.Teacher, accelerator: Accelerator) -> SceneDistillation:
+def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
     """What learns, on its device, and by which loss."""
     method = build_method(config, teacher)
     if config.canvas:
@@ -169,9 +169,7 @@ class Watcher:
         return step % every == 0 or step == self.config.steps
 
 
-def finish(
-    config: Config, task: SceneDistillation, teacher: hub.Teacher, optimizer: torch.optim.Optimizer
-) -> Path:
+def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer) -> Path:
     """Write the weights, and what can be looked at."""
     network = task.subject.network
     save_scene(network, config.out / "scene.safetensors")
@@ -194,7 +192,7 @@ def finish(
 
 
 @torch.no_grad()
-def write_canvas(config: Config, canvas: Canvas, teacher: hub.Teacher) -> Path:
+def write_canvas(config: Config, canvas: Canvas, teacher: Teacher) -> Path:
     """All particles in one picture."""
     images: Tensor = teacher.decode(canvas().detach()).float().clamp(-1, 1)
     path = config.out / "canvas.png"

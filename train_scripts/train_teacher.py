@@ -18,12 +18,13 @@ from digits import Labelled
 from fitting import adamw, cosine, fit, prepare, resume, start
 from images import DataOptions, ImageSet, load_images
 from monitoring import EvalOptions, check_evaluation, watcher
-from networks import Teacher, build_network
 
 from scorefield import Karras, NetworkDenoiser, freeze
 from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
+from scorefield.models.networks import build_network
 from scorefield.models.storage import save_denoiser
+from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.times import log_normal
@@ -155,9 +156,8 @@ def teacher_phase(config: Config, denoiser: NetworkDenoiser, facts: dict[str, An
 @torch.no_grad()
 def preview(teacher: Teacher, rows: int = 4) -> torch.Tensor:
     """A few samples of the first ten classes in 18 steps, always from the same noise."""
-    device = next(teacher.denoiser.network.parameters()).device
-    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(device)
-    noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(teacher.device)
+    noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(labels.device)
     times = grid(teacher.denoiser.schedule, 18)
     x_t = initial_noise(teacher.denoiser.schedule, noise, float(times[0]))
     return sample(teacher.denoiser, x_t, teacher.cond(labels), times=times)

@@ -91,6 +91,31 @@ class Codec:
             raise ValueError(f"{what} must be (b, {channels}, h, w){sides}; got {tuple(x.shape)}.")
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Pixels in patches that become channels, exactly: a network is four times as fast on patches of 2 x 2.
+
+    Attributes:
+        factor: pixels per patch along a side.
+    """
+
+    factor: int = 2
+
+    def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
+        """(b, 3, h, w) images to (b, 3 factor^2, h / factor, w / factor)."""
+        del generator
+        return nn.functional.pixel_unshuffle(images, self.factor)
+
+    def posterior(self, images: Images) -> tuple[Tensor, Tensor]:
+        """What :meth:`encode` returns, and a standard deviation of zero."""
+        x0 = self.encode(images)
+        return x0, torch.zeros_like(x0)
+
+    def decode(self, latents: Images) -> Tensor:
+        """The inverse of :meth:`encode`."""
+        return nn.functional.pixel_shuffle(latents, self.factor)
+
+
 def load_codec(
     reader: PartReader, part: Path, *, upcast: bool = False, slicing: bool = False, tiling: bool = False
 ) -> Codec:

@@ -1,13 +1,18 @@
-"""A second network on the weights of a first, with low-rank changes of its own.
+"""One copy of a network's weights in several roles: second networks on them, with low-rank changes of their own.
+
+    student, fake = shared_backbone(teacher.denoiser, rank=64, generator=generator)
 
 peft switches adapters on and off inside one network, and a switch can be forgotten: the teacher answers with the
 adapter on, a weight that is off between forward and backward gets no gradient, and gradient checkpointing
-recomputes with whatever is on at that moment. Here nothing is switched. The twin has modules of its own that hold
-the very same tensors, and the adapters are in the twin.
+recomputes with whatever is on at that moment. Here nothing is switched. A twin has modules of its own that hold
+the very same tensors, and the adapters are in the twin. Twins are not wrapped in DDP: ``loop.train`` averages
+their gradients in one all-reduce.
 """
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -15,8 +20,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
+from scorefield.denoiser import NetworkDenoiser
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of attention in diffusers' networks."""
+
+LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""Linear layers and convolutions of the UNets and transformers of diffusers; DMD2 adapts these in SDXL."""
 
 
 class Twin(nn.Module):
@@ -53,15 +67,37 @@ class Twin(nn.Module):
         self.changes = nn.ParameterDict({name.replace(".", "/"): p for name, p in changes.items()})
         self.rank, self.scale = rank, scale
         self._hidden = (twin,)  # in a tuple, which nn.Module does not look into
+        self._told: dict[str, str] = {}
 
     @property
     def backbone(self) -> nn.Module:
         """The twin itself, for example to switch gradient checkpointing on, or to listen to a layer."""
         return self._hidden[0]
 
+    def tell(self, name: str, place: str, embedding: nn.Module) -> None:
+        """Let the twin be told more than its network is: from now on its ``cond`` needs ``name``.
+
+        Args:
+            name: of the condition, and of the embedding among the twin's modules.
+            place: submodule of the network whose output the embedded condition is added to.
+            embedding: learns with the changes.
+        """
+        self.add_module(name, embedding)
+        self._told[name] = place
+
     def forward(self, *args: Any, **cond: Any) -> Any:
-        """What the network returns."""
-        return self.backbone(*args, **cond)
+        """What the network returns. Raises ``ValueError`` where a condition of :meth:`tell` is missing."""
+        with ExitStack() as hooks:
+            for name, place in self._told.items():
+                if (value := cond.pop(name, None)) is None:
+                    raise ValueError(f"cond needs a {name!r}, which this twin is told.")
+                code = self.get_submodule(name)(value)
+                # Hooked per call: a hook that stays would not survive copy.deepcopy.
+                hook = self.backbone.get_submodule(place).register_forward_hook(
+                    lambda module, inputs, output, code=code: output + code.to(output)
+                )
+                hooks.callback(hook.remove)
+            return self.backbone(*args, **cond)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A twin with changes of its own on the same network."""
@@ -74,11 +110,54 @@ class Twin(nn.Module):
         return twin
 
 
+def shared_backbone(
+    teacher: NetworkDenoiser, *, rank: int, alpha: float | None = None, targets: Sequence[str] = LAYERS,
+    checkpointing: bool = False, generator: Generator,
+) -> tuple[NetworkDenoiser, NetworkDenoiser]:  # fmt: skip
+    """Student and fake score on the teacher's weights; both start as the teacher, and it stays what it is.
+
+    Of three copies, full of gradients and of optimiser state, one remains and two small adapters.
+
+    Args:
+        teacher: frozen, without guidance, on its device.
+        rank: of both adapters.
+        alpha: peft's lora_alpha, the changes are scaled by alpha / rank; None is the rank.
+        targets: names, or ends of names, of the layers to change; those that the network lacks are left out.
+        checkpointing: recompute activations in the backward pass of both.
+        generator: draws the adapters' first weights.
+
+    Raises:
+        ValueError: a teacher that is not frozen, a rank below 1, none of the targets, or a network that cannot
+            recompute.
+    """
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be above 0; got {alpha}. None means the rank.")
+    names = [name for name, _ in teacher.network.named_modules()]
+    own = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in names)]
+    if not own:
+        raise ValueError(f"the network has none of the layers {', '.join(targets)}; it has {names[1:13]}, ...")
+    scale = 1.0 if alpha is None else alpha / max(rank, 1)
+    student, fake = (
+        Twin(teacher.network, rank=rank, targets=own, scale=scale, generator=generator) for _ in range(2)
+    )
+    for role in (student, fake) if checkpointing else ():
+        recompute_activations(role.backbone)
+    return replace(teacher, network=student), replace(teacher, network=fake)
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Switch gradient checkpointing on. Raises ``ValueError`` for a network that has none."""
+    able: list[Any] = [part for part in network.modules() if hasattr(part, "enable_gradient_checkpointing")]
+    if not able:
+        raise ValueError(f"a {type(network).__name__} cannot recompute its activations; UNets of diffusers can.")
+    able[0].enable_gradient_checkpointing()
+
+
 def adapter_weights(twin: Twin) -> dict[str, Tensor]:
     """The changes by the names that diffusers and peft load, such as "mid_block...to_q.lora_A.weight".
 
     The scale is multiplied into the second matrices, so that whoever loads them needs no lora_alpha: it is the
-    rank. A leading "model." of :class:`scorefield.models.families.DiffusersNetwork` is left out.
+    rank. A leading "model." of :class:`scorefield.models.networks.DiffusersNetwork` is left out.
     """
     weights = {}
     for name, parameter in twin.changes.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler, ModelMixin
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
@@ -19,10 +19,17 @@ from torch import nn
 from scorefield.denoiser import freeze
 from scorefield.files import read_json
 from scorefield.models.components import check_part
+from scorefield.models.preflight import is_few_step
 from scorefield.models.weights import check_counts, check_finite, check_size
 from scorefield.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
 
 INDEX = "model_index.json"
+
+STUDENT_TIMES, LORA_FACTS = "dmd2_denoising_timesteps", "dmd2.json"
+"""Of a student: the entry of its index that holds its timesteps, and the file that has it beside a LoRA."""
+
+MOST_STEPS = 16
+"""Steps of a student that is known by its scheduler alone; diffusers' own default is 50."""
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 """diffusers' ``prediction_type`` and what we call it."""
@@ -272,6 +279,37 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
     except NotImplementedError as error:
         raise ValueError(f"unknown beta_schedule {settings['beta_schedule']!r} of {name}.") from error
     return VariancePreserving(scheduler.alphas_cumprod), kind
+
+
+def read_student_times(index: Mapping[str, Any], settings: Mapping[str, Any], source: Path) -> tuple[float, ...]:
+    """Timesteps that an exported student is asked at, in its scheduler's units; empty for a teacher.
+
+    A folder that diffusers saved again has lost its facts; its scheduler still tells them.
+
+    Args:
+        index: its ``model_index.json``.
+        settings: its ``scheduler_config.json``.
+        source: where they lie, for the message.
+
+    Raises ``ValueError`` for a model of few steps whose scheduler does not tell.
+    """
+    if asked := index.get(STUDENT_TIMES, ()):
+        return tuple(float(t) for t in asked)
+    if not is_few_step(settings):
+        return ()
+    name, last = settings["_class_name"], settings.get("shift_terminal")
+    number, scheduler = 0, None
+    if name == "LCMScheduler":
+        number, scheduler = settings.get("original_inference_steps"), LCMScheduler.from_config(settings)
+    elif name == "FlowMatchLCMScheduler" and settings.get("shift") == 1:
+        number, scheduler = round(1 / (last or 1)), FlowMatchLCMScheduler.from_config(settings)
+    if scheduler is None or not isinstance(number, int) or not 1 <= number <= MOST_STEPS:
+        raise ValueError(
+            f"{source} is a model of few steps, whose {name} does not say which. Draw it with diffusers, as its "
+            "card says."
+        )
+    scheduler.set_timesteps(number)
+    return tuple(scheduler.timesteps.tolist())
 
 
 def fingerprint(files: Iterable[Path], facts: Sequence[object] = ()) -> str:

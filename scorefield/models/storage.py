@@ -21,6 +21,9 @@ from scorefield.schedule import Karras, RectifiedFlow, Schedule, VariancePreserv
 FORMAT = "scorefield-denoiser-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "denoiser.json"
 
+TIMES = "conditioning_times"
+"""The fact that tells a student's denoiser from a teacher's."""
+
 
 def save_denoiser(denoiser: NetworkDenoiser, folder: Path, facts: Mapping[str, Any] | None = None) -> Path:
     """Write weights, schedule and prediction kind; load with :func:`load_denoiser`.

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_pipelines
 
 from distill.adversarial import Critic, discriminator_head
-from distill.backbone import LAYERS, shared_backbone
 from distill.dmd import DMD, GAN
 from distill.student import Student
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.guidance import guided
-from scorefield.models.families import DiffusersNetwork
+from scorefield.models.lora import LAYERS, shared_backbone
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import VariancePreserving
 from scorefield.training.loop import train
 
@@ -55,11 +55,10 @@ def shared(checkpointing):
     """Teacher, student and fake score on the same tensors."""
     teacher = make_teacher()
     student, fake = shared_backbone(
-        teacher, rank=RANK, alpha=2 * RANK, bottleneck=BOTTLENECK, head=make_head(), checkpointing=checkpointing,
-        generator=seeded(),
-    )  # fmt: skip
-    spread(student.network), spread(fake.network.network)
-    return teacher, student, fake
+        teacher, rank=RANK, alpha=2 * RANK, checkpointing=checkpointing, generator=seeded()
+    )
+    spread(student.network), spread(fake.network)
+    return teacher, student, replace(fake, network=Critic(fake.network, f"backbone.{BOTTLENECK}", make_head()))
 
 
 def copies(checkpointing):

@@ -15,7 +15,7 @@ from distill.regression import Pairs, Regression
 from distill.student import Student, even_times
 from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser, freeze
 from scorefield.gradient import TIME_NOT_FINITE
-from scorefield.models.network import ResidualMLP
+from scorefield.models.networks import ResidualMLP
 from scorefield.models.storage import save_denoiser
 from scorefield.randomness import Rng, shuffled
 from scorefield.schedule import Karras, RectifiedFlow

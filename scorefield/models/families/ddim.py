@@ -1,0 +1,7 @@
+"""The networks of :mod:`ddpm`, sampled otherwise."""
+
+from dataclasses import replace
+
+from scorefield.models.families import ddpm
+
+FAMILY = replace(ddpm.FAMILY, pipeline="DDIMPipeline")

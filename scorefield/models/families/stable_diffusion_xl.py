@@ -1,0 +1,33 @@
+"""SDXL (arXiv 2307.01952)."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from scorefield.denoiser import Cond
+from scorefield.models.families import Family, Parts, num_cut
+from scorefield.models.prompts import CUT, Encode
+
+
+def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
+    """The hidden states of two CLIPs, and the pooled ones of the second."""
+    del network
+    unused = dict.fromkeys(("vae", "unet", "scheduler"))
+    pipeline: Any = StableDiffusionXLPipeline(**unused, **parts, add_watermarker=False)
+
+    def encode(prompts: list[str]) -> Cond:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        cut = num_cut(prompts, *((parts[name], None) for name in ("tokenizer", "tokenizer_2")))
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, CUT: cut}
+
+    return encode
+
+
+FAMILY = Family(
+    "StableDiffusionXLPipeline", "unet", UNet2DConditionModel,
+    {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
+    encoder=encoder, zero_negative=True, upcast=True,
+)  # fmt: skip

@@ -1,0 +1,185 @@
+"""A pipeline of diffusers as a folder: found, checked, and read part by part.
+
+Only safetensors are read, and no code that a model brings along is run.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from scorefield.files import read_json
+from scorefield.models.codec import Codec, load_codec, read_codec_config
+from scorefield.models.components import check_index, check_part
+from scorefield.models.families import Family, Parts, family_of, has_part, parts_of
+from scorefield.models.preflight import check_network, check_tokenizer, latent_shape, tokenizer_class
+from scorefield.models.pretrained import (
+    INDEX,
+    PartReader,
+    find_model,
+    find_pipeline,
+    fingerprint,
+    part_folder,
+    read_config,
+    read_schedule,
+)
+from scorefield.models.prompts import Encode, PromptEncoder, default_cache_folder
+from scorefield.schedule import Kind, Schedule
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A folder that ``save_pretrained`` wrote, or the download of one.
+
+    Attributes:
+        folder: of the parts; a model without an index may have all of them at the top.
+        index: its ``model_index.json``.
+        family: what its class is made of.
+        reader: dtype and device of its parts.
+        tiny_vae: an AutoencoderTiny in place of its autoencoder.
+    """
+
+    folder: Path
+    index: Mapping[str, Any]
+    family: Family
+    reader: PartReader
+    tiny_vae: Path | None = None
+
+    def part(self, name: str) -> Path:
+        """The folder of a part."""
+        if name == "vae":
+            return self.tiny_vae or self.folder / "vae"
+        return part_folder(self.folder, name)
+
+    @property
+    def texts(self) -> dict[str, type]:
+        """Folders and classes of the text encoders that it has."""
+        return _text_parts(self.family, self.index, self.folder)
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Folders and classes of the tokenizers. Raises ``ValueError`` for classes that are none."""
+        parts = [part.replace("text_encoder", "tokenizer") for part in self.texts]
+        return {part: tokenizer_class(self.index, part) for part in parts}
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Its ``scheduler_config.json``. Raises ``ValueError`` where there is none."""
+        file = self.part("scheduler") / "scheduler_config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{self.folder} has no scheduler/scheduler_config.json, so its noise schedule is unknown."
+            )
+        return read_json(file)
+
+    def schedule(self) -> tuple[Schedule, Kind]:
+        """Noise schedule and prediction kind. Raises ``ValueError`` for those of another family."""
+        schedule, kind = read_schedule(self.scheduler)
+        if (kind == "flow") != self.family.flow:
+            expected = "a flow-matching" if self.family.flow else "a DDPM-like"
+            raise ValueError(f"this model needs {expected} scheduler; got {self.scheduler.get('_class_name')}.")
+        return schedule, kind
+
+    def check(self, size: int | tuple[int, int] | None = None, *, tiling: bool = False) -> tuple[int, int, int]:
+        """The shape of x0 for pictures of ``size`` pixels, if all parts are there and fit together.
+
+        Reads no weights. Raises ``ValueError`` for what is missing or does not fit.
+        """
+        for part in self.tokenizers:
+            check_tokenizer(self.folder / part)
+        for part in _weight_parts(self.index, self.folder):
+            check_part(self.part(part))
+            self.reader.find_variant(self.part(part))
+        config = read_config(self.family.network, self.part(self.family.part))
+        check_network(config, self.part(self.family.part))
+        channels, factor = config["in_channels"], 1
+        if self.family.texts:
+            _, channels, factor = read_codec_config(self.part("vae"), tiling=tiling)
+        return latent_shape(config, channels, factor, size)
+
+    def network(self) -> Any:
+        """The frozen network, a model of diffusers. Raises as ``PartReader.read`` does."""
+        return self.reader.read(self.family.network, self.part(self.family.part))
+
+    def codec(self, dtype: torch.dtype | None = None, *, slicing: bool = False, tiling: bool = False) -> Codec:
+        """The autoencoder, in the reader's dtype or another. Raises as :func:`load_codec` does."""
+        reader = self.reader if dtype is None else replace(self.reader, dtype=dtype)
+        return load_codec(reader, self.part("vae"), upcast=self.family.upcast, slicing=slicing, tiling=tiling)
+
+    def read_texts(self) -> Parts:
+        """Text encoders and tokenizers. Raises as ``PartReader`` does."""
+        reader, folder = self.reader, self.folder
+        encoders = {part: reader.read(kind, folder / part) for part, kind in self.texts.items()}
+        return {**encoders, **{
+            part: reader.read_tokenizer(kind, folder / part) for part, kind in self.tokenizers.items()
+        }}  # fmt: skip
+
+    def prompts(self, network: nn.Module, cache: Path | str | None = None) -> PromptEncoder:
+        """Its text encoders, which are read with the first prompt that is not in the folder ``cache``."""
+        reader, tokenizers, encoder = self.reader, self.tokenizers, self.family.encoder
+        files = [file for part in (*self.texts, *tokenizers) for file in reader.files(self.folder / part)]
+        model: Any = network
+        facts = (
+            self.index["_class_name"], str(reader.dtype), reader.variant,
+            model.config.get("joint_attention_dim"),  # SD3 fills up to it
+            *(kind.__name__ for kind in tokenizers.values()), transformers.__version__,
+        )  # fmt: skip
+
+        def load() -> Encode:
+            assert encoder is not None
+            return encoder(self.read_texts(), network, reader.device)
+
+        return PromptEncoder(
+            folder=default_cache_folder() if cache is None else Path(cache),
+            identify=functools.cache(functools.partial(fingerprint, files, facts)),
+            load=functools.cache(load),
+        )
+
+
+def open_pipeline(
+    name: str | Path, reader: PartReader, *, revision: str | None = None, tiny_vae: str | Path | None = None
+) -> Pipeline:
+    """The pipeline in a folder, or of a name, downloaded if need be.
+
+    Raises ``ValueError`` for a name that is neither, a class without family, and an index that names other files.
+    """
+    folder = find_pipeline(name, _weight_parts, reader, revision)
+    index = _read_index(folder)
+    family = family_of(index)
+    tiny = find_model(tiny_vae) if tiny_vae is not None and family.texts else None
+    return Pipeline(folder, index, family, reader, tiny)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        check_index(index, folder / INDEX, parts_of(index))
+        return index
+    file = part_folder(folder, "unet") / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("_class_name") == "UNet2DModel":
+        return {"_class_name": "DDPMPipeline"}
+    held = f"a {config['_class_name']} alone" if "_class_name" in config else f"no {INDEX}"
+    raise ValueError(
+        f"{folder} is not a pipeline's folder: it holds {held}. Pass what save_pretrained wrote, "
+        "or a folder with denoiser.json: a result of train_teacher.py or train_dmd.py."
+    )
+
+
+def _weight_parts(index: Mapping[str, Any], folder: Path = Path()) -> list[str]:
+    family = family_of(index)
+    return [family.part, *_text_parts(family, index, folder), *(["vae"] if family.texts else [])]
+
+
+def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[str, type]:
+    present = {part: kind for part, kind in family.texts.items() if has_part(index, part)}
+    if missing := family.texts.keys() - present.keys() - set(family.optional):
+        raise ValueError(
+            f"{folder / INDEX} lacks {', '.join(sorted(missing))}, without which there are no prompts."
+        )
+    return present

@@ -1,0 +1,437 @@
+"""A frozen diffusion model, from wherever it comes.
+
+teacher = load_teacher("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.bfloat16, device="cuda")
+denoiser = guided(teacher.denoiser, 7.5, teacher.negative())
+x0 = denoiser(x_t, t, teacher.prompts(["a red mug"]))  # latents; teacher.decode(x0) are pixels
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scorefield.cache import fingerprint
+from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, freeze
+from scorefield.guidance import guided
+from scorefield.models.codec import Codec, Patches
+from scorefield.models.networks import DiffusersNetwork, build_network, check_sigma_data, preconditioned
+from scorefield.models.pipeline import Pipeline, open_pipeline
+from scorefield.models.preflight import (
+    check_device,
+    check_dtype,
+    check_last_time,
+    check_many_steps,
+    check_options,
+    check_shift,
+)
+from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
+from scorefield.models.prompts import LongPrompts, PromptEncoder
+from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
+from scorefield.models.user_code import call, code_of
+from scorefield.models.weights import check_fit
+from scorefield.randomness import Generators
+from scorefield.schedule import Images
+
+NAMES = {"toyworld": "toyworld:pipeline_folder"}
+"""Names of models that ship, and the functions that know their folders; imported when they are asked for."""
+
+FOLDERS = {"circles.json": "toyworld.circles:load_circles"}
+"""Files by which folders of other makers are known, and who reads them: (folder, device) -> Teacher."""
+
+IN_MEMORY = 2**30
+"""Bytes of encoded prompts up to which all are kept in memory; more are read from the disk."""
+
+Texts = PromptEncoder | Callable[[Sequence[str]], Cond]
+"""n prompts -> their conditions, batch n."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Prompts that are numbered like classes.
+
+    Attributes:
+        prompts: all of them.
+        conds: theirs, in the same order, on the CPU; empty where they are read from the cache on disk.
+        negative: batch 1, what guidance moves away from.
+    """
+
+    prompts: tuple[str, ...]
+    conds: Cond
+    negative: Cond
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A frozen diffusion model with what turns images into its x0, and labels or prompts into its conditions.
+
+    A student is one, too: it has ``times``.
+
+    Attributes:
+        denoiser: on latents, or on pixels if there is no codec.
+        shape: (c, h, w) of x0.
+        num_classes: of the network's labels, or of the prompts of :meth:`asked`; 0 means that it takes no labels.
+        facts: how :func:`build_network` makes another network like it; JSON-able, saved beside every student. The
+            function of a user has to say nothing here, or sigma_data, the spread of the images in [-1, 1] if its
+            network has the preconditioning of EDM in itself.
+        times: conditioning times of a student, noisiest first; empty for a teacher.
+        null_class: whether label ``num_classes`` was trained to mean no label, which guidance needs.
+        codec: pixels to x0 and back; None for models of pixels.
+        texts: prompts to conditions; None for models without prompts.
+        shift: of the noise levels of a sampling grid (SD3: 3); 1 is none. ``sampling.grid`` takes it.
+        sized: the network is told the size of the image (SDXL).
+        zero_negative: the empty negative prompt is zeros instead of the encoded empty string (SDXL).
+        source: the folder it was read from, if it was.
+        listed: prompts whose numbers are its labels; see :meth:`asked`.
+    """
+
+    denoiser: NetworkDenoiser
+    shape: tuple[int, int, int]
+    num_classes: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    times: tuple[float, ...] = ()
+    null_class: bool = True
+    codec: Codec | Patches | None = None
+    texts: Texts | None = None
+    shift: float = 1.0
+    sized: bool = False
+    zero_negative: bool = False
+    source: Path | None = None
+    listed: Listed | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        factor = self.codec.factor if self.codec else 1
+        return self.shape[1] * factor, self.shape[2] * factor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) in pixels."""
+        return (3, *self.size) if self.codec else self.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.denoiser.network.parameters(), torch.empty(0)).device
+
+    def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
+        """Images in [-1, 1] to x0, differentiable: ``Codec.encode``, or the images themselves."""
+        return images if self.codec is None else self.codec.encode(images, generator=generator)
+
+    def decode(self, x0: Images) -> Tensor:
+        """x0 to images in about [-1, 1], differentiable: ``Codec.decode``, or x0 itself."""
+        return x0 if self.codec is None else self.codec.decode(x0)
+
+    def prompts(self, prompts: Sequence[str]) -> Cond:
+        """The conditions of n prompts, batch n; each prompt is encoded once and then read from the disk.
+
+        Raises ``ValueError`` for a model without prompts, and for new prompts once text encoders were dropped.
+        """
+        if self.texts is None:
+            raise ValueError("this teacher takes no prompts: it is unconditional, or takes cond(labels).")
+        cond = {name: value.to(self.device) for name, value in self.texts(prompts).items()}
+        if self.sized:  # original size, offset of the crop, target size (SDXL, arXiv 2307.01952, section 2.2)
+            ids = torch.tensor([[*self.size, 0, 0, *self.size]], dtype=torch.float32, device=self.device)
+            cond["time_ids"] = ids.repeat(len(prompts), 1)
+        return cond
+
+    def negative(self, prompt: str = "") -> Cond:
+        """The condition that guidance moves away from, batch 1, as the family's own pipeline makes it."""
+        cond = self.prompts([prompt])
+        if prompt or not self.zero_negative:
+            return cond
+        return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in cond.items()}
+
+    def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
+        """Numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.fitting`` has it."""
+        if isinstance(self.texts, PromptEncoder):
+            return self.texts.fitting(prompts, long_prompts, source)
+        return list(range(len(prompts)))
+
+    def asked(self, prompts: Sequence[str], negative: str = "") -> "Teacher":
+        """The same teacher of these prompts: label i stands for prompt i.
+
+        The text encoders are freed once ``self`` is gone. More than a GiB of conditions is read from the cache, in
+        which they must lie already. Raises as :meth:`prompts` does.
+        """
+        away, conds = self.negative(negative), {}
+        if sum(value.nbytes for value in away.values()) * len(prompts) <= IN_MEMORY:
+            parts = [self.prompts(prompts[start : start + 250]) for start in range(0, len(prompts), 250)]
+            conds = {name: torch.cat([part[name].cpu() for part in parts]) for name in away}
+        listed = Listed(tuple(prompts), conds, away)
+        return replace(self.without_text_encoders(), num_classes=len(prompts), listed=listed)
+
+    def cond(self, labels: Tensor) -> Cond:
+        """The condition of (n,) numbers of classes, or of prompts that were :meth:`asked`.
+
+        Empty for an unconditional model. Raises ``ValueError`` for labels that it does not have, looked at on the
+        CPU only, and for a model of prompts that was asked none.
+        """
+        if self.listed is not None:
+            if not self.listed.conds:
+                return self.prompts([self.listed.prompts[number] for number in labels.tolist()])
+            return {name: x[labels.to(x.device)].to(self.device) for name, x in self.listed.conds.items()}
+        if self.texts is not None:
+            raise ValueError("this teacher takes no class labels, but prompts([...]).")
+        if not self.num_classes:
+            return {}
+        most = self.num_classes - (not self.null_class)
+        if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels <= most)).all()):
+            raise ValueError(f"labels must lie in [0, {most}]; got {labels.tolist()}.")
+        return {"class_labels": labels.to(self.device)}
+
+    def guided(self, scale: float) -> Denoiser:
+        """The denoiser under classifier-free guidance, 1 for none.
+
+        Raises ``ValueError`` for a student, and where there is neither null class nor prompt.
+        """
+        if scale == 1:
+            return self.denoiser
+        if self.times:
+            raise ValueError(f"--guidance must be 1 here, since a student has it built in; got {scale}.")
+        if self.listed is not None:
+            return guided(self.denoiser, scale, self.listed.negative)
+        if not self.num_classes or not self.null_class:
+            raise ValueError(
+                f"--guidance must be 1 here, since this teacher was not trained without labels; got {scale}."
+            )
+        return guided(self.denoiser, scale, self.cond(torch.tensor([self.num_classes])))
+
+    def identity(self) -> str:
+        """A hash of weights and meaning: two teachers of one identity give the same answers.
+
+        Prompts themselves are left out, the negative one is not.
+        """
+        if self.listed is not None:
+            away = [value for _, value in sorted(self.listed.negative.items())]
+            return identity_of(self.denoiser, list(self.shape), fingerprint(away))
+        # The same weights in other code are another teacher: a wrapper that is mended wants no pairs of the old.
+        code = [self.facts["code"]] if "code" in self.facts else []
+        return identity_of(self.denoiser, list(self.shape), self.num_classes, self.null_class, *code)
+
+    def without_text_encoders(self) -> "Teacher":
+        """The same teacher for prompts it has encoded before; the encoders are freed once ``self`` is gone."""
+        if not isinstance(self.texts, PromptEncoder):
+            return self
+        if self.zero_negative:
+            self.negative()  # puts the empty prompt into the cache: its zeros have that shape
+        return replace(self, texts=self.texts.dropped())
+
+
+def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
+    """A hash of a denoiser's weights, of what they mean, and of JSON-able ``facts`` beside them."""
+    state = denoiser.network.state_dict().values()
+    meaning = [describe_schedule(denoiser.schedule), denoiser.kind, denoiser.time_scale, *facts]
+    words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
+    return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
+
+
+def load_teacher(
+    name: str | Path, network: str = "", *, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", size: int | tuple[int, int] | None = None,
+    tiny_vae: str | Path | None = None, slicing: bool = False, tiling: bool = False,
+    cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
+    revision: str | None = None, vae_dtype: torch.dtype | None = None, few_steps: bool = False,
+) -> Teacher:  # fmt: skip
+    """A frozen teacher or student, from one of
+
+    - "toyworld", the model that ships;
+    - a folder that ``train_teacher.py``, ``train_dmd.py`` or ``train_circles.py`` wrote;
+    - a folder that ``save_pretrained`` wrote: Stable Diffusion 1.x (eps) and 2.x (v), SDXL, Stable Diffusion 3
+      (flow), or a UNet2DModel with its scheduler, alone or as a pipeline;
+    - the name of such a model online, downloaded once;
+    - "module:function", a function of the user without arguments that returns a :class:`Teacher`. Naming it runs
+      its code. Nothing that a folder holds is run, or names what is.
+
+    Args:
+        name: one of these.
+        network: for the student of a module:function, the module:function that builds its network.
+        dtype: of all weights of a model of diffusers. SDXL's autoencoder overflows in float16 and stays float32.
+        device: of all weights.
+        size: of the images in pixels, (height, width) or one number; the model's own by default.
+        tiny_vae: an AutoencoderTiny in place of the model's autoencoder: rough, but its gradients are cheap.
+        slicing: encode and decode one image at a time, for memory.
+        tiling: encode and decode in blended tiles, for memory at large sizes; changes the result slightly.
+        cache: folder of encoded prompts, ``~/.cache/scorefield/prompts`` by default. Text encoders are loaded with
+            the first prompt that is not in it.
+        allow_pickle: read pickled weights if there are no safetensors, with torch's restricted unpickler.
+        variant: of the weight files, such as "fp16".
+        revision: branch, tag or commit of a download.
+        vae_dtype: of the autoencoder alone, as for images that are encoded once and learned from; else ``dtype``.
+        few_steps: take a distilled pipeline, too, which its scheduler tells: it is right at few times only.
+
+    Raises ``ValueError`` for anything else, weights that are missing, pickled, damaged or do not fit, a folder
+    that needs ``network``, and options that cannot be or that the model has no use for.
+    """
+    for one in (dtype, vae_dtype or dtype):
+        check_dtype(one)
+    name, device = named_folder(name), check_device(device)
+    folder, is_function = Path(name), ":" in str(name) and not Path(name).exists()
+    file = next((file for file in (DESCRIPTION, *FOLDERS) if (folder / file).is_file()), None)
+    if network and file != DESCRIPTION:
+        raise ValueError(f"--network is for students of a module:function; {name} says how its network is built.")
+    if file is None and not is_function:
+        _check_name(name)
+        reader = PartReader(dtype, device, allow_pickle, variant)
+        pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
+        if not few_steps:
+            check_many_steps(pipeline.scheduler, pipeline.folder)
+        check_options(bool(pipeline.family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
+        return _from_pipeline(pipeline, size, vae_dtype, cache, slicing=slicing, tiling=tiling)
+    if is_function:
+        teacher = _from_function(str(name))
+    else:
+        teacher = _ours(FOLDERS[file])(folder, device) if file in FOLDERS else _from_denoiser(folder, network)
+    other_size = size is not None and teacher.size not in (size, (size, size))
+    _check_unused(
+        teacher, name, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling, allow_pickle=allow_pickle,
+        variant=variant, revision=revision, size=other_size,
+    )  # fmt: skip
+    freeze(teacher.denoiser.network).to(device)
+    return teacher
+
+
+def named_folder(name: str | Path) -> str | Path:
+    """The folder that one of ``NAMES`` stands for; any other name as it is."""
+    return _ours(NAMES[name])() if isinstance(name, str) and name in NAMES else name
+
+
+def _ours(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _check_name(name: str | Path) -> None:
+    """Raise ``ValueError`` unless a pipeline may be found there: in a folder, or online."""
+    folder = Path(name)
+    if not folder.is_dir():
+        # Within a folder that exists it is a local path with a slip of the pen.
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
+            return
+        raise ValueError(
+            f"{str(name)!r} is no folder here, and no name of a model online. Pass the folder of a teacher, a "
+            f"model's full name, such as stable-diffusion-v1-5/stable-diffusion-v1-5, {', '.join(NAMES)}, or "
+            "module:function."
+        )
+    if (folder / LORA_FACTS).is_file():
+        raise ValueError(
+            f"{folder} is a LoRA, which needs its teacher: load it in diffusers, as its README.md says."
+        )
+    for inner in ("teacher", "student", "base", "pipeline"):
+        held = any((folder / inner / file).is_file() for file in (DESCRIPTION, INDEX, LORA_FACTS, *FOLDERS))
+        if held and not (folder / INDEX).is_file():
+            raise ValueError(f"{folder} is the folder of a run; its result is {folder / inner}. Pass that.")
+
+
+def _check_unused(teacher: Teacher, name: str | Path, **options: object) -> None:
+    if given := [f"--{option.replace('_', '-')}" for option, value in options.items() if value]:
+        height, width = teacher.size
+        raise ValueError(
+            f"{name} is no model of diffusers, and draws {height} x {width} pixels; leave out {', '.join(given)}."
+        )
+
+
+def _from_pipeline(
+    pipeline: Pipeline, size: int | tuple[int, int] | None, vae_dtype: torch.dtype | None,
+    cache: Path | str | None, *, slicing: bool, tiling: bool,
+) -> Teacher:  # fmt: skip
+    family, settings, index = pipeline.family, pipeline.scheduler, pipeline.index
+    schedule, kind = pipeline.schedule()
+    check_last_time(schedule, kind, pipeline.folder)
+    shift = check_shift(settings) if family.flow else 1.0
+    shape = pipeline.check(size, tiling=tiling)
+    model: Any = pipeline.network()
+    # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
+    scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
+    times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))
+    if not family.texts:
+        num_classes = int(model.config.num_class_embeds or 0)
+        options = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
+        # As it is, it is called as ours are, and its students are saved under its names.
+        network = model if model.dtype == torch.float32 else freeze(DiffusersNetwork(model))
+        # Nothing in the folder says whether its last class stands for no label.
+        return Teacher(
+            NetworkDenoiser(network, schedule, kind), shape, num_classes, {**facts, "null_class": False}, times,
+            null_class=False, source=pipeline.folder,
+        )  # fmt: skip
+    return Teacher(
+        NetworkDenoiser(freeze(DiffusersNetwork(model)), schedule, kind, scale), shape, times=times, shift=shift,
+        codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=pipeline.prompts(model, cache),
+        sized=model.config.get("addition_embed_type") == "text_time",
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),
+        source=pipeline.folder,
+    )  # fmt: skip
+
+
+def _from_denoiser(folder: Path, network: str) -> Teacher:
+    facts = read_facts(folder)
+    if missing := sorted({"shape", "num_classes", "network"} - facts.keys()):
+        raise ValueError(f"{folder} does not say its {', '.join(missing)}; was it written by train_teacher.py?")
+    return Teacher(
+        load_denoiser(folder, _network_of(folder, facts, network)), tuple(facts["shape"]), facts["num_classes"],
+        facts, tuple(facts.get(TIMES, ())), bool(facts.get("null_class", True)), source=folder,
+    )  # fmt: skip
+
+
+def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Module:
+    if facts["network"] != "function":
+        if network:
+            raise ValueError(
+                f"--network is for students of a module:function; {folder} says how its network is built."
+            )
+        # Facts and weights may come from anywhere. A network that would fill the memory costs none on "meta".
+        with torch.device("meta"):
+            planned = build_network(facts)
+        check_fit(folder / WEIGHTS, planned)
+        return build_network(facts)
+    if network:
+        return own_network(network)
+    # A folder may come from anywhere. Its word for the function is repeated here, and never imported.
+    options = facts.get("options")
+    hint = str(options.get("name") if isinstance(options, dict) else None)[:80]
+    raise ValueError(
+        f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
+        "folder names is not run. If you have that code and trust it, pass --network module:function: a function "
+        "that returns the network, or the teacher, with weights of any kind."
+    )
+
+
+def own_network(name: str) -> nn.Module:
+    """The network that the user's ``module:function`` builds: returned as such, in a denoiser, or in a teacher.
+
+    Raises ``ValueError`` for a function that fails, or returns anything else.
+    """
+    built = call(name)
+    built = built.denoiser if isinstance(built, Teacher) else built
+    built = built.network if isinstance(built, NetworkDenoiser) else built
+    if not isinstance(built, nn.Module):
+        raise ValueError(
+            f"--network {name} must return a network, a NetworkDenoiser or a Teacher; got {type(built).__name__}."
+        )
+    return built
+
+
+def _from_function(name: str) -> Teacher:
+    teacher = call(name)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"{name} must return a scorefield.models.teacher.Teacher(denoiser, shape, num_classes); got "
+            f"{type(teacher).__name__}."
+        )
+    # With what is saved beside a student, the name is only a hint.
+    facts = {
+        "network": "function", "options": {"name": name}, "shape": list(teacher.shape),
+        "num_classes": teacher.num_classes, "null_class": teacher.null_class, "code": code_of(name),
+    }  # fmt: skip
+    sigma_data = teacher.facts.get("sigma_data", preconditioned(teacher.denoiser.network))
+    if sigma_data is not None:
+        facts["sigma_data"] = check_sigma_data(sigma_data)
+    return replace(teacher, facts=facts)

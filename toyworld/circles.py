@@ -1,0 +1,83 @@
+"""The painter of circles: a small model of pixels that draws what captions of ``controlnet.circles`` say."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from controlnet.circles import COLOURS
+from scorefield import Cond, NetworkDenoiser, VariancePreserving
+from scorefield.atomic import whole_folder
+from scorefield.files import read_json
+from scorefield.models.codec import Patches
+from scorefield.models.networks import DiffusersNetwork
+from scorefield.models.pretrained import PartReader
+from scorefield.models.teacher import Teacher
+
+FACTS = "circles.json"
+"""The file by which a folder is known as one of train_circles.py."""
+
+PATCHES = Patches(2)
+
+PALETTE = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
+"""Colours of the small circles: the corners of the cube, which nobody confuses."""
+
+
+def make_circles_unet(size: int) -> UNet2DConditionModel:
+    """A small network of v for pictures of ``size`` pixels in patches, told two colours."""
+    channels = 3 * PATCHES.factor**2
+    return UNet2DConditionModel(
+        sample_size=size // PATCHES.factor, in_channels=channels, out_channels=channels,
+        block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * len(COLOURS),
+    )  # fmt: skip
+
+
+def encode_captions(captions: Sequence[str]) -> Cond:
+    """Captions such as "red circle with blue background" as two tokens of one colour each; zeros for none.
+
+    Raises ``ValueError`` for any other caption.
+    """
+    states = torch.zeros(len(captions), 2, 2 * len(COLOURS))
+    for row, caption in enumerate(captions):
+        if not caption:
+            continue
+        colours = caption.removesuffix(" background").split(" circle with ")
+        if len(colours) != 2 or not set(colours) <= set(COLOURS):
+            raise ValueError(f'expected a caption such as "red circle with blue background"; got {caption!r}.')
+        for token, colour in enumerate(colours):
+            states[row, token, token * len(COLOURS) + COLOURS.index(colour)] = 1
+    return {"encoder_hidden_states": states}
+
+
+def painter(network: nn.Module, size: int, source: Path | None = None) -> Teacher:
+    """The network as a teacher, on Stable Diffusion's noise levels."""
+    denoiser, side = NetworkDenoiser(network, VariancePreserving.scaled_linear(), "v"), size // PATCHES.factor
+    shape = (3 * PATCHES.factor**2, side, side)
+    return Teacher(denoiser, shape, codec=PATCHES, texts=encode_captions, source=source)
+
+
+def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
+    """Write the painter of circles; :func:`load_circles` reads it."""
+    with whole_folder(folder) as temporary:
+        unet.save_pretrained(temporary, safe_serialization=True)
+        (temporary / FACTS).write_text(json.dumps({"size": size}))
+        (temporary / "README.md").write_text(card)
+    return folder
+
+
+def load_circles(folder: Path, device: torch.device | str = "cpu") -> Teacher:
+    """A folder of :func:`save_circles`. Raises ``ValueError`` for one that is damaged."""
+    unet = PartReader(torch.float32, torch.device(device)).read(UNet2DConditionModel, folder)
+    size = read_json(folder / FACTS).get("size")
+    if not isinstance(size, int) or not 0 < size < 2**16 or size % PATCHES.factor:
+        raise ValueError(
+            f"{folder / FACTS}: size must be the pixels of a side; got {str(size)[:40]}. Was it edited?"
+        )
+    return painter(DiffusersNetwork(unet), size, folder)
