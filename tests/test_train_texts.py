@@ -226,7 +226,7 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
     path.write_text("a mug\n" + "far too long for this\n" + "cone\n")
     config = config_of(root, tmp_path / "run", prompts=str(path), steps=2, warmup_steps=0, **PLAIN)
     with pytest.raises(
-        ValueError, match=r"1 of 3 prompts of .* are longer .* 'far too long for this' by \d+ tokens"
+        ValueError, match=r"1 of 3 prompts .* are longer .* 'far too long for this' by \d+ tokens"
     ):
         train_dmd.main(config)
     assert not (tmp_path / "run").exists()
