@@ -16,7 +16,7 @@ import train_teacher
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from images import ImageSet
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from scorefield import Karras, NetworkDenoiser, VariancePreserving
 from scorefield.models import user_code
@@ -73,16 +73,6 @@ def small_unet(**changes):
     return UNet2DModel(**{**settings, **changes}).eval()
 
 
-def test_a_diffusers_folder_that_lacks_a_tensor_is_refused(tmp_path):
-    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
-    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    del weights["conv_in.bias"]
-    save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"conv_in\.bias"):
-        load_teacher(str(tmp_path))
-
-
 def test_a_diffusers_pipeline_folder_is_a_teacher(tmp_path):
     unet, scheduler = (
         small_unet(),
@@ -100,19 +90,6 @@ def test_a_diffusers_pipeline_folder_is_a_teacher(tmp_path):
         torch.testing.assert_close(teacher.denoiser(x_t, t, {}), want)
     again = build_network(json.loads(json.dumps(teacher.facts)))
     again.load_state_dict(unet.state_dict())
-
-
-def test_diffusers_folders_that_cannot_teach_are_refused(tmp_path):
-    small_unet().save_pretrained(tmp_path / "alone")
-    with pytest.raises(ValueError, match=r"no scheduler/scheduler_config\.json"):
-        load_teacher(str(tmp_path / "alone"))
-    DDPMPipeline(small_unet(out_channels=2), DDPMScheduler()).save_pretrained(tmp_path / "variance")
-    with pytest.raises(ValueError, match="maps 1 channels to 2: it learned its variance"):
-        load_teacher(str(tmp_path / "variance"))
-    small_unet().save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    DDPMScheduler().save_pretrained(tmp_path / "pickled")
-    with pytest.raises(ValueError, match="safetensors"):
-        load_teacher(str(tmp_path / "pickled"))
 
 
 def test_a_function_of_the_user_is_a_teacher_and_its_student_is_found_again(own_module, tmp_path):

@@ -1,9 +1,11 @@
 """What load_teacher refuses, and what it says; what it finds by name without a connection."""
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
+import pkgutil
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from scorefield.models import pretrained
+from scorefield.models import families, pretrained
 from scorefield.models.teacher import load_teacher
 from scorefield.schedule import VariancePreserving
 
@@ -367,6 +369,14 @@ def test_other_pipelines_are_refused(folder, name):
     edit(folder / "model_index.json", _class_name=name)
     with pytest.raises(ValueError, match=r"unsupported pipeline class .*; expected one of DDIMPipeline, "):
         load_teacher(folder)
+
+
+def test_a_family_is_found_by_the_name_of_its_file():
+    names = [module.name for module in pkgutil.iter_modules(families.__path__)]
+    assert "stable_diffusion_xl" in names
+    for name in names:
+        family = importlib.import_module(f"{families.__name__}.{name}").FAMILY
+        assert families.family_of({"_class_name": family.pipeline}) is family
 
 
 def test_folders_that_are_no_pipelines_are_refused(folder, tmp_path):

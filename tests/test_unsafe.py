@@ -252,9 +252,7 @@ def test_descriptions_that_would_fill_the_memory_are_refused_unread(tmp_path):
         with (folder / name).open("r+b") as file:
             file.truncate(2**31)
         with pytest.raises(ValueError, match="has 2,147,483,648 bytes"):
-            (features.load_classifier if name == "features.json" else lambda x: networks.load_teacher(str(x)))(
-                folder
-            )
+            (features.load_classifier if name == "features.json" else lambda x: load_teacher(str(x)))(folder)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"size": "a"}', '{"size": 7}', "[", '{"size": 1e999}'])

@@ -72,9 +72,9 @@ def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
     return folder
 
 
-def load_circles(folder: Path, device: torch.device | str = "cpu") -> Teacher:
+def load_circles(folder: Path) -> Teacher:
     """A folder of :func:`save_circles`. Raises ``ValueError`` for one that is damaged."""
-    unet = PartReader(torch.float32, torch.device(device)).read(UNet2DConditionModel, folder)
+    unet = PartReader(torch.float32, torch.device("cpu")).read(UNet2DConditionModel, folder)
     size = read_json(folder / FACTS).get("size")
     if not isinstance(size, int) or not 0 < size < 2**16 or size % PATCHES.factor:
         raise ValueError(

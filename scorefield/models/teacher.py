@@ -42,7 +42,7 @@ NAMES = {"toyworld": "toyworld:pipeline_folder"}
 """Names of models that ship, and the functions that know their folders; imported when they are asked for."""
 
 FOLDERS = {"circles.json": "toyworld.circles:load_circles"}
-"""Files by which folders of other makers are known, and who reads them: (folder, device) -> Teacher."""
+"""Files by which folders of other makers are known, and who reads them: folder -> Teacher."""
 
 IN_MEMORY = 2**30
 """Bytes of encoded prompts up to which all are kept in memory; more are read from the disk."""
@@ -280,14 +280,9 @@ def load_teacher(
         _check_name(name)
         reader = PartReader(dtype, device, allow_pickle, variant)
         pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
-        if not few_steps:
-            check_many_steps(pipeline.scheduler, pipeline.folder)
         check_options(bool(pipeline.family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
-        return _from_pipeline(pipeline, size, vae_dtype, cache, slicing=slicing, tiling=tiling)
-    if is_function:
-        teacher = _from_function(str(name))
-    else:
-        teacher = _ours(FOLDERS[file])(folder, device) if file in FOLDERS else _from_denoiser(folder, network)
+        return _from_pipeline(pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling)
+    teacher = _from_function(str(name)) if is_function else _from_folder(folder, str(file), network)
     other_size = size is not None and teacher.size not in (size, (size, size))
     _check_unused(
         teacher, name, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling, allow_pickle=allow_pickle,
@@ -340,9 +335,11 @@ def _check_unused(teacher: Teacher, name: str | Path, **options: object) -> None
 
 def _from_pipeline(
     pipeline: Pipeline, size: int | tuple[int, int] | None, vae_dtype: torch.dtype | None,
-    cache: Path | str | None, *, slicing: bool, tiling: bool,
+    cache: Path | str | None, few_steps: bool, *, slicing: bool, tiling: bool,
 ) -> Teacher:  # fmt: skip
     family, settings, index = pipeline.family, pipeline.scheduler, pipeline.index
+    if not few_steps:
+        check_many_steps(settings, pipeline.folder)
     schedule, kind = pipeline.schedule()
     check_last_time(schedule, kind, pipeline.folder)
     shift = check_shift(settings) if family.flow else 1.0
@@ -371,7 +368,10 @@ def _from_pipeline(
     )  # fmt: skip
 
 
-def _from_denoiser(folder: Path, network: str) -> Teacher:
+def _from_folder(folder: Path, file: str, network: str) -> Teacher:
+    if file in FOLDERS:
+        teacher: Teacher = _ours(FOLDERS[file])(folder)
+        return teacher
     facts = read_facts(folder)
     if missing := sorted({"shape", "num_classes", "network"} - facts.keys()):
         raise ValueError(f"{folder} does not say its {', '.join(missing)}; was it written by train_teacher.py?")
