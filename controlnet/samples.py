@@ -94,8 +94,8 @@ class Pictures:
 
     def some(self, numbers: Sequence[int]) -> "Pictures":
         """Those with these numbers."""
-        rows, digests = ([part[number] for number in numbers] for part in (self.rows, self.digests))
-        return replace(self, rows=rows, digests=digests)
+        rows = [self.rows[number] for number in numbers]
+        return replace(self, rows=rows, digests=[self.digests[number] for number in numbers])
 
     def _stored(self) -> tuple[int, int]:
         return round(self.size[0] * self.room), round(self.size[1] * self.room)

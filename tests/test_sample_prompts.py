@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,16 @@ def test_pictures_lie_in_a_folder_per_prompt_and_a_grid_column(folders, tmp_path
     assert sample.columns(3) == 9
     assert sample.columns(0) == 10
     assert sample.columns(11) == 10
+
+
+def test_one_prompt_that_names_a_file_stands_for_what_is_in_it(tmp_path):
+    (tmp_path / "p.csv").write_bytes(b"prompt,x\na mug,1\nthe cat\x92s,2\n")
+    asked = config_of("m", tmp_path, prompts=(str(tmp_path / "p.csv"),))
+    with pytest.raises(ValueError, match=r"p\.csv, line 3 is not UTF-8: byte 0x92"):
+        sample.read_prompts(asked)
+    assert sample.read_prompts(replace(asked, on_bad_data="skip")) == ("a mug",)
+    for words in (("p.csv", "a mug"), ("a cone.txt",), (str(tmp_path),)):
+        assert sample.read_prompts(replace(asked, prompts=words)) == words
 
 
 def test_a_size_of_its_own(folders, tmp_path):

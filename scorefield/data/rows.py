@@ -112,7 +112,9 @@ class Pixels:
 
     def read(self) -> bytes:
         """As a PNG file."""
-        array = self.pixels if self.pixels.dtype == np.uint8 else np.uint8(np.round((self.pixels + 1) * 127.5))
+        array = (
+            self.pixels if self.pixels.dtype == np.uint8 else np.round((self.pixels + 1) * 127.5).astype(np.uint8)
+        )
         content = io.BytesIO()
         Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(content, "png")
         return content.getvalue()

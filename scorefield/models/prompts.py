@@ -66,7 +66,7 @@ class PromptEncoder:
         cut = {prompt: int(entry.get(CUT, 0)) for prompt, entry in known.items() if prompt not in self.told}
         if long := [prompt for prompt, number in cut.items() if number]:
             warnings.warn(
-                f"{len(long)} of {len(known)} prompts are too long and cut, such as {long[0]!r} by its last "
+                f"{len(long)} of {len(known)} prompts are too long and cut, such as {long[0][:80]!r} by its last "
                 f"{cut[long[0]]} tokens.", stacklevel=2,
             )  # fmt: skip
         self.told.update(long)
@@ -102,7 +102,7 @@ class PromptEncoder:
             return list(range(len(cut)))
         first = (
             f"{len(long)} of {len(cut)} prompts of {source} are longer than the text encoders read, such as "
-            f"{prompts[long[0]]!r} by {cut[long[0]]} tokens"
+            f"{prompts[long[0]][:80]!r} by {cut[long[0]]} tokens"
         )
         kept = (
             list(range(len(cut))) if long_prompts == "cut" else [i for i, tokens in enumerate(cut) if not tokens]
