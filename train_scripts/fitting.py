@@ -150,8 +150,8 @@ def fit(
     the run has to stop. It is called again for the step resumed from, since its look at that one may have been cut
     off: two looks at the same weights must leave what one does. All call ``check`` with the step and whether it is
     about to be saved, and it may raise, as do weights that are not finite. All call ``keep``, which returns the
-    steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every rank after the last step, while they
-    can still speak to each other: they cannot afterwards, unless this stage of the run is not the ``last``.
+    steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every
+    rank after the last step, while they can still speak to each other: not afterwards, if this stage is the ``last``.
     SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
     Ctrl-C, with 130, and SIGHUP, with 129.
     """
