@@ -225,9 +225,7 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
     path = tmp_path / "long.txt"
     path.write_text("a mug\n" + "far too long for this\n" + "cone\n")
     config = config_of(root, tmp_path / "run", prompts=str(path), steps=2, warmup_steps=0, **PLAIN)
-    with pytest.raises(
-        ValueError, match=r"1 of 3 prompts .* are longer .* 'far too long for this' by \d+ tokens"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 3 prompts .* are longer .* 'far too long for this' by \d+ tokens"):
         train_dmd.main(config)
     assert not (tmp_path / "run").exists()
     train_dmd.main(replace(config, long_prompts="skip"))

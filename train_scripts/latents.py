@@ -17,6 +17,7 @@ from tqdm import tqdm
 from scorefield.cache import Content, TensorCache, content_key
 from scorefield.data.pictures import as_floats, central, open_image
 from scorefield.data.rows import in_shares
+from scorefield.models.codec import Codec
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import Teacher
 
@@ -114,7 +115,7 @@ class Latents:
 
 def check_images(images: Pictures, teacher: Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
     """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
-    assert teacher.codec is not None
+    assert isinstance(teacher.codec, Codec)
     facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])
     if len(set(teacher.size)) > 1:  # entries of an earlier version were square
         facts = torch.cat([facts, torch.ones(1)])
