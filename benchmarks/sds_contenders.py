@@ -17,6 +17,7 @@ from torch.nn.functional import mse_loss
 from scorefield.denoiser import Cond
 from scorefield.gradient import standard_normal
 from scorefield.guidance import guided
+from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.schedule import per_sample
@@ -111,7 +112,7 @@ def generfacto(guide: Guide, *, two_calls: bool = False) -> Loss:
     Raises ``ValueError`` for a teacher of pixels.
     """
     codec = guide.teacher.codec
-    if codec is None:
+    if not isinstance(codec, Codec):
         raise ValueError("the teacher works on pixels: there is no encoder to freeze or not.")
     learning = copy.deepcopy(codec.vae).requires_grad_(True)
     guide = replace(guide, teacher=replace(guide.teacher, codec=replace(codec, vae=learning)))

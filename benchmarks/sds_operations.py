@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
+from scorefield.models.codec import Codec
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.teacher import Teacher
 from scorefield.schedule import VariancePreserving
@@ -69,7 +70,7 @@ def parts(guide: Guide) -> dict[str, int]:
         counted = {"network": operations(lambda: denoiser(x_t, t, guide.negative))}
         counted["decoder"] = operations(lambda: teacher.decode(x_t))
     counted["encoder"] = operations(there_and_back)
-    assert teacher.codec is not None
+    assert isinstance(teacher.codec, Codec)
     teacher.codec.vae.requires_grad_(True)
     counted["learning encoder"] = operations(there_and_back)
     teacher.codec.vae.requires_grad_(False)

@@ -355,7 +355,7 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, rank_
     options = {
         "--teacher": place / "model", "--data": place / "data", "--size": SIZE, "--steps": 3, "--batch-size": 2,
         "--eval-every": 2, "--eval-samples": 3, "--sampling-steps": 2, "--guidance": 1, "--out": tmp_path / "two",
-        "--cache": tmp_path / "cache", "--learning-rate": "1e-3",
+        "--cache": tmp_path / "cache", "--learning-rate": "1e-3", "--long-prompts": "cut",
     }  # fmt: skip
     flags = [f"--{name}" for name in rank_changes]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

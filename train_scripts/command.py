@@ -99,7 +99,7 @@ def run(
     try:
         with held:
             refuse_renamed(sys.argv[1:])
-            default = {} if presets is None else {"default": _preset(sys.argv[1:], presets)}
+            default: dict[str, Any] = {} if presets is None else {"default": _preset(sys.argv[1:], presets)}
             config = tyro.cli(config_type, description=description, **default)
             for folder in _out_of(config) if folders is None else folders(config):
                 hold(folder, held)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scorefield import Cond, Denoiser, guided
 from scorefield.gradient import TimeWeight
+from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
@@ -80,7 +81,7 @@ def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
 def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
     """What a run reads of its teacher, as inputs of :func:`command.identity`."""
     codec: list[Tensor] = []
-    if teacher.codec is not None:
+    if isinstance(teacher.codec, Codec):
         codec = [
             *teacher.codec.vae.state_dict().values(),
             torch.tensor([teacher.codec.scaling, teacher.codec.shift]),

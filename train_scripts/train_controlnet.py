@@ -161,8 +161,9 @@ def make_batches(
     assert codec is not None
     on_means = source is not None and source.resolve() == pipeline_folder().resolve()
     sampled = config.latents == "sampled" or (config.latents == "auto" and not on_means)
-    kept = isinstance(codec, Codec) and config.crop == "center"
-    cache = TensorCache(config.cache / "latents", codec.identity()) if kept and config.cache else None
+    cache = None
+    if isinstance(codec, Codec) and config.crop == "center" and config.cache:
+        cache = TensorCache(config.cache / "latents", codec.identity())
     latents = Latents(codec.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
     training, held_out = (
         ControlBatches(

@@ -298,7 +298,8 @@ def read_student_times(index: Mapping[str, Any], settings: Mapping[str, Any], so
     if not is_few_step(settings):
         return ()
     name, last = settings["_class_name"], settings.get("shift_terminal")
-    number, scheduler = 0, None
+    number: Any = 0
+    scheduler: Any = None
     if name == "LCMScheduler":
         number, scheduler = settings.get("original_inference_steps"), LCMScheduler.from_config(settings)
     elif name == "FlowMatchLCMScheduler" and settings.get("shift") == 1:
