@@ -24,6 +24,7 @@ from tqdm import tqdm
 from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models.components import readable
 from scorefield.models.pipeline import open_pipeline
 from scorefield.models.preflight import check_many_steps
 from scorefield.models.pretrained import INDEX, PartReader
@@ -111,6 +112,7 @@ def main(config: Config) -> Path:
     return config.out
 
 
+@readable
 def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
     """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
 
