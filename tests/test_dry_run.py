@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scorefield.models.pretrained import read_student_times
+from scorefield.models.prompts import PromptEncoder
 from scorefield.models.teacher import load_teacher
 
 BRIEF = {"steps": 2, "batch_size": 2, "save_every": 2, "log_every": 1}
@@ -146,6 +147,27 @@ def test_what_a_dry_run_accepts_starts_and_what_it_refuses_has_a_remedy(
         start(dry_run=True, **options) if command != "sample" else None
         assert not (tmp_path / "out" / "run").exists()
         assert start(dry_run=False, **options).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precision": "bf16", "student_ratio": 0.0, "teacher": "plain"}, "rounding of bf16"),
+        ({"warmup_steps": 2}, r"belongs to another config \(warmup_steps: 1 there, 2 now\)"),
+        ({"bottleneck": "nowhere"}, "--bottleneck nowhere"),
+    ],
+)
+def test_nothing_is_refused_behind_the_encoding_of_prompts(root, tmp_path, monkeypatch, changes, said):
+    if "teacher" in changes:
+        tiny.sd(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).save_pretrained(tmp_path / "plain")
+        changes["teacher"] = str(tmp_path / "plain")
+    elif "warmup_steps" in changes:
+        AcceleratorState._reset_state(True)
+        distil(root, root / "sd", tmp_path / "run", gan_weight=0.0)
+    AcceleratorState._reset_state(True)
+    monkeypatch.delattr(PromptEncoder, "num_cut")
+    with pytest.raises(ValueError, match=said):
+        distil(root, root / "sd", tmp_path / "run", gan_weight=0.0, **changes)
 
 
 def times_of(folder):

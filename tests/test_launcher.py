@@ -173,6 +173,7 @@ for what in ("option", "code", "input", "same"):
         assert accelerator.num_processes == 2
         own = identity(config, accelerator, {"data": str(rank if what == "input" else 0)})
         fitting.resume(config, [], accelerator, own)
+        accelerator.wait_for_everyone()  # the first rank writes
         print(f"rank {rank} {what}: {out.exists()}", flush=True)
     except ValueError as error:
         print(f"rank {rank} {what}: {out.exists()} {error}", flush=True)

@@ -205,7 +205,7 @@ def test_pixels_sampled_by_our_loop_are_the_pipelines(save, name):
         noise = torch.randn(2, *teacher.shape, generator=ours)
         times = pipeline.scheduler.timesteps.double()
         x0 = sample(teacher.denoiser, noise, {}, times=times, step=step, generator=ours)
-        close((x0 / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-4)
+        close((x0 / 2 + 0.5).clamp(0, 1), torch.as_tensor(image), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

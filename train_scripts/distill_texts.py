@@ -1,6 +1,7 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from distill_options import Config
 from fitting import prepare, start
 from judged import SIZE, text_watch
 from latents import Latents, check_images
-from roles import build_method, build_text_roles, plan_of_pairs, planned_roles, settled, student_times
+from roles import build_method, build_text_roles, check_rounding, plan_of_pairs, planned_roles, settled, student_times
 from stages import Stages, distil
+from starting import check_options
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked
 from texts import Texts, read_texts
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.training import checkpoint
+
+INPUTS = ("teacher", "prompts", "data")
+"""What a run reads, in its identity as fingerprints."""
 
 WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
 """Options that change no number of a run."""
@@ -115,6 +120,9 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         latents = None
         config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
         check_inputs(config, texts, source)
+        check_rounding(config, source.denoiser)
+        if not config.dry_run:
+            check_options(config.out, own_options(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         if config.gan_weight and config.reals == "data" and not (config.dry_run and config.prompts == "toyworld"):
             latents, faults = check_images(texts.images, source, accelerator)
             good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
@@ -158,11 +166,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
-    own = {
-        name: value
-        for name, value in identity(config, accelerator, hashes_of(inputs)).items()
-        if name not in WATCHING
-    }
+    own = own_options(config, accelerator, hashes_of(inputs))
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
     )
@@ -177,6 +181,12 @@ def pipeline_of(teacher: Teacher) -> Path:
     if teacher.source is None or not (teacher.source / INDEX).is_file():
         raise ValueError("--teacher must be a pipeline of diffusers to be distilled with --prompts.")
     return teacher.source
+
+
+def own_options(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Identity of the run; see :func:`command.identity`."""
+    own = identity(config, accelerator, inputs)
+    return {name: value for name, value in own.items() if name not in WATCHING}
 
 
 def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:

@@ -46,6 +46,7 @@ class Config:
 
 
 Network = Callable[[Tensor], Tensor]
+Channels = Literal["auto", "grey", "rgb"]
 
 
 def main(config: Config) -> Path | None:
@@ -53,7 +54,7 @@ def main(config: Config) -> Path | None:
     check(config)
     network, classifier = load_features(config.features, config.device)
     facts = classifier.facts if classifier else None
-    channels: Literal["auto", "grey", "rgb"] = "auto"
+    channels: Channels = "auto"
     if facts:
         channels = "grey" if facts.channels == 1 else "rgb"
     reference = load(config.reference, facts.resolution if facts else None, channels, config, "--reference")

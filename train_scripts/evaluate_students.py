@@ -41,6 +41,10 @@ class Config:
     """Folders that train_dmd.py wrote: pipelines, or LoRAs."""
     teacher: str = "toyworld"
     """Folder of the pipeline they learned from, or toyworld, which ships."""
+    allow_pickle: bool = False
+    """Read pickled weights where there are no safetensors. Only if you trust where they come from."""
+    variant: str = ""
+    """Of the weight files, if there are no plain ones, such as fp16."""
     out: Path = Path("runs/students")
     """Folder for figures.json and the contact sheet."""
     num_prompts: int = 500
@@ -107,7 +111,7 @@ def check(config: Config) -> None:
 
 def teacher_pictures(config: Config, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
-    pipeline = load_pipeline(config.teacher, config.device)
+    pipeline = load_teacher(config)
     weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
@@ -116,6 +120,11 @@ def teacher_pictures(config: Config, bench: Bench) -> Tensor:
         made = draw(drawing(config, config.steps, config.guidance), pipeline, bench.prompts)
         entry = cache.store(key, {"pictures": ((made + 1) * 127.5).round().to(torch.uint8)})
     return entry["pictures"].float() / 127.5 - 1
+
+
+def load_teacher(config: Config) -> Any:
+    """The teacher's pipeline."""
+    return load_pipeline(config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def student_pictures(config: Config, folder: Path, bench: Bench) -> Tensor:
@@ -130,7 +139,7 @@ def load_student(config: Config, folder: Path) -> Any:
     """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
     if not (folder / LORA_FACTS).is_file():
         return load_pipeline(folder, config.device)
-    pipeline = load_pipeline(config.teacher, config.device)
+    pipeline = load_teacher(config)
     try:
         check_regular(folder / LORA)
         weights = load_file(folder / LORA)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models.components import readable
 from scorefield.models.pipeline import open_pipeline
 from scorefield.models.preflight import check_many_steps
 from scorefield.models.pretrained import INDEX, PartReader
@@ -40,6 +41,10 @@ class Config:
 
     teacher: str = "runs/toyworld/pipeline"
     """Folder of diffusers, or toyworld, the pipeline that ships."""
+    allow_pickle: bool = False
+    """Read pickled weights where there are no safetensors. Only if you trust where they come from."""
+    variant: str = ""
+    """Of the weight files, if there are no plain ones, such as fp16."""
     out: Path = Path("runs/toyworld/figures")
     """Folder for figures.json and the contact sheet."""
     num_prompts: int = 500
@@ -69,7 +74,9 @@ def main(config: Config) -> Path:
     folder = Path(named_folder(config.teacher))
     if (folder / INDEX).is_file():
         check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
-    pipeline = load_pipeline(config.teacher, config.device)
+    pipeline = load_pipeline(
+        config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant
+    )
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
     renders, attributes = render_pictures(asked, config.seed)
@@ -105,7 +112,8 @@ def main(config: Config) -> Path:
     return config.out
 
 
-def load_pipeline(name: str | Path, device: str) -> Any:
+@readable
+def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
     """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
 
     Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
@@ -114,7 +122,7 @@ def load_pipeline(name: str | Path, device: str) -> Any:
     folder = Path(named_folder(name))
     if not (folder / INDEX).is_file():
         raise ValueError(f"--teacher {folder} is no folder of diffusers: it has no {INDEX}.")
-    parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu")))
+    parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
     if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
         raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
     parts.check()

@@ -67,6 +67,19 @@ def check_earlier(
         )
 
 
+def check_options(out: Path, own: Mapping[str, Any], inputs: Sequence[str]) -> None:
+    """Raise ``ValueError`` where the newest checkpoint in ``out`` has other options, ``inputs`` left out.
+
+    For what can be known before the long work of reading the inputs, whose fingerprints are compared later.
+    """
+    for newest in checkpoint.steps(out / "checkpoints")[-1:]:
+        try:
+            saved = json.loads((newest / "config.json").read_text())
+        except (OSError, ValueError):  # a damaged checkpoint is passed over later
+            return
+        checkpoint.compare(newest, {**own, **{name: saved.get(name) for name in inputs}})
+
+
 def note_identity(out: Path, own: Mapping[str, Any]) -> None:
     """Write what the run in ``out`` is made from; :func:`check_earlier` reads it."""
     with whole_file(out / IDENTITY) as temporary:

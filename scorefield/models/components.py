@@ -1,17 +1,22 @@
 """Parts of a downloaded pipeline: its index names no paths, its folders no code; only known files are copied."""
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scorefield.files import check_regular, check_small, printable, read_json
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of parts come from."""
@@ -37,6 +42,34 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
 _VARIANT = re.compile(r"(model|diffusion_pytorch_model)\.(\w+)(-\d+-of-\d+)?\.safetensors", re.ASCII)
 _OLD_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", re.ASCII)
+
+
+@contextmanager
+def reading(place: Path | str) -> Iterator[None]:
+    """Turn whatever a library makes of a hostile or damaged folder into a ``ValueError`` that names it.
+
+    Libraries trust their files: a list in the place of a number ends as an ``AttributeError`` anywhere in them.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch has no class of its own for it on a CPU
+            raise
+        reason = printable(f"{type(error).__name__}: {str(error)[:200]}")
+        raise ValueError(f"{place} is damaged, or no model of this kind ({reason}). Download it again.") from error
+
+
+def readable(load: Callable[P, T]) -> Callable[P, T]:
+    """Let a function, whose first argument is a folder or a name, raise as :func:`reading` does."""
+
+    @functools.wraps(load)
+    def loaded(*arguments: P.args, **options: P.kwargs) -> T:
+        with reading(str(next(iter([*arguments, *options.values()])))):
+            return load(*arguments, **options)
+
+    return loaded
 
 
 def check_index(index: Mapping[str, Any], file: Path, used: Iterable[str]) -> None:

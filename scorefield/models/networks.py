@@ -137,11 +137,11 @@ class UNet(nn.Module):
         if shape[1] % scale or shape[2] % scale:
             raise ValueError(
                 f"a UNet of {len(channels)} resolutions on {patch} x {patch} patches needs sides divisible by "
-                f"{scale}; got {shape[1]} x {shape[2]}. Pass another --resolution, or fewer channels."
+                f"{scale}; got {shape[1]} x {shape[2]}. Take images of another size, or fewer channels."
             )
         self.shape, self.num_classes, self.patch = tuple(shape), num_classes, patch
         if any(width % 8 for width in channels):
-            raise ValueError(f"--unet-channels must be divisible by 8, for group norm; got {channels}.")
+            raise ValueError(f"a UNet's channels must be divisible by 8, for group norm; got {channels}.")
         inner, plain = shape[0] * patch**2, len(channels) - 1
         unet: Any = UNet2DModel(
             sample_size=(shape[1] // patch, shape[2] // patch), in_channels=inner, out_channels=inner,

@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import nn
 
+from scorefield.denoiser import Cond
 from scorefield.files import read_json
 from scorefield.models.codec import Codec, load_codec, read_codec_config
-from scorefield.models.components import check_index, check_part
+from scorefield.models.components import check_index, check_part, reading
 from scorefield.models.families import Family, Parts, family_of, has_part, parts_of
 from scorefield.models.preflight import check_network, check_tokenizer, latent_shape, tokenizer_class
 from scorefield.models.pretrained import (
@@ -132,7 +133,13 @@ class Pipeline:
 
         def load() -> Encode:
             assert encoder is not None
-            return encoder(self.read_texts(), network, reader.device)
+            encode = encoder(self.read_texts(), network, reader.device)
+
+            def encode_here(prompts: list[str]) -> Cond:
+                with reading(self.folder):
+                    return encode(prompts)
+
+            return encode_here
 
         return PromptEncoder(
             folder=default_cache_folder() if cache is None else Path(cache),

@@ -20,6 +20,7 @@ from scorefield.cache import fingerprint
 from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, freeze
 from scorefield.guidance import guided
 from scorefield.models.codec import Codec, Patches
+from scorefield.models.components import readable, reading
 from scorefield.models.networks import DiffusersNetwork, build_network, check_sigma_data, preconditioned
 from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import (
@@ -279,9 +280,10 @@ def load_teacher(
     if file is None and not is_function:
         _check_name(name)
         reader = PartReader(dtype, device, allow_pickle, variant)
-        pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
-        check_options(bool(pipeline.family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
-        return _from_pipeline(pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling)
+        with reading(name):
+            pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
+            check_options(bool(pipeline.family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
+            return _from_pipeline(pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling)
     teacher = _from_function(str(name)) if is_function else _from_folder(folder, str(file), network)
     other_size = size is not None and teacher.size not in (size, (size, size))
     _check_unused(
@@ -368,6 +370,7 @@ def _from_pipeline(
     )  # fmt: skip
 
 
+@readable
 def _from_folder(folder: Path, file: str, network: str) -> Teacher:
     if file in FOLDERS:
         teacher: Teacher = _ours(FOLDERS[file])(folder)

@@ -123,7 +123,7 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], befor
     path = newest(folder, before)
     if path is None:
         return 0
-    _check_config(path, config)
+    compare(path, config)
     _check_networks(path, phases)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
     for phase in phases:
@@ -141,7 +141,7 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], befor
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` where the :func:`newest` checkpoint, if any, belongs to another config."""
     if (path := newest(folder)) is not None:
-        _check_config(path, config)
+        compare(path, config)
 
 
 def _damage(path: Path) -> str | None:
@@ -169,7 +169,8 @@ def _check_networks(path: Path, phases: Sequence[Phase]) -> None:
         )
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def compare(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where the checkpoint ``path`` belongs to another config, naming the fields."""
     saved, wanted = json.loads((path / "config.json").read_text()), json.loads(json.dumps(config, default=str))
     fields = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if fields:

@@ -1,0 +1,165 @@
+"""Every option that a message names is an option of every command that can print the message."""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scripts")
+SCRIPTS = sorted(path.stem for path in (ROOT / "train_scripts").glob("*.py") if "__main__" in path.read_text())
+SCRIPTS.remove("quickstart")  # which gives all options of its trainings itself
+
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?![\w-])")
+"""Those of `accelerate launch` have underscores."""
+
+
+Key = tuple[str, str]
+"""Module, and name of a function, class, method or constant in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a function, or a constant, says, and which names it uses: plain ones, and those behind a dot."""
+
+    said: frozenset[str]
+    names: frozenset[str]
+    dotted: frozenset[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The parts of a file by name, methods among them, and what its imports mean: (module, name or "")."""
+
+    parts: dict[str, Part]
+    methods: dict[str, list[str]]
+    imports: dict[str, Key]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "train_scripts" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def read_part(node: ast.AST) -> Part:
+    docs = {id(one.value) for one in ast.walk(node) if isinstance(one, ast.Expr)}
+    constants = [one for one in ast.walk(node) if isinstance(one, ast.Constant) and id(one) not in docs]
+    texts = [one.value for one in constants if isinstance(one.value, str)]
+    dotted = set()
+    for one in ast.walk(node):
+        if isinstance(one, ast.Attribute):
+            dotted.add((one.value.id if isinstance(one.value, ast.Name) else "", one.attr))
+    names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    said = {option for text in texts for option in OPTION.findall(text)}
+    return Part(frozenset(said), frozenset(names), frozenset(dotted))
+
+
+def read_module(path: Path) -> Module:
+    tree, parts, methods, imports = ast.parse(path.read_text()), {}, {}, {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            parts[node.name] = read_part(node)
+        elif isinstance(node, ast.ClassDef):
+            inner = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+            for one in inner:
+                parts[f"{node.name}.{one.name}"] = read_part(one)
+                methods.setdefault(one.name, []).append(f"{node.name}.{one.name}")
+            begun = frozenset(f"{node.name}.{one.name}" for one in inner if one.name.startswith("__"))
+            bases = frozenset(base.id for base in node.bases if isinstance(base, ast.Name))
+            parts[node.name] = Part(frozenset(), begun | bases, frozenset())
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and node.value is not None:
+                parts[target.id] = read_part(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports |= {alias.asname or alias.name.split(".")[0]: (alias.name, "") for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return Module(parts, methods, imports)
+
+
+@functools.cache
+def read_all() -> dict[str, Module]:
+    paths = [path for place in PLACES for path in (ROOT / place).rglob("*.py")]
+    return {module_name(path): read_module(path) for path in paths}
+
+
+def found(module: str, name: str) -> Key | None:
+    """Where a name of a module is written, behind any number of imports."""
+    modules = read_all()
+    for _ in range(5):
+        if f"{module}.{name}" in modules:
+            return f"{module}.{name}", ""
+        if module not in modules:
+            return None
+        if name in modules[module].parts:
+            return module, name
+        module, name = modules[module].imports.get(name, ("", ""))
+        if not name:
+            return (module, "") if module in modules else None
+    return None
+
+
+def reached(script: str) -> list[Key]:
+    """All that a script may call: what its functions name, and any method of that name in what it reaches."""
+    modules, seen, left = read_all(), set(), [(script, "main")]
+    called: set[str] = set()
+    while left:
+        module, name = left.pop()
+        if (module, name) in seen or not name:
+            continue
+        seen.add((module, name))
+        part = modules[module].parts[name]
+        left += [key for one in part.names if (key := found(module, one))]
+        for before, behind in part.dotted:
+            place = found(module, before) if before else None
+            if place is not None and not place[1]:
+                left += [key for key in [found(place[0], behind)] if key]
+            else:
+                called.add(behind)
+        touched = {one for one, _ in seen}
+        left += [
+            (one, full) for one in touched for method in called for full in modules[one].methods.get(method, ())
+        ]
+    return sorted(seen)
+
+
+def options_of(script: str) -> set[str]:
+    config = importlib.import_module(script).Config
+    hints = typing.get_type_hints(config, include_extras=True)
+    names = set()
+    for field in dataclasses.fields(config):
+        flag = field.name.replace("_", "-")
+        names |= {flag, f"no-{flag}"} if hints[field.name] is bool else {flag}
+        for extra in getattr(hints[field.name], "__metadata__", ()):
+            aliases = getattr(extra, "aliases", None) or ()
+            names |= {alias.lstrip("-") for alias in aliases}
+    return names | {"help"}
+
+
+NEVER_SAID = {
+    # Images that are only measured: --data stands for --generated and --reference, and what the features are made
+    # for sets size and channels.
+    "evaluate": {"data", "resolution", "channels"},
+    # Samples of a teacher that learns are drawn without guidance.
+    "train_teacher": {"guidance"},
+}
+"""Options that a command says nothing of, though it calls what could."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_that_messages_name_exist(script):
+    options, modules = options_of(script), read_all()
+    lacking = [
+        f"{module}.{name} names --{option}"
+        for module, name in reached(script)
+        for option in modules[module].parts[name].said - options - NEVER_SAID.get(script, set())
+    ]
+    assert not lacking
