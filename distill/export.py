@@ -21,13 +21,8 @@ from distill.student import Student, even_times
 from scorefield.atomic import whole_folder
 from scorefield.files import read_json
 from scorefield.models.codec import read_codec_config
-<<<<<<< HEAD
 from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
 from scorefield.models.families import family_of, has_part, parts_of
-=======
-from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part, readable
-from scorefield.models.families import DiffusersNetwork, family_of, has_part, parts_of
->>>>>>> 5b856f5 (Whatever a library makes of a hostile folder is one line: campaigns of hundreds of cases from fixed seeds)
 from scorefield.models.lora import Twin, adapter_weights, merged
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
@@ -256,36 +251,6 @@ def read_student_facts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in read_json(file).items() if name.startswith("dmd2_")}
 
 
-<<<<<<< HEAD
-=======
-@readable
-def read_student_times(folder: Path) -> tuple[float, ...]:
-    """Timesteps that an exported student is asked at, in its scheduler's units; empty for a teacher.
-
-    A folder that diffusers saved again has lost its facts; its scheduler still tells them. Raises ``ValueError``
-    for a model of few steps whose scheduler does not.
-    """
-    if asked := read_student_facts(folder).get("dmd2_denoising_timesteps", ()):
-        return tuple(float(t) for t in asked)
-    settings = _scheduler_settings(folder)
-    if not is_few_step(settings):
-        return ()
-    name, last = settings["_class_name"], settings.get("shift_terminal")
-    number, scheduler = 0, None
-    if name == "LCMScheduler":
-        number, scheduler = settings.get("original_inference_steps"), LCMScheduler.from_config(settings)
-    elif name == "FlowMatchLCMScheduler" and settings.get("shift") == 1:
-        number, scheduler = round(1 / (last or 1)), FlowMatchLCMScheduler.from_config(settings)
-    if scheduler is None or not isinstance(number, int) or not 1 <= number <= MOST_STEPS:
-        raise ValueError(
-            f"{folder} is a model of few steps, whose {name} does not say which. Draw it with diffusers, as its "
-            "card says."
-        )
-    scheduler.set_timesteps(number)
-    return tuple(scheduler.timesteps.tolist())
-
-
->>>>>>> 5b856f5 (Whatever a library makes of a hostile folder is one line: campaigns of hundreds of cases from fixed seeds)
 def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> dict[str, Any]:
     facts = {
         STUDENT_TIMES: [t * student.denoiser.time_scale for t in student.times],

@@ -13,7 +13,15 @@ from distill_options import Config
 from fitting import prepare, start
 from judged import SIZE, text_watch
 from latents import Latents, check_images
-from roles import build_method, build_text_roles, check_rounding, plan_of_pairs, planned_roles, settled, student_times
+from roles import (
+    build_method,
+    build_text_roles,
+    check_rounding,
+    plan_of_pairs,
+    planned_roles,
+    settled,
+    student_times,
+)
 from stages import Stages, distil
 from starting import check_options
 from teacher_check import PICTURE, check_teacher, draw_check, num_checked

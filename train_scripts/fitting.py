@@ -151,7 +151,7 @@ def fit(
     off: two looks at the same weights must leave what one does. All call ``check`` with the step and whether it is
     about to be saved, and it may raise, as do weights that are not finite. All call ``keep``, which returns the
     steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every
-    rank after the last step, while they can still speak to each other: not afterwards, if this stage is the ``last``.
+    rank after the last step, while they can still speak to each other: after the ``last`` stage they cannot.
     SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
     Ctrl-C, with 130, and SIGHUP, with 129.
     """
