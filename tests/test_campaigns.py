@@ -265,7 +265,7 @@ def mutate_header(file, chance):
 
 def model_commands(root, out, kind):
     model, dry = str(root / "model"), ["--dry-run", "--out", str(out)]
-    draw = ["--model", model, "--num-images", "1", "--steps", "2", "--out", str(out / "made.npz")]
+    draw = ["--teacher", model, "--num-images", "1", "--steps", "2", "--out", str(out / "made.npz")]
     teach = ["--teacher", model, "--skip-teacher-check", *dry]
     if kind in ("pixels", "ours"):
         return [("sample", draw), ("train_dmd", [*teach, "--gan-weight", "0"])]
@@ -352,8 +352,8 @@ def usual(inputs, models):
         "train_controlnet": ["--base", sd, "--data", str(inputs / "data"), "--hint", "canny", "--dry-run",
                              "--eval-samples", "2", "--test-samples", "0"],
         "train_circles": ["--dry-run"], "train_toyworld": ["--dry-run"], "quickstart": ["--dry-run"],
-        "sample": ["--model", ours, "--num-images", "2", "--steps", "2"],
-        "evaluate_toyworld": ["--pipeline", str(inputs / "empty")], "evaluate_students": ["--students", ours],
+        "sample": ["--teacher", ours, "--num-images", "2", "--steps", "2"],
+        "evaluate_toyworld": ["--teacher", str(inputs / "empty")], "evaluate_students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
         "train_features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
         "evaluate": ["--generated", npz, "--reference", npz, "--features", str(inputs / "empty")],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+from torch import distributed
 
 PATIENCE = 20.0
 """Seconds that ranks wait for one another to have heard."""
@@ -44,7 +44,8 @@ class Ranks:
         told = os.environ if environment is None else environment
         self._leave, self._done = leave, threading.Event()
         self.several = all(told.get(name) for name in NEEDED) and int(told["WORLD_SIZE"]) > 1
-        self._lock, self._store = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._store: Any = None
         if not self.several:
             return
         self._rank, self._size = int(told["RANK"]), int(told["WORLD_SIZE"])
@@ -82,11 +83,11 @@ class Ranks:
     def _connected(self) -> Any:
         if self._store is None:
             host, port, keeps = self._place
-            store = TCPStore(
+            store = distributed.TCPStore(
                 host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE),
                 multi_tenant=True,
             )  # fmt: skip
-            self._store = PrefixStore(f"scorefield/{self._attempt}", store)
+            self._store = distributed.PrefixStore(f"scorefield/{self._attempt}", store)
         return self._store
 
     def _wait_for_all(self, store: Any) -> None:
