@@ -145,12 +145,14 @@ def options_of(script: str) -> set[str]:
 
 
 NEVER_SAID = {
-    # Images that are only measured: --data stands for --generated and --reference, and what the features are made
-    # for sets size and channels.
-    "evaluate": {"data", "resolution", "channels"},
-    # Samples of a teacher that learns are drawn without guidance.
+    # Options that are passed on by another name, or not at all.
+    "evaluate": {"data", "resolution", "channels"}, "sample": {"data", "num-prompts"},
     "train_teacher": {"guidance"},
-}
+    # The toy world's judge sees one size.
+    "evaluate_toyworld": {"teacher-size"}, "evaluate_students": {"teacher-size"},
+    # The message says which commands have it.
+    "train_sds": {"network"}, "train_controlnet": {"network"},
+}  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 
 

