@@ -83,11 +83,12 @@ class Ranks:
     def _connected(self) -> Any:
         if self._store is None:
             host, port, keeps = self._place
-            store = distributed.TCPStore(
+            store = distributed.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE),
                 multi_tenant=True,
             )  # fmt: skip
-            self._store = distributed.PrefixStore(f"scorefield/{self._attempt}", store)
+            name = f"scorefield/{self._attempt}"
+            self._store = distributed.PrefixStore(name, store)  # type: ignore[attr-defined]
         return self._store
 
     def _wait_for_all(self, store: Any) -> None:
