@@ -141,7 +141,7 @@ FEW = [PAGE * pages for pages in (0, 1, 2, 3, 5, 9)]
 
 @pytest.mark.parametrize("name", ["samples", "samples.npz"])
 def test_samples(disk, teacher, name):
-    check_full(disk, sample, name, FEW, model=teacher, num_images=40, steps=2)
+    check_full(disk, sample, name, FEW, teacher=str(teacher), num_images=40, steps=2)
 
 
 def test_figures(disk, images, tmp_path):

@@ -179,7 +179,7 @@ def check_samples(words, folder):
 
 
 @fuzz(30)
-@given(words=flags(sample.Config, {"out", "model"}))
+@given(words=flags(sample.Config, {"out", "teacher"}))
 def test_flags_of_sampling(fresh, teacher, words):
     small = ["--teacher", str(teacher), "--num-images", "2", "--steps", "2"]
     code, said = check_samples([*small, *words], fresh())

@@ -250,9 +250,9 @@ def test_a_launcher_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"pipeline": Path("nosuch")}, "no model_index.json"), ({"device": "gpu"}, "--device gpu"),
+    ({"teacher": Path("nosuch")}, "no model_index.json"), ({"device": "gpu"}, "--device gpu"),
     ({"num_prompts": 1}, "at least 2"),
 ])  # fmt: skip
 def test_the_evaluation_refuses_what_it_cannot_measure(trained, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_toyworld.main(evaluate_toyworld.Config(**{"pipeline": trained, "out": tmp_path / "x", **changes}))
+        evaluate_toyworld.main(evaluate_toyworld.Config(**{"teacher": trained, "out": tmp_path / "x", **changes}))

@@ -68,7 +68,9 @@ def test_auto_is_no_worse_than_ddim_and_better_from_ten_calls(references, name):
     for calls in (2, 4, 6, 10, 20):
         plans = plan(ALL[name], calls), plan(ALL[name], calls, "ddim", "trailing")
         ours, theirs = (error_of(mixture, noise, exact, chosen) for chosen in plans)
-        assert ours < (1.3 if calls < 10 else 0.8) * theirs, calls
+        # On the trailing grid, where trained networks need it, a good solver gains less.
+        gain = 1.0 if plans[0].spacing == "trailing" else 0.8
+        assert ours < (1.3 if calls < 10 else gain) * theirs, calls
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -119,9 +121,11 @@ def test_a_plan_makes_the_calls_it_says_and_no_more_than_allowed(schedule, solve
 
 def test_auto_takes_what_was_best():
     names = {name: (plan(schedule, 10).solver, plan(schedule, 10).spacing) for name, schedule in ALL.items()}
-    assert set(names.values()) == {("unipc", "log-snr")}
+    beyond = {"ddpm", "zero-snr"}
+    assert {names[name] for name in beyond} == {("unipc", "trailing")}
+    assert {names[name] for name in names.keys() - beyond} == {("unipc", "log-snr")}
     few = {name: (plan(schedule, 4).solver, plan(schedule, 4).spacing) for name, schedule in ALL.items()}
-    assert few["ddpm"] == ("ddim", "karras")
+    assert few["ddpm"] == ("ddim", "trailing")
     assert few["flow"] == ("unipc", "trailing")
     assert few["edm"] == few["sd"] == few["zero-snr"] == ("unipc", "log-snr")
     assert plan(RectifiedFlow(), 10, shift=3.0).spacing == "trailing"

@@ -41,7 +41,7 @@ def test_the_loss_is_what_the_flags_say():
     config = replace(
         scene_options.toyworld(), prompt="a red mug", steps=100, guidance=(5.0, 3.0), anneal=(0.0, 1.0)
     )
-    teacher = scenes.load_teacher(config, torch.device("cpu"))
+    teacher = scenes.frozen_teacher(config, torch.device("cpu"))
     first, last = (scenes.build_method(config, teacher)(step) for step in (0, 100))
     assert isinstance(first, ScoreDistillation)
     assert (first.teacher.scale, last.teacher.scale) == (5.0, 3.0)
@@ -78,7 +78,7 @@ def test_what_changes_no_number_does_not_bind_a_resume():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return scenes.load_teacher(scene_options.toyworld(), torch.device("cpu"))
+    return scenes.frozen_teacher(scene_options.toyworld(), torch.device("cpu"))
 
 
 def test_all_that_is_read_of_a_teacher_binds_a_resume(teacher):

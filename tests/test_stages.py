@@ -101,7 +101,7 @@ def test_the_student_is_asked_where_the_noise_is_moderate(finished):
         assert [event.step for event in scalars(curve)] == [2, 4, 6] if name else scalars(curve)
         looks = [event.step for event in scalars("guard/distance")]
         assert looks == ([1, 2, 3, 4, 5, 6] if name else [0, 4, 8, 12])
-    assert json.loads((finished / "config.json").read_text())["gan_weight"] == 0.01
+    assert json.loads((finished / "config.json").read_text())["gan_weight"] == 0.03
 
 
 @pytest.mark.parametrize(("name", "step", "resumed"), [("warm-up", 5, 4), ("fake", 7, 4), ("fake", 2, 0)])
@@ -188,7 +188,7 @@ def test_the_teachers_images_are_the_real_ones_where_that_is_asked_for(tmp_path,
     monkeypatch.setattr(stages, "teacher_pairs", made)
     monkeypatch.setattr(stages, "teacher_batch", batch)
     train_dmd.main(config_for(tmp_path, teacher, reals="teacher", steps=4))
-    assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.01
+    assert json.loads((tmp_path / "config.json").read_text())["gan_weight"] == 0.03
     assert len(seen) >= 4
     known = {tuple(x0.flatten().tolist()): int(label) for x0, label in zip(
         pairs[0].x0, pairs[0].cond["class_labels"], strict=True
@@ -218,7 +218,7 @@ def test_a_dry_run_shows_the_check_of_the_teacher_and_the_plan_and_writes_nothin
     printed = capsys.readouterr().out
     assert "teacher check" not in printed
     assert "2,064 teacher pairs of 3 network calls each, 6 warm-up updates of the student" in printed
-    assert '"gan_weight": 0.01' in printed, "as it was settled"
+    assert '"gan_weight": 0.03' in printed, "as it was settled"
     assert not list(tmp_path.iterdir())
 
 
@@ -253,7 +253,7 @@ def test_rates_are_measured_with_and_without_pairs(tmp_path, teacher, capsys, st
     assert "learning rates: warm-up" in capsys.readouterr().err
     state = torch.load(tmp_path / "checkpoints" / "step-000000000" / "state.pt", weights_only=True)
     student, fake = (state["phases"][name]["lr_schedule"]["base_lrs"][0] for name in ("student", "fake"))
-    assert fake == pytest.approx(5 * student)
+    assert fake == pytest.approx(10 * student)
 
 
 def test_another_config_is_refused_before_pairs_are_made(finished, teacher, monkeypatch):

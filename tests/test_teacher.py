@@ -467,10 +467,16 @@ def test_each_prompt_is_encoded_once_and_then_needs_no_text_encoder(saved_text, 
     assert len(set(tmp_path.rglob("*.safetensors"))) == 4
 
 
+def encoded_with(teacher):
+    """The pipeline of diffusers that a teacher's prompts are encoded with."""
+    encode = inspect.getclosurevars(teacher.texts.load()).nonlocals["encode"]
+    return inspect.getclosurevars(encode).nonlocals["pipeline"]
+
+
 def test_dropped_text_encoders_are_freed_and_new_prompts_refused(save, tmp_path):
     teacher = replace(save("sd3"), cache=tmp_path).load()
     before = conditions(teacher)
-    parts = inspect.getclosurevars(teacher.texts.load()).nonlocals["pipeline"].components.values()
+    parts = encoded_with(teacher).components.values()
     parts = [weakref.ref(part) for part in parts if part is not None]
     assert len(parts) == 7  # three encoders, three tokenizers, and the transformer, which stays
     teacher = teacher.without_text_encoders()
@@ -600,9 +606,5 @@ def test_a_config_that_names_attention_kernels_fetches_none(save, tmp_path):
     named = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel@main")
     config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
     teacher = load_teacher(folder, cache=tmp_path / "cache")
-    (encoder,) = (
-        part
-        for part in inspect.getclosurevars(teacher.texts.load()).nonlocals["pipeline"].components.values()
-        if isinstance(part, CLIPTextModel)
-    )
+    (encoder,) = (part for part in encoded_with(teacher).components.values() if isinstance(part, CLIPTextModel))
     assert encoder.config._attn_implementation == "sdpa"

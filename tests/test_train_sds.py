@@ -141,7 +141,7 @@ def test_a_nan_rolls_back_once_and_the_run_goes_on(monkeypatch, tmp_path, capfd)
     assert rate == pytest.approx(config.learning_rate[1] / 2)
     events = EventAccumulator(str(config.out / "logs")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("scene/rollbacks")] == [
-        (1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)
+        (1, 0), (2, 0), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1)
     ]  # fmt: skip
     rates = [e.value for e in events.Scalars("scene/learning_rate")]
     assert rates[2] < 0.6 * rates[1]
@@ -278,7 +278,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 def test_text_encoders_are_free_before_the_first_step(monkeypatch, tmp_path):
-    loaded, load = [], train_sds.load_teacher
+    loaded, load = [], train_sds.frozen_teacher
 
     def remembering(config, device):
         teacher = load(config, device)
@@ -289,7 +289,7 @@ def test_text_encoders_are_free_before_the_first_step(monkeypatch, tmp_path):
         gc.collect()
         raise StopIteration(loaded[0]())
 
-    monkeypatch.setattr(train_sds, "load_teacher", remembering)
+    monkeypatch.setattr(train_sds, "frozen_teacher", remembering)
     monkeypatch.setattr(train_sds, "fit", fit)
     with pytest.raises(StopIteration) as stopped:
         train_sds.main(tiny(tmp_path / "run", probe_every=0))

@@ -247,7 +247,9 @@ def options_of(config):
         flag, value = name.replace("_", "-"), getattr(config, name)
         if value != usual:
             yield from (
-                (f"--{'' if value else 'no-'}{flag}",) if isinstance(value, bool) else (f"--{flag}", str(value))
+                (f"--{'' if value else 'no-'}{flag}",)
+                if isinstance(value, bool)
+                else (f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,)))
             )
 
 

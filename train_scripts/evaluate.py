@@ -84,7 +84,10 @@ def check(config: Config) -> None:
 def load_features(features: Path, device: str) -> tuple[Network, Classifier | None]:
     """A feature network, and the classifier it is part of, if any. Raises ``ValueError`` if there is neither."""
     if features.is_dir():
-        classifier = load_classifier(features).to(device)
+        try:
+            classifier = load_classifier(features).to(device)
+        except ValueError as error:
+            raise ValueError(f"--features: {error}") from error
         return classifier.features, classifier
     if not features.is_file():
         raise ValueError(
