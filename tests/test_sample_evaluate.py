@@ -68,10 +68,8 @@ def on_ranks(number, config):
     return config.out.read_bytes()
 
 
-@pytest.mark.parametrize(("model", "num_images"), [
-    ("student", 5),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("teacher", 5), ("student", 1))),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "num_images"), [("student", 5), ("teacher", 5), ("student", 1)])
 def test_images_do_not_depend_on_the_ranks(models, tmp_path, model, num_images):
     """One image at a time, so that not even a rounding differs; and fewer images than ranks."""
     config = sample.Config(
