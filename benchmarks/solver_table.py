@@ -14,20 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import sample
 import torch
-from command import check_device, check_numbers, check_out, run
-from evaluate import load_features
-from features import Classifier
-from images import DataOptions, load_images
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+import scorefield.commands.sample as sample
+from scorefield.commands.command import run
+from scorefield.commands.evaluate import load_features
+from scorefield.commands.options import Sample
+from scorefield.data.images import load_images
+from scorefield.data.options import DataOptions
 from scorefield.grids import Spacing
 from scorefield.metrics import extract_features, frechet_distance
 from scorefield.models.teacher import Teacher
 from scorefield.solvers import Solver
+from scorefield.training.features import Classifier
+from scorefield.training.launcher import default_device
+from scorefield.training.options import check_device, check_numbers, check_out
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
@@ -64,7 +68,7 @@ class Config:
     """Images at a time."""
     seed: int = 0
     """Of the noise, the same in every cell."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = default_device()
     """Where to draw and to measure."""
 
 
@@ -108,10 +112,10 @@ def check(config: Config) -> None:
         raise ValueError(f"--prompts {config.prompts} is no file; expected one with a prompt in each line.")
 
 
-def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spacing) -> sample.Config:
+def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spacing) -> Sample:
     """The options of sample.py that draw one cell."""
     lines = config.prompts.read_text().splitlines() if config.prompts is not None else []
-    return sample.Config(
+    return Sample(
         teacher=model, prompts=tuple(line.strip() for line in lines if line.strip()), steps=calls, sampler=solver,
         grid=spacing, num_images=config.num_images, guidance=config.guidance, batch_size=config.batch_size,
         negative_prompt=config.negative_prompt, seed=config.seed,
@@ -154,7 +158,7 @@ def missing(config: Config, table: Mapping[str, Any]) -> Iterator[tuple[Solver, 
 
 
 def measure(
-    options: sample.Config, model: Teacher, network: Any, reference: Tensor, table: Mapping[str, Any]
+    options: Sample, model: Teacher, network: Any, reference: Tensor, table: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One cell: calls paid and Fréchet distance, which is None where samples are not finite.
 

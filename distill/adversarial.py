@@ -25,6 +25,9 @@ class Critic(nn.Module):
         head: bottleneck features -> (b,) logits; :func:`discriminator_head`.
     """
 
+    uses_hooks = True
+    """It reads features by a hook, which compiled code does not call."""
+
     def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
         super().__init__()
         try:

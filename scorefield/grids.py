@@ -1,19 +1,14 @@
 """Sampling grids: at which times a sampler calls the denoiser, on any schedule."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scorefield.choices import Spacing as Spacing
 from scorefield.schedule import Schedule
-
-Spacing = Literal["uniform", "trailing", "karras", "log-snr"]
-"""uniform: even in the schedule's customary spacing, from the noisiest time to the cleanest.
-trailing: even in the customary spacing, with the clean image as the last point; diffusers' "trailing".
-karras: even in (sigma / alpha)^(1/7) (arXiv 2206.00364, Eq. 5), with the clean end left out as in trailing.
-log-snr: even in log(sigma / alpha), with the clean end left out as in trailing."""
 
 DEFAULT: Spacing = "trailing"
 """The spacing where none is asked for, on every schedule; measured in docs/solvers.md."""

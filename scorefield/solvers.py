@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scorefield.grids import LEVELS, Spacing, grid
+from scorefield.choices import Solver as Solver
+from scorefield.choices import Spacing
+from scorefield.grids import LEVELS, grid
 from scorefield.sampling import Multistep, Point, Step, ddim, ddpm, heun
 from scorefield.schedule import RectifiedFlow, Schedule, VariancePreserving, per_sample
-
-Solver = Literal["ddim", "ddpm", "heun", "dpm++", "unipc"]
-"""A sampler by name: :func:`sampling.ddim`, ``ddpm`` and ``heun``, :func:`dpm_solver` and :func:`unipc`."""
 
 HEUN_CALLS = 15
 """Calls below which Heun is clearly worse than DDIM."""

@@ -20,15 +20,17 @@ import struct
 import sys
 import typing
 
-import command
-import distill_options
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
-import train_teacher
 from accelerate.state import AcceleratorState
 from PIL import Image
+
+import distill.options as distill_options
+import scorefield.commands.command as command
+import scorefield.commands.teacher as train_teacher
+from scorefield.commands.options import TrainTeacher
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +160,7 @@ def models(tmp_path_factory):
     tiny.sd().save_pretrained(root / "sd")
     tiny.sd3(with_t5=False).save_pretrained(root / "sd3")
     tiny.pixels(num_class_embeds=4).save_pretrained(root / "pixels")
-    teacher = train_teacher.main(train_teacher.Config(out=root / "run", steps=2, batch_size=8, width=16, depth=1))
+    teacher = train_teacher.main(TrainTeacher(out=root / "run", steps=2, batch_size=8, width=16, depth=1))
     shutil.copytree(teacher, root / "ours")
     shutil.rmtree(root / "run")
     for folder in root.iterdir():

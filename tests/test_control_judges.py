@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from control_judges import judge_likeness, make_judge, nearest_colour, silhouettes
-from control_tasks import ANNOTATORS, Task, choose_scenes, render_world
 
 from controlnet import circles
 from controlnet.evidence import Probe, Validation
 from controlnet.hints import Precomputed, hint_generators
+from controlnet.judges import judge_likeness, make_judge
+from controlnet.tasks import ANNOTATORS, Task
 from toyworld.circles import PALETTE
+from toyworld.control import choose_scenes, nearest_colour, render_world, silhouettes
 
 NUMBER = 64
 

@@ -2,15 +2,16 @@
 
 import json
 
-import control_tasks
 import numpy as np
 import pytest
 import torch
-from control_tasks import TaskOptions, choose_scenes, is_held_out, kind_of, load_task, make_hint
 from PIL import Image
 
+import controlnet.tasks as control_tasks
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Precomputed
+from controlnet.tasks import TaskOptions, kind_of, load_task, make_hint
+from toyworld.control import choose_scenes, is_held_out
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES
 
 SIZE = (16, 16)

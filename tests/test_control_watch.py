@@ -2,14 +2,14 @@
 
 from types import SimpleNamespace
 
-import control_watch
 import pytest
 import torch
 from accelerate import Accelerator
-from control_watch import ControlWatch
 
+import controlnet.watch as control_watch
 from controlnet.evidence import Gap, Probe, Standing
 from controlnet.verdict import Evidence, EvidenceLog
+from controlnet.watch import ControlWatch
 
 
 def make_look(step, value):

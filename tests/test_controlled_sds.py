@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import train_controlnet
 
+import controlnet.recipe as train_controlnet
 from controlnet.adapter import ControlledDenoiser
 from controlnet.canny import canny
 from controlnet.export import load_adapter

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import command
-import distill_options
 import pytest
-import roles
 import torch
-from distill_options import IMAGE_PRESETS, PRESETS, Config, presets_for
 
+import distill.options as distill_options
+import distill.roles as roles
+import scorefield.commands.command as command
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
+from distill.options import IMAGE_PRESETS, PRESETS, Config, presets_for
 from distill.student import Student, even_times
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.networks import build_network

@@ -3,25 +3,27 @@
 import json
 import shutil
 
-import control_options
-import distill_options
-import evaluate_students
-import evaluate_toyworld
 import numpy as np
 import pytest
-import sample
-import scene_options
 import tiny_pipelines as tiny
-import train_controlnet
-import train_dmd
-import train_sds
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import controlnet.options as control_options
+import controlnet.recipe as train_controlnet
+import distill.options as distill_options
+import distill.recipe as train_dmd
+import scorefield.commands.sample as sample
+import sds.options as scene_options
+import sds.recipe as train_sds
+import toyworld.evaluate as evaluate_toyworld
+import toyworld.students as evaluate_students
+from scorefield.commands.options import Sample
 from scorefield.models.pretrained import read_student_times
 from scorefield.models.prompts import PromptEncoder
 from scorefield.models.teacher import load_teacher
+from toyworld.options import EvaluatePipeline, EvaluateStudents
 
 BRIEF = {"steps": 2, "batch_size": 2, "save_every": 2, "log_every": 1}
 DMD = {
@@ -72,7 +74,7 @@ def draw(root, model, out, **changes):
     if "teacher_size" in changes:
         changes["size"] = changes.pop("teacher_size")
     own = {"teacher": str(model), "prompts": ("a mug",), "out": out, "num_images": 2, "steps": 2}
-    return sample.main(sample.Config(**{**own, **changes}))
+    return sample.main(Sample(**{**own, **changes}))
 
 
 COMMANDS = {"train_dmd": distil, "train_sds": learn_canvas, "train_controlnet": teach_control, "sample": draw}
@@ -209,15 +211,13 @@ def test_a_student_that_diffusers_saved_again_is_still_a_student(root, tmp_path,
                 command(root, folder, tmp_path / "run", dry_run=True)
     for folder in (student, again):
         with pytest.raises(ValueError, match="is a student"):
-            evaluate_toyworld.main(
-                evaluate_toyworld.Config(teacher=str(folder), out=tmp_path / "run", device="cpu")
-            )
+            evaluate_toyworld.main(EvaluatePipeline(teacher=str(folder), out=tmp_path / "run", device="cpu"))
         with pytest.raises(ValueError, match="is a student"):
             evaluate_students.main(
-                evaluate_students.Config(students=(student,), teacher=folder, out=tmp_path / "run", device="cpu")
+                EvaluateStudents(students=(student,), teacher=folder, out=tmp_path / "run", device="cpu")
             )
     with pytest.raises(ValueError, match="another program saved it again"):
-        evaluate_students.main(evaluate_students.Config(students=(again,), out=tmp_path / "run", device="cpu"))
+        evaluate_students.main(EvaluateStudents(students=(again,), out=tmp_path / "run", device="cpu"))
     with pytest.raises(ValueError, match="guidance must be 1 here, since a student has it built in"):
         draw(root, again, tmp_path / "out.npz", dry_run=False, guidance=3.0)
     assert not (tmp_path / "run").exists()

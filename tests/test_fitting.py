@@ -3,15 +3,15 @@
 import os
 import signal
 
-import fitting
 import pytest
-import stopping
 import torch
 from accelerate import Accelerator
-from command import RunOptions
 from torch import nn
 
+import scorefield.training.run as fitting
+import scorefield.training.stopping as stopping
 from scorefield.training.loop import Phase, Report
+from scorefield.training.options import RunOptions
 
 
 def make_phase():

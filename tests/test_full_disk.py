@@ -7,18 +7,19 @@ import shutil
 import subprocess
 import sys
 
-import command
-import evaluate
-import features
 import numpy as np
 import pytest
-import sample
 import torch
-import train_dmd
-import train_features
-import train_teacher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+
+import distill.recipe as train_dmd
+import scorefield.commands.command as command
+import scorefield.commands.evaluate as evaluate
+import scorefield.commands.features as train_features
+import scorefield.commands.sample as sample
+import scorefield.commands.teacher as train_teacher
+import scorefield.training.features as features
 
 SIZE = 2**22
 

@@ -13,20 +13,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-import command
-import evaluate
-import features
 import numpy as np
 import pytest
-import sample
 import torch
-import train_dmd
-import train_features
-import train_teacher
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+import distill.recipe as train_dmd
+import scorefield.commands.command as command
+import scorefield.commands.evaluate as evaluate
+import scorefield.commands.features as train_features
+import scorefield.commands.sample as sample
+import scorefield.commands.teacher as train_teacher
+import scorefield.training.features as features
+from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
 
 SCRIPTS = {
     "train_teacher": train_teacher, "train_dmd": train_dmd, "train_features": train_features, "sample": sample,
@@ -99,7 +101,7 @@ def hub(monkeypatch):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    return train_teacher.main(train_teacher.Config(out=out, steps=2, batch_size=8, width=16, depth=1))
+    return train_teacher.main(TrainTeacher(out=out, steps=2, batch_size=8, width=16, depth=1))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
 
 
 @fuzz(60)
-@given(words=flags(train_teacher.Config, SLOW), dry=st.booleans())
+@given(words=flags(TrainTeacher, SLOW), dry=st.booleans())
 @example(words=["--width", "1000000000"], dry=False)
 @example(words=["--width", "1000000000000000"], dry=False)
 @example(words=["--batch-size", "1000000000000"], dry=False)
@@ -179,7 +181,7 @@ def check_samples(words, folder):
 
 
 @fuzz(30)
-@given(words=flags(sample.Config, {"out", "teacher"}))
+@given(words=flags(Sample, {"out", "teacher"}))
 def test_flags_of_sampling(fresh, teacher, words):
     small = ["--teacher", str(teacher), "--num-images", "2", "--steps", "2"]
     code, said = check_samples([*small, *words], fresh())
@@ -192,7 +194,7 @@ def labelled(path):
 
 
 @fuzz(40)
-@given(words=flags(evaluate.Config, {"out"}))
+@given(words=flags(Evaluate, {"out"}))
 @example(words=["--num-images", "0"])
 @example(words=["--num-images", "1"])
 @example(words=["--num-images", "2"])
@@ -207,7 +209,7 @@ def test_flags_of_the_figures(fresh, classifier, words):
 
 
 @fuzz(40)
-@given(words=flags(train_features.Config, {"out"}))
+@given(words=flags(TrainFeatures, {"out"}))
 @example(words=["--device", "two"])
 @example(words=["--steps", "99999999999999999999"])
 @example(words=["--batch-size", "99999999999999999999"])

@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
-import train_teacher
-from images import DataOptions, ImageSet, load_images
 from PIL import Image
 
+import scorefield.commands.teacher as train_teacher
+from scorefield.commands.options import TrainTeacher
+from scorefield.data.images import ImageSet, load_images
+from scorefield.data.options import DataOptions
 from scorefield.data.pictures import open_image
 
 RNG = np.random.RandomState(0)
@@ -273,7 +275,7 @@ def test_the_spread_of_the_data_is_measured_over_all_classes():
     """Sorted by class, the first 10,000 images are all of one grey."""
     pixels = torch.cat([torch.full((10_000, 1, 1, 1), -0.5), torch.full((10_000, 1, 1, 1), 0.5)])
     images = ImageSet(pixels, torch.arange(20_000) // 10_000, ("a", "b"), 1)
-    assert train_teacher.describe(train_teacher.Config(), images)["sigma_data"] == 0.5
+    assert train_teacher.describe(TrainTeacher(), images)["sigma_data"] == 0.5
 
 
 def test_colours_follow_the_first_image_or_the_option(tmp_path):

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import train_teacher
 from safetensors.torch import load_file
+
+import scorefield.commands.teacher as train_teacher
+from scorefield.commands.options import TrainTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 240, 8
@@ -25,7 +27,7 @@ STEPS, SAVE_EVERY = 240, 8
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    return train_teacher.main(train_teacher.Config(out=out, steps=4, batch_size=16, width=32, depth=2))
+    return train_teacher.main(TrainTeacher(out=out, steps=4, batch_size=16, width=32, depth=2))
 
 
 class Run:

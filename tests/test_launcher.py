@@ -9,20 +9,20 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import command
 import pytest
-import starting
 import torch
-from command import RunOptions, check_run
-from launcher import check_launcher
-from starting import check_earlier, check_ranks, code_hash, note_identity
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import scorefield.commands.command as command
+import scorefield.training.identity as starting
 from scorefield.denoiser import NetworkDenoiser, unwrap
 from scorefield.schedule import RectifiedFlow
 from scorefield.training import ranks
+from scorefield.training.identity import check_earlier, check_ranks, code_hash, note_identity
+from scorefield.training.launcher import check_launcher
 from scorefield.training.loop import EMA
+from scorefield.training.options import RunOptions, check_run
 from scorefield.training.ranks import is_ddp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, caps
 
 def test_an_equal_accumulation_is_left_to_the_loop(monkeypatch, tmp_path, accelerator):
     """Accelerate's own would count blocks, not phases."""
-    import fitting
+    import scorefield.training.run as fitting
 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -161,8 +161,8 @@ WORKER = """
 import os, sys
 from pathlib import Path
 import fitting, starting
-from command import identity
-from distill_options import Config
+from scorefield.training.identity import identity
+from distill.options import Config
 rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
 real = starting.code_hash
 for what in ("option", "code", "input", "same"):

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import command
 import pytest
-import quickstart
-from command import RunOptions
 
+import scorefield.commands.command as command
+import toyworld.demo as quickstart
 from scorefield.training.lock import NAME, FolderInUseError, FolderLock
+from scorefield.training.options import RunOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without the package, whose import takes seconds.
@@ -136,6 +136,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 
 
 def test_quickstart_holds_the_folders_of_both_trainings(tmp_path):
-    config = quickstart.Config(out=tmp_path)
+    config = quickstart.Demo(out=tmp_path)
     outs = [quickstart.teacher_config(config).out, quickstart.student_config(config, tmp_path).out]
     assert set(quickstart.folders(config)) == {tmp_path, *outs}

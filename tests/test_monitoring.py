@@ -4,19 +4,22 @@ import json
 import shutil
 from dataclasses import replace
 
-import distill_options
-import monitoring
 import pytest
 import torch
-import train_dmd
-import train_teacher
-from features import Classifier, Facts, save_classifier
-from images import DataOptions, load_images
-from monitoring import EvalOptions, Look, alarms, check_evaluation, is_best, look
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distill.options as distill_options
+import distill.recipe as train_dmd
+import scorefield.commands.teacher as train_teacher
+import scorefield.training.evaluate as monitoring
+from scorefield.commands.options import TrainTeacher
+from scorefield.data.images import load_images
+from scorefield.data.options import DataOptions
 from scorefield.metrics import frechet_distance, kernel_distance
 from scorefield.models.teacher import load_teacher
+from scorefield.training.evaluate import Look, alarms, check_evaluation, is_best, look
+from scorefield.training.features import Classifier, Facts, save_classifier
+from scorefield.training.options import EvalOptions
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 
@@ -30,7 +33,7 @@ def features(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    return train_teacher.main(train_teacher.Config(out=out, width=32, depth=2, **TINY))
+    return train_teacher.main(TrainTeacher(out=out, width=32, depth=2, **TINY))
 
 
 def distil(out, teacher, **changes):
@@ -129,7 +132,7 @@ def test_the_best_of_a_run_killed_in_an_evaluation_is_that_of_an_undisturbed_one
         return {"frechet_distance": distance, "kid": 0.0}
 
     monkeypatch.setattr(monitoring, "compare", compare)
-    config = train_teacher.Config(
+    config = TrainTeacher(
         out=tmp_path / "whole", width=32, depth=1, eval_every=3, eval_images=20, features=features, **TINY
     )
     found = {}
@@ -167,9 +170,7 @@ def test_alarms_are_printed_with_their_step(tmp_path, teacher, capsys, monkeypat
 
 
 def test_a_teacher_is_watched_beside_its_data(tmp_path, features):
-    config = train_teacher.Config(
-        out=tmp_path, width=32, depth=2, **TINY, eval_every=3, eval_images=20, features=features
-    )
+    config = TrainTeacher(out=tmp_path, width=32, depth=2, **TINY, eval_every=3, eval_images=20, features=features)
     train_teacher.main(config)
     assert list(scalars(tmp_path)["eval/kid"]) == [3, 6]
     assert not load_teacher(str(tmp_path / "best")).times

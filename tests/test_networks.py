@@ -7,18 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import roles
-import sample
-import student_data
 import torch
-import train_dmd
-import train_teacher
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from images import ImageSet
 from safetensors.torch import load_file
 
+import distill.data as student_data
+import distill.recipe as train_dmd
+import distill.roles as roles
+import scorefield.commands.sample as sample
+import scorefield.commands.teacher as train_teacher
 from scorefield import Karras, NetworkDenoiser, VariancePreserving
+from scorefield.commands.options import Sample, TrainTeacher
+from scorefield.data.images import ImageSet
 from scorefield.models import user_code
 from scorefield.models.networks import UNet, build_network
 from scorefield.models.teacher import Teacher, load_teacher
@@ -114,7 +115,7 @@ def test_a_function_of_the_user_is_a_teacher_and_its_student_is_found_again(own_
 
 def hostile(folder, name):
     """A teacher's folder that names code in the current folder, which leaves a mark when it is run."""
-    config = train_teacher.Config(out=folder / "run", steps=1, batch_size=8, width=8, depth=1)
+    config = TrainTeacher(out=folder / "run", steps=1, batch_size=8, width=8, depth=1)
     place = train_teacher.main(config) / "denoiser.json"
     description = json.loads(place.read_text())
     description["facts"] |= {"network": "function", "options": {"name": name}}
@@ -130,7 +131,7 @@ def test_what_a_folder_names_is_never_run(tmp_path, monkeypatch):
     (folder / "weights.py").write_text(marks)
     for tried in (
         lambda: load_teacher(str(folder)),
-        lambda: sample.main(sample.Config(teacher=str(folder), out=tmp_path / "samples")),
+        lambda: sample.main(Sample(teacher=str(folder), out=tmp_path / "samples")),
         lambda: train_dmd.main(train_dmd.Config(teacher=str(folder), out=tmp_path / "out", dry_run=True)),
         lambda: build_network(json.loads((folder / "denoiser.json").read_text())["facts"]),
     ):
@@ -151,7 +152,7 @@ def test_a_name_in_a_folder_cannot_forge_lines(tmp_path):
 
 
 def test_network_is_refused_where_it_has_no_use(own_module, tmp_path):
-    config = train_teacher.Config(out=tmp_path / "run", steps=1, batch_size=8, width=8, depth=1)
+    config = TrainTeacher(out=tmp_path / "run", steps=1, batch_size=8, width=8, depth=1)
     for name in (own_module, str(train_teacher.main(config)), str(diffusers_folder(tmp_path / "plain"))):
         with pytest.raises(ValueError, match="--network is for students of a module:function"):
             load_teacher(name, "mine:bare")
@@ -292,7 +293,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
     np.savez(data, images=np.arange(7680, dtype=np.uint8).reshape(30, 1, 16, 16), labels=np.arange(30) % 3)
     common = {"data": str(data), "steps": 2, "batch_size": 8, "precision": precision}
     teacher = train_teacher.main(
-        train_teacher.Config(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
+        TrainTeacher(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
     )
     loaded = load_teacher(str(teacher))
     assert roles.probe(loaded, None) == ("network.unet.mid_block", 16, 4)
@@ -306,7 +307,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
 
 def test_networks_that_cannot_recompute_say_so(tmp_path):
     with pytest.raises(ValueError, match="--gradient-checkpointing: a KarrasPreconditioning cannot"):
-        train_teacher.main(train_teacher.Config(out=tmp_path / "run", steps=2, gradient_checkpointing=True))
+        train_teacher.main(TrainTeacher(out=tmp_path / "run", steps=2, gradient_checkpointing=True))
 
 
 def diffusers_folder(folder, **changes):
@@ -334,7 +335,7 @@ def test_guidance_needs_a_class_that_means_none(tmp_path):
 
 @pytest.mark.parametrize(("dropout", "guidable"), [(0.1, True), (0.0, False)])
 def test_a_teacher_that_never_went_without_labels_is_not_guided(tmp_path, dropout, guidable):
-    config = train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1, label_dropout=dropout)
+    config = TrainTeacher(out=tmp_path, steps=1, batch_size=8, width=8, depth=1, label_dropout=dropout)
     teacher = load_teacher(str(train_teacher.main(config)))
     assert teacher.null_class is guidable
     if guidable:
@@ -349,14 +350,14 @@ def test_a_teacher_that_never_went_without_labels_is_not_guided(tmp_path, dropou
 
 
 def test_the_folder_of_a_run_is_told_from_its_result(tmp_path):
-    train_teacher.main(train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1))
+    train_teacher.main(TrainTeacher(out=tmp_path, steps=1, batch_size=8, width=8, depth=1))
     with pytest.raises(ValueError, match=r"is the folder of a run; its result is .*teacher\. Pass that"):
         load_teacher(str(tmp_path))
 
 
 def test_a_teacher_is_more_than_its_weights(tmp_path):
     """A resumed run must not meet another schedule, kind, or null class under the same weights."""
-    config = train_teacher.Config(out=tmp_path, steps=1, batch_size=8, width=8, depth=1)
+    config = TrainTeacher(out=tmp_path, steps=1, batch_size=8, width=8, depth=1)
     folder = train_teacher.main(config)
     teacher = load_teacher(str(folder))
     assert load_teacher(str(folder)).identity() == teacher.identity()

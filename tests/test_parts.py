@@ -7,18 +7,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import captioned
-import evaluate_toyworld
 import pytest
 import torch
 import train_toyworld
 from safetensors.torch import load_file
 
+import toyworld.evaluate as evaluate_toyworld
+import toyworld.renders as captioned
 from scorefield import NetworkDenoiser
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
 from toyworld.captions import WORDS, caption, describe
 from toyworld.data import draw_scene
+from toyworld.options import EvaluatePipeline
 from toyworld.parts import (
     LENGTH,
     TextToLatent,
@@ -255,4 +256,4 @@ def test_a_launcher_is_refused(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_the_evaluation_refuses_what_it_cannot_measure(trained, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_toyworld.main(evaluate_toyworld.Config(**{"teacher": trained, "out": tmp_path / "x", **changes}))
+        evaluate_toyworld.main(EvaluatePipeline(**{"teacher": trained, "out": tmp_path / "x", **changes}))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiny_pipelines
-import train_controlnet
-import train_dmd
-import train_teacher
 from PIL import Image
 
+import controlnet.recipe as train_controlnet
+import distill.recipe as train_dmd
+import scorefield.commands.teacher as train_teacher
 from distill.export import export_student
 from distill.student import Student
 from scorefield.models.teacher import load_teacher

@@ -8,9 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-import command
 import pytest
 
+import scorefield.commands.command as command
 from scorefield.training.refusal import Ranks, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,15 +4,17 @@ import dataclasses
 import shutil
 
 import pytest
-import train_features
-import train_teacher
+
+import scorefield.commands.features as train_features
+import scorefield.commands.teacher as train_teacher
+from scorefield.commands.options import TrainFeatures, TrainTeacher
 
 TINY = {"steps": 2, "batch_size": 16, "save_every": 1, "log_every": 2, "width": 16, "depth": 1}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config = train_teacher.Config(out=tmp_path_factory.mktemp("finished") / "run", **TINY)
+    config = TrainTeacher(out=tmp_path_factory.mktemp("finished") / "run", **TINY)
     train_teacher.main(config)
     return config
 
@@ -57,5 +59,5 @@ def test_a_result_may_be_a_link(config, tmp_path):
 def test_features_never_replace_another_folder(config):
     before = contents(config.out)
     with pytest.raises(ValueError, match="would be replaced, but it holds"):
-        train_features.main(train_features.Config(out=config.out, steps=1, device="cpu"))
+        train_features.main(TrainFeatures(out=config.out, steps=1, device="cpu"))
     assert contents(config.out) == before

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import distill_options
 import pytest
-import roles
 import torch
 
+import distill.options as distill_options
+import distill.roles as roles
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.schedule import VariancePreserving
 

@@ -8,21 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
-import sample
 import torch
-import train_features
-import train_teacher
-from features import Classifier, Facts, load_classifier, save_classifier
-from images import DataOptions, ImageSet, load_images
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+import scorefield.commands.evaluate as evaluate
+import scorefield.commands.features as train_features
+import scorefield.commands.sample as sample
+import scorefield.commands.teacher as train_teacher
 from distill.student import Student, save_student
+from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
+from scorefield.data.images import ImageSet, load_images
+from scorefield.data.options import DataOptions
 from scorefield.models.teacher import load_teacher
+from scorefield.training.features import Classifier, Facts, load_classifier, save_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def models(tmp_path_factory):
     """A teacher, and a two-step student of it, whose second step draws noise."""
     out = tmp_path_factory.mktemp("models")
-    folder = train_teacher.main(train_teacher.Config(out=out, steps=4, batch_size=16, width=32, depth=2))
+    folder = train_teacher.main(TrainTeacher(out=out, steps=4, batch_size=16, width=32, depth=2))
     teacher = load_teacher(str(folder))
     save_student(Student(teacher.denoiser, (20.0, 1.0)), out / "student", teacher.facts)
     return {"teacher": str(folder), "student": str(out / "student")}
@@ -40,7 +42,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(("model", "sampler"), [("teacher", "ddim"), ("teacher", "ddpm"), ("teacher", "heun"),
                                                 ("student", "ddim")])  # fmt: skip
 def test_images_do_not_depend_on_the_batch_size(models, model, sampler):
-    config = sample.Config(teacher=models[model], num_images=13, steps=4, sampler=sampler, guidance=1.5)
+    config = Sample(teacher=models[model], num_images=13, steps=4, sampler=sampler, guidance=1.5)
     teacher = load_teacher(config.teacher)
     labels = sample.asked_labels(config, teacher)
     assert labels.tolist() == [number % 10 for number in range(13)]
@@ -72,9 +74,7 @@ def on_ranks(number, config):
 @pytest.mark.parametrize(("model", "num_images"), [("student", 5), ("teacher", 5), ("student", 1)])
 def test_images_do_not_depend_on_the_ranks(models, tmp_path, model, num_images):
     """One image at a time, so that not even a rounding differs; and fewer images than ranks."""
-    config = sample.Config(
-        teacher=models[model], num_images=num_images, batch_size=1, steps=4, out=tmp_path / "a.npz"
-    )
+    config = Sample(teacher=models[model], num_images=num_images, batch_size=1, steps=4, out=tmp_path / "a.npz")
     one = sample.main(config).read_bytes()
     assert on_ranks(2, dataclasses.replace(config, out=tmp_path / "b.npz")) == one
 
@@ -82,15 +82,13 @@ def test_images_do_not_depend_on_the_ranks(models, tmp_path, model, num_images):
 def test_a_rank_without_images_draws_none(models):
     teacher = load_teacher(models["teacher"])
     labels = torch.zeros(0, dtype=torch.long)
-    made = sample.draw(sample.Config(teacher=""), teacher, torch.arange(0).split(250), labels)
+    made = sample.draw(Sample(teacher=""), teacher, torch.arange(0).split(250), labels)
     assert made.shape == (0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("classes", [(), (3, 7), (0,)])
 def test_a_folder_of_pictures_is_data_again_with_its_labels(models, tmp_path, capsys, classes):
-    config = sample.Config(
-        teacher=models["teacher"], num_images=12, steps=2, classes=classes, out=tmp_path / "made"
-    )
+    config = Sample(teacher=models["teacher"], num_images=12, steps=2, classes=classes, out=tmp_path / "made")
     images = load_images(DataOptions(data=str(sample.main(config))))
     labels = sample.asked_labels(config, load_teacher(config.teacher))
     assert images.labels.tolist() == labels.sort().values.tolist()
@@ -104,7 +102,7 @@ def test_a_folder_of_pictures_is_data_again_with_its_labels(models, tmp_path, ca
 
 
 def test_sampling_again_replaces_the_older_samples_whole(models, tmp_path, monkeypatch):
-    config = sample.Config(teacher=models["teacher"], num_images=12, steps=2, out=tmp_path / "made")
+    config = Sample(teacher=models["teacher"], num_images=12, steps=2, out=tmp_path / "made")
     sample.main(config)
     sample.main(dataclasses.replace(config, num_images=4, classes=(3,)))
     files = sorted(path.relative_to(config.out).as_posix() for path in config.out.rglob("*.png"))
@@ -126,7 +124,7 @@ def test_a_folder_of_anything_else_is_refused_and_kept(models, tmp_path, other):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("mine")
     with pytest.raises(ValueError, match=r"--out .* (no earlier sample|is a file)"):
-        sample.main(sample.Config(teacher=models["teacher"], num_images=2, steps=2, out=out))
+        sample.main(Sample(teacher=models["teacher"], num_images=2, steps=2, out=out))
     assert path.read_text() == "mine"
 
 
@@ -136,7 +134,7 @@ def test_a_folder_of_anything_else_is_refused_and_kept(models, tmp_path, other):
 ])  # fmt: skip
 def test_impossible_requests_are_refused(models, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        sample.main(sample.Config(**{"teacher": models["teacher"], "out": tmp_path / "x", **changes}))
+        sample.main(Sample(**{"teacher": models["teacher"], "out": tmp_path / "x", **changes}))
     assert not (tmp_path / "x").exists()
 
 
@@ -165,7 +163,7 @@ class Shaped(torch.nn.Module):
 
 
 def test_figures_agree_with_torchmetrics_on_the_same_features(sets, tmp_path):
-    config = evaluate.Config(
+    config = Evaluate(
         generated=str(sets / "made.npz"), reference=str(sets / "real.npz"), features=sets / "features",
         out=tmp_path / "figures.json", batch_size=50,
     )  # fmt: skip
@@ -186,7 +184,7 @@ def test_figures_agree_with_torchmetrics_on_the_same_features(sets, tmp_path):
 def figures_of(sets, **changes):
     config = {"generated": str(sets / "made.npz"), "reference": str(sets / "real.npz")}
     out = sets / "figures.json"
-    evaluate.main(evaluate.Config(**{**config, "features": sets / "features", "out": out, **changes}))
+    evaluate.main(Evaluate(**{**config, "features": sets / "features", "out": out, **changes}))
     return json.loads(out.read_text())
 
 
@@ -234,7 +232,7 @@ def test_accuracy_is_that_of_the_classes_meant(tmp_path):
     def accuracy(labels, names):
         shades = torch.tensor([-1.0, 0.0, 1.0])[[0, 1, 2, 2]].view(4, 1, 1, 1).expand(4, 1, 8, 8)
         images = ImageSet(shades, torch.tensor(labels), names, 8)
-        config = evaluate.Config(generated="", reference="", features=tmp_path, device="cpu")
+        config = Evaluate(generated="", reference="", features=tmp_path, device="cpu")
         return evaluate.accuracy(network, shades.mean((1, 2, 3))[:, None], images, config)
 
     assert accuracy([0, 1, 2, 2], ("0", "1", "2")) == {"accuracy": 1.0}
@@ -251,7 +249,7 @@ def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
         for number in range(15):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), number).save(tmp_path / "data" / name / f"{number}.png")
-    config = train_features.Config(data=str(tmp_path / "data"), out=tmp_path / "features", steps=1, batch_size=4)
+    config = TrainFeatures(data=str(tmp_path / "data"), out=tmp_path / "features", steps=1, batch_size=4)
     assert load_classifier(train_features.main(config)).facts.class_names == ("cat", "dog")
     description = json.loads((tmp_path / "features" / "features.json").read_text())
     del description["class_names"]
@@ -275,7 +273,7 @@ def test_figures_that_cannot_be_made_are_refused_before_any_computing(sets, monk
 
 def test_features_are_not_learned_on_a_device_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="--device foo cannot be used here"):
-        train_features.main(train_features.Config(out=tmp_path / "features", device="foo"))
+        train_features.main(TrainFeatures(out=tmp_path / "features", device="foo"))
     assert not (tmp_path / "features").exists()
 
 
@@ -325,7 +323,7 @@ def test_inception_moves_to_the_device_and_takes_both_sets_at_one_size(tmp_path,
 
 
 def test_features_are_learned_saved_and_loaded(tmp_path):
-    config = train_features.Config(out=tmp_path / "features", steps=150, batch_size=64)
+    config = TrainFeatures(out=tmp_path / "features", steps=150, batch_size=64)
     network = load_classifier(train_features.main(config))
     assert network.facts.accuracy > 0.9
     assert network.facts.num_classes == 10

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import sample
 import tiny_pipelines as tiny
 import torch
 
+import scorefield.commands.sample as sample
 from scorefield import guided
 from scorefield.atomic import MARKER
+from scorefield.commands.options import Sample
 from scorefield.models import teacher as teachers
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
@@ -40,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def config_of(model, out, **changes):
-    return sample.Config(
+    return Sample(
         **{
             "teacher": str(model),
             "prompts": PROMPTS,

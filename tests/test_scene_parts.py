@@ -4,18 +4,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import scene_checks
-import scene_options
-import scenes
 import torch
-import train_sds
 from accelerate import Accelerator
-from command import identity
-from scene_options import PRESETS
 
+import sds.checks as scene_checks
+import sds.options as scene_options
+import sds.parts as scenes
+import sds.recipe as train_sds
+from scorefield.training.identity import identity
 from sds import guards
 from sds.lora import low_rank_denoiser
 from sds.losses import ScoreDistillation
+from sds.options import PRESETS
 from sds.vsd import VSD, Untold
 
 

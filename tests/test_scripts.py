@@ -6,26 +6,28 @@ import os
 import shutil
 import sys
 
-import command
-import distill_options
-import fitting
 import numpy as np
 import pytest
-import quickstart
 import torch
-import train_dmd
-import train_teacher
-from digits import SHAPE, Judge, load_digits, proportional_labels
-from images import DataOptions, load_images
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distill.options as distill_options
+import distill.recipe as train_dmd
+import scorefield.commands.command as command
+import scorefield.commands.teacher as train_teacher
+import scorefield.training.run as fitting
+import toyworld.demo as quickstart
 from distill.student import Student, save_student
+from scorefield.commands.options import TrainTeacher
+from scorefield.data.images import load_images
+from scorefield.data.options import DataOptions
 from scorefield.models.networks import ResidualMLP
 from scorefield.models.storage import save_denoiser
 from scorefield.models.teacher import load_teacher
 from scorefield.training import checkpoint
+from toyworld.digits import SHAPE, Judge, load_digits, proportional_labels
 
 TINY = {"steps": 6, "batch_size": 16, "save_every": 3, "log_every": 2}
 # A teacher of a few steps would not pass the check.
@@ -33,7 +35,7 @@ SHORT = {"warmup_steps": 2, "num_pairs": 20, "skip_teacher_check": True}
 
 
 def teacher_config(out, **changes):
-    return train_teacher.Config(out=out, **{**TINY, "width": 32, "depth": 2, **changes})
+    return TrainTeacher(out=out, **{**TINY, "width": 32, "depth": 2, **changes})
 
 
 def student_config(out, teacher, **changes):
@@ -266,7 +268,7 @@ def test_bad_input_exits_with_2_says_why_and_writes_nothing(
 
 
 def test_the_demo_shows_both_recipes_without_running_them(tmp_path, capsys):
-    quickstart.main(quickstart.Config(out=tmp_path / "demo", long=True, dry_run=True))
+    quickstart.main(quickstart.Demo(out=tmp_path / "demo", long=True, dry_run=True))
     printed = capsys.readouterr().out
     assert '"steps": 6000' in printed
     assert '"steps": 4000' in printed
@@ -374,7 +376,7 @@ def test_quickstart_writes_report_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "student_config", lambda config, teacher: dataclasses.replace(
         distill_options.digits(), teacher=str(teacher), out=config.out / "student", seed=config.seed, **short
     ))  # fmt: skip
-    path = quickstart.main(quickstart.Config(out=tmp_path, teacher_steps=4, num_images=60, sampling_steps=50))
+    path = quickstart.main(quickstart.Demo(out=tmp_path, teacher_steps=4, num_images=60, sampling_steps=50))
     report = json.loads(path.read_text())
     assert report["teacher_steps"] == 50
     assert report["student_steps"] == 1

@@ -4,16 +4,16 @@ import os
 import signal
 import sys
 
-import command
-import fitting
 import pytest
-import stopping
 import torch
 from accelerate import Accelerator
-from command import RunOptions
 from torch import nn
 
+import scorefield.commands.command as command
+import scorefield.training.run as fitting
+import scorefield.training.stopping as stopping
 from scorefield.training.loop import Phase, Report
+from scorefield.training.options import RunOptions
 
 
 def fit(monkeypatch, out, number):

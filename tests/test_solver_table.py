@@ -5,23 +5,24 @@ import json
 
 import numpy as np
 import pytest
-import sample
 import solver_table
 import torch
-import train_teacher
-from features import Classifier, Facts, save_classifier
 from PIL import Image
 
+import scorefield.commands.sample as sample
+import scorefield.commands.teacher as train_teacher
 from distill.student import Student, save_student
+from scorefield.commands.options import Sample, TrainTeacher
 from scorefield.metrics import frechet_distance
 from scorefield.models.teacher import load_teacher
+from scorefield.training.features import Classifier, Facts, save_classifier
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """An untrained teacher of digits, a student of two steps, and features that nothing was taught."""
     out = tmp_path_factory.mktemp("table")
-    folder = train_teacher.main(train_teacher.Config(out=out / "run", steps=2, batch_size=16, width=16, depth=1))
+    folder = train_teacher.main(TrainTeacher(out=out / "run", steps=2, batch_size=16, width=16, depth=1))
     teacher = load_teacher(str(folder))
     save_student(Student(teacher.denoiser, (20.0, 1.0)), out / "student", teacher.facts)
     torch.manual_seed(0)
@@ -48,9 +49,7 @@ def test_cells_are_distances_of_what_sample_draws(config, monkeypatch):
     assert len({cells["1"]["frechet"] for cells in table["cells"].values()}) == 1
     assert table["cells"]["heun, log-snr"]["3"]["calls"] == 3
     teacher = load_teacher(config.teacher)
-    options = sample.Config(
-        teacher=config.teacher, num_images=20, steps=3, sampler="dpm++", grid="log-snr", batch_size=7
-    )
+    options = Sample(teacher=config.teacher, num_images=20, steps=3, sampler="dpm++", grid="log-snr", batch_size=7)
     made = draw(options, teacher, torch.arange(20).split(7), sample.asked_labels(options, teacher))
     pixels = ((made.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     features, classifier = solver_table.load_features(config.features, "cpu")

@@ -6,20 +6,21 @@ import json
 import shutil
 import signal
 
-import distill_options
-import fitting
-import guarding
 import pytest
-import stages
-import student_data
 import torch
-import train_dmd
-import train_teacher
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distill.data as student_data
+import distill.guarding as guarding
+import distill.options as distill_options
+import distill.recipe as train_dmd
+import distill.stages as stages
+import scorefield.commands.teacher as train_teacher
+import scorefield.training.run as fitting
 from distill import regression
 from distill.student import Student
+from scorefield.commands.options import TrainTeacher
 from scorefield.models.teacher import load_teacher
 from scorefield.schedule import Karras
 from scorefield.training import checkpoint
@@ -34,7 +35,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    return train_teacher.main(train_teacher.Config(out=out, steps=30, batch_size=64, width=32, depth=2))
+    return train_teacher.main(TrainTeacher(out=out, steps=30, batch_size=64, width=32, depth=2))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@
 import json
 import warnings
 
-import latents
 import numpy as np
 import pytest
-import texts
 import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
+import scorefield.data.texts as texts
+import scorefield.training.latents as latents
 from scorefield.data.pictures import resized
 from scorefield.data.rows import Cell, File
 from scorefield.models import teacher as teachers

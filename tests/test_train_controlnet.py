@@ -7,23 +7,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import command
 import pytest
 import tiny_pipelines as tiny
 import torch
 import train_circles
-import train_controlnet
 from accelerate.state import AcceleratorState
-from control_watch import in_full, make_validation, take_look
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
+import controlnet.recipe as train_controlnet
+import scorefield.commands.command as command
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Standing
 from controlnet.export import load_adapter
+from controlnet.watch import in_full, make_validation, take_look
 from scorefield.guidance import guided
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import load_teacher

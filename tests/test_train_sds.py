@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scene_options
-import scenes
 import torch
-import train_sds
 import trimesh
 from safetensors.torch import load_file
-from scene_options import PRESETS, Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sds.options as scene_options
+import sds.parts as scenes
+import sds.recipe as train_sds
 from scorefield.atomic import MARKER
 from scorefield.gradient import ScoreGradient
 from sds import guards, views
+from sds.options import PRESETS, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {

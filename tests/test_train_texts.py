@@ -12,31 +12,33 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import command
-import distill_options
-import evaluate_students
 import numpy as np
 import psutil
 import pytest
-import sample
-import stages
 import tiny_pipelines as tiny
 import torch
-import train_dmd
 from diffusers import LCMScheduler, StableDiffusionPipeline
-from distill_options import Config, presets_for
-from fitting import start
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTextModel
 
+import distill.options as distill_options
+import distill.recipe as train_dmd
+import distill.stages as stages
+import scorefield.commands.command as command
+import scorefield.commands.sample as sample
 import toyworld
+import toyworld.students as evaluate_students
 from distill.export import export_student, read_student_facts
+from distill.options import Config, presets_for
 from distill.student import Student
 from scorefield.atomic import MARKER
+from scorefield.commands.options import Sample
 from scorefield.models import teacher as teachers
 from scorefield.models.lora import shared_backbone
+from scorefield.training.run import start
+from toyworld.options import EvaluateStudents
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -213,7 +215,7 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
 
     monkeypatch.setattr(teachers.Teacher, "encode", refuse)
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.encode_prompt", refuse)
-    monkeypatch.setattr("latents.open_image", refuse)
+    monkeypatch.setattr("scorefield.training.latents.open_image", refuse)
     for module in ("scorefield.models.teacher", "latents"):
         monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
     shown = {"validation_prompts": ("a red mug", "cone")}
@@ -265,8 +267,8 @@ def test_a_process_is_told_the_same_config(root, tmp_path, monkeypatch):
 NOTING = """
 import json, os, sys
 import command, distill_texts, train_dmd
-from distill_options import Config, presets_for
-from fitting import start
+from distill.options import Config, presets_for
+from scorefield.training.run import start
 
 shuffled = distill_texts.shuffled
 
@@ -504,7 +506,7 @@ def test_the_autoencoder_of_a_teacher_in_half_precision_is_not(root, monkeypatch
     """Real images are encoded once; a GPU that is not there is only named."""
     load = teachers.load_teacher
     monkeypatch.setattr(
-        "distill_texts.load_teacher", lambda *args, **options: load(*args, **{**options, "device": "cpu"})
+        "distill.text_recipe.load_teacher", lambda *args, **options: load(*args, **{**options, "device": "cpu"})
     )
     config = replace(distill_options.text(), teacher=str(root / "sd"), precision="bf16")
     source = sys.modules["distill_texts"].load_source(config, torch.device("cuda"))
@@ -558,9 +560,7 @@ def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, mo
 
 
 def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
-    config = sample.Config(
-        teacher=str(finished["four"]), prompts=PROMPTS[:2], num_images=2, out=tmp_path / "a.npz"
-    )
+    config = Sample(teacher=str(finished["four"]), prompts=PROMPTS[:2], num_images=2, out=tmp_path / "a.npz")
     images = np.load(sample.main(config))["images"]
     teacher = teachers.load_teacher(finished["four"], few_steps=True)
     pipe = StableDiffusionPipeline.from_pretrained(finished["four"], local_files_only=True)
@@ -576,7 +576,7 @@ def test_sample_draws_a_student_at_its_own_times(finished, tmp_path):
 
 
 def test_a_lora_is_not_sampled_alone(finished, tmp_path):
-    config = sample.Config(teacher=str(finished["lora"]), prompts=PROMPTS[:1], out=tmp_path / "a.npz")
+    config = Sample(teacher=str(finished["lora"]), prompts=PROMPTS[:1], out=tmp_path / "a.npz")
     with pytest.raises(ValueError, match="is a LoRA, which needs its teacher: load it in diffusers"):
         sample.main(config)
 
@@ -586,7 +586,7 @@ def students(tmp_path_factory):
     """Of the toy world's pipeline, since the judge sees 64 x 64 pixels: a trained one, and a LoRA as it begins."""
     root = tmp_path_factory.mktemp("students")
     patch = pytest.MonkeyPatch()
-    patch.setattr("judged.NUM_RENDERS", 20)
+    patch.setattr("toyworld.bench.NUM_RENDERS", 20)
     settings = {**TINY, **PLAIN, "teacher": "toyworld", "prompts": "toyworld", "num_prompts": 8, "warmup_steps": 0}
     watched = {"steps": 2, "eval_every": 2, "eval_images": 4}
     full = train_dmd.main(Config(preset="text", out=root / "full", **{**settings, **watched}))
@@ -602,7 +602,7 @@ def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, m
     """What he asks for is encoded by the text encoders, loaded as the teacher was."""
     settings = {**TINY, **PLAIN, "teacher": "toyworld", "prompts": "toyworld", "num_prompts": 2, "eval_every": 2}
     config = Config(preset="text", out=tmp_path / "run", **settings, allow_pickle=True)
-    monkeypatch.setattr("judged.NUM_RENDERS", 2)
+    monkeypatch.setattr("toyworld.bench.NUM_RENDERS", 2)
     loaded, load = [], teachers.load_teacher
 
     def noted(*args, **options):
@@ -622,7 +622,7 @@ def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, m
 def test_students_are_measured_beside_their_teacher(students, tmp_path):
     events = EventAccumulator(str(students[0].parent / "logs")).Reload()
     assert {"eval/frechet_distance", "eval/shape"} <= set(events.Tags()["scalars"])
-    config = evaluate_students.Config(
+    config = EvaluateStudents(
         students=students, out=tmp_path / "figures", num_prompts=4, num_renders=20, steps=2, device="cpu"
     )
     figures = json.loads((evaluate_students.main(config) / "figures.json").read_text())

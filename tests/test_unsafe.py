@@ -13,11 +13,6 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import command
-import evaluate_students
-import evaluate_toyworld
-import features
-import images
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
@@ -25,6 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import scorefield.commands.command as command
+import scorefield.data.images as images
+import scorefield.training.features as features
+import toyworld.evaluate as evaluate_toyworld
+import toyworld.students as evaluate_students
 from distill.export import copied_parts, export_pipeline, lcm_times
 from distill.student import Student
 from scorefield.data.arrays import read_idx, read_npz
@@ -39,6 +39,7 @@ from scorefield.models.storage import load_denoiser, save_denoiser
 from scorefield.models.teacher import load_teacher
 from scorefield.schedule import Karras, RectifiedFlow
 from toyworld import circles
+from toyworld.options import EvaluateStudents
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +197,7 @@ def test_scripts_that_draw_run_no_pickle(folder, tmp_path):
     lora.mkdir()
     (lora / "dmd2.json").write_text('{"dmd2_num_inference_steps": 1}')
     (lora / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Payload(mark)))
-    options = evaluate_students.Config(students=(lora,), device="cpu")
+    options = EvaluateStudents(students=(lora,), device="cpu")
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors cannot be read"):
         evaluate_students.load_student(options, lora)
     assert not mark.exists()

@@ -8,9 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from images import DataOptions, load_images
 from PIL import Image
 
+from scorefield.data.images import load_images
+from scorefield.data.options import DataOptions
 from toyworld import data
 from toyworld.camera import VIEWS, view_word
 from toyworld.captions import describe, parse

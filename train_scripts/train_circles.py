@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from command import RunOptions, check_numbers, check_run, identity, run, show_plan
-from fitting import adamw, cosine, fit, prepare, resume, start
 from torch import Tensor
 
 from controlnet.circles import Circles, pictures
 from scorefield import guided
+from scorefield.commands.command import run
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, sample
 from scorefield.times import uniform
+from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
+from scorefield.training.options import RunOptions, check_numbers, check_run
+from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 from toyworld.circles import PALETTE, PATCHES, make_circles_unet, painter, save_circles
 
 

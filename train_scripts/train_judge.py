@@ -9,9 +9,9 @@ figures are not comparable.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from command import check_device, check_numbers, check_out, run
-
+from scorefield.commands.command import run
+from scorefield.training.launcher import default_device
+from scorefield.training.options import check_device, check_numbers, check_out
 from toyworld.judge import save_judge, train_judge
 
 
@@ -33,7 +33,7 @@ class Config:
     """Peak of a one-cycle schedule."""
     seed: int = 0
     """Of the scenes, the weights and the augmentation."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = default_device()
     """Where to train."""
 
 

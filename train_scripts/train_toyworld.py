@@ -15,21 +15,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from captioned import World, draw_captions, make_world
-from command import RunOptions, check_numbers, check_run, fingerprint, identity, resolved, run, show_plan
-from fitting import adamw, cosine, fit, prepare, resume, start
-from starting import check_earlier, note_identity
 from torch import Tensor, nn
 
 from scorefield import NetworkDenoiser, VariancePreserving
-from scorefield.cache import TensorCache
+from scorefield.cache import TensorCache, fingerprint
+from scorefield.commands.command import run
 from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
 from scorefield.guidance import guided
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, sample
 from scorefield.times import uniform
+from scorefield.training.identity import check_earlier, identity, note_identity, resolved
 from scorefield.training.loop import EMA, Phase
+from scorefield.training.options import RunOptions, check_numbers, check_run
+from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 from toyworld.parts import (
     Autoencoding,
     TextToLatent,
@@ -39,6 +39,7 @@ from toyworld.parts import (
     make_vae,
     save_pipeline,
 )
+from toyworld.renders import World, draw_captions, make_world
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -10,16 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
-Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
-"""What a picture means, and so how it is resized, mirrored and scaled:
-
-- image: colours or grey values, antialiased; the image itself in [-1, 1], a hint image in [0, 1];
-- lines: thin white lines, of which none may vanish: the largest value counts; [0, 1];
-- mask: black and white, nearest; [0, 1];
-- labels: whole numbers, nearest, as they are;
-- depth: distances or any numbers, nearest, as they are;
-- normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over; black is none, and stays.
-"""
+from scorefield.choices import Kind as Kind
 
 ROOM = 9 / 8
 """Sides of what random crops are taken from, in units of the crop's."""

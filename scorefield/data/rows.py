@@ -5,21 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from scorefield.choices import OnBadData as OnBadData
 from scorefield.files import open_regular, read_regular, warn
 
 T = TypeVar("T")
 
 THREADS = 8
 """That read files: Pillow decodes outside of Python's lock."""
-
-OnBadData = Literal["stop", "skip"]
-"""What to do about samples that cannot be used: refuse the data, or leave them out."""
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("prompt", "text", "caption")
 

@@ -6,17 +6,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from scorefield.cache import Content, TensorCache
+from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
-
-LongPrompts = Literal["stop", "skip", "cut"]
-"""What to do about prompts that are longer than what the text encoders read."""
 
 Encode = Callable[[list[str]], Cond]
 """n prompts -> conditions of batch n, on any device; with CUT among them, prompts that are cut get a warning."""

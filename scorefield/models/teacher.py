@@ -5,7 +5,6 @@ denoiser = guided(teacher.denoiser, 7.5, teacher.negative())
 x0 = denoiser(x_t, t, teacher.prompts(["a red mug"]))  # latents; teacher.decode(x0) are pixels
 """
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +37,10 @@ from scorefield.models.user_code import call, code_of
 from scorefield.models.weights import check_fit
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
+from scorefield.shipped import shipped, ships
 
-NAMES = {"toyworld": "toyworld:pipeline_folder"}
-"""Names of models that ship, and the functions that know their folders; imported when they are asked for."""
-
-FOLDERS = {"circles.json": "toyworld.circles:load_circles"}
-"""Files by which folders of other makers are known, and who reads them: folder -> Teacher."""
+FOLDERS = ("circles.json",)
+"""Files by which folders are known that a shipped function reads: folder -> Teacher."""
 
 IN_MEMORY = 2**30
 """Bytes of encoded prompts up to which all are kept in memory; more are read from the disk."""
@@ -295,14 +292,11 @@ def load_teacher(
 
 
 def named_folder(name: str | Path) -> str | Path:
-    """The folder that one of ``NAMES`` stands for; any other name as it is."""
-    return _ours(NAMES[name])() if isinstance(name, str) and name in NAMES else name
-
-
-def _ours(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    """Return the folder of the shipped model of that name; any other name as it is."""
+    if not (isinstance(name, str) and ships("teacher", name)):
+        return name
+    folder: Path = shipped(f"teacher {name}")()
+    return folder
 
 
 def _check_name(name: str | Path) -> None:
@@ -314,7 +308,7 @@ def _check_name(name: str | Path) -> None:
             return
         raise ValueError(
             f"{str(name)!r} is no folder here, and no name of a model online. Pass the folder of a teacher, a "
-            f"model's full name, such as stable-diffusion-v1-5/stable-diffusion-v1-5, {', '.join(NAMES)}, or "
+            f"model's full name, such as stable-diffusion-v1-5/stable-diffusion-v1-5, toyworld, or "
             "module:function."
         )
     if (folder / LORA_FACTS).is_file():
@@ -373,7 +367,7 @@ def _from_pipeline(
 @readable
 def _from_folder(folder: Path, file: str, network: str) -> Teacher:
     if file in FOLDERS:
-        teacher: Teacher = _ours(FOLDERS[file])(folder)
+        teacher: Teacher = shipped(f"teacher {file}")(folder)
         return teacher
     facts = read_facts(folder)
     if missing := sorted({"shape", "num_classes", "network"} - facts.keys()):

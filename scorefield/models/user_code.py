@@ -14,13 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parent
-
 
 def user_function(name: str) -> Callable[[], Any]:
     """The function that the user typed as ``module:function``; runs the module.
 
-    ``name.py`` in the current folder comes first, before the scripts' own modules and installed packages.
+    ``name.py`` in the current folder comes before installed packages.
 
     Raises:
         ValueError: not of that form, no such module or function, or a module that fails on import.
@@ -53,18 +51,17 @@ def _module(name: str) -> ModuleType:
 
 
 def _search_here() -> None:
-    # Modules beside the user's come before installed ones, but never in place of the scripts' own.
+    # For what the user's module imports from beside it.
     here = str(Path.cwd())
     if here not in sys.path:
-        scripts = [number for number, path in enumerate(sys.path) if path and Path(path).resolve() == SCRIPTS]
-        sys.path.insert(scripts[-1] + 1 if scripts else 0, here)
+        sys.path.insert(0, here)
 
 
 def _from_file(name: str, file: Path) -> ModuleType:
     # Under its own name where that is free, so that what the module imports may import it. A user's unet.py must
     # neither lose to ours nor take its place: it is registered under its path.
     known = sys.modules.get(name)
-    taken = (SCRIPTS / f"{name}.py").is_file() or (known is not None and not _is_of(known, file))
+    taken = known is not None and not _is_of(known, file)
     key = f"{file.parent}/{name}" if taken else name
     if key in sys.modules:
         return sys.modules[key]

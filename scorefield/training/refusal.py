@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch import distributed
-
 PATIENCE = 20.0
 """Seconds that ranks wait for one another to have heard."""
 
@@ -82,6 +80,8 @@ class Ranks:
 
     def _connected(self) -> Any:
         if self._store is None:
+            from torch import distributed  # which takes seconds; a typo is answered before
+
             host, port, keeps = self._place
             store = distributed.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE),

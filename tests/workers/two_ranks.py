@@ -256,9 +256,9 @@ def distil_by_script(folder, rank):
     Its GAN term takes the teacher's images for real. What each rank ends with, and what it went back to.
     """
     sys.path.insert(0, str(ROOT / "train_scripts"))
-    import distill_options
-    import stages
-    import train_dmd
+    import distill.options as distill_options
+    import distill.recipe as train_dmd
+    import distill.stages as stages
 
     network = ResidualMLP((1, 4, 4), num_classes=2, width=16, depth=2)
     torch.manual_seed(0)

@@ -1,0 +1,267 @@
+"""Teach a frozen text-to-image model to follow hints such as edges, by an adapter beside it (ControlNet).
+
+    python train_scripts/train_controlnet.py --preset toyworld-canny --out runs/control
+    accelerate launch train_scripts/train_controlnet.py --teacher <pipeline> --data images/ --hint canny
+
+The adapter is a copy of the encoder behind convolutions that start at zero. Held-out hints are judged while it
+learns: "control learned at step n" is printed when it has. The result, in --out/controlnet, loads in stock
+diffusers. Stopped runs resume: run the same command again.
+"""
+
+import copy
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
+from controlnet.caching import Latents, Memory, share_prompts
+from controlnet.data import ControlBatches, read_ahead
+from controlnet.evidence import Validation
+from controlnet.export import contact_sheet, model_card, save_adapter
+from controlnet.options import NOT_WEIGHTS, Config, check
+from controlnet.tasks import Task, load_task
+from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
+from controlnet.verdict import Evidence, EvidenceLog
+from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
+from scorefield.atomic import whole_file
+from scorefield.cache import TensorCache, fingerprint
+from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.gradient import min_snr_weight
+from scorefield.models.codec import Codec
+from scorefield.models.prompts import PromptEncoder, default_cache_folder
+from scorefield.models.teacher import Teacher, load_teacher, named_folder
+from scorefield.training.identity import identity
+from scorefield.training.loop import EMA, Phase
+from scorefield.training.run import cosine, fit, resume, show_plan, start
+
+CALIBRATE_BY = 32
+"""Hints of training samples that an embedding is calibrated by."""
+
+
+def main(config: Config) -> Path:
+    """Train, judge, and return the folder of the finished adapter."""
+    check(config)
+    log = EvidenceLog(config.out / "evidence.jsonl")
+    log.read()  # of a run that is resumed: better refused now than at the first look
+    began = time.perf_counter()
+    torch.manual_seed(config.seed)
+    config = replace(
+        config, cache=config.cache or default_cache_folder().parent,
+        eval_batch_size=config.eval_batch_size or config.batch_size,
+    )  # fmt: skip
+    if config.dry_run:
+        return plan(config)
+    accelerator = start(config)
+    teacher, task = load(config, accelerator)
+    adapter = make_adapter(teacher, task)
+    teacher = encode_captions(teacher, task, accelerator)
+    batches, held_out = make_batches(config, teacher, task, accelerator)
+    if config.calibrate:
+        calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
+    denoiser = make_denoiser(config, teacher, adapter, accelerator)
+    phase = make_phase(config, denoiser)
+    assert phase.ema is not None
+    averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
+    untouched = untrained(denoiser.unwrapped(), phase.network)
+    inputs = {"data": task.identity(), "base": fingerprint(teacher.denoiser.network.parameters())}
+    own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
+    looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
+    log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
+    validation = make_validation(config, teacher, task, held_out, looked, accelerator)
+    first = resume(config, [phase], accelerator, own)
+    if first == 0 and accelerator.is_main_process:
+        log.path.unlink(missing_ok=True)  # of a run that left no checkpoint
+    images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+    watch = ControlWatch(
+        config=config, validation=validation, denoiser=averaged, accelerator=accelerator, log=log,
+        images_per_step=images_per_step, first=first,
+    )  # fmt: skip
+
+    def finish() -> None:
+        indices = tested or looked
+        judged = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
+        untouched.network.to(accelerator.device)
+        report, look, images = make_report(
+            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+        )
+        report |= {"seed": config.seed, "resumed": first > 0}
+        if first == 0:  # what an earlier process took is not known
+            report["seconds"] = round(time.perf_counter() - began, 1)
+            report["cpu_seconds"] = round(time.process_time(), 1)
+        if accelerator.is_main_process:
+            export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
+
+    fit(
+        config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
+        watch=watch, all_watch=True, finish=finish,
+    )  # fmt: skip
+    return config.out / "controlnet"
+
+
+def plan(config: Config) -> Path:
+    """Print what a run would hold and do; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        teacher, task = load(replace(config, cache=Path(nowhere)), None)
+    network, adapter = teacher.denoiser.network, make_adapter(teacher, task)
+    freeze_base(config, network)
+    learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
+    roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
+    show_plan(config, roles, {"adapter": config.steps}, before)
+    return config.out
+
+
+def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task]:
+    """Teacher, in float32, and samples, on the device of the ranks, which share the check of the files."""
+    rank, num_ranks, device = 0, 1, torch.device("cpu")
+    if accelerator is not None:
+        rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    assert config.cache is not None
+    teacher = load_teacher(
+        config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
+        allow_pickle=config.allow_pickle, variant=config.variant or None,
+    )  # fmt: skip
+    if teacher.codec is None or teacher.texts is None:
+        raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
+    task = load_task(
+        config, teacher.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
+        fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
+    )  # fmt: skip
+    return teacher, task
+
+
+def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:
+    """The teacher for the captions of these samples, which all ranks encode together, without text encoders."""
+    if isinstance(teacher.texts, PromptEncoder):
+        captions, rank = [*task.captions(), ""], accelerator.process_index
+        share_prompts(teacher.texts, captions, rank=rank, num_ranks=accelerator.num_processes)
+    return teacher.without_text_encoders()
+
+
+def make_adapter(teacher: Teacher, task: Task) -> EncoderCopy:
+    """A fresh adapter for the hints of the task."""
+    assert teacher.codec is not None
+    return copy_encoder(teacher.denoiser, hint_channels=task.hint.channels, factor=teacher.codec.factor)
+
+
+def make_batches(
+    config: Config, teacher: Teacher, task: Task, accelerator: Accelerator
+) -> tuple[ControlBatches, ControlBatches]:
+    """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
+    codec, source = teacher.codec, teacher.source
+    assert codec is not None
+    on_means = source is not None and source.resolve() == Path(named_folder("toyworld")).resolve()
+    sampled = config.latents == "sampled" or (config.latents == "auto" and not on_means)
+    cache = None
+    if isinstance(codec, Codec) and config.crop == "center" and config.cache:
+        cache = TensorCache(config.cache / "latents", codec.identity())
+    latents = Latents(codec.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
+    training, held_out = (
+        ControlBatches(
+            samples=samples, hints=[task.hint], size=teacher.size, batch_size=batch_size, prompts=teacher.prompts,
+            null=teacher.negative(), latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
+            flip=config.flip, crop=config.crop, device=accelerator.device,
+        )
+        for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
+    )  # fmt: skip
+    if cache is not None:
+        training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    return training, held_out
+
+
+def freeze_base(config: Config, network: nn.Module) -> None:
+    """In bf16 if that is what is computed in, unless a part of it is to learn."""
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+
+
+def make_denoiser(
+    config: Config, teacher: Teacher, adapter: EncoderCopy, accelerator: Accelerator
+) -> ControlledDenoiser:
+    """The teacher frozen, and the adapter, wrapped for several ranks."""
+    network = teacher.denoiser.network
+    freeze_base(config, network)
+    for part in (network, adapter):
+        lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
+        if config.compile:
+            compile_lightly(part, config.activation_budget)
+    # What is unlocked beside it is no part of a wrapped adapter; the loop averages its gradients.
+    prepared = adapter.to(accelerator.device) if config.unlocked else accelerator.prepare(adapter)
+    return ControlledDenoiser(teacher.denoiser, prepared)
+
+
+def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
+    """The base as it is before training: itself, or with a copy on the CPU of the decoder that will learn."""
+    if not isinstance(network, nn.ModuleDict):
+        return denoiser.base
+    decoder = {name: freeze(copy.deepcopy(part)).cpu() for name, part in network.items() if name != "adapter"}
+    return with_weights(denoiser, nn.ModuleDict({"adapter": denoiser.adapter, **decoder})).base
+
+
+def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
+    """ControlNet's: AdamW, the base's own loss."""
+    network = unlock(denoiser) if config.unlocked else denoiser.adapter
+    optimizer = adamw(
+        network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
+    )
+    return control_phase(
+        denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
+        weight=min_snr_weight(config.min_snr) if config.min_snr else None,
+        lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
+    )  # fmt: skip
+
+
+def facts(
+    config: Config, teacher: Teacher, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
+    images_per_step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a card says of the training."""
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    return {
+        "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels",
+        "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
+        "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
+        "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,
+        "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
+        "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
+        + ("trained too" if config.unlocked else "frozen"),
+        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
+    }  # fmt: skip
+
+
+def export(
+    config: Config, teacher: Teacher, task: Task, report: dict[str, Any], look: Evidence,
+    denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
+) -> None:  # fmt: skip
+    """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
+    asked = (judged.judge.__doc__ or "").partition("\n")[0]
+    card = model_card(
+        base="toyworld/pipeline" if config.teacher == "toyworld" else config.teacher, hint=config.hint, look=look,
+        event=report["event"], training=facts(config, teacher, task, report, denoiser, images_per_step),
+        licence=config.licence or ("apache-2.0" if config.teacher == "toyworld" or not pipeline else None),
+        hint_channels=task.hint.channels, pipeline=pipeline, unlocked=config.unlocked,
+        limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
+        f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
+        "differ.",
+    )  # fmt: skip
+    sheet = contact_sheet(judged.probe, images)
+    folder = config.out / "controlnet"
+    unet = unet_of(denoiser.base) if config.unlocked else None
+    save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)
+    with whole_file(config.out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
+    with whole_file(config.out / "samples.png") as temporary:
+        save_image(sheet, temporary)
+    name, standing = next(iter(look.standings.items()))
+    print(
+        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"control {report['event']}\nadapter: {folder}"
+    )

@@ -1,0 +1,160 @@
+"""What is watched while an adapter learns, and reported when it has: evidence, validation images, causes."""
+
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from controlnet.adapter import ControlledDenoiser
+from controlnet.data import ControlBatches
+from controlnet.evidence import Standing, Validation, paired_gap
+from controlnet.export import contact_sheet
+from controlnet.judges import make_judge, make_probe
+from controlnet.tasks import Task
+from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
+from scorefield.cache import content_key
+from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.teacher import Teacher
+from scorefield.training.ranks import shared_rows
+from scorefield.training.run import log
+
+
+def fingerprint_of(config: Any, task: Task, indices: range) -> str:
+    """Of all that two looks must have in common to be compared, beside what a checkpoint resumes only under."""
+    samples = [part for i in indices for part in (task.held_out.identity(i), task.held_out.caption(i))]
+    return content_key(repr(task.hint), f"{config.guidance} {config.sampling_steps}", *samples)[:16]
+
+
+def make_validation(
+    config: Any, teacher: Teacher, task: Task, batches: ControlBatches, indices: range, accelerator: Accelerator
+) -> Validation:
+    """Held-out samples with their judge, drawn as the options say by all ranks together.
+
+    Autoencoder and judge compute in full precision whatever the networks do: floor and ceiling are of one ruler.
+    """
+    full = torch.autocast(accelerator.device.type, enabled=False)
+    return Validation(
+        probe=make_probe(batches, task, indices), judge=full(make_judge(task)), decode=full(teacher.decode),
+        encode=full(teacher.encode), guidance=config.guidance, negative=teacher.negative(),
+        num_steps=config.sampling_steps, batch_size=config.eval_batch_size,
+        share=partial(shared_rows, accelerator=accelerator),
+    )  # fmt: skip
+
+
+@dataclass(eq=False, kw_only=True)
+class ControlWatch:
+    """A look at the averaged weights every ``--eval-every`` steps and at the end; called on every rank.
+
+    Attributes:
+        config: steps, what is watched and out.
+        validation: what is judged.
+        denoiser: with the averaged adapter.
+        accelerator: the ranks, which share the images.
+        images_per_step: that the adapter sees.
+        log: of all looks.
+        first: the step resumed from, whose look may have been taken already.
+    """
+
+    config: Any
+    validation: Validation
+    denoiser: ControlledDenoiser
+    accelerator: Accelerator
+    images_per_step: int
+    log: EvidenceLog
+    first: int = 0
+    warned: bool = field(default=False, init=False)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """The figures of a look, if one is due; also the event, or a warning, in words."""
+        every = self.config.eval_every
+        if step != self.config.steps and (not every or step % every):
+            return {}
+        if step == self.first and any(look.step == step for look in self.log.read()):
+            return {}
+        look, images = take_look(step, self.validation, self.denoiser, self.accelerator)
+        if not self.accelerator.is_main_process:
+            return {}
+        before = learned_at(self.log.read(before=step))
+        learned = learned_at(self.log.append(look).read())
+        figures = look.figures()
+        if learned is not None:
+            figures["control/learned_at"] = learned
+        log(self.accelerator, step, {}, contact_sheet(self.validation.probe, images, most=32, side=128))
+        self._say(look, learned, new=before is None)
+        return figures
+
+    def _say(self, look: Evidence, learned: int | None, new: bool) -> None:
+        name, standing = next(iter(look.standings.items()))
+        said = [
+            f"step {look.step}: {name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling "
+            f"{standing.ceiling:.3f}; loss gap {look.gap.value:.2g} +- {look.gap.error:.1g}"
+        ]
+        if learned is not None and new:
+            said.append(f"control learned at step {learned}")
+        due = self.config.warn_after or self.config.steps // 2
+        if learned is None and not look.shows() and look.step >= due and not self.warned:
+            self.warned = True
+            seen = look.step * self.images_per_step
+            causes = likely_causes(look, self.validation.probe.hint, images_seen=seen)
+            said += [f"warning: control has not come by step {look.step}; likely causes:", *causes]
+        tqdm.write("\n  ".join(said), file=sys.stderr)
+
+
+def take_look(
+    step: int, validation: Validation, denoiser: ControlledDenoiser, accelerator: Accelerator
+) -> tuple[Evidence, Tensor]:
+    """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
+    with accelerator.autocast():
+        gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
+        images = validation.images(denoiser)
+    return Evidence(step, gap, validation.standings(images)), images
+
+
+def make_report(
+    task: Task, validation: Validation, denoiser: ControlledDenoiser, base: NetworkDenoiser, log: EvidenceLog,
+    indices: range, step: int, accelerator: Accelerator,
+) -> tuple[dict[str, Any], Evidence, Tensor]:  # fmt: skip
+    """The final figures, beside those of the base without control on the same prompts and noise.
+
+    Args:
+        task: what was learned.
+        validation: samples of the report.
+        denoiser: with the averaged adapter.
+        base: as it was before anything was trained.
+        log: of all looks.
+        indices: of those samples among the held-out ones.
+        step: the last.
+        accelerator: the ranks.
+
+    Returns:
+        The report, its evidence, and the images.
+    """
+    look, images = take_look(step, validation, denoiser, accelerator)
+    with accelerator.autocast():
+        free_images = validation.images(base)
+    free = validation.standings(free_images)
+    history = log.read()
+    report = {
+        "step": step, "learned_at": learned_at(history), "event": told(history),
+        "num_samples": len(validation.probe), "guidance": validation.guidance,
+        "sampling_steps": validation.num_steps,
+        "scores": {name: in_full(standing) for name, standing in look.standings.items()},
+        "scores_without_control": {name: in_full(standing) for name, standing in free.items()},
+        "gap": {**asdict(look.gap), "value": look.gap.value},
+    }  # fmt: skip
+    if task.made is not None and (shown := task.made.accuracies(images, indices)):
+        without = task.made.accuracies(free_images, indices)
+        report |= {"accuracy": dict(shown), "accuracy_without_control": dict(without)}
+    return report, look, images
+
+
+def in_full(standing: Standing) -> dict[str, float | None]:
+    """Value, floor, ceiling, and where the value stands between them; None if that says nothing."""
+    relative = None if math.isnan(standing.relative) else standing.relative
+    return {"value": standing.value, "floor": standing.floor, "ceiling": standing.ceiling, "relative": relative}

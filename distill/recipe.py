@@ -1,0 +1,114 @@
+"""Distil a teacher into a one-step or few-step generator by distribution matching (DMD2).
+
+    python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
+    accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
+    accelerate launch train_scripts/train_dmd.py --teacher <name or folder> --prompts prompts.txt
+
+The student and the fake score start from the teacher. In each step the fake score learns the student's images; in
+every --student-every-th the student follows the difference of teacher and fake score first. With --prompts the
+teacher is a text-to-image pipeline of diffusers, and --out/student is what diffusers loads: a pipeline, or a LoRA
+with --lora. Stopped runs resume: run the same command again.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from distill.data import data_identity, student_batches, student_data
+from distill.options import Config, check
+from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
+from distill.stages import Stages, distil
+from distill.student import Student, save_student
+from distill.text_recipe import distil_texts
+from scorefield.data.images import ImageSet
+from scorefield.diagnosis.check import Diagnosis
+from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.randomness import Rng
+from scorefield.training import checkpoint
+from scorefield.training.evaluate import Watch, check_evaluation, watcher
+from scorefield.training.identity import identity
+from scorefield.training.run import prepare, show_plan, start
+from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
+
+__all__ = ["Config", "main", "teacher_pairs"]
+
+
+def main(config: Config) -> Path:
+    """Distil and return the folder of the finished student."""
+    check(config)
+    return distil_texts(config) if config.prompts else distil_images(config)
+
+
+def distil_images(config: Config) -> Path:
+    """Distil a teacher of images, of classes or of nothing in particular."""
+    teacher = load_teacher(
+        config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
+    )
+    if teacher.times:
+        raise ValueError(
+            f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
+        )
+    teacher.guided(config.guidance)  # or it says why not
+    data = student_data(config, teacher)
+    check_evaluation(config, data)
+    found = None
+    if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
+        found = ask_teacher(config, teacher, data)
+    config = settled(config, teacher, real=data is not None)
+    torch.manual_seed(config.seed)
+    student_net, fake_net = build_roles(config, teacher)
+    if config.dry_run:
+        roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
+        updates = {"student": config.steps // config.student_every, "fake": config.steps}
+        show_plan(config, roles, updates, before=plan_of_pairs(config))
+        return config.out
+    accelerator = start(config)
+    teacher.denoiser.network.to(accelerator.device)
+    networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
+    method = build_method(config, teacher, *networks)
+    batches = student_batches(config, teacher, data, accelerator.device)
+
+    def watch(student: Student) -> Watch:
+        sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
+        with accelerator.autocast():
+            return watcher(
+                config, sampled, data, teacher=teacher, save=lambda to: save_student(student, to, teacher.facts)
+            )
+
+    with accelerator.autocast():
+        method.check(batches(Rng(config.seed, 0)))
+    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
+    stages = Stages(
+        config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
+        own=identity(config, accelerator, inputs),
+    )  # fmt: skip
+    if found is not None and found.samples and accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        draw_check(teacher, found, config.out / PICTURE)
+    columns = min(10, max(1, teacher.num_classes))
+    student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
+    folder = config.out / "student"
+    if accelerator.is_main_process:
+        save_student(student, folder, teacher.facts)
+        print(f"student: {folder}")
+    return folder
+
+
+def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diagnosis:
+    """Check the teacher on a few images of the data, or on its own. Raises ``ValueError`` for one that fails."""
+    number, generator = num_checked(teacher.shape), torch.Generator().manual_seed(0)
+    x0, labels = None, torch.arange(number) % max(1, teacher.num_classes)
+    if data is not None:
+        batch = data.batch(torch.randperm(len(data), generator=generator)[:number], generator)
+        x0, labels = batch.images, batch.labels
+    null = teacher.cond(torch.tensor([teacher.num_classes])) if config.guidance != 1 else None
+    return check_teacher(teacher, x0, labels, null=null, batch_size=config.batch_size)
+
+
+def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
+    """A few samples of the first ten classes, always from the same noise."""
+    labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(teacher.device)
+    return student.sample(noise, teacher.cond(labels.to(teacher.device)), generator=generator)

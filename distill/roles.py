@@ -1,0 +1,280 @@
+"""The parts of a distillation, built from the options of ``train_dmd.py``."""
+
+import copy
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from distill.adversarial import Critic, discriminator_head, find_bottleneck, probe_bottleneck
+from distill.decoupled import SeparateGuidance
+from distill.dmd import DMD, GAN, dmd_weight
+from distill.export import lcm_times
+from distill.guard import middle_layer
+from distill.options import Config
+from distill.pair_store import PairsOf, stored_pairs
+from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
+from distill.student import Student, even_times, times_by_ratio
+from scorefield import Denoiser, NetworkDenoiser, freeze
+from scorefield.denoiser import unwrap
+from scorefield.gradient import karras_weight
+from scorefield.models.lora import shared_backbone
+from scorefield.models.networks import build_network
+from scorefield.models.teacher import Teacher
+from scorefield.randomness import derived_generator
+from scorefield.schedule import Schedule
+from scorefield.solvers import plan
+from scorefield.times import between_ratios, uniform
+from scorefield.training.loop import EMA, Phase
+from scorefield.training.offload import offload_state
+from scorefield.training.run import adamw, cosine
+
+MOST_ROUNDING = 20.0
+"""Largest sigma / alpha at which an eps network may be asked for an image in bf16."""
+
+WARMUP_SHARE = 4
+"""Warm-up updates for each iteration of the matching, by default: regression is the main stage."""
+
+PAIR_USES = 20
+"""How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
+
+
+def settled(config: Config, teacher: Teacher, real: bool) -> Config:
+    """The options with every default that depends on others or on the teacher filled in.
+
+    Args:
+        config: as the user gave it.
+        teacher: whose bottleneck the GAN term would listen to.
+        real: whether there are real images.
+
+    Raises:
+        ValueError: a --bottleneck that the network lacks.
+    """
+    gan, layer = config.gan_weight, config.bottleneck
+    if layer is not None:
+        find_bottleneck(teacher.denoiser.network, layer)
+    if gan is None:
+        layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
+        real = real or config.reals == "teacher"
+        gan = 0.03 if real and config.critic_weight and listens(teacher, layer) else 0.0
+    steps = WARMUP_SHARE * config.steps if config.warmup_steps is None else config.warmup_steps
+    read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
+    return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
+
+
+def probe(teacher: Teacher, bottleneck: str | None) -> tuple[str, int, int]:
+    """What a critic would listen to; raises ``ValueError`` as ``adversarial.probe_bottleneck`` does."""
+    return probe_bottleneck(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()), bottleneck)
+
+
+def listens(teacher: Teacher, bottleneck: str | None) -> bool:
+    """Return True where a critic finds a bottleneck in the teacher's network."""
+    try:
+        probe(teacher, bottleneck)
+    except ValueError:
+        return False
+    return True
+
+
+def plan_of_pairs(config: Config) -> str:
+    """What ``--dry-run`` says about the work before the first iteration."""
+    if not config.warmup_steps and not config.regression_weight:
+        return ""
+    number = config.num_pairs + config.guard_images
+    pairs = f"{number:,} teacher pairs of {config.pair_steps} network calls each"
+    return f"{pairs}, {config.warmup_steps:,} warm-up updates of the student" if config.warmup_steps else pairs
+
+
+def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
+    """Student and fake score as copies of the teacher, dropout off.
+
+    The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
+    """
+    student = copy.deepcopy(teacher.denoiser.network).eval()
+    if teacher.facts.get("network") == "function":
+        fake = copy.deepcopy(teacher.denoiser.network).eval()
+    else:
+        fake = build_network(teacher.facts, fake_steps(config, teacher.facts)).eval()
+    lacking, unknown = fake.load_state_dict(teacher.denoiser.network.state_dict(), strict=False)
+    if unknown or not set(lacking) <= {"step.weight", "network.step.weight"}:
+        raise ValueError(f"the fake score is not the teacher's network: {lacking} missing, {unknown} unknown.")
+    if config.gan_weight:
+        name, channels, size = probe(teacher, config.bottleneck)
+        fake = Critic(fake, name, discriminator_head(channels, size))
+    return student.requires_grad_(True), fake.requires_grad_(True)
+
+
+def build_text_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
+    """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights."""
+    name, head = "", None
+    if config.gan_weight:
+        name, channels, size = probe(teacher, config.bottleneck)
+        head = discriminator_head(channels, size).to(teacher.device)
+    if config.lora:
+        roles = shared_backbone(
+            teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None,
+            checkpointing=config.gradient_checkpointing, generator=derived_generator("lora", config.seed),
+        )  # fmt: skip
+        student, fake, name = roles[0].network, roles[1].network, f"backbone.{name}"
+    else:  # weights that learn are float32, whatever the teacher's precision
+        student, fake = (copy.deepcopy(teacher.denoiser.network).float().requires_grad_(True) for _ in range(2))
+    return student, fake if head is None else Critic(fake, name, head)
+
+
+def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
+    """Steps that the fake score can be told, 0 where its network cannot be told."""
+    return config.num_steps if config.num_steps > 1 and facts.get("network") == "mlp" else 0
+
+
+def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module) -> dict[str, nn.Module]:
+    """The networks that a run holds, for ``--dry-run``."""
+    followed = {"its average": freeze(copy.deepcopy(student))} if config.ema_decay else {}
+    return {"teacher": teacher, "student": student, **followed, "fake": fake}
+
+
+def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
+    """The recipe of this script as a :class:`distill.dmd.DMD`."""
+    target = teacher.guided(config.guidance)
+    gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
+    facts = teacher.facts
+    sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
+    check_rounding(config, teacher.denoiser)
+    return DMD(
+        teacher=target,
+        student=Student(replace(teacher.denoiser, network=student), student_times(config, schedule)),
+        fake=replace(teacher.denoiser, network=fake),
+        shape=teacher.shape,
+        fake_weight=karras_weight(sigma_data) if sigma_data else None,
+        guidance=separate_guidance(config),
+        step_key="step" if fake_steps(config, facts) else None,
+        student_every=config.student_every,
+        times=between_ratios(*config.ratio_range) if any(config.ratio_range) else uniform(0.02, 0.98),
+        weight=dmd_weight(config.alpha_in_gradient),
+        gan=gan if config.gan_weight else None,
+    )
+
+
+def separate_guidance(config: Config) -> SeparateGuidance | None:
+    """Noise levels of the guidance term of its own, where they are asked for and there is guidance."""
+    if not config.separate_guidance or config.guidance == 1:
+        return None
+    low, high = config.ratio_range
+    return SeparateGuidance(low=low, high=high) if high else SeparateGuidance()
+
+
+def check_rounding(config: Config, denoiser: NetworkDenoiser) -> None:
+    """Raise ``ValueError`` where bf16 would round away what an eps network says of the clean image.
+
+    x0 = (x_t - sigma eps) / alpha multiplies the rounding of eps, 2^-9 at most, by sigma / alpha: 0.3 at 157, the
+    noisiest time of a plain DDPM, and 0.03 at Stable Diffusion's 14.6.
+    """
+    first = student_times(config, denoiser.schedule)[0]
+    ratio = float(denoiser.schedule.ratio(torch.tensor(first, dtype=torch.float64)))
+    if config.precision == "bf16" and denoiser.kind == "eps" and ratio > MOST_ROUNDING:
+        raise ValueError(
+            f"a student that predicts eps at timestep {first:g} multiplies the rounding of bf16 by sigma / alpha "
+            f"= {ratio:.3g}; {MOST_ROUNDING:g} is the most that leaves a picture. Pass --student-ratio 3.5 and no "
+            "--times, or --precision no."
+        )
+
+
+def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
+    """Timesteps of the student: those of --times, or by --student-ratio."""
+    if config.times:
+        return config.times
+    if not config.student_ratio:
+        return (lcm_times if config.prompts else even_times)(schedule, config.num_steps)
+    if config.prompts:  # what the schedulers of diffusers can be told
+        return lcm_times(schedule, config.num_steps, highest=config.student_ratio)
+    return times_by_ratio(schedule, config.num_steps, highest=config.student_ratio)
+
+
+DISTANCES: dict[str, Distance] = {"l1": absolute_error, "l2": squared_error, "huber": pseudo_huber()}
+
+
+def teacher_pairs(
+    config: Config, target: Denoiser, teacher: Teacher, accelerator: Accelerator, *, number: int,
+    identity: str, purpose: str = "pairs", keep: tuple[float, ...] = (),
+) -> Pairs:  # fmt: skip
+    """Pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
+
+    They are kept on disk, where other runs find them; ranks share the work. Without gradients there is room for
+    eight times the batch of the training.
+
+    Args:
+        config: of the run.
+        target: the teacher under guidance.
+        teacher: whose conditions they have.
+        accelerator: of all ranks.
+        number: of pairs.
+        identity: a hash of the teacher.
+        purpose: separates the noise of pairs that are trained on from that of others.
+        keep: times at which the noisy image is kept, too.
+    """
+    count = max(1, teacher.num_classes)
+    order = torch.arange(count)
+    if number < count:  # not the first ones: prompts are often sorted
+        order = torch.randperm(count, generator=derived_generator("classes of pairs", config.seed, purpose))
+    numbers = order[torch.arange(number) % count]
+    parts = [{name: value.cpu() for name, value in teacher.cond(part).items()} for part in numbers.split(250)]
+    cond = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    chosen = (
+        plan(target.schedule, config.pair_steps, shift=teacher.shift)
+        if config.pair_sampler == "auto"
+        else plan(target.schedule, config.pair_steps, "ddim", "uniform")
+    )
+    device = teacher.device
+    seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
+    wanted = PairsOf(
+        teacher=identity, cond=cond, times=chosen.times, num=number, shape=teacher.shape, seed=seed,
+        guidance=config.guidance, negative=config.negative, precision=config.precision,
+        keep=keep, solver=chosen.solver,
+    )  # fmt: skip
+
+    def make(shard: int, num_shards: int) -> Pairs:
+        with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+            return make_pairs(
+                target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
+                rank=shard, num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
+                keep=keep,
+            )  # fmt: skip
+
+    return stored_pairs(
+        make, wanted.key(), number, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
+
+
+def average_of(network: nn.Module, config: Config) -> EMA | None:
+    """The network's moving average; none at --ema-decay 0, where the network itself is what is saved."""
+    return EMA(network, config.ema_decay) if config.ema_decay else None
+
+
+def averaged(phase: Phase) -> nn.Module:
+    """What is saved of a phase: the average of its network, or where there is none the network itself."""
+    return unwrap(phase.network) if phase.ema is None else phase.ema.network
+
+
+def build_phases(config: Config, method: DMD) -> list[Phase]:
+    """Student and fake score under AdamW, the student followed by its average, if it has one."""
+    student, fake = (
+        adamw(network, rate, betas=config.betas, kind=config.optimizer)
+        for network, rate in (
+            (method.student.denoiser.network, config.student_lr or 1e-5),
+            (method.fake.network, config.fake_lr or 1e-5),
+        )
+    )  # fmt: skip
+    for optimizer in (student, fake) if config.offload else ():
+        offload_state(optimizer)
+    updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
+    return method.phases(
+        student, fake, student_ema=average_of(method.student.denoiser.network, config),
+        student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
+        fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
+    )  # fmt: skip

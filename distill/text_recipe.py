@@ -1,0 +1,270 @@
+"""The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.adversarial import probe_bottleneck
+from distill.dmd import DMD
+from distill.export import copied_parts, export_student, scheduler_for
+from distill.options import Config
+from distill.roles import (
+    build_method,
+    build_text_roles,
+    check_rounding,
+    plan_of_pairs,
+    planned_roles,
+    settled,
+    student_times,
+)
+from distill.stages import Stages, distil
+from distill.student import Student
+from scorefield import Cond
+from scorefield.data.rows import Listing, keep_good
+from scorefield.data.texts import Texts, read_texts
+from scorefield.diagnosis.check import Diagnosis
+from scorefield.files import read_json
+from scorefield.models.pretrained import INDEX
+from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.randomness import Rng, shuffled
+from scorefield.shipped import shipped, ships
+from scorefield.training import checkpoint
+from scorefield.training.identity import check_options, identity
+from scorefield.training.latents import Latents, check_images
+from scorefield.training.run import prepare, show_plan, start
+from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
+
+INPUTS = ("teacher", "prompts", "data")
+"""What a run reads, in its identity as fingerprints."""
+
+JUDGED = (64, 64)
+"""Height and width of the pictures that the judge of --eval-every sees."""
+
+WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
+"""Options that change no number of a run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        config: settled, since its defaults depend on teacher and prompts.
+        teacher: its classes are the prompts; its text encoders are gone.
+        texts: the prompts.
+        latents: of their images, or None without a GAN term.
+        shown: conditions of the prompts that are drawn for TensorBoard.
+    """
+
+    config: Config
+    teacher: Teacher
+    texts: Texts
+    latents: Latents | None
+    shown: Cond
+
+
+def distil_texts(config: Config) -> Path:
+    """Distil and return the folder of the finished student."""
+    accelerator = start(config)
+    inputs = load_inputs(config, accelerator)
+    config = inputs.config
+    teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
+    torch.manual_seed(config.seed)
+    networks = build_text_roles(config, teacher)
+    if config.dry_run:
+        show(config, teacher, networks)
+        return config.out
+    found = None
+    if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
+        found = ask_teacher(config, teacher, latents)
+    method = build_method(config, teacher, *(place(network, config, accelerator) for network in networks))
+
+    def batches(rng: Rng) -> dict[str, Any]:
+        chosen = shuffled(len(texts.prompts), config.batch_size, rng)
+        real = {} if latents is None else {"real": latents(chosen).to(accelerator.device)}
+        if config.gan_weight and latents is None:  # those of the teacher pairs, which are not made yet
+            real = {"real": torch.zeros(len(chosen), *teacher.shape, device=accelerator.device)}
+        return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
+
+    with accelerator.autocast():
+        method.check(batches(Rng(config.seed, 0)))
+    if found is not None and found.samples and accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        draw_check(teacher, found, config.out / PICTURE)
+    average = learn(config, inputs, method, batches, accelerator)
+    out = config.out / "student"
+    if accelerator.is_main_process:
+        save(config, average, teacher, out, accelerator.num_processes)
+        print(f"student: {out}")
+    return out
+
+
+def ask_teacher(config: Config, teacher: Teacher, latents: Latents | None) -> Diagnosis:
+    """Check the teacher on a few latents of the prompts' images, or on its own.
+
+    Raises ``ValueError`` for a teacher that fails.
+    """
+    count = num_checked(teacher.shape)
+    chosen = torch.randperm(teacher.num_classes, generator=torch.Generator().manual_seed(0))
+    chosen = chosen.repeat(-(-count // len(chosen)))[:count]
+    listed = teacher.listed
+    null = listed.negative if listed is not None and config.guidance != 1 else None
+    x0 = None if latents is None else latents(chosen)
+    return check_teacher(teacher, x0, chosen, null=null, bounded=False, batch_size=config.batch_size)
+
+
+def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
+    """Everything that a run reads, refused or encoded; of a dry run only as much as shows the plan.
+
+    The text encoders are freed on return, since nothing that is returned holds them.
+    """
+    texts = read_texts(config.prompts, config.num_prompts, on_bad_data=config.on_bad_data)
+    with tempfile.TemporaryDirectory() as nowhere:
+        source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
+        latents = None
+        config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
+        check_inputs(config, texts, source)
+        check_rounding(config, source.denoiser)
+        if not config.dry_run:
+            check_options(config.out, own_options(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
+        if (
+            config.gan_weight
+            and config.reals == "data"
+            and not (config.dry_run and ships("prompts", config.prompts))
+        ):
+            latents, faults = check_images(texts.images, source, accelerator)
+            good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
+            texts, latents = texts.some(good), latents.some(good)
+        if config.dry_run:
+            texts, latents = Texts(texts.prompts[:1]), None
+        kept = source.fitting(texts.prompts, config.long_prompts, config.prompts)
+        texts, latents = texts.some(kept), None if latents is None else latents.some(kept)
+        shown = source.prompts(config.validation_prompts or texts.prompts[:8])
+        teacher = source.asked(texts.prompts, config.negative)
+    if latents is not None:
+        latents = replace(latents, teacher=teacher).encoded(accelerator)
+    return Inputs(config, teacher, texts, latents, shown)
+
+
+def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
+    """Raise ``ValueError`` for what teacher and prompts cannot do, before the long work of encoding them."""
+    folder = pipeline_of(source)
+    copied_parts(folder, config.variant or None)
+    times = student_times(config, source.denoiser.schedule)
+    scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
+    if config.eval_every and source.size != JUDGED:
+        raise ValueError(
+            f"--eval-every asks the toy world's judge, who sees pictures of {JUDGED}; --teacher {config.teacher} "
+            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
+        )
+    if config.gan_weight:
+        if not len(texts.images) and config.reals == "data":
+            raise ValueError(
+                f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
+                "them, or pass --gan-weight 0."
+            )
+        size = getattr(texts.images, "size", source.size)
+        if config.reals == "data" and size != source.size:
+            raise ValueError(
+                f"the images of --prompts {config.prompts} are {size}, the teacher's {source.size}. Pass "
+                "--gan-weight 0."
+            )
+        negative = source.negative(config.negative)  # any one prompt would do
+        probe_bottleneck(source.denoiser, source.shape, negative, config.bottleneck)
+
+
+def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
+    """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
+    teacher = inputs.teacher
+    own = own_options(config, accelerator, hashes_of(inputs))
+    stages = Stages(
+        config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
+    )
+    return distil(
+        stages, columns=4, preview=lambda student: draw(student, teacher, inputs.shown),
+        watch=lambda student: shipped("judge toyworld")(config, student, teacher),
+    )  # fmt: skip
+
+
+def pipeline_of(teacher: Teacher) -> Path:
+    """The folder of its pipeline, whose parts its student needs. Raises ``ValueError`` for a teacher without."""
+    if teacher.source is None or not (teacher.source / INDEX).is_file():
+        raise ValueError("--teacher must be a pipeline of diffusers to be distilled with --prompts.")
+    return teacher.source
+
+
+def own_options(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Identity of the run; see :func:`command.identity`."""
+    own = identity(config, accelerator, inputs)
+    return {name: value for name, value in own.items() if name not in WATCHING}
+
+
+def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:
+    """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
+
+    Its autoencoder is float32: what it makes of real images once is learned from all along.
+
+    Raises ``ValueError`` for what ``load_teacher`` refuses, a model without prompts, and a student.
+    """
+    half = config.precision == "bf16" and device.type != "cpu"
+    source = load_teacher(
+        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
+        size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
+        variant=config.variant or None,
+    )  # fmt: skip
+    if source.texts is None:
+        raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
+    return source
+
+
+def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
+    """A copy of the teacher as ``fitting.prepare`` wraps it; a LoRA, which is not wrapped, on its device."""
+    return network.to(accelerator.device) if config.lora else prepare(network, config, accelerator)
+
+
+@torch.no_grad()
+def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
+    """Pictures of some conditions, always from the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    number = len(next(iter(cond.values())))
+    noise = torch.randn(number, *teacher.shape, generator=generator).to(teacher.device)
+    x0 = student.sample(noise, cond, generator=generator)
+    # One by one: SDXL's autoencoder needs three GiB for each.
+    return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
+
+
+def hashes_of(inputs: Inputs) -> dict[str, str]:
+    """What a run reads, as inputs of :func:`command.identity`."""
+    teacher, latents = inputs.teacher, inputs.latents
+    return {
+        "teacher": teacher.identity(), "prompts": inputs.texts.identity(),
+        "data": "" if latents is None else latents.identity(),
+    }  # fmt: skip
+
+
+def show(config: Config, teacher: Teacher, networks: tuple[nn.Module, nn.Module]) -> None:
+    """The plan of ``--dry-run``."""
+    roles = planned_roles(config, teacher.denoiser.network, *networks)
+    updates = {"student": config.steps // config.student_every, "fake": config.steps}
+    show_plan(config, roles, updates, before=plan_of_pairs(config))
+
+
+def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_processes: int) -> Path:
+    """Export the student: a pipeline, or a LoRA."""
+    batch_size = config.batch_size * config.accumulate * num_processes
+    card = (
+        f"Distilled from {config.teacher} (guidance {config.guidance:g}) by `train_scripts/train_dmd.py`, preset "
+        f"{config.preset}: {config.steps:,} iterations of batch {batch_size:,}, "
+        f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
+    )
+    base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
+    return export_student(
+        student, pipeline_of(teacher), folder, card=card, base_model=base, size=teacher.size,
+        variant=config.variant or None,
+    )  # fmt: skip

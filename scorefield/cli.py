@@ -1,0 +1,166 @@
+"""The console command ``scorefield``: the first word says what to do, the next one may be a preset.
+
+    scorefield distill toyworld-1step --out runs/student
+    accelerate launch -m scorefield sds toyworld "a red mug"
+
+Everything is named by strings and imported on demand: ``--help`` and a typo are answered without torch.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as it is listed, and where its parts are.
+
+    Attributes:
+        title: one sentence for the list of commands.
+        options: module:class, a dataclass; the module imports no torch.
+        main: module:function, options -> where the result is.
+        presets: module:name of a mapping from names to functions that return options, or of a function of the
+            command's words that returns one; empty for none. The first one is meant where none is named.
+        folders: module:function, options -> folders that no other run may use; empty: --out of a training.
+    """
+
+    title: str
+    options: str
+    main: str
+    presets: str = ""
+    folders: str = ""
+
+
+COMMANDS = {
+    "demo": Command(
+        "Train and distil a teacher of digits in minutes, and show the pictures.",
+        "toyworld.options:Demo", "toyworld.demo:main", folders="toyworld.options:demo_folders",
+    ),
+    "teacher": Command(
+        "Train a diffusion teacher of small images.",
+        "scorefield.commands.options:TrainTeacher", "scorefield.commands.teacher:main",
+    ),
+    "distill": Command(
+        "Turn a teacher into a generator of one or a few steps (DMD, DMD2).",
+        "distill.options:Config", "distill.recipe:main", presets="distill.options:presets_for",
+    ),
+    "sds": Command(
+        "Turn a prompt into a 3D scene (SDS, CSD, VSD).",
+        "sds.options:Config", "sds.recipe:main", presets="sds.options:PRESETS",
+    ),
+    "control": Command(
+        "Teach a model to follow hints such as edges (ControlNet).",
+        "controlnet.options:Config", "controlnet.recipe:main", presets="controlnet.options:PRESETS",
+    ),
+    "sample": Command(
+        "Draw images from a teacher or a student.",
+        "scorefield.commands.options:Sample", "scorefield.commands.sample:main",
+    ),
+    "features": Command(
+        "Train a feature network on your own classes, for evaluate.",
+        "scorefield.commands.options:TrainFeatures", "scorefield.commands.features:main",
+    ),
+    "evaluate": Command(
+        "Measure the distance between two sets of images (Fréchet distance, KID).",
+        "scorefield.commands.options:Evaluate", "scorefield.commands.evaluate:main",
+    ),
+    "toyworld evaluate": Command(
+        "Measure the pipeline that ships, or another one of the toy world.",
+        "toyworld.options:EvaluatePipeline", "toyworld.evaluate:main",
+    ),
+    "toyworld students": Command(
+        "Measure students of the toy world's pipeline beside their teacher.",
+        "toyworld.options:EvaluateStudents", "toyworld.students:main",
+    ),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the words name; by default those of the command line. Exits with 2 for a wrong one."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return
+    if words[0] == "--version":
+        print(f"scorefield {importlib.import_module('scorefield').__version__}")
+        return
+    name = words[0] if words[0] in COMMANDS else " ".join(words[:2])
+    if name not in COMMANDS:
+        _refuse(words, [command for command in COMMANDS if command.split()[0] == words[0]])
+    command, words = COMMANDS[name], words[len(name.split()) :]
+    options = found(command.options)
+    description, default = options.__doc__, None
+    if command.presets:
+        presets = found(command.presets)
+        presets = presets(words) if callable(presets) else presets
+        words, default = choose(name, presets, words)
+        description = f"{description}\n\n{described(name, presets)}"
+    run = found("scorefield.commands.command:run")
+    run(
+        lambda config: found(command.main)(config), options, description, arguments=words,
+        prog=f"scorefield {name}", default=default, folders=found(command.folders) if command.folders else None,
+    )  # fmt: skip
+
+
+def found(place: str) -> Any:
+    """Return what module:name stands for."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def choose(name: str, presets: Mapping[str, Callable[[], Any]], words: Sequence[str]) -> tuple[list[str], Any]:
+    """Return the words after the preset, and its values; those of the first preset where none is named.
+
+    Exits with 2 for a first word that is no preset and no option.
+    """
+    if not words or words[0].startswith("-"):
+        return list(words), next(iter(presets.values()))()
+    if words[0] not in presets:
+        near = difflib.get_close_matches(words[0], presets, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        known = ", ".join(preset for preset in presets if preset)
+        _say(f"{words[0]!r} is no preset of `scorefield {name}`; expected one of {known}.{hint}")
+    return list(words[1:]), presets[words[0]]()
+
+
+def described(name: str, presets: Mapping[str, Callable[[], Any]]) -> str:
+    """Return a list of the presets, for --help."""
+    texts = {preset: (make.__doc__ or "").strip().partition("\n")[0] for preset, make in presets.items() if preset}
+    width = max(map(len, texts))
+    lines = [f"  {preset:{width}}  {text}" for preset, text in texts.items()]
+    return "\n".join([f"Presets (scorefield {name} PRESET ...):", *lines])
+
+
+def overview() -> str:
+    """Return the list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.title}" for name, command in COMMANDS.items()]
+    before = (
+        "usage: scorefield COMMAND [PRESET] [OPTIONS]",
+        "",
+        "A frozen diffusion model teaches something else.",
+        "",
+    )
+    after = (
+        "",
+        "scorefield COMMAND --help says more. On several GPUs: accelerate launch -m scorefield COMMAND ...",
+    )
+    return "\n".join([*before, *lines, *after])
+
+
+def _refuse(words: Sequence[str], related: Sequence[str]) -> NoReturn:
+    if related:
+        _say(f"`scorefield {words[0]}` is not complete; expected {' or '.join(related)} after scorefield.")
+    near = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], 1)
+    _say(
+        f"{words[0]!r} is no command; expected one of {', '.join(COMMANDS)}."
+        + (f" Did you mean `scorefield {near[0]}`?" if near else "")
+    )
+
+
+def _say(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

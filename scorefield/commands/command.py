@@ -1,0 +1,157 @@
+"""How every command runs: parse into a frozen dataclass, hold the output folder, turn errors into exit codes.
+
+Exit codes: 0 done, 1 the run failed, 2 the input was refused before anything was written, 128 + n stopped by
+signal n.
+Importing this module imports no torch: a typo is answered at once.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from scorefield.atomic import is_full
+from scorefield.files import printable
+from scorefield.training.launcher import is_first_rank
+from scorefield.training.lock import FolderLock
+from scorefield.training.options import RunOptions
+from scorefield.training.refusal import Ranks, Refusal
+
+C = TypeVar("C")
+
+RENAMED = {
+    **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
+    "--preset": "is the first word now: scorefield distill toyworld-1step, or train_dmd.py toyworld-1step.",
+}
+"""Options of earlier versions, and what to do instead."""
+
+
+def run(
+    main: Callable[[C], Path | None], options: type[C], description: str = "", *,
+    arguments: Sequence[str] | None = None, prog: str | None = None, default: C | None = None,
+    folders: Callable[[C], Sequence[Path]] | None = None,
+) -> None:  # fmt: skip
+    """Parse the command line into ``options`` and call ``main``.
+
+    Bad input, or a file that cannot be read, is printed in one line and exits with 2; a run that stopped because
+    it was not finite, or the disk is full, exits with 1. Ctrl-C exits with 130. A rank that gives up takes the
+    others with it: all have its exit code, and it alone says why.
+
+    Args:
+        main: the command.
+        options: a dataclass.
+        description: printed by --help; by default the docstring of ``options``.
+        arguments: words after the command; by default ``sys.argv[1:]``.
+        prog: the command, for --help.
+        default: values that are not given, such as those of a preset.
+        folders: what no other run may use meanwhile; by default ``--out`` of a training.
+    """
+    warnings.formatwarning = one_line
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    held = ExitStack()
+    ranks = Ranks(partial(_follow, held))
+    try:
+        with held:
+            refuse_renamed(words)
+            given: dict[str, Any] = {} if default is None else {"default": default}
+            config = tyro.cli(options, prog=prog, args=words, description=description or None, **given)
+            for folder in _out_of(config) if folders is None else folders(config):
+                hold(folder, held)
+            main(config)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("\nstopped by Ctrl-C; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 2:  # of the parser
+            ranks.give_up(2)
+        raise
+    except Exception as error:
+        message, code = _explained(error)
+        if ranks.several:  # torchrun sends it as soon as one of them has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        first = ranks.give_up(code)
+        if message is None:
+            raise
+        if first:
+            say(message)
+        if ranks.several:
+            _end(code)
+        sys.exit(code)
+    finally:
+        ranks.close()
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """What to say of an error, and the exit code; nothing to say of a fault of the program."""
+    if is_full(error):
+        return f"the disk is full, or its quota is used up: {error}. What was saved before is whole.", 1
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return str(error), 1 if isinstance(error, FloatingPointError) else 2
+    # On a CPU torch has no class of its own for it.
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "allocate memory" in str(error)
+    ):
+        return f"not enough memory: {error} Lower --batch-size or the size of the network.", 2
+    return None, 1
+
+
+def _follow(held: ExitStack, refusal: Refusal) -> None:
+    """End this process as another rank ended; no exception would reach a main thread that waits for that rank."""
+    held.close()
+    _end(refusal.code)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit without what Python does at its end, in which ranks wait for each other."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def refuse_renamed(arguments: Sequence[str]) -> None:
+    """Raise ``ValueError`` for an option of an earlier version, saying what took its place."""
+    for argument in arguments:
+        if (flag := argument.partition("=")[0]) in RENAMED:
+            raise ValueError(f"{flag} {RENAMED[flag]}")
+
+
+def _out_of(config: Any) -> list[Path]:
+    return [config.out] if isinstance(config, RunOptions) and not config.dry_run else []
+
+
+def hold(folder: Path, held: ExitStack) -> None:
+    """Take the folder for this run, until ``held`` closes; the first rank does it for all.
+
+    Raises ``FolderInUseError`` where another run has it. A folder that cannot be made is refused by
+    :func:`check_out`, which says why.
+    """
+    if not is_first_rank():
+        return
+    lock = FolderLock(folder)
+    held.callback(lock.release)
+    with suppress(OSError):
+        lock.acquire()
+
+
+def say(message: str) -> None:
+    """Say in one line why this rank ends."""
+    rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+    print(f"error{rank}: {printable(message)}", file=sys.stderr)
+
+
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as Python prints it, on one line whatever names it holds, without the line of code."""
+    del line
+    return f"{printable(filename)}:{lineno}: {category.__name__}: {printable(str(message))}\n"

@@ -1,0 +1,177 @@
+"""Images from a teacher or a student: as PNG files or one npz file, and a grid to look at.
+
+    python train_scripts/sample.py --teacher runs/student/student --out samples --num-images 1000
+    python train_scripts/sample.py --teacher toyworld --prompts "a red mug" "a blue chair" --guidance 3
+    accelerate launch train_scripts/sample.py --teacher runs/teacher/teacher --steps 10 --out ten.npz
+
+Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from scorefield.atomic import foreign, whole_file, whole_folder
+from scorefield.commands.options import Sample
+from scorefield.data.tables import TABLES
+from scorefield.data.texts import read_texts
+from scorefield.models.draw import draw as draw_images
+from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.schedule import Schedule
+from scorefield.solvers import Plan, caution, plan
+from scorefield.training.options import check_numbers, check_out
+from scorefield.training.ranks import check_launch
+
+
+def main(config: Sample) -> Path:
+    """Sample, write, and return the folder or file."""
+    check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance", "size"))
+    check_samples_out(config.out)
+    accelerator = Accelerator(mixed_precision=config.precision)
+    check_launch(accelerator)
+    teacher = load(config, accelerator.device)
+    teacher.guided(config.guidance)  # or it says why not
+    labels = asked_labels(config, teacher)
+    if not teacher.times and accelerator.is_main_process:
+        report_plan(teacher.denoiser.schedule, plan_of(config, teacher))
+    # With fewer images than ranks some have none.
+    own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
+    parts = tqdm(own.split(config.batch_size), desc="images", disable=None)
+    with accelerator.autocast():
+        made = draw(config, teacher, parts, labels)
+    whole = join(made, config.num_images, accelerator)
+    if accelerator.is_main_process:
+        picture = write(whole, labels, config.out, columns=columns(teacher.num_classes if config.prompts else 0))
+        print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
+    accelerator.wait_for_everyone()
+    return config.out
+
+
+def load(config: Sample, device: torch.device) -> Teacher:
+    """The teacher or student; one of prompts is asked for those of ``--prompts``.
+
+    Raises ``ValueError`` for a model that cannot be read, or that the other options are not for.
+    """
+    if any(not prompt.strip() for prompt in config.prompts):
+        raise ValueError(f"--prompts must say something; got {list(config.prompts)}.")
+    teacher = load_teacher(
+        config.teacher, config.network, device=device, size=config.size or None, allow_pickle=config.allow_pickle,
+        variant=config.variant or None, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        few_steps=True,
+    )  # fmt: skip
+    if teacher.texts is not None:
+        if not config.prompts:
+            raise ValueError(f'{config.teacher} draws what --prompts ask for, such as "a red mug"; got none.')
+        prompts = read_prompts(config)
+        kept = teacher.fitting(prompts, config.long_prompts, "--prompts")
+        return teacher.asked([prompts[number] for number in kept], config.negative_prompt)
+    for name in ("prompts", "negative_prompt"):
+        if getattr(config, name):
+            raise ValueError(f"{config.teacher} takes no prompts; leave out --{name.replace('_', '-')}.")
+    return teacher
+
+
+def read_prompts(config: Sample) -> tuple[str, ...]:
+    """What ``--prompts`` say, or what the one file holds that they name. Raises ``ValueError`` for a bad one."""
+    file = Path(config.prompts[0]) if len(config.prompts) == 1 else Path()
+    if file.suffix.lower() not in (*TABLES, ".tar") or not file.exists():
+        return config.prompts
+    return read_texts(str(file), on_bad_data=config.on_bad_data).prompts
+
+
+def columns(count: int) -> int:
+    """Of the grid: as many as make each column show one of ``count`` prompts, about ten."""
+    return 10 if not count or count > 10 else 10 // count * count
+
+
+def check_samples_out(out: Path) -> None:
+    """Raise ``ValueError`` unless ``out`` can be written: a new file or folder, or one of older samples.
+
+    Older samples are what :func:`write` left, unchanged, and nothing else.
+    """
+    place = out.resolve()
+    check_out(place.parent)
+    if out.suffix == ".npz":
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; expected a file to write. Choose another --out.")
+        return
+    if place.exists() and (not place.is_dir() or os.path.ismount(place)):
+        raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
+    if others := foreign(place):
+        raise ValueError(
+            f"--out {out} holds {others[0][0]}, which is no earlier sample, or was changed since. Choose another "
+            "--out."
+        )
+
+
+def asked_labels(config: Sample, teacher: Teacher) -> Tensor:
+    """One label per image. Raises ``ValueError`` for classes that the model does not know."""
+    classes = config.classes or tuple(range(max(1, teacher.num_classes)))
+    if not all(0 <= label < max(1, teacher.num_classes) for label in classes):
+        raise ValueError(f"--classes must lie in [0, {max(1, teacher.num_classes) - 1}]; got {classes}.")
+    return torch.tensor(classes)[torch.arange(config.num_images) % len(classes)]
+
+
+def draw(config: Sample, teacher: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """Return the images of some numbers, given batch by batch; see :func:`scorefield.models.draw.draw`."""
+    chosen = None if teacher.times else plan_of(config, teacher)
+    return draw_images(teacher, parts, labels, seed=config.seed, guidance=config.guidance, chosen=chosen)
+
+
+def plan_of(config: Sample, teacher: Teacher) -> Plan:
+    """How a teacher is sampled under these options. Raises ``ValueError`` for more calls than timesteps."""
+    return plan(teacher.denoiser.schedule, config.steps, config.sampler, config.grid, shift=teacher.shift)
+
+
+def report_plan(schedule: Schedule, chosen: Plan) -> None:
+    """Print which sampler draws, and warn where DDIM would draw better at the same cost."""
+    print(f"sampler: {chosen.solver} on a {chosen.spacing} grid, {chosen.num_calls} network calls an image")
+    if warning := caution(schedule, chosen):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
+    """All ranks' images in order; rank r holds numbers r, r + ranks, ..."""
+    if accelerator.num_processes == 1:
+        return own
+    most = -(-num_images // accelerator.num_processes)
+    padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])]).to(accelerator.device)
+    every = accelerator.gather(padded).view(accelerator.num_processes, most, *own.shape[1:])
+    return every.transpose(0, 1).flatten(0, 1)[:num_images].cpu()
+
+
+def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
+    """PNG files named by number and class, or one npz file of bytes: whole or not at all.
+
+    Returns the picture of the first hundred, which lies beside: within the folder it would be one of the images.
+    """
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    place = out.resolve()
+    if out.suffix == ".npz":
+        with whole_file(place) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+    else:
+        with whole_folder(place) as folder:
+            for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+                (folder / f"{label:04d}").mkdir(exist_ok=True)
+                to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
+    overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
+    picture = place.with_name(f"{place.name}.grid.png")
+    with whole_file(picture) as temporary:
+        to_picture(overview).save(temporary)
+    return picture
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """(1 or 3, h, w) bytes as a picture."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

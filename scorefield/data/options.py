@@ -1,0 +1,28 @@
+"""Options of commands that read images. Importing this module imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scorefield.choices import OnBadData
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the training images come from and how they are cut."""
+
+    data: str | None = None
+    """Folder of images (class subfolders, metadata.jsonl or .csv with file_name and label, or neither; of train/
+    and test/ the former), npz file with images and labels, idx file or folder of them (MNIST family), webdataset
+    .tar, jsonl, csv or parquet file, or a Hugging Face dataset. None: the digits. Classes that are all numbers
+    keep them, other names are numbered in alphabetical order."""
+    resolution: int | None = None
+    """Height and width to train at. None: that of the first image."""
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    """Of the images; auto takes those of the first one."""
+    crop: Literal["center", "random"] = "center"
+    """The square taken of each image: its centre, or a random one of 8/9 of the shorter side each time."""
+    flip: bool = False
+    """Mirror every image with probability one half."""
+    on_bad_data: OnBadData = "stop"
+    """What to do about samples that cannot be used: corrupt, smaller than half the resolution, without a label or
+    an image that others have, no UTF-8."""

@@ -1,0 +1,30 @@
+"""What ships under a name: functions of the toy world, found when they are asked for.
+
+Nothing below the toy world imports it. A name such as ``--data toyworld`` stands for one of these functions, as
+``module:function`` stands for a user's own.
+"""
+
+import importlib
+from typing import Any
+
+FUNCTIONS = {
+    "teacher toyworld": "toyworld:pipeline_folder",
+    "teacher circles.json": "toyworld.circles:load_circles",
+    "images digits": "toyworld.digits:training_images",
+    "prompts toyworld": "toyworld.renders:world_texts",
+    "judge toyworld": "toyworld.bench:text_watch",
+    "control toyworld": "toyworld.control:solids",
+    "control circles": "toyworld.control:circles",
+}
+"""What a function gives, and under which name: its module and its name."""
+
+
+def shipped(what: str) -> Any:
+    """Return the function that :data:`FUNCTIONS` names, such as ``prompts toyworld``."""
+    module, _, function = FUNCTIONS[what].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def ships(kind: str, name: str) -> bool:
+    """Return True where something of this kind, such as ``control``, ships under the name."""
+    return f"{kind} {name}" in FUNCTIONS

@@ -1,0 +1,104 @@
+"""What has to be true before a run begins: its ranks agree, and what it will replace in --out is its own."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from scorefield.atomic import whole_file
+from scorefield.training import checkpoint
+from scorefield.training.options import RunOptions
+from scorefield.training.ranks import check_same_fields
+
+IDENTITY = "identity.json"
+"""In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
+
+PLACES = ("out", "data", "teacher", "prompts", "features", "cache")
+"""Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
+
+PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
+
+
+def check_ranks(config: RunOptions, accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` on every rank where their options or their code differ; before any of them waits."""
+    if accelerator.num_processes == 1:
+        return
+    paths = {name for name, value in vars(config).items() if isinstance(value, Path)}
+    options = {name: value for name, value in resolved(config).items() if name not in {*PLACES, *paths}}
+    check_same_fields({**options, "code": code_hash()}, "Start all of them with one command.", accelerator)
+
+
+def code_hash() -> str:
+    """Short hash of the packages and scripts, as they lie on this machine."""
+    found = [find_spec(name) for name in PACKAGES]
+    roots = [Path(place) for spec in found if spec for place in spec.submodule_search_locations or ()]
+    digest = hashlib.sha256()
+    for root in (*roots, Path(__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_earlier(
+    out: Path, results: Sequence[str], own: Mapping[str, Any], checkpoints: Path | None = None
+) -> None:
+    """Raise ``ValueError`` where ``out`` holds results of another run, and no checkpoint to go on from.
+
+    With a checkpoint, :func:`checkpoint.load` compares; one that was removed must not let another run
+    replace what the first one made.
+    """
+    if checkpoint.steps(out / "checkpoints" if checkpoints is None else checkpoints):
+        return
+    held = [name for name in results if (out / name).exists()]
+    if not held:
+        return
+    try:
+        made_from = json.loads((out / IDENTITY).read_text())
+    except (OSError, ValueError, RecursionError):
+        made_from = None
+    if made_from != json.loads(json.dumps(own, default=str)):
+        raise ValueError(
+            f"--out {out} holds {', '.join(held)} of another run, and no checkpoint: they would be replaced. Move "
+            "them elsewhere, or choose another --out."
+        )
+
+
+def check_options(out: Path, own: Mapping[str, Any], inputs: Sequence[str]) -> None:
+    """Raise ``ValueError`` where the newest checkpoint in ``out`` has other options, ``inputs`` left out.
+
+    For what can be known before the long work of reading the inputs, whose fingerprints are compared later.
+    """
+    for newest in checkpoint.steps(out / "checkpoints")[-1:]:
+        try:
+            saved = json.loads((newest / "config.json").read_text())
+        except (OSError, ValueError):  # a damaged checkpoint is passed over later
+            return
+        checkpoint.compare(newest, {**own, **{name: saved.get(name) for name in inputs}})
+
+
+def note_identity(out: Path, own: Mapping[str, Any]) -> None:
+    """Write what the run in ``out`` is made from; :func:`check_earlier` reads it."""
+    with whole_file(out / IDENTITY) as temporary:
+        temporary.write_text(json.dumps(own, indent=2, default=str))
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A config as JSON-able fields."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What determines the numbers of a run: a checkpoint resumes only under the same.
+
+    ``inputs`` are fingerprints of what the run reads; they stand for the paths, which can be written in many ways.
+    """
+    watching = {"log_every", "save_every", "eval_every", "eval_images", "features", "probe_every", "max_rollbacks"}
+    export = {"mesh_resolution", "turntable_size"}
+    ignored = {"out", "dry_run", "skip_teacher_check", "on_bad_data", "long_prompts", *watching, *export, *inputs}
+    fields = {name: value for name, value in resolved(config).items() if name not in ignored}
+    return {**fields, **inputs, "num_processes": accelerator.num_processes}

@@ -1,0 +1,90 @@
+"""Settings of ``accelerate config`` and ``accelerate launch``: honoured, or refused before anything is written.
+
+They arrive as variables ``ACCELERATE_...``, which an Accelerator follows without a word. A run follows its own
+command line: what contradicts it would train something else than its config says.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+HONOURED = {
+    *("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_NUM_PROCESSES", "ACCELERATE_CPU_AFFINITY"),
+    *("ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DEBUG_RDV_FILE"),
+}
+"""Where a run computes, and how loudly."""
+
+IDLE = (
+    *("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_SAGEMAKER_"),
+    *("ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_ALLOW_CP_STANDALONE"),
+    *("ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_INIT_INCLUDE_BUFFERS"),
+)
+"""Beginnings of settings that do nothing unless another one, which is refused, is on."""
+
+OFF = ("", "0", "no", "off", "false", "n", "f", "none")
+"""Values of a switch that is off, in lower case."""
+
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+
+def check_launcher(precision: str, accumulate: int, settings: Mapping[str, str] | None = None) -> None:
+    """Raise ``ValueError`` for a launcher's setting that would change the run behind its command line.
+
+    Args:
+        precision: ``--precision``. The launcher's "no" is its default, and gives way.
+        accumulate: ``--accumulate``.
+        settings: the environment; by default this process's.
+    """
+    for name, value in sorted((os.environ if settings is None else settings).items()):
+        if name.startswith("ACCELERATE_") and (refusal := _refusal(name, value.strip(), precision, accumulate)):
+            raise ValueError(f"the launcher sets {name}={value}: {refusal}")
+
+
+def _refusal(name: str, value: str, precision: str, accumulate: int) -> str | None:
+    off = value.lower() in OFF
+    if off or name in HONOURED:
+        return None
+    if name == "ACCELERATE_DYNAMO_BACKEND":
+        return "networks compiled so cannot be saved. Launch with --dynamo_backend no, and pass --compile."
+    if name == "ACCELERATE_MIXED_PRECISION":
+        return None if value.lower() == precision else _of_precision(value.lower(), precision)
+    if name == "ACCELERATE_GRADIENT_ACCUMULATION_STEPS":
+        if value in ("1", str(accumulate)):
+            return None
+        return (
+            f"it contradicts --accumulate {accumulate}. Pass --accumulate {value}, or launch with "
+            "--gradient_accumulation_steps 1."
+        )
+    if name in SHARDING:
+        return (
+            "it shards one network; here several, each with its optimiser, share a step, and a checkpoint holds "
+            "them whole. Launch with --multi_gpu (DDP); for memory use bf16 or gradient checkpointing."
+        )
+    if name.startswith(IDLE):
+        return None
+    return "this program does not follow it. Unset it, or leave it out of `accelerate config`."
+
+
+def _of_precision(wanted: str, precision: str) -> str:
+    if wanted in ("no", "bf16"):
+        return (
+            f"it contradicts --precision {precision}. Pass --precision {wanted}, or launch with "
+            f"--mixed_precision {precision}."
+        )
+    return f"training computes in float32 or bf16 only. Launch with --mixed_precision {precision}."
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all; known before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def has_gpu() -> bool:
+    """Return True where a driver shows a GPU. Torch knows better, and takes seconds to import."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
+
+
+def default_device() -> str:
+    """Return ``cuda`` where there seems to be a GPU, else ``cpu``: the default of ``--device``."""
+    return "cuda" if has_gpu() else "cpu"

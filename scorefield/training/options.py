@@ -1,0 +1,141 @@
+"""Options that several commands share, and their checks.
+
+Importing this module imports no torch, since the command line is parsed and refused before that.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from scorefield.atomic import check_replaceable
+from scorefield.training.launcher import check_launcher
+
+PROBE = ".writing-probe-"
+"""How folders begin that are made only to see whether one can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every training script can be told about its run.
+
+    ``results`` are the folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
+    """
+
+    results: ClassVar[tuple[str, ...]] = ()
+
+    out: Path = Path("runs/run")
+    """Folder for checkpoints, TensorBoard logs and the result."""
+    steps: int = 1000
+    """Iterations in all."""
+    batch_size: int = 256
+    """Images per micro-batch and process."""
+    accumulate: int = 1
+    """Micro-batches per iteration."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision; weights that learn stay float32. Frozen ones may become bf16, too: those of a
+    text-to-image teacher on a GPU, those under a ControlNet."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
+    compile: bool = False
+    """Compile the networks with torch.compile: minutes at the start, faster steps. Not one with a critic."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory. UNets only."""
+    deterministic: bool = False
+    """Deterministic kernels on a GPU, so that a resumed run is equal bit by bit. A CPU run always is."""
+    clip_norm: float = 10.0
+    """Largest norm of a network's gradient; a larger one is scaled down."""
+    seed: int = 0
+    """Of every random draw."""
+    log_every: int = 50
+    """Iterations between scalars."""
+    save_every: int = 1000
+    """Iterations between checkpoints and sample grids."""
+    dry_run: bool = False
+    """Print the resolved config, parameters, bytes per role and steps, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How a training is watched."""
+
+    eval_every: int = 0
+    """Iterations between evaluations of the averaged weights; 0 means never."""
+    eval_images: int = 500
+    """Images per evaluation."""
+    features: Path | None = None
+    """Folder of train_features.py: Fréchet distance and KID to the training data, and the best weights kept."""
+
+
+def check_out(out: Path) -> None:
+    """Raise ``ValueError`` unless ``out`` is, or can become, a folder to write in. Leaves nothing there."""
+    for wanted in (out, out / "checkpoints", out / "logs"):
+        nearest = next(path for path in [wanted, *wanted.absolute().parents] if path.exists())
+        try:
+            # Rights alone do not tell: root may write anywhere except where nobody may.
+            for left in nearest.glob(f"{PROBE}*"):  # by a check that was killed
+                with suppress(OSError):
+                    left.rmdir()
+            with tempfile.TemporaryDirectory(prefix=PROBE, dir=nearest):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to --out {out}: {nearest} is no writable folder. Choose another --out."
+            ) from error
+
+
+def check_numbers(
+    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = (),
+    rates: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Raise ``ValueError``, naming the flag, for a number that is not finite, out of its range or past counting.
+
+    ``shares`` lie in [0, 1), learning ``rates`` in (0, 1]; a seed, if there is one, fits into 63 bits.
+    """
+    for name, value in vars(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, int) and name != "seed" and value >= 2**31:
+            raise ValueError(f"{flag} must be below 2^31; got {value}. Pass a smaller one.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag} must be finite; got {value}.")
+        if name in positive and not value > 0:
+            raise ValueError(f"{flag} must be above 0; got {value}.")
+        if name in not_negative and not value >= 0:
+            raise ValueError(f"{flag} must be at least 0; got {value}.")
+        if name in rates and not 0 < value <= 1:
+            raise ValueError(f"{flag} must lie in (0, 1]; got {value}.")
+        if name in shares and not 0 <= value < 1:
+            raise ValueError(f"{flag} must lie in [0, 1); got {value}.")
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"{flag} must lie in [0, 2^63); got {value}.")
+
+
+def check_device(name: str) -> None:
+    """Raise ``ValueError`` for a ``--device`` that torch does not know or that is not there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here: {reason}. Pass cpu, or cuda with a GPU."
+        ) from error
+
+
+def check_run(config: RunOptions) -> None:
+    """Raise ``ValueError`` for run options that cannot work, before anything is written."""
+    import torch
+
+    check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
+    check_out(config.out)
+    for name in config.results:
+        if not Path(name).suffix:
+            check_replaceable(config.out / name)
+    check_launcher(config.precision, config.accumulate)
+    if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
+        raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

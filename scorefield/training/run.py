@@ -1,0 +1,285 @@
+"""How the scripts run a training: prepare, resume, follow, log, save, stop."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from scorefield.atomic import whole_file
+from scorefield.randomness import Rng
+from scorefield.training import checkpoint
+from scorefield.training.evaluate import Watch, forget_best
+from scorefield.training.identity import check_earlier, check_ranks, note_identity, resolved
+from scorefield.training.launcher import is_first_rank
+from scorefield.training.loop import Phase, Report, train
+from scorefield.training.options import RunOptions
+from scorefield.training.ranks import check_launch, check_same, check_same_fields
+from scorefield.training.stopping import stop_signals
+
+T = TypeVar("T")
+
+
+def start(config: RunOptions) -> Accelerator:
+    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
+
+    Raises ``ValueError`` for a launch that cannot work, see :func:`ranks.check_launch`, and for ranks that
+    were given other options.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(
+        mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
+        kwargs_handlers=[patience], gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )  # fmt: skip
+    check_launch(accelerator)
+    check_ranks(config, accelerator)
+    return accelerator
+
+
+def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
+    """The network on its device, checkpointed, compiled and wrapped for several ranks as the options say.
+
+    Raises ``ValueError`` where a network that cannot recompute its activations is asked to.
+    """
+    if config.gradient_checkpointing:
+        able: list[Any] = [part for part in network.modules() if hasattr(part, "enable_gradient_checkpointing")]
+        if not able:
+            raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
+        able[0].enable_gradient_checkpointing()
+    hooked = any(getattr(part, "uses_hooks", False) for part in network.modules())
+    if config.compile and not hooked:  # compiled code does not call the hook by which a critic reads features
+        network.compile()  # in place: names of weights stay as they are
+    prepared: nn.Module = accelerator.prepare(network)
+    return prepared
+
+
+def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) -> None:
+    """Write the resolved config and open the TensorBoard log: the first files of a run."""
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole_file(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(resolved(config), indent=2))
+    open_log(accelerator, first, out)
+
+
+def open_log(accelerator: Accelerator, first: int, out: Path | None = None) -> None:
+    """Open the TensorBoard log in ``out``; what an earlier run logged beyond step ``first`` is drawn again."""
+    accelerator.trackers = []
+    # Each stage of a run has a log of its own, since a new one hides the later steps of an old one.
+    place = Path() if out is None else Path(os.path.relpath(out, accelerator.project_dir))
+    try:
+        accelerator.init_trackers(str(place / "logs"), init_kwargs={"tensorboard": {"purge_step": first + 1}})
+    except OSError as error:
+        accelerator.trackers = []
+        tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
+
+
+def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], images: Tensor | None = None) -> None:
+    """Write scalars, and images (n, c, h, w) in [0, 1] as "samples". Curves are worth less than the run.
+
+    If the log is gone, since someone deleted its folder, another is opened.
+    """
+    try:
+        accelerator.log(dict(scalars), step=step)
+        if images is not None and accelerator.is_main_process:
+            for tracker in accelerator.trackers:
+                tracker.log_images({"samples": images.cpu().numpy()}, step=step, dataformats="NCHW")
+    except OSError as error:
+        tqdm.write(f"TensorBoard's log is lost at step {step}, the run goes on: {error}", file=sys.stderr)
+        open_log(accelerator, step)
+
+
+def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
+    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step.
+
+    Raises ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+    """
+    check_identity(config, own, accelerator)
+    first = checkpoint.load(config.out / "checkpoints", phases, own)
+    fix = "Let --out be a folder that all machines share."
+    check_same("the step to resume from", first, fix, accelerator)
+    if accelerator.is_main_process:
+        if first:
+            print(f"resumed from step {first}")
+        else:
+            forget_best(config.out)
+        note_identity(config.out, own)
+    start_logging(accelerator, config, config.out, first)
+    return first
+
+
+def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+
+    :func:`resume` does so; call it before work that is long.
+    """
+    check_same_fields(own, "Let all of them read the same files.", accelerator)
+    check_earlier(config.out, config.results, own)
+    checkpoint.check_config(config.out / "checkpoints", own)
+
+
+def fit(
+    config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
+    own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
+    rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
+    check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
+    keep: Callable[[int], Collection[int]] = lambda step: (), last: bool = True,
+) -> None:  # fmt: skip
+    """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
+
+    The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
+    ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
+    the run has to stop. It is called again for the step resumed from, since its look at that one may have been cut
+    off: two looks at the same weights must leave what one does. All call ``check`` with the step and whether it is
+    about to be saved, and it may raise, as do weights that are not finite. All call ``keep``, which returns the
+    steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every
+    rank after the last step, while they can still speak to each other: after the ``last`` stage they cannot.
+    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
+    Ctrl-C, with 130, and SIGHUP, with 129.
+    """
+
+    def look(step: int) -> None:
+        with accelerator.autocast():
+            figures = watch(step) if accelerator.is_main_process or all_watch else {}
+        if figures and accelerator.is_main_process:
+            log(accelerator, step, figures)
+
+    reports = train(
+        phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
+        accumulate=config.accumulate, seed=config.seed,
+    )  # fmt: skip
+    stop = 0
+    with stop_signals(accelerator) as asked_to_stop:
+        if first:
+            look(first)  # which a kill in the look after its checkpoint would have left out
+        for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
+            stop = asked_to_stop(report.step)
+            kept = keep(report.step)
+            due = report.step % config.save_every == 0 or report.step in (config.steps, *kept) or bool(stop)
+            check(report.step, due)
+            if due:
+                checkpoint.check_finite(report.step, phases)
+            if due and accelerator.is_main_process:
+                checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
+            if not (stop and all_watch):
+                look(report.step)
+            if due and accelerator.is_main_process and preview is not None:
+                log(accelerator, report.step, {}, as_grid(preview(), columns))
+            if not stop and report.step == config.steps:
+                stop = asked_to_stop(0)  # while the last step was saved and looked at
+            if stop:
+                break
+    if not stop:
+        finish()
+    with suppress(OSError):
+        if stop or last:
+            accelerator.end_training()
+        else:  # that would part the ranks, too
+            close_log(accelerator)
+    if stop:
+        sys.exit(128 + stop)
+
+
+def close_log(accelerator: Accelerator) -> None:
+    """Write what TensorBoard has not written yet; what is logged from here on belongs to no log."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
+
+
+def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
+    """A progress bar on the main process; in a log file it refreshes only every 30 seconds."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    hidden = not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
+    return tqdm(
+        items, desc=name, initial=start, total=total, mininterval=interval, maxinterval=interval, disable=hidden
+    )
+
+
+def follow(
+    reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
+) -> Iterator[Report]:
+    """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
+    bar = progress(reports, "steps", steps, accelerator, start)
+    latest: dict[str, Tensor] = {}
+    for report in bar:
+        latest |= report.metrics
+        if report.step % log_every == 0 or report.step == steps:
+            values = Report(report.step, (), latest).read()
+            log(accelerator, report.step, values)
+            bar.set_postfix(
+                {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
+            )
+        yield report
+
+
+def as_grid(images: Tensor, columns: int) -> Tensor:
+    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
+    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
+
+
+def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:
+    """Linear warm-up, over at most a tenth, and a half cosine down to ``floor`` times the learning rate."""
+    warmup = max(1, min(warmup, updates // 10))
+
+    def factor(update: int) -> float:
+        fall = 0.5 * (1 + math.cos(math.pi * min(update / updates, 1)))
+        return min(1, (update + 1) / warmup) * (floor + (1 - floor) * fall)
+
+    return LambdaLR(optimizer, factor)
+
+
+def adamw(
+    network: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), kind: str = "adamw"
+) -> Optimizer:
+    """AdamW in its fused form, or with 8-bit moments; weight decay 0.01."""
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        small: Optimizer = AdamW8bit(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01)
+        return small
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01, fused=True)
+
+
+def show_plan(
+    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = ""
+) -> None:
+    """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
+
+    ``updates`` says how many optimiser steps each trained role takes, ``before`` what happens before the first.
+    """
+    if not is_first_rank():
+        return
+    print(json.dumps(resolved(config), indent=2))
+    # Beside each gradient AdamW keeps two moments.
+    state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
+    for role, network in roles.items():
+        number = sum(p.numel() for p in network.parameters())
+        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
+        print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
+    if before:
+        print(f"before the first step: {before}")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    images = config.steps * config.batch_size * config.accumulate * ranks
+    steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
+    print(f"steps: {config.steps:,} iterations, {images:,} images on {ranks} process(es); updates: {steps}")

@@ -1,0 +1,278 @@
+"""The parts of a scene's training, built from the options of ``train_sds.py``."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import ImageColor
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from scorefield import Cond, Denoiser, guided
+from scorefield.cache import fingerprint
+from scorefield.gradient import TimeWeight
+from scorefield.models.codec import Codec
+from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.randomness import Rng, derived_generator
+from scorefield.times import ramp, uniform
+from sds.canvas import Canvas
+from sds.field import Field, cone_blob, scaled_softplus
+from sds.learning import SceneDistillation
+from sds.looks import Backdrop, CanvasLooks, Look, SceneLooks
+from sds.lora import low_rank_denoiser
+from sds.losses import (
+    Distillation,
+    alpha_sigma_squared,
+    csd,
+    noise_to_signal,
+    sds,
+    sigma_squared,
+    unit,
+    x0_reconstruction,
+)
+from sds.options import Config, Pair
+from sds.probe import Probe
+from sds.regularisers import Penalties
+from sds.scene import Scene, background_network, frequency_network, grid_scene, hash_network, triplane_network
+from sds.shading import ShadingSchedule
+from sds.views import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
+from sds.vsd import VSD, Untold
+
+WEIGHTS: dict[str, TimeWeight] = {
+    "sigma_squared": sigma_squared,
+    "unit": unit,
+    "alpha_sigma_squared": alpha_sigma_squared,
+    "noise_to_signal": noise_to_signal,
+}
+
+
+def colour_of(name: str) -> tuple[float, float, float]:
+    """A colour in [-1, 1]. Raises ``ValueError`` for a name that is none."""
+    try:
+        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
+    except ValueError as error:
+        raise ValueError(f"--backdrops takes names of colours, such as white or #808080; got {name!r}.") from error
+    return red / 127.5 - 1, green / 127.5 - 1, blue / 127.5 - 1
+
+
+def frozen_teacher(config: Config, device: torch.device) -> Teacher:
+    """The teacher of ``--teacher`` on its device, in bf16 where the run is."""
+    half = config.precision == "bf16" and device.type != "cpu"
+    return load_teacher(
+        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
+        size=config.teacher_size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
+        variant=config.variant or None,
+    )  # fmt: skip
+
+
+def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
+    """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
+    negative = teacher.negative(config.negative)
+    asked = [[config.prompt.strip()]]
+    if not config.canvas:
+        asked = [words_of(config, name) for name in config.backdrops or (None,)]
+    teacher.fitting(sum(asked, list[str]()), config.long_prompts, "--prompt")
+    return [negative, *map(teacher.prompts, asked)]
+
+
+def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
+    """What a run reads of its teacher, as inputs of :func:`command.identity`."""
+    codec: list[Tensor] = []
+    if isinstance(teacher.codec, Codec):
+        codec = [
+            *teacher.codec.vae.state_dict().values(),
+            torch.tensor([teacher.codec.scaling, teacher.codec.shift]),
+        ]
+    said = [value for cond in words for _, value in sorted(cond.items())]
+    return {
+        "teacher": fingerprint(teacher.denoiser.network.parameters()), "codec": fingerprint(codec),
+        "conditions": fingerprint(said),
+    }  # fmt: skip
+
+
+def along(config: Config, pair: Pair, step: int) -> float:
+    """Where a first and a last value have come to at this step."""
+    start, end = (share * config.steps for share in config.anneal)
+    return ramp(step, start, pair[0], pair[1], end)
+
+
+def build_scene(config: Config) -> Scene:
+    """The scene as it begins: a blob in empty space."""
+    seeded = derived_generator("scene", config.seed)
+    background = None if config.backdrops else background_network(generator=seeded)
+    blob = cone_blob(*config.blob)
+    if config.field == "grid":
+        return grid_scene(
+            half_size=config.half_size, background=background, num_samples=config.num_samples, blob=blob,
+            initial=config.initial,
+        )  # fmt: skip
+    build: dict[str, Callable[..., nn.Module]] = {
+        "triplane": triplane_network, "hash": hash_network, "frequency": frequency_network,
+    }  # fmt: skip
+    network = build[config.field](generator=seeded)
+    field = Field(network, half_size=config.half_size, blob=blob, activation=scaled_softplus())
+    return Scene(field, background=background, num_samples=config.num_samples)
+
+
+def build_canvas(config: Config, teacher: Teacher) -> Canvas:
+    """Particles of noise in the shape of the teacher's x0, bounded where that is pixels."""
+    return Canvas.noise(
+        teacher.shape, num_particles=config.batch_size, std=0.1 if teacher.codec is None else 1.0,
+        bounded=teacher.codec is None, generator=derived_generator("canvas", config.seed),
+    )  # fmt: skip
+
+
+def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]]:
+    """Distributions and numbers of views of a step."""
+    usual = CameraDistribution()
+    around = replace(
+        usual, distance=config.distance, focal=config.focal, elevation=config.elevation,
+        position_jitter=config.jitter * usual.position_jitter, target_jitter=config.jitter * usual.target_jitter,
+        up_jitter=config.jitter * usual.up_jitter, uniform_angle=1.0 if config.overhead else usual.uniform_angle,
+    )  # fmt: skip
+    above = replace(around, elevation=config.overhead_elevation)
+    if config.widen:
+        around = around.widened(min(1.0, step / (config.widen * config.steps)))
+    number = config.batch_size - config.overhead
+    pairs = [(around, number)]
+    if config.quarters < 1:
+        spread = ramp(step, 0, config.quarters, 1.0, config.quarters_until * config.steps)
+        pairs = [(quarter, number // 4) for quarter in around.quarters(spread)]
+    return [*pairs, (above, config.overhead)] if config.overhead else pairs
+
+
+def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneLooks:
+    """Random views of the scene, with the words for each."""
+    colours: list[str | None] = list(config.backdrops) or [None]
+    backdrops = [
+        Backdrop(conditions=conditions(config, teacher, name), colour=None if name is None else colour_of(name))
+        for name in colours
+    ]
+    schedule = ShadingSchedule()
+    return SceneLooks(
+        scene=scene,
+        encode=teacher.encode,
+        size=teacher.size,
+        cameras=lambda step: cameras_at(config, step),
+        backdrops=backdrops,
+        resolution=lambda step: int(config.size[step >= config.grow_at * config.steps]),
+        weights=word_weights if config.words == "interpolated" else word_bins,
+        penalties=lambda step: penalties_at(config, step),
+        shading=schedule.draw if config.shading == "dreamfusion" else None,
+        tell_camera=config.method == "vsd",
+        num_ranks=num_ranks,
+    )
+
+
+def canvas_looks(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasLooks:
+    """The canvas as it is, under the prompt alone."""
+    return CanvasLooks(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
+
+
+def penalties_at(config: Config, step: int) -> Penalties:
+    """Weights of a step."""
+    names = ("opacity", "entropy", "orientation", "distortion")
+    return Penalties(**{name: along(config, getattr(config, name), step) for name in names})
+
+
+def conditions(config: Config, teacher: Teacher, backdrop: str | None) -> Cond:
+    """Of :func:`words_of`."""
+    return teacher.prompts(words_of(config, backdrop))
+
+
+def words_of(config: Config, backdrop: str | None) -> list[str]:
+    """The prompt with each view word, before a backdrop that is named if it has a name."""
+    prompt = config.prompt.strip() + (f" on a {backdrop} background" if backdrop else "")
+    return [prompt] * 4 if config.words == "none" else list(view_prompts(prompt))
+
+
+def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillation]:
+    """Step -> loss."""
+    negative, denoiser = teacher.negative(config.negative), teacher.denoiser
+    w = WEIGHTS[config.weight]
+    phi = None
+    if config.method == "vsd":
+        generator = derived_generator("phi", config.seed)
+        phi = low_rank_denoiser(
+            denoiser, rank=config.phi_rank, generator=generator,
+            camera_at=None if config.canvas else time_embedding(denoiser.network),
+        )  # fmt: skip
+
+    def method(step: int) -> Distillation:
+        times = uniform(along(config, config.t_low, step), along(config, config.t_high, step))
+        scale = along(config, config.guidance, step)
+        if config.method == "csd":
+            return csd(denoiser, negative, scale=scale, times=times, w=w)
+        target = guided(denoiser, scale, negative, rescale=config.rescale)
+        if phi is not None:
+            return VSD(teacher=target, phi=phi, times=times, w=w)
+        build = sds if config.method == "sds" else x0_reconstruction
+        return build(target, times=times, w=w)
+
+    return method
+
+
+def time_embedding(network: Any) -> str:
+    """Name of the submodule to which VSD's phi adds the camera."""
+    names = [name for name, _ in network.named_modules()]
+    for wanted in ("model.time_embedding", "model.time_text_embed"):
+        if wanted in names:
+            return wanted
+    raise ValueError("--method vsd needs a UNet or SD3 transformer of diffusers; use --method sds.")
+
+
+def build_probe(config: Config, task: SceneDistillation, teacher: Teacher) -> Probe:
+    """Figures at fixed views: front, side, back and overhead before the first backdrop; or of all particles."""
+    subject, method = task.subject, task.method(0)
+    negative = teacher.negative(config.negative)
+    target: Denoiser = guided(teacher.denoiser, config.guidance[1], negative, rescale=config.rescale)
+    if isinstance(method, VSD):
+        target = Untold(target, method.phi_only)
+
+    def look(view: Views, step: int) -> Look:
+        assert isinstance(subject, SceneLooks)
+        return subject.look_at(view, torch.zeros(1, dtype=torch.long), step, None, None)
+
+    def look_at_canvas(step: int) -> Look:
+        return subject.look(Rng(config.seed, step))
+
+    views = fixed_views(config)
+    looks = [partial(look, views[number : number + 1]) for number in range(len(views))]
+    return Probe(
+        looks=[look_at_canvas] if config.canvas else looks, target=target, decode=teacher.decode,
+        network=subject.network,
+    )  # fmt: skip
+
+
+def fixed_views(config: Config) -> Views:
+    """Front, side, back and overhead."""
+    azimuth, elevation = torch.tensor([0.0, 90.0, 180.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    around, above = sum(config.elevation) / 2, sum(config.overhead_elevation) / 2
+    many = torch.ones(4)
+    return orbit(
+        azimuth, around + elevation * (above - around), sum(config.distance) / 2 * many,
+        sum(config.focal) / 2 * many,
+    )  # fmt: skip
+
+
+def optimizers(config: Config, task: SceneDistillation) -> tuple[Optimizer, LambdaLR, Optimizer | None]:
+    """Adam for the scene, whose learning rate is linear, and AdamW for VSD's phi."""
+    network = task.subject.network
+    background = getattr(network, "background", None)
+    behind = [] if background is None else list(background.parameters())
+    matter = [p for p in network.parameters() if not any(p is other for other in behind)]
+    groups = [{"params": matter, "lr": config.learning_rate[0]}]
+    if behind:
+        groups.append({"params": behind, "lr": config.background_lr})
+    # No epsilon to speak of: in empty space gradients are tiny, and they count.
+    optimizer = Adam(groups, betas=(0.9, 0.99), eps=1e-15)
+    first, last = config.learning_rate
+    lr_schedule = LambdaLR(optimizer, lambda step: 1 + (last / first - 1) * min(1.0, step / config.steps))
+    method = task.method(0)
+    phi = None
+    if isinstance(method, VSD):
+        phi = torch.optim.AdamW(method.phi.network.parameters(), lr=config.phi_lr)
+    return optimizer, lr_schedule, phi

@@ -1,0 +1,202 @@
+"""Turn a prompt into a 3D scene by score distillation.
+
+    python train_scripts/train_sds.py --prompt "a red mug" --out runs/mug
+    accelerate launch train_scripts/train_sds.py --preset dreamfusion --prompt "a corgi" --out runs/corgi
+
+A frozen text-to-image model looks at renders of the scene from random cameras and says what it expects instead;
+the scene follows. At the end --out/export holds scene.glb, scene.obj, points.ply, turntable.mp4, contact.png and
+report.json. With --canvas images learn in place of a scene. Stopped runs resume: run the same command again.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from scorefield.atomic import whole_file
+from scorefield.models.teacher import Teacher
+from scorefield.training import checkpoint
+from scorefield.training.identity import identity
+from scorefield.training.loop import Phase
+from scorefield.training.ranks import check_same
+from scorefield.training.run import fit, open_log, resume, show_plan, start
+from sds.canvas import Canvas
+from sds.checks import check_scene, export_choices
+from sds.export import export
+from sds.finish import exportable, save_scene
+from sds.guards import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
+from sds.learning import SceneDistillation
+from sds.options import Config
+from sds.parts import (
+    build_canvas,
+    build_looks,
+    build_method,
+    build_probe,
+    build_scene,
+    canvas_looks,
+    fingerprints,
+    frozen_teacher,
+    optimizers,
+    read_prompts,
+)
+from sds.probe import Probe
+from sds.scene import Scene
+
+GUARD_EVERY = 10
+"""Steps between looks at the opacity; every step that is about to be saved has one, too."""
+
+
+def main(config: Config) -> Path:
+    """Learn and export; returns the folder of the export, or the picture of a canvas."""
+    check_scene(config)
+    accelerator = start(config)
+    teacher = frozen_teacher(config, accelerator.device)
+    inputs = fingerprints(teacher, read_prompts(config, teacher))
+    teacher = teacher.without_text_encoders()  # before anything else can hold on to them
+    task = build_task(config, teacher, accelerator)
+    optimizer, lr_schedule, phi = optimizers(config, task)
+    phases = task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
+    if config.dry_run:
+        roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
+        show_plan(config, roles, {phase.name: config.steps for phase in phases})
+        return config.out
+    own = identity(config, accelerator, inputs)
+    first = resume(config, phases, accelerator, own)
+    if first == 0 and accelerator.is_main_process:
+        checkpoint.save(config.out / "checkpoints", 0, phases, own)  # the first state to go back to
+    accelerator.wait_for_everyone()
+    learn(config, task, phases, build_probe(config, task, teacher), accelerator, own, first)
+    return finish(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+
+
+def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
+    """What learns, on its device, and by which loss."""
+    method = build_method(config, teacher)
+    if config.canvas:
+        canvas = build_canvas(config, teacher).to(accelerator.device)
+        return SceneDistillation(
+            subject=canvas_looks(config, canvas, teacher), method=method, num_draws=config.draws
+        )
+    scene = build_scene(config).to(accelerator.device)
+    looks = build_looks(config, scene, teacher, accelerator.num_processes)
+    return SceneDistillation(subject=looks, method=method, num_draws=config.draws)
+
+
+def learn(
+    config: Config, task: SceneDistillation, phases: Sequence[Phase], probe: Probe, accelerator: Accelerator,
+    own: Mapping[str, Any], first: int,
+) -> None:  # fmt: skip
+    """Train to the end; a scene that is lost goes back to a checkpoint, up to --max-rollbacks times."""
+    watcher = Watcher(config, task, probe, phases[0].optimizer)
+
+    def guard(step: int, saving: bool) -> None:
+        scene = task.subject.network
+        if isinstance(scene, Scene) and (saving or step % GUARD_EVERY == 0):
+            check_opacity(opacity_all_round(scene), step)
+
+    while True:
+        rollbacks = num_rollbacks(phases[0].optimizer)
+        try:
+            fit(
+                replace(config, seed=seed_after(config.seed, rollbacks)), phases, task.batches, accelerator,
+                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=guard,
+                preview=watcher.pictures if config.probe_every else None,
+                columns=config.batch_size if config.canvas else len(probe.looks),
+            )  # fmt: skip
+            return
+        except FloatingPointError as error:
+            if rollbacks >= config.max_rollbacks:
+                raise
+            first = go_back(config, phases, accelerator, own)
+            if accelerator.is_main_process:
+                tqdm.write(
+                    f"{error}\nrolled back to step {first}, from where the learning rate is half of what it was "
+                    f"({rollbacks + 1} of at most {config.max_rollbacks} times).", file=sys.stderr,
+                )  # fmt: skip
+
+
+def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
+    """Roll back on all ranks, and draw the curves again from there; the step to go on from."""
+    first = roll_back(
+        config.out / "checkpoints", phases, own, write=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
+    fix = "Let --out be a folder that all machines share."
+    check_same("the step to go back to", first, fix, accelerator)
+    check_same("the number of rollbacks", num_rollbacks(phases[0].optimizer), fix, accelerator)
+    with suppress(OSError):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    open_log(accelerator, first)
+    return first
+
+
+class Watcher:
+    """Figures of a step, and its pictures; where both are due, they are made together."""
+
+    def __init__(
+        self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.config, self.task, self.probe, self.optimizer = config, task, probe, optimizer
+        self.step, self.shown = 0, torch.empty(0)
+
+    def figures(self, step: int) -> Mapping[str, float]:
+        """What is logged of this step beside the loss."""
+        self.step, self.shown = step, torch.empty(0)
+        figures: dict[str, float] = {}
+        if self._due(step, self.config.log_every):
+            rate, rollbacks = self.optimizer.param_groups[0]["lr"], num_rollbacks(self.optimizer)
+            figures = {"scene/learning_rate": rate, "scene/rollbacks": rollbacks}
+        if self.config.probe_every and self._due(step, self.config.probe_every):
+            probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
+            figures |= probed
+        return figures
+
+    def pictures(self) -> Tensor:
+        """Of the last step that figures were asked of."""
+        return self.shown if len(self.shown) else self.probe.pictures(self.step - 1)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.steps
+
+
+def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer) -> Path:
+    """Write the weights, and what can be looked at."""
+    network = task.subject.network
+    save_scene(network, config.out / "scene.safetensors")
+    if isinstance(network, Canvas):
+        return write_canvas(config, network, teacher)
+    assert isinstance(network, Scene)
+    field_of_view = 2 * math.degrees(math.atan(0.5 / (sum(config.focal) / 2)))
+    # Seen from where the whole cube is in the picture.
+    distance = max(
+        sum(config.distance) / 2, config.half_size * (1 + 1 / math.tan(math.radians(field_of_view) / 2))
+    )
+    facts = {
+        "prompt": config.prompt, "preset": config.preset, "method": config.method, "steps": config.steps,
+        "seed": config.seed, "rollbacks": num_rollbacks(optimizer),
+    }  # fmt: skip
+    scene = exportable(network, distance=distance, field_of_view=field_of_view)
+    report = export(scene, config.out / "export", export_choices(config), facts=facts)
+    print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
+    return config.out / "export"
+
+
+@torch.no_grad()
+def write_canvas(config: Config, canvas: Canvas, teacher: Teacher) -> Path:
+    """All particles in one picture."""
+    images: Tensor = teacher.decode(canvas().detach()).float().clamp(-1, 1)
+    path = config.out / "canvas.png"
+    with whole_file(path) as temporary:
+        save_image(images / 2 + 0.5, temporary, nrow=math.ceil(len(images) ** 0.5))
+    print(f"canvas: {path}")
+    return path

@@ -1,0 +1,143 @@
+"""Does the toy world's pipeline draw what it is asked? The judge's answers, Fréchet distances, a contact sheet.
+
+    python train_scripts/evaluate_toyworld.py --teacher runs/toyworld/pipeline --out runs/toyworld/figures
+
+The pipeline is called as any program would that imports diffusers alone; the judge and the renders only look at
+what came out. Its parts are read strictly: no pickles, no code, nothing missing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from scorefield.atomic import whole_file
+from scorefield.files import read_json
+from scorefield.metrics import extract_features, frechet_distance, kernel_distance
+from scorefield.models.components import readable
+from scorefield.models.pipeline import open_pipeline
+from scorefield.models.preflight import check_many_steps
+from scorefield.models.pretrained import INDEX, PartReader
+from scorefield.models.teacher import named_folder
+from scorefield.randomness import derived_generator
+from scorefield.training.options import check_device, check_numbers, check_out
+from toyworld.captions import caption
+from toyworld.data import HELD_OUT
+from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
+from toyworld.options import EvaluatePipeline
+
+
+def main(config: EvaluatePipeline) -> Path:
+    """Measure, print and write the figures."""
+    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
+    check_out(config.out)
+    check_device(config.device)
+    if min(config.num_prompts, config.num_renders) < 2:
+        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    folder = Path(named_folder(config.teacher))
+    if (folder / INDEX).is_file():
+        check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    pipeline = load_pipeline(
+        config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant
+    )
+    judge = load_judge()
+    asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
+    renders, attributes = render_pictures(asked, config.seed)
+    made = draw(config, pipeline, [caption(one) for one in attributes])
+    wanted, others = (
+        as_pictures(render_pictures(range(start, start + config.num_renders), config.seed)[0])
+        for start in (2 * HELD_OUT, 3 * HELD_OUT)
+    )
+    own = accuracies(judge, as_pictures(renders), attributes)
+    drawn = accuracies(judge, made, attributes)
+    unseen = others[: config.num_prompts]  # of its own pictures, the reference would be nearer than it should
+    decoded = round_trip(pipeline, unseen)
+    sets = {"pipeline": made, "renders": unseen, "vae_round_trip": decoded}
+    reference = extract_features(judge.features, wanted)
+    features = {name: extract_features(judge.features, images) for name, images in sets.items()}
+    figures = {
+        "accuracy": drawn, "accuracy_of_renders": own, "share": {name: drawn[name] / own[name] for name in own},
+        "accuracy_of_round_trip": accuracies(judge, round_trip(pipeline, as_pictures(renders)), attributes),
+        "psnr_of_round_trip": psnr(decoded, unseen),
+        "frechet_distance": {name: frechet_distance(made, reference) for name, made in features.items()},
+        "kid": {name: kernel_distance(made, reference) for name, made in features.items()},
+        "num_prompts": config.num_prompts, "num_renders": config.num_renders, "guidance": config.guidance,
+        "steps": config.steps, "seed": config.seed,
+    }  # fmt: skip
+    print(json.dumps(figures, indent=2))
+    with whole_file(config.out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2))
+    sheet = make_grid(torch.cat([as_pictures(renders)[:32], made[:32]]).clamp(-1, 1), nrow=16, padding=2)
+    pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with whole_file(config.out / "contact_sheet.png") as temporary:
+        Image.fromarray(pixels).save(temporary)
+    print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
+    return config.out
+
+
+@readable
+def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
+    """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
+
+    Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
+    weights that are missing, pickled or damaged, or that do not fit.
+    """
+    folder = Path(named_folder(name))
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"--teacher {folder} is no folder of diffusers: it has no {INDEX}.")
+    parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
+    if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
+    parts.check((64, 64))  # which the judge sees
+    pipeline: Any = StableDiffusionPipeline(
+        **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return pipeline.to(device)
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler in ``folder / "scheduler"``. Raises ``ValueError`` unless it is one of diffusers."""
+    settings = read_json(folder / "scheduler" / "scheduler_config.json")
+    name = settings.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"{folder / 'scheduler'} must be a scheduler of diffusers; got {str(name)[:80]!r}.")
+    return kind.from_config(settings)
+
+
+def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
+    """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
+    made = []
+    pipeline.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(prompts), config.batch_size), desc="pictures"):
+        part = prompts[start : start + config.batch_size]
+        generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
+        answer = pipeline(
+            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators
+        )
+        made += [pil_to_tensor(image) for image in answer.images]
+    return as_pictures(torch.stack(made))
+
+
+@torch.no_grad()
+def round_trip(pipeline: Any, images: Tensor) -> Tensor:
+    """Images through the autoencoder and back: what the best latents would look like."""
+    parts = []
+    for part in images.split(100):
+        latents = pipeline.vae.encode(part.to(pipeline.device)).latent_dist.mean
+        parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+def psnr(made: Tensor, wanted: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], of the mean squared error over all of them."""
+    return float(10 * (4 / (made - wanted).square().mean()).log10())

@@ -1,0 +1,123 @@
+"""Captioned renders to train on: made once, kept in files, and read again."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scorefield.cache import Content, TensorCache, content_key
+from scorefield.data.texts import Texts
+from scorefield.models.prompts import default_cache_folder
+from scorefield.randomness import Rng, derived_generator
+from toyworld.captions import Attributes, caption, describe
+from toyworld.data import draw_scenes
+from toyworld.parts import make_tokenizer, tokens_of
+from toyworld.render import render
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What the stages learn from.
+
+    Attributes:
+        images: (n, 3, 64, 64) bytes.
+        tokens: (n, 4, length): full captions, without view, without background, without both.
+        empty: (length,) tokens of the empty caption.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    empty: Tensor
+
+
+def make_world(out: Path, num_images: int, seed: int) -> World:
+    """Render the scenes, or read what an earlier call rendered, and write their captions."""
+    starts = tqdm(range(0, num_images, 1000), "renders")
+    images = torch.cat([rendered(out, start, min(start + 1000, num_images), seed) for start in starts])
+    described = [describe(scene) for scene in draw_scenes(range(num_images), seed)]
+    tokenizer = make_tokenizer()
+    lacks: list[dict[str, Any]] = [{}, {"view": None}, {"background": None}, {"view": None, "background": None}]
+    tokens = [tokens_of([caption(replace(one, **lack)) for one in described], tokenizer) for lack in lacks]
+    return World(images, torch.stack(tokens, 1), tokens_of([""], tokenizer)[0])
+
+
+def rendered(out: Path, start: int, end: int, seed: int) -> Tensor:
+    """Images ``start`` to ``end`` as bytes, kept in ``out/renders`` as long as the renderer draws the same."""
+
+    def make(_: Sequence[Content]) -> list[dict[str, Tensor]]:
+        parts = [_drawn(range(first, min(first + 100, end)), seed) for first in range(start, end, 100)]
+        return [{"rgb": torch.cat(parts)}]
+
+    cache = TensorCache(out / "renders", f"renders {_renderer()}")
+    return cache.fetch([f"seed {seed}, {start} to {end}"], make)[0]["rgb"]
+
+
+def _drawn(numbers: Sequence[int], seed: int) -> Tensor:
+    return ((render(draw_scenes(numbers, seed)).rgb + 1) * 127.5).round().to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def _renderer() -> str:
+    # The renderer's version: what it draws of a few scenes.
+    return content_key(_drawn(range(8), 0))
+
+
+def draw_captions(world: World, chosen: Tensor, part_dropout: float, caption_dropout: float, rng: Rng) -> Tensor:
+    """Tokens (b, length) of images ``chosen``: captions that lack their view, background, both, or everything."""
+    drawn = torch.rand(3, len(chosen), generator=rng("captions"))
+    without_view, without_background = (drawn[:2] < part_dropout).long()
+    tokens = world.tokens[chosen, without_view + 2 * without_background]
+    tokens[drawn[2] < caption_dropout] = world.empty
+    return tokens
+
+
+WORLD_SIZE = 4000
+"""Captions, where no number is asked for."""
+
+PART_DROPOUT = 0.2
+"""Share of the toy world's captions without view, and of those without background, as its pipeline was trained."""
+
+
+@dataclass(frozen=True)
+class Renders:
+    """The toy world's first renders, which are made, or read from a file, a thousand at a time."""
+
+    num: int
+    size: ClassVar[tuple[int, int]] = (64, 64)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, number: int, /) -> Tensor:
+        start = number // 1000 * 1000
+        folder = default_cache_folder().parent / "toyworld"
+        return _renders(folder, start, min(start + 1000, self.num))[number - start]
+
+
+@functools.lru_cache(maxsize=1)
+def _renders(folder: Path, start: int, end: int) -> Tensor:
+    return rendered(folder, start, end, 0)
+
+
+def world_texts(num: int = 0, seed: int = 0) -> Texts:
+    """Captions of the toy world's training scenes, some without view or background, and their renders."""
+    num = num or WORLD_SIZE
+    described = [describe(scene) for scene in draw_scenes(range(num))]
+    prompts = tuple(caption(thinned(one, number, seed)) for number, one in enumerate(described))
+    return Texts(prompts, Renders(num))
+
+
+def thinned(attributes: Attributes, number: int, seed: int) -> Attributes:
+    """A caption's attributes without some of those that may be left out."""
+    view, background = (
+        torch.rand(2, generator=derived_generator(seed, "caption", number)) < PART_DROPOUT
+    ).tolist()
+    return Attributes(
+        attributes.shape, attributes.colour, None if background else attributes.background,
+        None if view else attributes.view,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""How near are few-step students to their teacher? The judge's answers, Fréchet distances, a contact sheet.
+
+    python train_scripts/evaluate_students.py --students runs/text-1step/student runs/text-4step/student
+
+Teacher and students are called as any program would that imports diffusers alone. The teacher's
+pictures are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from distill.export import LORA, read_student_facts
+from scorefield.atomic import whole_file
+from scorefield.cache import TensorCache, fingerprint
+from scorefield.files import check_regular, read_json
+from scorefield.models.preflight import check_many_steps
+from scorefield.models.pretrained import LORA_FACTS
+from scorefield.models.prompts import default_cache_folder
+from scorefield.models.teacher import named_folder
+from scorefield.models.weights import check_finite
+from scorefield.training.options import check_device, check_numbers, check_out
+from toyworld.bench import Bench, make_bench
+from toyworld.evaluate import draw, load_pipeline, load_scheduler
+from toyworld.options import EvaluatePipeline, EvaluateStudents
+
+
+def main(config: EvaluateStudents) -> Path:
+    """Measure, print and write the figures."""
+    check(config)
+    bench = make_bench(config.num_prompts, config.num_renders, config.seed)
+    drawn = {"teacher": teacher_pictures(config, bench)}
+    drawn |= {str(folder): student_pictures(config, folder, bench) for folder in config.students}
+    figures: dict[str, Any] = {name: bench.figures(pictures) for name, pictures in drawn.items()}
+    teacher = figures["teacher"]
+    for folder in config.students:
+        own = figures[str(folder)]
+        own["frechet_ratio"] = own["frechet_distance"] / teacher["frechet_distance"]
+        own["shape_gap"] = own["shape"] - teacher["shape"]
+        own["num_steps"] = read_student_facts(folder)["dmd2_num_inference_steps"]
+    settings = {
+        name: getattr(config, name) for name in ("num_prompts", "num_renders", "guidance", "steps", "seed")
+    }
+    figures["settings"] = settings
+    print(json.dumps(figures, indent=2))
+    with whole_file(config.out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2))
+    columns = min(16, config.num_prompts)
+    sheet = make_grid(torch.cat([pictures[:columns] for pictures in drawn.values()]), nrow=columns, padding=2)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with whole_file(config.out / "contact_sheet.png") as temporary:
+        Image.fromarray(pixels).save(temporary)
+    print(f"figures and contact sheet (a row each: {', '.join(drawn)}) in {config.out}")
+    return config.out
+
+
+def check(config: EvaluateStudents) -> None:
+    """Raise ``ValueError`` for options that cannot work, before anything is drawn."""
+    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
+    check_out(config.out)
+    check_device(config.device)
+    if min(config.num_prompts, config.num_renders) < 2:
+        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    for folder in config.students:
+        if not read_student_facts(folder):
+            raise ValueError(
+                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher, or "
+                "another program saved it again."
+            )
+    folder = Path(named_folder(config.teacher))
+    check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+
+
+def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
+    """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
+    pipeline = load_teacher(config)
+    weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
+    cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
+    key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
+    entry = cache.load(key)
+    if entry is None:
+        made = draw(drawing(config, config.steps, config.guidance), pipeline, bench.prompts)
+        entry = cache.store(key, {"pictures": ((made + 1) * 127.5).round().to(torch.uint8)})
+    return entry["pictures"].float() / 127.5 - 1
+
+
+def load_teacher(config: EvaluateStudents) -> Any:
+    """The teacher's pipeline."""
+    return load_pipeline(config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant)
+
+
+def student_pictures(config: EvaluateStudents, folder: Path, bench: Bench) -> Tensor:
+    """A student's pictures, at its own number of steps."""
+    facts = read_student_facts(folder)
+    pipeline = load_student(config, folder)
+    steps, guidance = facts["dmd2_num_inference_steps"], facts["dmd2_guidance_scale"]
+    return draw(drawing(config, steps, guidance), pipeline, bench.prompts)
+
+
+def load_student(config: EvaluateStudents, folder: Path) -> Any:
+    """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
+    if not (folder / LORA_FACTS).is_file():
+        return load_pipeline(folder, config.device)
+    pipeline = load_teacher(config)
+    try:
+        check_regular(folder / LORA)
+        weights = load_file(folder / LORA)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--students {folder}: its weights {LORA} cannot be read: {error}") from error
+    check_finite(weights, folder / LORA)
+    pipeline.load_lora_weights(weights)  # not the folder, of which diffusers would also take a pickle
+    pipeline.scheduler = load_scheduler(folder)
+    return pipeline
+
+
+def drawing(config: EvaluateStudents, steps: int, guidance: float) -> EvaluatePipeline:
+    """How to draw: each prompt from noise of its own, the same for teacher and students."""
+    return EvaluatePipeline(steps=steps, guidance=guidance, batch_size=config.batch_size, seed=config.seed)
