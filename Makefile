@@ -12,28 +12,28 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo demo-long demo-3d demo-control demo-circles demo-text test test-slow lint clean
 
 demo: $(VENV)/demo
-	$(RUN) train_scripts/quickstart.py --out runs/demo
+	$(VENV)/bin/scorefield demo --out runs/demo
 
 demo-long: $(VENV)/demo
-	for seed in $(SEEDS); do $(RUN) train_scripts/quickstart.py --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
+	for seed in $(SEEDS); do $(VENV)/bin/scorefield demo --long --seed $$seed --out runs/demo-long/$$seed || exit 1; done
 
 demo-text: $(VENV)/demo
-	for seed in $(SEEDS_TEXT); do $(RUN) train_scripts/train_dmd.py --preset toyworld-1step --seed $$seed --out runs/demo-text/1step-$$seed || exit 1; done
-	$(RUN) train_scripts/evaluate_students.py --students $(SEEDS_TEXT:%=runs/demo-text/1step-%/student) --out runs/demo-text/figures
+	for seed in $(SEEDS_TEXT); do $(VENV)/bin/scorefield distill toyworld-1step --seed $$seed --out runs/demo-text/1step-$$seed || exit 1; done
+	$(VENV)/bin/scorefield toyworld students --students $(SEEDS_TEXT:%=runs/demo-text/1step-%/student) --out runs/demo-text/figures
 
 demo-3d: $(VENV)/nerf
 	runs=; for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \
 		out="runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed"; runs="$$runs $$out"; \
-		$(RUN) train_scripts/train_sds.py --prompt "$$prompt" --seed $$seed --out "$$out" || exit 1; \
+		$(VENV)/bin/scorefield sds toyworld "$$prompt" --seed $$seed --out "$$out" || exit 1; \
 	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
 
 # Figures in runs/demo-control/*/report.json, hints above truth above samples in samples.png beside it.
 demo-control: $(VENV)/demo
-	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset toyworld-canny --seed $$seed --out runs/demo-control/$$seed || exit 1; done
+	for seed in $(SEEDS); do $(VENV)/bin/scorefield control toyworld-canny --seed $$seed --out runs/demo-control/$$seed || exit 1; done
 
 demo-circles: $(VENV)/demo
 	$(RUN) train_scripts/train_circles.py --out runs/circles
-	for seed in $(SEEDS); do $(RUN) train_scripts/train_controlnet.py --preset circles --seed $$seed --out runs/demo-circles/$$seed || exit 1; done
+	for seed in $(SEEDS); do $(VENV)/bin/scorefield control circles --seed $$seed --out runs/demo-circles/$$seed || exit 1; done
 
 test: $(VENV)/dev
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile

@@ -12,7 +12,8 @@ bank of cameras, and is asked for
 
 Everything else is the same: cameras, noises, steps. So the gap is what a condition leaves open. All cameras
 stand at about one height and one distance, so that only the azimuth is open, and no view is overhead. As in
-``train_sds.py``, scenes begin as a faint cloud and cameras in the middle of their quarters, where words are clear.
+``scorefield sds``, scenes begin as a faint cloud, and cameras in the middle of their quarters, where words are
+clear.
 """
 
 import json

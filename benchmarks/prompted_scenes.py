@@ -2,7 +2,7 @@
 
     python benchmarks/prompted_scenes.py --runs runs/demo-3d/red-mug-0 runs/demo-3d/red-mug-1
 
-For each run of ``train_sds.py``, from 24 views of a turntable: how often the judge names shape and colour, as a
+For each run of ``scorefield sds``, from 24 views of a turntable: how often the judge names shape and colour, as a
 share of how often it does so for true renders from the same views; PSNR on the object's crop against the true
 solid, turned and scaled for the best fit (nothing else is fitted), beside a white picture and the best ellipsoid;
 the mean opacity outside the true silhouette, widened by two pixels. Writes evaluation.json and evaluation.png into
@@ -47,7 +47,7 @@ BARS = {"cone": 20.0, "torus": 20.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measure scenes that train_sds.py made with the toy world's pipeline."""
+    """Measure scenes that `scorefield sds` made with the toy world's pipeline."""
 
     runs: list[Path] = field(default_factory=list)
     """Folders of finished runs, with a grid as their field."""
@@ -131,10 +131,10 @@ def load_run(folder: Path) -> tuple[Scene, Attributes]:
     """The scene of a finished run and what its prompt asks for. Raises ``ValueError`` for other runs."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run of train_sds.py: it holds no config.json.")
+        raise ValueError(f"{folder} is no run of `scorefield sds`: it holds no config.json.")
     config = json.loads(path.read_text())
     if missing := {"prompt", "field", "backdrops", "half_size", "num_samples", "initial", "blob"} - config.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; expected what train_sds.py writes.")
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; expected what `scorefield sds` writes.")
     if config["field"] != "grid" or config.get("canvas") or not config["backdrops"]:
         raise ValueError(f"{folder} is no run of the toyworld preset.")
     scene = grid_scene(

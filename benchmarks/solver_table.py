@@ -41,13 +41,13 @@ class Config:
     """Measure a teacher under every solver, grid and number of calls, and its students."""
 
     teacher: str
-    """Whatever --teacher of sample.py takes."""
+    """Whatever --teacher of `scorefield sample` takes."""
     reference: str
-    """Real images: whatever --reference of evaluate.py takes."""
+    """Real images: whatever --reference of `scorefield evaluate` takes."""
     features: Path
-    """Folder of train_features.py, or the weights file of InceptionV3."""
+    """Folder of `scorefield features`, or the weights file of InceptionV3."""
     students: tuple[str, ...] = ()
-    """Folders of train_dmd.py."""
+    """Folders of `scorefield distill`."""
     prompts: Path | None = None
     """File of prompts, one a line, for text-to-image models."""
     negative_prompt: str = ""
@@ -113,7 +113,7 @@ def check(config: Config) -> None:
 
 
 def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spacing) -> Sample:
-    """The options of sample.py that draw one cell."""
+    """The options of `scorefield sample` that draw one cell."""
     lines = config.prompts.read_text().splitlines() if config.prompts is not None else []
     return Sample(
         teacher=model, prompts=tuple(line.strip() for line in lines if line.strip()), steps=calls, sampler=solver,

@@ -3,7 +3,7 @@
     python benchmarks/strangers.py ddpm --data fashion_mnist/ --out runs/strangers
     python benchmarks/strangers.py flow --data fashion_mnist/ --out runs/strangers
     python benchmarks/strangers.py tiles --data tiles.npz --out runs/strangers
-    STRANGERS=runs/strangers python train_scripts/train_dmd.py --teacher strangers:ddpm --data ...
+    STRANGERS=runs/strangers scorefield distill --teacher strangers:ddpm --data ...
 
 ``ddpm`` predicts eps on linear betas, of images in [-0.5, 0.5], as the public scripts for MNIST do. ``flow`` is a
 class-conditional transformer on 16 x 16 images. ``tiles`` predicts v with zero terminal signal-to-noise, of colour

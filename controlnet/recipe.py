@@ -1,7 +1,7 @@
 """Teach a frozen text-to-image model to follow hints such as edges, by an adapter beside it (ControlNet).
 
-    python train_scripts/train_controlnet.py --preset toyworld-canny --out runs/control
-    accelerate launch train_scripts/train_controlnet.py --teacher <pipeline> --data images/ --hint canny
+    scorefield control toyworld-canny --out runs/control
+    accelerate launch -m scorefield control --teacher <pipeline> --data images/ --hint canny
 
 The adapter is a copy of the encoder behind convolutions that start at zero. Held-out hints are judged while it
 learns: "control learned at step n" is printed when it has. The result, in --out/controlnet, loads in stock

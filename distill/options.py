@@ -20,7 +20,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "auto"
     teacher: str = "runs/teacher/teacher"
-    """Folder that train_teacher.py wrote, folder of a diffusers UNet2DModel pipeline, or module:function, such as
+    """Folder of `scorefield teacher`, folder of a diffusers UNet2DModel pipeline, or module:function, such as
     mine:teacher for a function in mine.py, whose code is run. With --prompts: name or folder of a diffusers
     text-to-image pipeline, or "toyworld", the one that ships."""
     network: str = ""
@@ -85,7 +85,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     pair_steps: int = 16
     """Network calls of each pair."""
     pair_sampler: Literal["auto", "ddim"] = "auto"
-    """How pairs are sampled. auto: as sample.py does, by the schedule and the number of calls; ddim: DDIM at
+    """How pairs are sampled. auto: as `scorefield sample` does, by schedule and number of calls; ddim: DDIM at
     evenly spaced timesteps, of which the last is nearly clean."""
     fake_warmup: int = 200
     """Updates of the fake score on the student's images before the student's first one."""
@@ -194,8 +194,7 @@ def check_texts(config: Config) -> None:
     """Raise ``ValueError`` for options that contradict ``--prompts``."""
     if config.preset in IMAGE_PRESETS:
         raise ValueError(
-            f"--preset {config.preset} is for teachers of images. With --prompts pass --preset text, or leave it "
-            "out."
+            f"preset {config.preset} is for teachers of images. With --prompts take text, or name no preset."
         )
     refuse_given(config, IMAGES_ONLY, "is for teachers of images: leave it out with --prompts.")
     if not config.lora:
@@ -213,7 +212,7 @@ def check_texts(config: Config) -> None:
 def check_no_texts(config: Config) -> None:
     """Raise ``ValueError`` for options that need ``--prompts``."""
     if config.preset not in IMAGE_PRESETS:
-        raise ValueError(f"--preset {config.preset} is for text-to-image teachers: pass --prompts, too.")
+        raise ValueError(f"preset {config.preset} is for text-to-image teachers: pass --prompts, too.")
     refuse_given(config, TEXT_ONLY, "is for text-to-image teachers: pass --prompts, too.")
 
 

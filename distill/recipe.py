@@ -1,8 +1,8 @@
 """Distil a teacher into a one-step or few-step generator by distribution matching (DMD2).
 
-    python train_scripts/train_dmd.py --teacher runs/teacher/teacher --out runs/student
-    accelerate launch train_scripts/train_dmd.py --teacher ... --out ...    # several GPUs
-    accelerate launch train_scripts/train_dmd.py --teacher <name or folder> --prompts prompts.txt
+    scorefield distill --teacher runs/teacher/teacher --out runs/student
+    accelerate launch -m scorefield distill --teacher ... --out ...    # several GPUs
+    accelerate launch -m scorefield distill --teacher <name or folder> --prompts prompts.txt
 
 The student and the fake score start from the teacher. In each step the fake score learns the student's images; in
 every --student-every-th the student follows the difference of teacher and fake score first. With --prompts the

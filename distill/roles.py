@@ -1,4 +1,4 @@
-"""The parts of a distillation, built from the options of ``train_dmd.py``."""
+"""The parts of a distillation, built from the options of ``scorefield distill``."""
 
 import copy
 import os

@@ -259,7 +259,7 @@ def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_p
     """Export the student: a pipeline, or a LoRA."""
     batch_size = config.batch_size * config.accumulate * num_processes
     card = (
-        f"Distilled from {config.teacher} (guidance {config.guidance:g}) by `train_scripts/train_dmd.py`, preset "
+        f"Distilled from {config.teacher} (guidance {config.guidance:g}) by ``scorefield distill``, preset "
         f"{config.preset}: {config.steps:,} iterations of batch {batch_size:,}, "
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )

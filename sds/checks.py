@@ -1,4 +1,4 @@
-"""Which options of ``train_sds.py`` cannot work: said before anything is loaded or written."""
+"""Which options of ``scorefield sds`` cannot work: said before anything is loaded or written."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,9 @@ def check_scene(config: Config) -> None:
     _check_unread(config)
     check_run(config)
     if not config.prompt.strip():
-        raise ValueError('--prompt is empty; say what the scene should show, for example --prompt "a red mug".')
+        raise ValueError(
+            'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
+        )
     _check_ranges(config)
     if config.method == "csd" and config.rescale:
         raise ValueError(

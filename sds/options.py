@@ -16,7 +16,7 @@ class Config(RunOptions):
     """Turn a prompt into a 3D scene by score distillation."""
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "toyworld"
-    prompt: str = ""
+    prompt: Annotated[str, tyro.conf.Positional] = ""
     """What the scene shows, such as "a red mug"."""
     negative: str = ""
     """What guidance moves away from."""

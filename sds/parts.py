@@ -1,4 +1,4 @@
-"""The parts of a scene's training, built from the options of ``train_sds.py``."""
+"""The parts of a scene's training, built from the options of ``scorefield sds``."""
 
 from collections.abc import Callable
 from dataclasses import replace

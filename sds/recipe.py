@@ -1,7 +1,7 @@
 """Turn a prompt into a 3D scene by score distillation.
 
-    python train_scripts/train_sds.py --prompt "a red mug" --out runs/mug
-    accelerate launch train_scripts/train_sds.py --preset dreamfusion --prompt "a corgi" --out runs/corgi
+    scorefield sds toyworld "a red mug" --out runs/mug
+    accelerate launch -m scorefield sds dreamfusion "a corgi" --out runs/corgi
 
 A frozen text-to-image model looks at renders of the scene from random cameras and says what it expects instead;
 the scene follows. At the end --out/export holds scene.glb, scene.obj, points.ply, turntable.mp4, contact.png and

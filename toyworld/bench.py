@@ -55,7 +55,7 @@ class Bench:
 
 
 def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
-    """The scenes that ``evaluate_toyworld.py`` asks for and compares with; renders are kept in the cache."""
+    """Return the scenes that ``scorefield toyworld evaluate`` asks for; renders are kept in the cache."""
     attributes = [describe(scene) for scene in draw_scenes(range(HELD_OUT, HELD_OUT + num_prompts), seed)]
     folder, first = default_cache_folder().parent / "toyworld", 2 * HELD_OUT
     starts = range(first, first + num_renders, 1000)
@@ -68,7 +68,7 @@ def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
 def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int], Mapping[str, float]]:
     """The bench's figures every ``--eval-every`` steps and at the end, of a student of the toy world.
 
-    Scenes are those of seed 1: what is reported at last, by ``evaluate_students.py``, is measured on others.
+    Scenes are those of seed 1: ``scorefield toyworld students``, which reports at last, measures on others.
     """
     if not config.eval_every or not is_first_rank():
         return lambda step: {}

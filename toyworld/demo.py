@@ -1,7 +1,7 @@
 """The main job on real digits: train a teacher, distil it to one step, score both, show the pictures.
 
-    python train_scripts/quickstart.py            # minutes on a CPU
-    python train_scripts/quickstart.py --long     # longer training, closer to the teacher
+    scorefield demo            # minutes on a CPU
+    scorefield demo --long     # longer training, closer to the teacher
 
 Writes report.json and samples.png under --out, beside the checkpoints and TensorBoard logs of both trainings.
 """

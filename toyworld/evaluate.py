@@ -1,6 +1,6 @@
 """Does the toy world's pipeline draw what it is asked? The judge's answers, Fréchet distances, a contact sheet.
 
-    python train_scripts/evaluate_toyworld.py --teacher runs/toyworld/pipeline --out runs/toyworld/figures
+    scorefield toyworld evaluate --teacher runs/toyworld/pipeline --out runs/toyworld/figures
 
 The pipeline is called as any program would that imports diffusers alone; the judge and the renders only look at
 what came out. Its parts are read strictly: no pickles, no code, nothing missing.

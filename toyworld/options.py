@@ -62,7 +62,7 @@ class EvaluateStudents:
     """Measure students of the toy world's pipeline beside it."""
 
     students: tuple[Path, ...]
-    """Folders that train_dmd.py wrote: pipelines, or LoRAs."""
+    """Folders that `scorefield distill` wrote: pipelines, or LoRAs."""
     teacher: str = "toyworld"
     """Folder of the pipeline they learned from, or toyworld, which ships."""
     allow_pickle: bool = False

@@ -1,9 +1,9 @@
 """How near are few-step students to their teacher? The judge's answers, Fréchet distances, a contact sheet.
 
-    python train_scripts/evaluate_students.py --students runs/text-1step/student runs/text-4step/student
+    scorefield toyworld students --students runs/text-1step/student runs/text-4step/student
 
-Teacher and students are called as any program would that imports diffusers alone. The teacher's
-pictures are made once and kept in the cache. Scenes, noise and figures are those of evaluate_toyworld.py.
+Teacher and students are called as any program would that imports diffusers alone. The teacher's pictures are made
+once and kept in the cache. Scenes, noise and figures are those of `scorefield toyworld evaluate`.
 """
 
 import json
@@ -71,8 +71,8 @@ def check(config: EvaluateStudents) -> None:
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(
-                f"--students {folder} is no folder that train_dmd.py wrote for a text-to-image teacher, or "
-                "another program saved it again."
+                f"--students {folder} is no folder that `scorefield distill` wrote for a text-to-image teacher, "
+                "or another program saved it again."
             )
     folder = Path(named_folder(config.teacher))
     check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)

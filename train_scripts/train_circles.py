@@ -1,9 +1,9 @@
 """Train the painter of circles from nothing: a small model of pixels that follows captions.
 
     python train_scripts/train_circles.py --out runs/circles
-    python train_scripts/train_controlnet.py --preset circles --out runs/circles-control
+    scorefield control circles --out runs/circles-control
 
-It draws what fill50k asks for ("red circle with blue background") wherever it likes, until train_controlnet.py
+It draws what fill50k asks for ("red circle with blue background") wherever it likes, until `scorefield control`
 tells it where. The result is in --out/base.
 """
 

@@ -28,7 +28,8 @@ C = TypeVar("C")
 
 RENAMED = {
     **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
-    "--preset": "is the first word now: scorefield distill toyworld-1step, or train_dmd.py toyworld-1step.",
+    "--prompt": 'is the word after the preset now: scorefield sds toyworld "a red mug".',
+    "--preset": "is the first word now: scorefield distill toyworld-1step, scorefield sds toyworld.",
 }
 """Options of earlier versions, and what to do instead."""
 

@@ -1,6 +1,6 @@
 """Fréchet distance and KID between two sets of images, in the features of a named network.
 
-    python train_scripts/evaluate.py --generated samples.npz --reference images/ --features runs/features
+    scorefield evaluate --generated samples.npz --reference images/ --features runs/features
 
 Keep the number of images and the features fixed: distances depend on both. Read the figure beside the floor, the
 distance of the reference's two halves from each other.
@@ -68,7 +68,7 @@ def load_features(features: Path, device: str) -> tuple[Network, Classifier | No
         return classifier.features, classifier
     if not features.is_file():
         raise ValueError(
-            f"--features {features} is not there; expected a folder of train_features.py, or torch-fidelity's "
+            f"--features {features} is not there; expected a folder of `scorefield features`, or torch-fidelity's "
             f"file of InceptionV3 weights, weights-inception-2015-12-05."
         )
     return inception(features, device), None

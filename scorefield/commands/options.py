@@ -17,8 +17,8 @@ class Sample:
     """Sample a teacher or a student."""
 
     teacher: str
-    """What draws, teacher or student: a folder of train_teacher.py, train_dmd.py or train_circles.py, a diffusers
-    folder, the name of a diffusers model online, toyworld, which ships, or module:function, whose code is run."""
+    """What draws, teacher or student: a folder of `scorefield teacher` or `scorefield distill`, one of diffusers,
+    the name of a diffusers model online, toyworld, which ships, or module:function, whose code is run."""
     network: str = ""
     """For the student of a module:function: the module:function that builds its network, whose code is run. What a
     folder names is never run."""
@@ -75,7 +75,7 @@ class Evaluate:
     reference: str
     """The same, of real images that nothing was trained on."""
     features: Path
-    """Folder of train_features.py, or the weights file of InceptionV3."""
+    """Folder of `scorefield features`, or the weights file of InceptionV3."""
     on_bad_data: OnBadData = "stop"
     """Images that cannot be used: stop, or leave them out."""
     num_images: int | None = None
@@ -90,7 +90,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFeatures(DataOptions):
-    """Train the feature network of evaluate.py."""
+    """Train the feature network of `scorefield evaluate`."""
 
     out: Path = Path("runs/features")
     """Folder for weights and facts."""

@@ -1,8 +1,8 @@
 """Images from a teacher or a student: as PNG files or one npz file, and a grid to look at.
 
-    python train_scripts/sample.py --teacher runs/student/student --out samples --num-images 1000
-    python train_scripts/sample.py --teacher toyworld --prompts "a red mug" "a blue chair" --guidance 3
-    accelerate launch train_scripts/sample.py --teacher runs/teacher/teacher --steps 10 --out ten.npz
+    scorefield sample --teacher runs/student/student --out samples --num-images 1000
+    scorefield sample --teacher toyworld --prompts "a red mug" "a blue chair" --guidance 3
+    accelerate launch -m scorefield sample --teacher runs/teacher/teacher --steps 10 --out ten.npz
 
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
 """

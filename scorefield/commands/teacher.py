@@ -1,10 +1,10 @@
 """Train a class-conditional diffusion teacher: EDM preconditioning, log-normal noise levels, EMA.
 
-    python train_scripts/train_teacher.py --out runs/teacher
-    accelerate launch train_scripts/train_teacher.py --out runs/teacher    # several GPUs
+    scorefield teacher --out runs/teacher
+    accelerate launch -m scorefield teacher --out runs/teacher    # several GPUs
 
 Without --data it learns scikit-learn's 8 x 8 digits in about a minute on a CPU. Stopped runs resume: run the
-same command again. The folder --out/teacher is what train_dmd.py takes as --teacher.
+same command again. The folder --out/teacher is what `scorefield distill` takes as --teacher.
 """
 
 import copy

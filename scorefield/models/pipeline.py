@@ -174,7 +174,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     held = f"a {config['_class_name']} alone" if "_class_name" in config else f"no {INDEX}"
     raise ValueError(
         f"{folder} is not a pipeline's folder: it holds {held}. Pass what save_pretrained wrote, "
-        "or a folder with denoiser.json: a result of train_teacher.py or train_dmd.py."
+        "or a folder with denoiser.json: a result of `scorefield teacher` or `scorefield distill`."
     )
 
 

@@ -78,7 +78,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a denoiser's folder: no readable {DESCRIPTION} ({error}). Pass a folder that "
-            "train_teacher.py (teachers) or train_dmd.py (students) wrote."
+            "`scorefield teacher` or `scorefield distill` wrote."
         ) from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__

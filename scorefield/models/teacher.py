@@ -240,7 +240,7 @@ def load_teacher(
     """A frozen teacher or student, from one of
 
     - "toyworld", the model that ships;
-    - a folder that ``train_teacher.py``, ``train_dmd.py`` or ``train_circles.py`` wrote;
+    - a folder that ``scorefield teacher``, ``scorefield distill`` or ``train_circles.py`` wrote;
     - a folder that ``save_pretrained`` wrote: Stable Diffusion 1.x (eps) and 2.x (v), SDXL, Stable Diffusion 3
       (flow), or a UNet2DModel with its scheduler, alone or as a pipeline;
     - the name of such a model online, downloaded once;
@@ -371,7 +371,9 @@ def _from_folder(folder: Path, file: str, network: str) -> Teacher:
         return teacher
     facts = read_facts(folder)
     if missing := sorted({"shape", "num_classes", "network"} - facts.keys()):
-        raise ValueError(f"{folder} does not say its {', '.join(missing)}; was it written by train_teacher.py?")
+        raise ValueError(
+            f"{folder} does not say its {', '.join(missing)}; was it written by `scorefield teacher`?"
+        )
     return Teacher(
         load_denoiser(folder, _network_of(folder, facts, network)), tuple(facts["shape"]), facts["num_classes"],
         facts, tuple(facts.get(TIMES, ())), bool(facts.get("null_class", True)), source=folder,
@@ -396,8 +398,8 @@ def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modu
     hint = str(options.get("name") if isinstance(options, dict) else None)[:80]
     raise ValueError(
         f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
-        "folder names is not run. If you have that code and trust it, pass --network module:function to sample.py "
-        "or train_dmd.py: a function that returns the network, or the teacher, with weights of any kind."
+        "folder names is not run. If you have that code and trust it, pass --network module:function to "
+        "`scorefield sample` or `scorefield distill`: a function that returns the network, or the teacher, with weights of any kind."
     )
 
 

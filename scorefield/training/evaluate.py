@@ -128,7 +128,7 @@ def marks(data: ImageSet | None, num_images: int, num_classes: int) -> tuple[Ten
 def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, float]:
     """Fréchet distance and KID of images in [-1, 1]."""
     device = network.logits.weight.device
-    # Features are measured in float32 whatever the training computes in, as evaluate.py does.
+    # Features are measured in float32 whatever the training computes in, as `scorefield evaluate` does.
     with torch.autocast(device.type, enabled=False):
         made, wanted = (
             torch.cat(

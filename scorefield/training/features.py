@@ -134,7 +134,7 @@ def load_classifier(folder: Path) -> Classifier:
         load_model(network, str(folder / "model.safetensors"))
         check_finite(network.state_dict(), folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no classifier of train_features.py: {error}") from error
+        raise ValueError(f"{folder} holds no classifier of `scorefield features`: {error}") from error
     return network.eval().requires_grad_(False)
 
 

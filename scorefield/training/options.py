@@ -68,7 +68,7 @@ class EvalOptions:
     eval_images: int = 500
     """Images per evaluation."""
     features: Path | None = None
-    """Folder of train_features.py: Fréchet distance and KID to the training data, and the best weights kept."""
+    """Folder of `scorefield features`: Fréchet distance and KID to the training data, best weights kept."""
 
 
 def check_out(out: Path) -> None:
