@@ -27,7 +27,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import distill.options as distill_options
+import scorefield.cli as cli
 import scorefield.commands.command as command
 import scorefield.commands.teacher as train_teacher
 from scorefield.commands.options import TrainTeacher
@@ -112,22 +112,27 @@ def limited(words):
 
 def run(script, words):
     """Exit code, and what was said."""
-    module = importlib.import_module(script)
-    presets = getattr(module, "PRESETS", None)
-    if script == "train_dmd":
-        presets = distill_options.presets_for(words)
     AcceleratorState._reset_state(True)
-    argv, sys.argv, said = sys.argv, [script, *words], io.StringIO()
+    said = io.StringIO()
     try:
         with limited(words), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            command.run(module.main, module.Config, "", presets)
+            if script in cli.COMMANDS:
+                cli.main([*script.split(), *words])
+            else:
+                command.run(importlib.import_module(script).main, options_of(script), arguments=words)
         code = 0
     except SystemExit as stop:
         code = stop.code
     finally:
-        sys.argv = argv
         torch.use_deterministic_algorithms(False)
     return code, said.getvalue()
+
+
+def options_of(script):
+    """The dataclass of a command, or of a script that is none."""
+    if script in cli.COMMANDS:
+        return cli.found(cli.COMMANDS[script].options)
+    return importlib.import_module(script).Config
 
 
 def listing(folder):
@@ -270,11 +275,11 @@ def model_commands(root, out, kind):
     draw = ["--teacher", model, "--num-images", "1", "--steps", "2", "--out", str(out / "made.npz")]
     teach = ["--teacher", model, "--skip-teacher-check", *dry]
     if kind in ("pixels", "ours"):
-        return [("sample", draw), ("train_dmd", [*teach, "--gan-weight", "0"])]
-    learn = ["--preset", "dreamfusion", "--precision", "no", "--canvas", "--teacher", model, "--prompt", "a", *dry]
+        return [("sample", draw), ("distill", [*teach, "--gan-weight", "0"])]
+    learn = ["dreamfusion", "a", "--precision", "no", "--canvas", "--teacher", model, *dry]
     return [
-        ("sample", [*draw, "--prompts", "a mug"]), ("train_sds", learn),
-        ("train_dmd", [*teach, "--precision", "no", "--prompts", str(root / "prompts.txt")]),
+        ("sample", [*draw, "--prompts", "a mug"]), ("sds", learn),
+        ("distill", [*teach, "--precision", "no", "--prompts", str(root / "prompts.txt")]),
     ]  # fmt: skip
 
 
@@ -347,17 +352,17 @@ def usual(inputs, models):
     ours, sd = str(models / "ours"), str(models / "sd")
     npz, texts = str(inputs / "images.npz"), str(inputs / "prompts.txt")
     return {
-        "train_teacher": ["--dry-run"],
-        "train_dmd": ["--teacher", ours, "--dry-run", "--skip-teacher-check"],
-        "train_dmd texts": ["--teacher", sd, "--prompts", texts, "--precision", "no", "--dry-run"],
-        "train_sds": ["--teacher", sd, "--prompt", "a mug", "--dry-run"],
-        "train_controlnet": ["--base", sd, "--data", str(inputs / "data"), "--hint", "canny", "--dry-run",
+        "teacher": ["--dry-run"],
+        "distill": ["--teacher", ours, "--dry-run", "--skip-teacher-check"],
+        "distill (texts)": ["--teacher", sd, "--prompts", texts, "--precision", "no", "--dry-run"],
+        "sds": ["toyworld", "a mug", "--teacher", sd, "--dry-run"],
+        "control": ["--teacher", sd, "--data", str(inputs / "data"), "--hint", "canny", "--dry-run",
                              "--eval-samples", "2", "--test-samples", "0"],
-        "train_circles": ["--dry-run"], "train_toyworld": ["--dry-run"], "quickstart": ["--dry-run"],
+        "train_circles": ["--dry-run"], "train_toyworld": ["--dry-run"], "demo": ["--dry-run"],
         "sample": ["--teacher", ours, "--num-images", "2", "--steps", "2"],
-        "evaluate_toyworld": ["--teacher", str(inputs / "empty")], "evaluate_students": ["--students", ours],
+        "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
-        "train_features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
+        "features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
         "evaluate": ["--generated", npz, "--reference", npz, "--features", str(inputs / "empty")],
     }  # fmt: skip
 
@@ -373,7 +378,7 @@ WORDS = [
     "{inputs}/images.npz", "{inputs}/prompts.txt", "{inputs}/empty", "{models}/sd",
     "{models}/ours", "{models}/pixels", "nowhere:make", ":", "a:b:c",
 ]  # fmt: skip
-UNTOUCHED = {"dry_run", "compile", "out", "device"}
+UNTOUCHED = {"dry_run", "compile", "out", "device", "preset", "prompt"}
 
 
 def word_for(hint, chance):
@@ -421,10 +426,10 @@ def test_command_lines(models, inputs, tmp_path, monkeypatch):
     def one(number):
         chance = random.Random(number)
         name = sorted(lines)[number % len(lines)]
-        script = name.split()[0]
+        script = name.partition(" (")[0]
         out = tmp_path / "out" / "run"
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        words = [*lines[name], "--out", str(out), *hostile(importlib.import_module(script).Config, chance, places)]
+        words = [*lines[name], "--out", str(out), *hostile(options_of(script), chance, places)]
         code, said = run(script, words)
         about = f"{script} {[word[:60] for word in words]}: {code} {said[-600:]}"
         assert code in (0, 2), about

@@ -1,7 +1,6 @@
 """Options and presets of train_dmd.py, and the parts that are built of them."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,10 @@ import torch
 
 import distill.options as distill_options
 import distill.roles as roles
-import scorefield.commands.command as command
+import scorefield.cli as cli
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
-from distill.options import IMAGE_PRESETS, PRESETS, Config, presets_for
+from distill.options import IMAGE_PRESETS, PRESETS, Config
 from distill.student import Student, even_times
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.networks import build_network
@@ -28,13 +27,13 @@ ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lamb
 def parsed(monkeypatch, *arguments):
     """The config of a command line."""
     seen = []
-    monkeypatch.setattr(sys, "argv", ["train_dmd.py", *arguments])
-    command.run(seen.append, Config, "", presets=presets_for(arguments))
+    monkeypatch.setattr("distill.recipe.main", seen.append)
+    cli.main(["distill", *arguments])
     return seen[0]
 
 
 def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
-    found = parsed(monkeypatch, "--preset", "sdxl-4step-lora", "--prompts", "x", "--steps", "9")
+    found = parsed(monkeypatch, "sdxl-4step-lora", "--prompts", "x", "--steps", "9")
     assert found == replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)
     assert parsed(monkeypatch) == distill_options.auto()
     assert all(PRESETS[name]().preset == name for name in PRESETS)
@@ -56,8 +55,8 @@ def test_every_preset_passes_its_own_checks():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"preset": "digits"}, "--preset digits is for teachers of images"),
-    ({"preset": "sd15-1step", "prompts": ""}, "--preset sd15-1step is for .*: pass --prompts"),
+    ({"preset": "digits"}, "preset digits is for teachers of images"),
+    ({"preset": "sd15-1step", "prompts": ""}, "preset sd15-1step is for .*: pass --prompts"),
     ({"preset": "digits", "prompts": "", "lora": True}, "--lora is for text-to-image teachers"),
     ({"preset": "digits", "prompts": "", "long_prompts": "cut"}, "--long-prompts is for text-to-image"),
     ({"preset": "digits", "prompts": "", "lora_rank": 3}, "--lora-rank is for text-to-image"),
@@ -71,7 +70,7 @@ def test_every_preset_passes_its_own_checks():
     ({"eval_every": 2, "eval_images": 1}, "--eval-images must be at least 2"),
     ({"validation_prompts": ("a", " ")}, "--validation-prompts must say something"),
     ({"lora": True, "compile": True}, "--compile is not for --lora"),
-    ({"preset": "auto"}, "--preset auto is for teachers of images.*pass --preset text"),
+    ({"preset": "auto"}, "preset auto is for teachers of images.*take text"),
     ({"ratio_range": (1.0, 1.0)}, "--ratio-range needs 0 < first < last, or 0 0; got 1 1"),
     ({"ratio_range": (0.0, 20.0)}, "--ratio-range needs 0 < first"),
     ({"ratio_range": (2.0, math.inf)}, "--ratio-range needs 0 < first"),

@@ -9,7 +9,6 @@ import io
 import json
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,18 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import distill.recipe as train_dmd
-import scorefield.commands.command as command
-import scorefield.commands.evaluate as evaluate
-import scorefield.commands.features as train_features
-import scorefield.commands.sample as sample
+import scorefield.cli as cli
 import scorefield.commands.teacher as train_teacher
 import scorefield.training.features as features
 from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
 
-SCRIPTS = {
-    "train_teacher": train_teacher, "train_dmd": train_dmd, "train_features": train_features, "sample": sample,
-    "evaluate": evaluate,
-}  # fmt: skip
 SMALL = ["--steps", "2", "--batch-size", "4", "--save-every", "2", "--log-every", "1"]
 
 
@@ -55,19 +47,18 @@ def run(script, words):
         raise Hung(words)
 
     AcceleratorState._reset_state(True)
-    before, argv = signal.signal(signal.SIGALRM, hung), sys.argv
-    sys.argv, said = [script, *words], io.StringIO()
+    before = signal.signal(signal.SIGALRM, hung)
+    said = io.StringIO()
     signal.alarm(60)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            command.run(SCRIPTS[script].main, SCRIPTS[script].Config, "")
+            cli.main([script, *words])
         code = 0
     except SystemExit as stop:
         code = stop.code
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        sys.argv = argv
         torch.use_deterministic_algorithms(False)
     return code, said.getvalue()
 
@@ -161,7 +152,7 @@ SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
 @example(words=["--batch-size", "1000000000000"], dry=False)
 def test_flags_of_the_teacher(fresh, words, dry):
     small = [*SMALL, "--width", "8", "--depth", "1", "--unet-channels", "8", "8"]
-    check("train_teacher", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "teacher")
+    check("teacher", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "teacher")
 
 
 @fuzz(50)
@@ -170,7 +161,7 @@ def test_flags_of_the_distillation(fresh, teacher, words, dry):
     small = ["--teacher", str(teacher), *SMALL, "--student-every", "1", "--warmup-steps", "1", "--num-pairs", "4"]
     small += ["--pair-steps", "2", "--fake-warmup", "1", "--guard-images", "64", "--skip-teacher-check"]
     small += ["--student-lr", "1e-4", "--fake-lr", "1e-4", "--warmup-lr", "1e-3"]
-    check("train_dmd", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "student")
+    check("distill", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "student")
 
 
 def check_samples(words, folder):
@@ -216,7 +207,7 @@ def test_flags_of_the_figures(fresh, classifier, words):
 def test_flags_of_the_features(fresh, words):
     folder = fresh()
     small = ["--data", labelled(folder / "images.npz"), "--steps", "2", "--batch-size", "4"]
-    code, said = check("train_features", [*small, *words], folder / "out" / "features.json", folder / "out")
+    code, said = check("features", [*small, *words], folder / "out" / "features.json", folder / "out")
     assert code == 0 or "--" in said, said
 
 
@@ -265,7 +256,7 @@ def test_folders_of_images(fresh, files, lines, skip, resolution, more):
         (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
     words = ["--data", str(folder / "data"), "--on-bad-data", "skip" if skip else "stop", "--width", "8", *more]
     words += ["--resolution", resolution] if resolution else []
-    check("train_teacher", [*SMALL, "--depth", "1", *words], folder / "out" / "teacher")
+    check("teacher", [*SMALL, "--depth", "1", *words], folder / "out" / "teacher")
 
 
 def spoilt(content, place, byte, cut):
@@ -295,7 +286,7 @@ def test_npz_files(fresh, images, labels, whole, place, byte, cut):
     if not whole:
         path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
     words = ["--data", str(path), "--width", "8", "--depth", "1"]
-    check("train_teacher", [*SMALL, *words], folder / "out" / "teacher")
+    check("teacher", [*SMALL, *words], folder / "out" / "teacher")
 
 
 @fuzz(40)
@@ -352,12 +343,12 @@ def test_checkpoints_that_were_tampered_with(fresh, name, place, byte, cut):
     """The run goes on from the checkpoint before, from the start, or says what differs: always with 0 or 2."""
     folder = fresh()
     words = [*SMALL, "--save-every", "1", "--width", "8", "--depth", "1"]
-    assert check("train_teacher", words, folder / "out" / "teacher")[0] == 0
+    assert check("teacher", words, folder / "out" / "teacher")[0] == 0
     newest = max((folder / "out" / "checkpoints").iterdir())
     assert {path.name for path in newest.iterdir()} == set(CHECKPOINT), "each of them is spoilt in some case"
     path = newest / name
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
     shutil.rmtree(folder / "out" / "teacher")
-    code, said = run("train_teacher", [*words, "--out", str(folder / "out")])
+    code, said = run("teacher", [*words, "--out", str(folder / "out")])
     assert code in (0, 2), said
     assert (folder / "out" / "teacher").exists() is (code == 0)

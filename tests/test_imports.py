@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import scorefield.cli as cli
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ("scorefield", "toyworld", "distill", "sds", "controlnet")
 CODE = (*LIBRARY, "train_scripts", "benchmarks")
@@ -29,12 +31,26 @@ FLOORS = {
     "models": {""},
     "data": {""},
     "diagnosis": {""},
-    "training": {"", "models", "data"},
+    "training": {"", "models", "data", "diagnosis"},
+    "commands": {"", "models", "data", "diagnosis", "training"},
 }
 
 # The only places where a heavy library may be imported.
 LIBRARIES = {
-    "accelerate": ("scorefield/training/loop.py", "scorefield/training/ranks.py", "train_scripts/", "benchmarks/"),
+    "accelerate": (
+        "scorefield/training/",
+        "scorefield/commands/sample.py",
+        "distill/roles.py",
+        "distill/stages.py",
+        "distill/guarding.py",
+        "distill/text_recipe.py",
+        "sds/recipe.py",
+        "controlnet/recipe.py",
+        "controlnet/tasks.py",
+        "controlnet/watch.py",
+        "train_scripts/",
+        "benchmarks/",
+    ),
     "diffusers": (
         "scorefield/models/pretrained.py",
         "scorefield/models/codec.py",
@@ -42,6 +58,7 @@ LIBRARIES = {
         "scorefield/models/networks.py",
         "toyworld/parts.py",
         "toyworld/circles.py",
+        "toyworld/evaluate.py",
         "distill/export.py",
         "controlnet/adapter.py",
         "controlnet/export.py",
@@ -72,23 +89,11 @@ FORBIDDEN = (
 )
 CONTROL = {"caching", "canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {
-    "parts",
-    "lora",
-    "vsd",
-    "looks",
-    "learning",
-    "guards",
-    "probe",
-    "loop",
-    "ranks",
-    "checkpoint",
-    "pretrained",
-    "preflight",
-    "codec",
-    "teacher",
-    "pipeline",
-    "circles",
+    *("parts", "lora", "vsd", "looks", "learning", "guards", "probe", "recipe", "checks", "pretrained"),
+    *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
+    *("students", "judge", "renders"),
 }
+HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/")
 
 
 def sources(*packages):
@@ -229,7 +234,7 @@ def test_the_checks_see_every_way_to_import(check, path, source):
 
 def test_importing_the_core_imports_no_heavy_library():
     light = [path for path in sources("scorefield", "toyworld", "sds") if Path(path).stem not in HEAVY]
-    paths = [path for path in light if "families/" not in path]
+    paths = [path for path in light if "families/" not in path and not path.startswith(HEAVY_FOLDERS)]
     modules = [path[:-3].replace("/", ".") for path in paths]
     program = (
         "import importlib, sys\n"
@@ -242,6 +247,22 @@ def test_importing_the_core_imports_no_heavy_library():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_printed_before_torch_is_imported(command):
+    program = (
+        "import sys\n"
+        "from scorefield.cli import main\n"
+        "try:\n"
+        f"    main([*{command.split()!r}, '--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"scorefield {command}" in result.stdout
 
 
 def test_importing_what_control_needs_imports_neither_annotators_nor_data_sets():

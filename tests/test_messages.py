@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import scorefield.cli as cli
+from scorefield.shipped import FUNCTIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scripts")
-SCRIPTS = sorted(path.stem for path in (ROOT / "train_scripts").glob("*.py") if "__main__" in path.read_text())
-SCRIPTS.remove("quickstart")  # which gives all options of its trainings itself
+COMMANDS = {
+    name: command for name, command in cli.COMMANDS.items() if name != "demo"
+}  # whose trainings it gives all
+SCRIPTS = ("train_circles", "train_judge", "train_toyworld")
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?![\w-])")
 """Those of `accelerate launch` have underscores."""
@@ -28,6 +33,7 @@ class Part:
     """What a function, or a constant, says, and which names it uses: plain ones, and those behind a dot."""
 
     said: frozenset[str]
+    shipped: frozenset[str]
     names: frozenset[str]
     dotted: frozenset[tuple[str, str]]
 
@@ -57,7 +63,8 @@ def read_part(node: ast.AST) -> Part:
             dotted.add((one.value.id if isinstance(one.value, ast.Name) else "", one.attr))
     names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
     said = {option for text in texts for option in OPTION.findall(text)}
-    return Part(frozenset(said), frozenset(names), frozenset(dotted))
+    kinds = {text.split()[0] for text in texts if text.split()} if "shipped" in names else set()
+    return Part(frozenset(said), frozenset(kinds), frozenset(names), frozenset(dotted))
 
 
 def read_module(path: Path) -> Module:
@@ -72,7 +79,7 @@ def read_module(path: Path) -> Module:
                 methods.setdefault(one.name, []).append(f"{node.name}.{one.name}")
             begun = frozenset(f"{node.name}.{one.name}" for one in inner if one.name.startswith("__"))
             bases = frozenset(base.id for base in node.bases if isinstance(base, ast.Name))
-            parts[node.name] = Part(frozenset(), begun | bases, frozenset())
+            parts[node.name] = Part(frozenset(), frozenset(), begun | bases, frozenset())
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and node.value is not None:
@@ -108,8 +115,9 @@ def found(module: str, name: str) -> Key | None:
 
 
 def reached(script: str) -> list[Key]:
-    """All that a script may call: what its functions name, and any method of that name in what it reaches."""
-    modules, seen, left = read_all(), set(), [(script, "main")]
+    """All that a command may call: what its functions name, and any method of that name in what it reaches."""
+    start = tuple(COMMANDS[script].main.split(":")) if script in COMMANDS else (script, "main")
+    modules, seen, left = read_all(), set(), [start]
     called: set[str] = set()
     while left:
         module, name = left.pop()
@@ -118,6 +126,7 @@ def reached(script: str) -> list[Key]:
         seen.add((module, name))
         part = modules[module].parts[name]
         left += [key for one in part.names if (key := found(module, one))]
+        left += [tuple(place.split(":")) for what, place in FUNCTIONS.items() if what.split()[0] in part.shipped]
         for before, behind in part.dotted:
             place = found(module, before) if before else None
             if place is not None and not place[1]:
@@ -132,7 +141,7 @@ def reached(script: str) -> list[Key]:
 
 
 def options_of(script: str) -> set[str]:
-    config = importlib.import_module(script).Config
+    config = cli.found(COMMANDS[script].options) if script in COMMANDS else importlib.import_module(script).Config
     hints = typing.get_type_hints(config, include_extras=True)
     names = set()
     for field in dataclasses.fields(config):
@@ -147,16 +156,16 @@ def options_of(script: str) -> set[str]:
 NEVER_SAID = {
     # Options that are passed on by another name, or not at all.
     "evaluate": {"data", "resolution", "channels"}, "sample": {"data", "num-prompts"},
-    "train_teacher": {"guidance"},
+    "teacher": {"guidance"},
     # The toy world's judge sees one size.
-    "evaluate_toyworld": {"teacher-size"}, "evaluate_students": {"teacher-size"},
+    "toyworld evaluate": {"teacher-size"}, "toyworld students": {"teacher-size"},
     # The message says which commands have it.
-    "train_sds": {"network"}, "train_controlnet": {"network"},
+    "sds": {"network"}, "control": {"network"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*COMMANDS, *SCRIPTS])
 def test_options_that_messages_name_exist(script):
     options, modules = options_of(script), read_all()
     lacking = [

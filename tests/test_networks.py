@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -158,11 +159,11 @@ def test_network_is_refused_where_it_has_no_use(own_module, tmp_path):
             load_teacher(name, "mine:bare")
 
 
-def test_a_users_module_neither_loses_to_a_script_nor_replaces_it(tmp_path, monkeypatch):
-    """sample.py is a module of the scripts, too; the user's imports its neighbour."""
+def test_a_users_module_neither_loses_to_another_nor_replaces_it(tmp_path, monkeypatch):
+    """A module of that name is loaded already; the user's imports its neighbour."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    ours = sys.modules["sample"]
+    ours = sys.modules["sample"] = types.ModuleType("sample")
     (tmp_path / "neighbour.py").write_text("value = 7")
     (tmp_path / "sample.py").write_text("import neighbour\ndef mine():\n    return neighbour.value\n")
     assert user_code.call("sample:mine") == 7

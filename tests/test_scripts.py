@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import distill.options as distill_options
 import distill.recipe as train_dmd
-import scorefield.commands.command as command
+import scorefield.cli as cli
 import scorefield.commands.teacher as train_teacher
 import scorefield.training.run as fitting
 import toyworld.demo as quickstart
@@ -183,47 +182,47 @@ NAN = np.where(np.arange(20)[:, None, None, None] == 7, np.nan, GOOD)
 
 
 @pytest.mark.parametrize(("script", "arguments", "words"), [
-    ("train_teacher", ["--steps", "0"], ["--steps", "above 0", "got 0"]),
-    ("train_teacher", ["--stepz", "5"], ["stepz"]),
-    ("train_teacher", ["--steps", "many"], ["many"]),
-    ("train_teacher", ["--data", "{nan}"], ["image 7", "nan or inf", "Remove or repair"]),
-    ("train_teacher", ["--data", "{negative}"], ["labels", "from -1"]),
-    ("train_teacher", ["--data", "{loud}"], ["reach 3", "expected [-1, 1]"]),
-    ("train_teacher", ["--data", "{missing}"], ["no such file or folder", "no data set"]),
-    ("train_teacher", ["--data", "{halves}"], ["labels", "float64"]),
-    ("train_teacher", ["--data", "{names}"], ["labels", "<U1"]),
-    ("train_teacher", ["--data", "{words}"], ["images", "uint8"]),
-    ("train_teacher", ["--data", "{huge}"], ["fewer than there are images", "1000000000"]),
-    ("train_teacher", ["--data", "{cut}"], ["npz file"]),
-    ("train_teacher", ["--data", "{npy}"], ["expected a folder of pictures", "or is idx"]),
-    ("train_teacher", ["--learning-rate", "inf"], ["--learning-rate", "finite", "got inf"]),
-    ("train_teacher", ["--noise-mean", "nan"], ["--noise-mean", "finite"]),
-    ("train_teacher", ["--dropout", "1.5"], ["--dropout", "[0, 1)", "got 1.5"]),
-    ("train_teacher", ["--label-dropout", "-1"], ["--label-dropout", "[0, 1)"]),
-    ("train_teacher", ["--seed", "-1"], ["--seed", "[0, 2^63)"]),
-    ("train_teacher", ["--out", "/proc/x"], ["cannot write"]),
-    ("train_teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
+    ("teacher", ["--steps", "0"], ["--steps", "above 0", "got 0"]),
+    ("teacher", ["--stepz", "5"], ["stepz"]),
+    ("teacher", ["--steps", "many"], ["many"]),
+    ("teacher", ["--data", "{nan}"], ["image 7", "nan or inf", "Remove or repair"]),
+    ("teacher", ["--data", "{negative}"], ["labels", "from -1"]),
+    ("teacher", ["--data", "{loud}"], ["reach 3", "expected [-1, 1]"]),
+    ("teacher", ["--data", "{missing}"], ["no such file or folder", "no data set"]),
+    ("teacher", ["--data", "{halves}"], ["labels", "float64"]),
+    ("teacher", ["--data", "{names}"], ["labels", "<U1"]),
+    ("teacher", ["--data", "{words}"], ["images", "uint8"]),
+    ("teacher", ["--data", "{huge}"], ["fewer than there are images", "1000000000"]),
+    ("teacher", ["--data", "{cut}"], ["npz file"]),
+    ("teacher", ["--data", "{npy}"], ["expected a folder of pictures", "or is idx"]),
+    ("teacher", ["--learning-rate", "inf"], ["--learning-rate", "finite", "got inf"]),
+    ("teacher", ["--noise-mean", "nan"], ["--noise-mean", "finite"]),
+    ("teacher", ["--dropout", "1.5"], ["--dropout", "[0, 1)", "got 1.5"]),
+    ("teacher", ["--label-dropout", "-1"], ["--label-dropout", "[0, 1)"]),
+    ("teacher", ["--seed", "-1"], ["--seed", "[0, 2^63)"]),
+    ("teacher", ["--out", "/proc/x"], ["cannot write"]),
+    ("teacher", ["--out", "{file}/run"], ["cannot write", "no writable folder"]),
     ("sample", ["--model=x"], ["--model is called --teacher now"]),
-    ("train_dmd", ["--base", "x"], ["--base is called --teacher now"]),
-    ("train_dmd", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
-    ("train_dmd", ["--teacher", "{missing}"], ["is no folder here", "Pass the folder of a teacher"]),
-    ("train_dmd", ["--data", "{large}"], ["(1, 8, 8)", "(1, 16, 16)", "teacher's own data"]),
-    ("train_dmd", ["--data", "{labels}"], ["10 classes", "of 11"]),
-    ("train_dmd", ["--teacher", "{student}"], ["is a student", "Pass its teacher"]),
-    ("train_dmd", ["--teacher", "{sick}"], ["nan or inf"]),
-    ("train_dmd", ["--guidance", "nan"], ["--guidance", "finite"]),
-    ("train_dmd", ["--gan-weight", "-1"], ["--gan-weight", "at least 0"]),
-    ("train_dmd", ["--warmup-lr", "-1"], ["--warmup-lr", "at least 0"]),
-    ("train_dmd", ["--warmup-steps", "-5"], ["--warmup-steps", "at least 0"]),
-    ("train_dmd", ["--ema-decay", "1.5", "--dry-run"], ["--ema-decay", "[0, 1)"]),
-    ("train_dmd", ["--steps", "4", "--student-every", "5"], ["before the student's first update"]),
-    ("quickstart", ["--student-iterations", "0"], ["--student-iterations", "above 0"]),
-    ("quickstart", ["--student-iterations", "1"], ["--student-iterations", "at least 2"]),
-    ("quickstart", ["--sampling-steps", "0"], ["--sampling-steps", "above 0"]),
-    ("quickstart", ["--num-images", "-5"], ["--num-images", "at least 20"]),
-    ("train_dmd", ["--out", "{file}/run"], ["cannot write"]),
-    ("quickstart", ["--out", "{file}/run"], ["cannot write"]),
-    ("quickstart", ["--seeed", "1"], ["seeed"]),
+    ("distill", ["--base", "x"], ["--base is called --teacher now"]),
+    ("distill", ["--student-every", "0"], ["--student-every", "above 0", "got 0"]),
+    ("distill", ["--teacher", "{missing}"], ["is no folder here", "Pass the folder of a teacher"]),
+    ("distill", ["--data", "{large}"], ["(1, 8, 8)", "(1, 16, 16)", "teacher's own data"]),
+    ("distill", ["--data", "{labels}"], ["10 classes", "of 11"]),
+    ("distill", ["--teacher", "{student}"], ["is a student", "Pass its teacher"]),
+    ("distill", ["--teacher", "{sick}"], ["nan or inf"]),
+    ("distill", ["--guidance", "nan"], ["--guidance", "finite"]),
+    ("distill", ["--gan-weight", "-1"], ["--gan-weight", "at least 0"]),
+    ("distill", ["--warmup-lr", "-1"], ["--warmup-lr", "at least 0"]),
+    ("distill", ["--warmup-steps", "-5"], ["--warmup-steps", "at least 0"]),
+    ("distill", ["--ema-decay", "1.5", "--dry-run"], ["--ema-decay", "[0, 1)"]),
+    ("distill", ["--steps", "4", "--student-every", "5"], ["before the student's first update"]),
+    ("demo", ["--student-iterations", "0"], ["--student-iterations", "above 0"]),
+    ("demo", ["--student-iterations", "1"], ["--student-iterations", "at least 2"]),
+    ("demo", ["--sampling-steps", "0"], ["--sampling-steps", "above 0"]),
+    ("demo", ["--num-images", "-5"], ["--num-images", "at least 20"]),
+    ("distill", ["--out", "{file}/run"], ["cannot write"]),
+    ("demo", ["--out", "{file}/run"], ["cannot write"]),
+    ("demo", ["--seeed", "1"], ["seeed"]),
 ])  # fmt: skip
 def test_bad_input_exits_with_2_says_why_and_writes_nothing(
     tmp_path, teacher, monkeypatch, capsys, script, arguments, words
@@ -254,13 +253,11 @@ def test_bad_input_exits_with_2_says_why_and_writes_nothing(
     arguments = [argument.format(**places) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "run")]
-    if script == "train_dmd" and "--teacher" not in arguments:
+    if script == "distill" and "--teacher" not in arguments:
         arguments += ["--teacher", str(teacher)]
-    module = sys.modules[script]
     before = all_files(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        command.run(module.main, module.Config, module.__doc__)
+        cli.main([script, *arguments])
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert all(word in printed.err + printed.out for word in words)
@@ -320,12 +317,11 @@ def test_short_runs_reach_their_learning_rate_too(updates):
 
 
 def test_help_explains_every_flag(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_dmd.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        command.run(train_dmd.main, train_dmd.Config, train_dmd.__doc__)
+        cli.main(["distill", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("accelerate launch", "--student-every", "as in DMD2", "1 means none", "--dry-run"):
+    for words in ("toyworld-1step", "--student-every", "as in DMD2", "1 means none", "--dry-run"):
         assert words in text
 
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
 import controlnet.recipe as train_controlnet
-import scorefield.commands.command as command
+import scorefield.cli as cli
 from controlnet import circles
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Standing
 from controlnet.export import load_adapter
+from controlnet.options import PRESETS
 from controlnet.watch import in_full, make_validation, take_look
 from scorefield.guidance import guided
 from scorefield.models.codec import Codec
@@ -415,16 +416,13 @@ BAD = [
     ),
     (["--teacher", "{place}/model", "--data", "{place}/data", "--steps", "0"], ["--steps"]),
     (["--teacher", "{place}/model", "--data", "toyworld"], ["64 x 64"]),
-    (["--preset", "toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
-    (["--preset", "toyworld-canny", "--hint", "nonsense", "--dry-run"], ["'nonsense'", "image, depth, normals"]),
-    (["--preset", "toyworld-canny", "--hint", ""], ["--hint is missing", "canny"]),
-    (["--preset", "toyworld-canny", "--cache", "{file}/cache"], ["--cache", "is a file"]),
-    (
-        ["--preset", "toyworld-canny", "--recompute-levels", "1"],
-        ["--recompute-levels", "--gradient-checkpointing"],
-    ),
-    (["--preset", "sd15-canny", "--recompute-levels", "-1"], ["--recompute-levels must be at least 0"]),
-    (["--preset", "sd15"], ["invalid choice", "toyworld-canny"]),
+    (["toyworld-canny", "--out", "{file}/run"], ["cannot write"]),
+    (["toyworld-canny", "--hint", "nonsense", "--dry-run"], ["'nonsense'", "image, depth, normals"]),
+    (["toyworld-canny", "--hint", ""], ["--hint is missing", "canny"]),
+    (["toyworld-canny", "--cache", "{file}/cache"], ["--cache", "is a file"]),
+    (["toyworld-canny", "--recompute-levels", "1"], ["--recompute-levels", "--gradient-checkpointing"]),
+    (["sd15-canny", "--recompute-levels", "-1"], ["--recompute-levels must be at least 0"]),
+    (["sd15"], ["no preset", "toyworld-canny", "Did you mean sd15-canny?"]),
 ]
 
 
@@ -432,13 +430,10 @@ BAD = [
 def test_bad_input_exits_with_2_and_writes_nothing(place, tmp_path, monkeypatch, capsys, arguments, expected):
     (tmp_path / "file").write_text("a file")
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    small = [] if "--preset" in arguments else ["--size", str(SIZE), "--cache", str(tmp_path / "cache")]
+    small = ["--size", str(SIZE), "--cache", str(tmp_path / "cache")] if arguments[0].startswith("--") else []
     words = [word.format(place=place, file=tmp_path / "file") for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["train_controlnet.py", *small, *words, *out])
     with pytest.raises(SystemExit) as stopped:
-        command.run(
-            train_controlnet.main, train_controlnet.Config, train_controlnet.__doc__, train_controlnet.PRESETS
-        )
+        cli.main(["control", *words, *small, *out])
     assert stopped.value.code == 2
     said = capsys.readouterr()
     for word in expected:
@@ -489,17 +484,16 @@ def test_empty_captions_are_named(place, tmp_path):
 
 def test_presets_are_defaults_that_flags_override(monkeypatch, tmp_path):
     seen = []
-    arguments = ["--preset", "toyworld-canny", "--steps", "7", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["train_controlnet.py", *arguments])
-    command.run(seen.append, train_controlnet.Config, "", train_controlnet.PRESETS)
-    assert seen == [replace(train_controlnet.PRESETS["toyworld-canny"](), steps=7, out=tmp_path)]
+    arguments = ["toyworld-canny", "--steps", "7", "--out", str(tmp_path)]
+    monkeypatch.setattr("controlnet.recipe.main", seen.append)
+    cli.main(["control", *arguments])
+    assert seen == [replace(PRESETS["toyworld-canny"](), steps=7, out=tmp_path)]
 
 
 def test_every_preset_is_named_and_its_numbers_are_possible():
-    names = set(train_controlnet.Config.__dataclass_fields__["preset"].type.__args__)
-    assert names == set(train_controlnet.PRESETS)
-    for name in names - {""}:
-        config = train_controlnet.PRESETS[name]()
+    assert all(PRESETS[name]().preset == name for name in PRESETS)
+    for name in PRESETS - {""}:
+        config = PRESETS[name]()
         assert config.preset == name
         train_controlnet.check(config)
 
@@ -518,7 +512,7 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
     assert torch.equal(base.decode(base.encode(images)), images)
     AcceleratorState._reset_state(reset_partial_state=True)
     config = replace(
-        train_controlnet.PRESETS["circles"](), teacher=str(painter), num_samples=20, steps=2, batch_size=4,
+        PRESETS["circles"](), teacher=str(painter), num_samples=20, steps=2, batch_size=4,
         eval_samples=4, test_samples=0, sampling_steps=2, eval_every=1, out=tmp_path / "control",
         cache=tmp_path / "cache",
     )  # fmt: skip
@@ -547,7 +541,7 @@ def test_captions_of_circles_become_two_tokens():
 @pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
 def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     config = replace(
-        train_controlnet.PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
+        PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,
         sampling_steps=2, out=tmp_path / "out", cache=tmp_path / "cache",
     )  # fmt: skip
     train_controlnet.main(config)

@@ -17,13 +17,13 @@ import trimesh
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import scorefield.cli as cli
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
 from scorefield.atomic import MARKER
 from scorefield.gradient import ScoreGradient
 from sds import guards, views
-from sds.options import PRESETS, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -84,7 +84,9 @@ def test_a_killed_run_ends_in_the_same_weights(finished, tmp_path, capfd):
             *(str(v) for v in (value if isinstance(value, tuple) else (value,))),
         )
     ]
-    command = [sys.executable, str(ROOT / "train_scripts" / "train_sds.py"), "--out", str(config.out), *options]
+    options = [item for item in options if item not in ("--prompt", config.prompt)]
+    launcher = str(ROOT / "train_scripts" / "train_sds.py")
+    command = [sys.executable, launcher, "toyworld", config.prompt, "--out", str(config.out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -249,22 +251,19 @@ def test_a_missing_encoder_is_said_before_the_training(monkeypatch, tmp_path):
 
 
 def test_the_command_line_exits_with_2_and_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train_sds.py", "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stopped:
-        train_sds.run(train_sds.main, Config, "", presets=PRESETS)
+        cli.main(["sds", "--out", str(tmp_path / "run")])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --prompt is empty")
+    assert capsys.readouterr().err.startswith("error: the prompt is missing")
 
 
 def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
     seen = []
-    line = ["train_sds.py", "--prompt", "a corgi", "--preset", "prolificdreamer", "--steps", "9"]
-    monkeypatch.setattr(sys, "argv", line)
-    train_sds.run(seen.append, Config, "", presets=PRESETS)
+    monkeypatch.setattr("sds.recipe.main", seen.append)
+    cli.main(["sds", "prolificdreamer", "a corgi", "--steps", "9"])
     assert seen == [replace(scene_options.prolificdreamer(), prompt="a corgi", steps=9)]
-    monkeypatch.setattr(sys, "argv", [*line[:3], "--preset", "unknown"])
     with pytest.raises(SystemExit) as stopped:
-        train_sds.run(seen.append, Config, "", presets=PRESETS)
+        cli.main(["sds", "unknown", "a corgi"])
     assert stopped.value.code == 2
 
 

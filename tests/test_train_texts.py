@@ -26,12 +26,13 @@ from transformers import CLIPTextModel
 import distill.options as distill_options
 import distill.recipe as train_dmd
 import distill.stages as stages
-import scorefield.commands.command as command
+import distill.text_recipe as text_recipe
+import scorefield.cli as cli
 import scorefield.commands.sample as sample
 import toyworld
 import toyworld.students as evaluate_students
 from distill.export import export_student, read_student_facts
-from distill.options import Config, presets_for
+from distill.options import Config
 from distill.student import Student
 from scorefield.atomic import MARKER
 from scorefield.commands.options import Sample
@@ -232,7 +233,7 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
     assert not (tmp_path / "run").exists()
     train_dmd.main(replace(config, long_prompts="skip"))
     assert capsys.readouterr().err.count("by 3 tokens: skipped") == 1
-    load = sys.modules["distill_texts"].load_inputs
+    load = text_recipe.load_inputs
     kept = load(replace(config, long_prompts="cut"), make_accelerator())
     assert kept.teacher.num_classes == len(kept.texts.prompts) == 3
     path.write_text("far too long for this\n")
@@ -259,18 +260,18 @@ def test_a_process_is_told_the_same_config(root, tmp_path, monkeypatch):
     """So that what is compared below is one run in two ways."""
     config, seen = config_of(root, tmp_path / "run", lora=True, lora_rank=2), []
     words = list(options_of(config))
-    monkeypatch.setattr(sys, "argv", ["train_dmd.py", *words])
-    command.run(seen.append, Config, "", presets=presets_for(words))
+    monkeypatch.setattr("distill.recipe.main", seen.append)
+    cli.main(["distill", *words])
     assert seen == [config]
 
 
 NOTING = """
 import json, os, sys
-import command, distill_texts, train_dmd
-from distill.options import Config, presets_for
+from distill import text_recipe
+from scorefield.cli import main
 from scorefield.training.run import start
 
-shuffled = distill_texts.shuffled
+shuffled = text_recipe.shuffled
 
 def noted(*args):
     chosen = shuffled(*args)
@@ -278,8 +279,8 @@ def noted(*args):
         print(json.dumps(chosen.tolist()), file=file)
     return chosen
 
-distill_texts.shuffled = noted
-command.run(train_dmd.main, Config, "", presets=presets_for(sys.argv[1:]))
+text_recipe.shuffled = noted
+main(["distill", *sys.argv[1:]])
 """
 """The script, noting beside itself which prompts each rank is handed."""
 
@@ -483,7 +484,7 @@ def test_bad_pictures_of_prompts_are_met_before_anything_is_encoded(root, tmp_pa
         for dry in (True, False):
             with pytest.raises(ValueError, match=r"1 of 6 samples of .*gone\.png cannot be read"):
                 train_dmd.main(replace(config, dry_run=dry))
-    inputs = sys.modules["distill_texts"].load_inputs(replace(config, on_bad_data="skip"), start(config))
+    inputs = text_recipe.load_inputs(replace(config, on_bad_data="skip"), start(config))
     assert inputs.texts.prompts == tuple(prompt for prompt in PROMPTS if prompt != "cone")
     assert len(inputs.latents.digests) == inputs.teacher.num_classes == 5
     assert "left out 1 of 6 samples" in capsys.readouterr().err
@@ -523,18 +524,17 @@ def test_a_family_that_cannot_teach_is_named(root, tmp_path):
 
 
 def test_the_command_line_exits_with_2_and_one_line(root, tmp_path, monkeypatch, capsys):
-    line = ["train_dmd.py", "--teacher", str(root / "sd"), "--prompts", "gone.txt", "--precision", "no"]
+    line = ["distill", "--teacher", str(root / "sd"), "--prompts", "gone.txt", "--precision", "no"]
     line += ["--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as stopped:
-        command.run(train_dmd.main, Config, "", presets=presets_for(line))
+        cli.main(line)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: --prompts gone.txt: no such file")
 
 
 def test_prompts_without_images_need_no_option_more(root, make_accelerator):
     found = replace(distill_options.text(), teacher=str(root / "sd"), prompts=str(root / "prompts.txt"))
-    inputs = sys.modules["distill_texts"].load_inputs(found, make_accelerator())
+    inputs = text_recipe.load_inputs(found, make_accelerator())
     assert inputs.teacher.num_classes == 6
     assert (inputs.config.gan_weight, inputs.latents) == (0.0, None)
 

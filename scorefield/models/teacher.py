@@ -399,7 +399,8 @@ def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modu
     raise ValueError(
         f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
         "folder names is not run. If you have that code and trust it, pass --network module:function to "
-        "`scorefield sample` or `scorefield distill`: a function that returns the network, or the teacher, with weights of any kind."
+        "`scorefield sample` or `scorefield distill`: a function that returns the network, or the teacher, with "
+        "weights of any kind."
     )
 
 
