@@ -9,7 +9,7 @@ from controlnet.hints import Precomputed, hint_generators
 from controlnet.judges import judge_likeness, make_judge
 from controlnet.tasks import ANNOTATORS, Task
 from toyworld.circles import PALETTE
-from toyworld.control import choose_scenes, nearest_colour, render_world, silhouettes
+from toyworld.control import choose_scenes, known_solids, nearest_colour, render_world, silhouettes
 
 NUMBER = 64
 
@@ -24,7 +24,7 @@ def make_validation(world, hint):
     truth = {"mask": world.pictures["mask"].float() / 255, "number": torch.arange(NUMBER)}
     source = images if hint.source == "image" else world.pictures[hint.source].float() / 255
     made = hint(source, hint_generators(0, range(NUMBER), [0] * NUMBER, "hint 0"))
-    task = Task(training=world, held_out=world, hint=hint, source="toyworld")
+    task = Task(training=world, held_out=world, hint=hint, source="toyworld", made=known_solids(world, world))
     probe = Probe(x0=images, hint=made, cond={}, images=images, truth=truth)
     return Validation(probe=probe, judge=make_judge(task))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import controlnet.tasks as control_tasks
+import toyworld.control as control
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Precomputed
 from controlnet.tasks import TaskOptions, kind_of, load_task, make_hint
@@ -85,8 +85,8 @@ def test_captions_of_held_out_scenes_are_not_learned():
 
 def test_the_task_learns_and_judges_different_captions(monkeypatch):
     rendered = []
-    real = control_tasks.render_world
-    monkeypatch.setattr(control_tasks, "render_world", lambda scenes: rendered.append(scenes) or real(scenes[:2]))
+    real = control.render_world
+    monkeypatch.setattr(control, "render_world", lambda scenes: rendered.append(scenes) or real(scenes[:2]))
     load_task(TaskOptions(data="toyworld", num_samples=30), (64, 64), 5)
     assert [len(scenes) for scenes in rendered] == [30, 5]
     assert [{is_held_out(scene) for scene in scenes} for scenes in rendered] == [{False}, {True}]
@@ -125,7 +125,7 @@ def test_kinds_follow_from_names_unless_told(name, kind):
 
 
 def test_hints_that_cannot_be_are_refused_before_anything_is_rendered(monkeypatch):
-    monkeypatch.setattr(control_tasks, "render_world", lambda scenes: pytest.fail("rendered"))
+    monkeypatch.setattr(control, "render_world", lambda scenes: pytest.fail("rendered"))
     for data, held in (("toyworld", "image, depth, normals, mask, edges"), ("circles", "image, outline, mask")):
         with pytest.raises(ValueError, match=f"is made of 'nonsense', but the samples hold {held} only"):
             load_task(TaskOptions(data=data, hint="nonsense"), (64, 64), 2)

@@ -14,6 +14,7 @@ import scorefield.commands.command as command
 import toyworld.demo as quickstart
 from scorefield.training.lock import NAME, FolderInUseError, FolderLock
 from scorefield.training.options import RunOptions
+from toyworld.options import demo_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without the package, whose import takes seconds.
@@ -138,4 +139,4 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 def test_quickstart_holds_the_folders_of_both_trainings(tmp_path):
     config = quickstart.Demo(out=tmp_path)
     outs = [quickstart.teacher_config(config).out, quickstart.student_config(config, tmp_path).out]
-    assert set(quickstart.folders(config)) == {tmp_path, *outs}
+    assert set(demo_folders(config)) == {tmp_path, *outs}

@@ -86,11 +86,10 @@ def test_the_last_figures_are_those_of_the_saved_student(watched, features):
     """Made again here from the saved average: what is evaluated is what is kept, not the raw weights."""
     out, student = watched
     model, data = load_teacher(str(student)), load_images(DataOptions())
-    options = monitoring.sample.Config(teacher="", num_images=20)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:20]
     real = data.batch(chosen, torch.Generator()).images
     labels = data.labels[chosen]  # as frequent as in the data
-    images = monitoring.sample.draw(options, model, [torch.arange(20)], labels)
+    images = monitoring.draw(model, [torch.arange(20)], labels)
     network = monitoring.load_features(features, data).features
     made, wanted = network(images.clamp(-1, 1)), network(real)
     values = scalars(out)

@@ -76,10 +76,8 @@ def test_commands_exist(words):
         options = cli.found(cli.COMMANDS[name].options)
         hints = typing.get_type_hints(options, include_extras=True)
         known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(options)}
-        for hint in hints.values():
-            known |= {
-                alias for one in getattr(hint, "__metadata__", ()) for alias in getattr(one, "aliases", ()) or ()
-            }
+        extras = [one for hint in hints.values() for one in getattr(hint, "__metadata__", ())]
+        known |= {alias for one in extras for alias in getattr(one, "aliases", ()) or ()}
         assert {word for word in words if word.startswith("--")} <= known
 
 

@@ -24,48 +24,6 @@ from toyworld.render import render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 
-def solids(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
-    """Return rendered solids, 64 x 64, and what is known about them.
-
-    Raises:
-        ValueError: another size, or a hint that they do not hold.
-    """
-    check_source(hint, ToyWorld.kinds)
-    if size != (64, 64):
-        raise ValueError(f"the toy world's pictures are 64 x 64; --teacher draws {size[1]} x {size[0]}.")
-    training = render_world(choose_scenes(num_samples, held_out=False))
-    held_out = render_world(choose_scenes(num_held_out, held_out=True))
-
-    def shown(images: Tensor, indices: Sequence[int]) -> Mapping[str, float]:
-        captions = [parse(held_out.caption(index)) for index in indices]
-        return accuracies(load_judge(), images.cpu(), captions)
-
-    return Made(
-        training=training, held_out=held_out, truth=lambda indices: {}, accuracies=shown,
-        # A mask does not say how the surface inside it lies.
-        judge=lambda source: judge_silhouettes if source == "mask" else judge_solids,
-    )  # fmt: skip
-
-
-def circles(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
-    """Return circles in the colours of the painter, and which colour each has.
-
-    Raises:
-        ValueError: a hint that they do not hold.
-    """
-    check_source(hint, Circles.kinds)
-    training = Circles(size[0], num_samples, colours=PALETTE, distinct=True)
-    held_out = replace(training, start=HELD_OUT, num_samples=num_held_out)
-
-    def truth(indices: Sequence[int]) -> Mapping[str, Tensor]:
-        return {"colour": torch.tensor([PALETTE.index(held_out.circle(index).colour) for index in indices])}
-
-    return Made(
-        training=training, held_out=held_out, truth=truth, judge=lambda source: judge_silhouettes,
-        accuracies=lambda images, indices: {},
-    )  # fmt: skip
-
-
 @dataclass(frozen=True, eq=False)
 class ToyWorld:
     """Rendered solids as ``controlnet.samples.Samples``; see :func:`render_world`.
@@ -95,6 +53,52 @@ class ToyWorld:
     def load(self, index: int) -> dict[str, Tensor]:
         """Picture and maps of a sample."""
         return {name: part[index] for name, part in self.pictures.items()}
+
+
+def solids(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
+    """Return rendered solids, 64 x 64, and what is known about them.
+
+    Raises:
+        ValueError: another size, or a hint that they do not hold.
+    """
+    check_source(hint, ToyWorld.kinds)
+    if size != (64, 64):
+        raise ValueError(f"the toy world's pictures are 64 x 64; --teacher draws {size[1]} x {size[0]}.")
+    training = render_world(choose_scenes(num_samples, held_out=False))
+    return known_solids(training, render_world(choose_scenes(num_held_out, held_out=True)))
+
+
+def known_solids(training: ToyWorld, held_out: ToyWorld) -> Made:
+    """Return samples with their judges."""
+
+    def shown(images: Tensor, indices: Sequence[int]) -> Mapping[str, float]:
+        captions = [parse(held_out.caption(index)) for index in indices]
+        return accuracies(load_judge(), images.cpu(), captions)
+
+    return Made(
+        training=training, held_out=held_out, truth=lambda indices: {}, accuracies=shown,
+        # A mask does not say how the surface inside it lies.
+        judge=lambda source: judge_silhouettes if source == "mask" else judge_solids,
+    )  # fmt: skip
+
+
+def circles(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
+    """Return circles in the colours of the painter, and which colour each has.
+
+    Raises:
+        ValueError: a hint that they do not hold.
+    """
+    check_source(hint, Circles.kinds)
+    training = Circles(size[0], num_samples, colours=PALETTE, distinct=True)
+    held_out = replace(training, start=HELD_OUT, num_samples=num_held_out)
+
+    def truth(indices: Sequence[int]) -> Mapping[str, Tensor]:
+        return {"colour": torch.tensor([PALETTE.index(held_out.circle(index).colour) for index in indices])}
+
+    return Made(
+        training=training, held_out=held_out, truth=truth, judge=lambda source: judge_silhouettes,
+        accuracies=lambda images, indices: {},
+    )  # fmt: skip
 
 
 def is_held_out(scene: Scene) -> bool:
