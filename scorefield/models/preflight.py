@@ -115,11 +115,9 @@ def flow_shift(settings: Mapping[str, Any], num_tokens: int) -> float:
             return check_shift({"shift": settings["flow_shift"]})
         return check_shift(settings)
     names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    values = [settings.get(name) if settings.get(name) is not None else usual for name, usual in names.items()]
+    values: list[Any] = [settings.get(name, usual) for name, usual in names.items()]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(
-            f"the scheduler's dynamic shift must be numbers; got {dict(zip(names, values, strict=True))}."
-        )
+        raise ValueError(f"the scheduler's {', '.join(names)} must be numbers; got {values}.")
     few, many, low, high = (float(value) for value in values)
     if few == many:
         raise ValueError(
