@@ -2,12 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from scorefield.denoiser import Cond, Denoiser, expand_cond, under_each
 from scorefield.schedule import Images, PerSample, Schedule, per_sample
+
+Norm = Literal["none", "token", "row"]
+"""How guidance keeps lengths: parts of the flow eps - x0 that it makes get the length of the positive ones.
+
+token: in patches of 2 x 2 with all channels (Qwen-Image). row: in rows of one channel (Lumina 2).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +25,7 @@ class Guided:
     scale: float
     negative: Cond
     rescale: float = 0.0
+    norm: Norm = "none"
 
     @property
     def schedule(self) -> Schedule:
@@ -28,10 +36,16 @@ class Guided:
         """The guided clean image, from one call on a batch of 2b: negatives first."""
         neg, pos = under_each(self.denoiser, x_t, t, (self.negative, cond))
         x0 = neg + self.scale * (pos - neg)
+        if self.norm != "none":
+            wanted, mixed = (self.schedule.from_x0(image, x_t, t, "flow") for image in (pos, x0))
+            longer = mixed * (_lengths(wanted, self.norm) / _lengths(mixed, self.norm))
+            x0 = self.schedule.to_x0(longer, x_t, t, "flow")
         return x0 * _toward_spread_of(pos, x0, self.rescale) if self.rescale else x0
 
 
-def guided(denoiser: Denoiser, scale: float, negative: Cond, *, rescale: float = 0.0) -> Denoiser:
+def guided(
+    denoiser: Denoiser, scale: float, negative: Cond, *, rescale: float = 0.0, norm: Norm = "none"
+) -> Denoiser:
     """Classifier-free guidance: x0 = neg + scale (pos - neg) (Ho and Salimans 2022, arXiv 2207.12598, Eq. 6).
 
     In x0 it is the same guidance as in eps, v or flow, which are affine in x0.
@@ -44,6 +58,7 @@ def guided(denoiser: Denoiser, scale: float, negative: Cond, *, rescale: float =
         rescale: in [0, 1], how far each image's standard deviation, which guidance inflates, is brought back to
             that of the positive image (arXiv 2305.08891, Eq. 15 and 16, applied to x0 as MVDream does with 0.5,
             arXiv 2308.16512).
+        norm: :data:`Norm`.
 
     Returns:
         ``denoiser`` itself at scale 1.
@@ -53,7 +68,7 @@ def guided(denoiser: Denoiser, scale: float, negative: Cond, *, rescale: float =
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1]; got {rescale}. 0 means none, MVDream uses 0.5.")
-    return denoiser if scale == 1 else Guided(denoiser, scale, negative, rescale)
+    return denoiser if scale == 1 else Guided(denoiser, scale, negative, rescale, norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +123,16 @@ def perpendicular(
             f"{tuple(torch.as_tensor(weights).shape)}."
         )
     return Perpendicular(denoiser, scale, null, tuple(negatives), table)
+
+
+def _lengths(flow: Images, norm: Norm) -> Tensor:
+    """Return the length of each part of a flow (b, c, h, w), repeated over the part."""
+    if norm == "row":
+        return flow.norm(dim=-1, keepdim=True)
+    b, c, h, w = flow.shape
+    tokens = flow.reshape(b, c, h // 2, 2, w // 2, 2)
+    length = tokens.square().sum(dim=(1, 3, 5), keepdim=True).sqrt()
+    return length.expand(b, 1, h // 2, 2, w // 2, 2).reshape(b, 1, h, w)
 
 
 def _perpendicular_part(x: Images, to: Images) -> Tensor:

@@ -1,11 +1,19 @@
 """Images to the latents a diffusion model works on and back, both differentiable."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+)
 from torch import Tensor, nn
 
 from scorefield.cache import content_key
@@ -14,29 +22,44 @@ from scorefield.models.pretrained import PartReader, read_config
 from scorefield.randomness import Generators, normal_like
 from scorefield.schedule import Images
 
-KINDS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+    )
+}  # fmt: skip
+"""Autoencoders that are understood."""
+
+VIDEO = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+"""Autoencoders of videos, (b, c, frames, h, w); an image is one frame."""
+
+BATCH_NORM_EPS = 1e-4
+"""What FLUX.2's pipeline adds to the variance, where the autoencoder's config does not say."""
 
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """A variational autoencoder and the affine map that gives its latents unit variance.
+    """An autoencoder and the affine map that gives its latents unit variance.
 
     latents = (z - shift) scaling, z = latents / scaling + shift (SD3's form; earlier families have shift 0). It
     computes in the precision of its weights and returns float32 or better.
 
     Attributes:
-        vae: AutoencoderKL or AutoencoderTiny of diffusers.
-        scaling: ``scaling_factor`` of its config.
-        shift: ``shift_factor`` of its config.
+        vae: an autoencoder of diffusers, one of :data:`KINDS`.
+        scaling: ``scaling_factor`` of its config, or (1, channels, 1, 1), one for each channel.
+        shift: ``shift_factor`` of its config, or likewise.
         factor: pixels per latent along a side.
         channels: of the latents.
+        patch: latents of the autoencoder along a side that become channels of one (FLUX.2: 2).
     """
 
     vae: nn.Module
-    scaling: float
-    shift: float
+    scaling: float | Tensor
+    shift: float | Tensor
     factor: int
     channels: int
+    patch: int = 1
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
         """(b, 3, h, w) images in [-1, 1] to (b, channels, h / factor, w / factor) latents.
@@ -58,14 +81,17 @@ class Codec:
         A latent is mean + std noise. An AutoencoderTiny has std 0. Raises as :meth:`encode` does.
         """
         self._check(images, "images", 3, self.factor)
-        output: Any = self.vae.encode(images.to(self._dtype()))  # type: ignore[operator]
-        if hasattr(output, "latents"):
-            z: Tensor = output.latents
-            mean, std = z.to(_precise(z)), torch.zeros_like(z, dtype=_precise(z))
-        else:
-            z = output.latent_dist.mean
-            mean, std = z.to(_precise(z)), output.latent_dist.std.to(_precise(z))
-        return (mean - self.shift) * self.scaling, std * self.scaling
+        video = self._is_video()
+        pixels = images.to(self._dtype())
+        output: Any = self.vae.encode(pixels[:, :, None] if video else pixels)  # type: ignore[operator]
+        if hasattr(output, "latent_dist"):
+            z, spread = output.latent_dist.mean, output.latent_dist.std
+        else:  # AutoencoderTiny, AutoencoderDC
+            z = output.latents if hasattr(output, "latents") else output.latent
+            spread = torch.zeros_like(z)
+        mean, std = (self._packed(part[:, :, 0] if video else part).to(_precise(z)) for part in (z, spread))
+        scaling, shift = self._affine(mean)
+        return (mean - shift) * scaling, std * scaling
 
     def decode(self, latents: Images) -> Tensor:
         """(b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
@@ -73,14 +99,30 @@ class Codec:
         Raises ``ValueError`` for latents of another shape.
         """
         self._check(latents, "latents", self.channels, 1)
-        z = latents.to(_precise(latents)) / self.scaling + self.shift
-        images: Tensor = self.vae.decode(z.to(self._dtype())).sample  # type: ignore[operator]
+        video, precise = self._is_video(), latents.to(_precise(latents))
+        scaling, shift = self._affine(precise)
+        z = (precise / scaling + shift).to(self._dtype())
+        z = nn.functional.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+        images: Tensor = self.vae.decode(z[:, :, None] if video else z).sample  # type: ignore[operator]
+        images = images[:, :, 0] if video else images
         return images.to(_precise(images))
 
     def identity(self) -> str:
         """A hash of weights and scaling: latents kept under it are those of this autoencoder."""
         weights = [part for item in sorted(self.vae.state_dict().items()) for part in item]
-        return content_key(type(self.vae).__name__, repr((self.scaling, self.shift)), *weights)
+        tensors = [part for part in (self.scaling, self.shift) if isinstance(part, Tensor)]
+        numbers = () if tensors else (self.scaling, self.shift)
+        return content_key(type(self.vae).__name__, repr(numbers), *tensors, *weights)
+
+    def _affine(self, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        scaling, shift = (part.to(x) if isinstance(part, Tensor) else part for part in (self.scaling, self.shift))
+        return scaling, shift
+
+    def _packed(self, z: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
+
+    def _is_video(self) -> bool:
+        return type(self.vae).__name__ in VIDEO
 
     def _dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
@@ -138,10 +180,36 @@ def load_codec(
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
-    scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
+    patch = _patch(config)
+    scaling, shift = _statistics(vae, config, part)
+    return Codec(vae, scaling=scaling, shift=shift, factor=factor, channels=channels, patch=patch)
+
+
+def _patch(config: Mapping[str, Any]) -> int:
+    return 2 if config["_class_name"] == "AutoencoderKLFlux2" else 1
+
+
+def _statistics(vae: Any, config: Mapping[str, Any], part: Path) -> tuple[float | Tensor, float | Tensor]:
+    """Return scaling and shift: one number each, or one for each channel."""
+    if config["_class_name"] == "AutoencoderKLFlux2":
+        eps = config.get("batch_norm_eps") or BATCH_NORM_EPS
+        return (vae.bn.running_var + eps).rsqrt()[None, :, None, None], vae.bn.running_mean[None, :, None, None]
+    if config["_class_name"] in VIDEO:
+        lists = [config.get(name) for name in ("latents_mean", "latents_std")]
+        for numbers in lists:
+            if not isinstance(numbers, list | tuple) or len(numbers) != config["z_dim"]:
+                raise ValueError(
+                    f"{part / 'config.json'}: latents_mean and latents_std must be lists of z_dim = "
+                    f"{config['z_dim']} numbers; got {str(numbers)[:80]}."
+                )
+        mean, std = (torch.tensor(numbers, dtype=torch.float64)[None, :, None, None] for numbers in lists)
+        if not bool((std > 0).all()):
+            raise ValueError(f"{part / 'config.json'}: latents_std must be above 0.")
+        return 1 / std, mean
+    scaling, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
     if not isinstance(scaling, int | float) or not scaling > 0:
         raise ValueError(f"{part / 'config.json'}: scaling_factor must be a number above 0; got {scaling!r}.")
-    return Codec(vae, scaling=float(scaling), shift=float(shift or 0), factor=factor, channels=channels)
+    return float(scaling), float(shift or 0)
 
 
 def read_codec_config(part: Path, *, tiling: bool = False) -> tuple[dict[str, Any], int, int]:
@@ -154,15 +222,19 @@ def read_codec_config(part: Path, *, tiling: bool = False) -> tuple[dict[str, An
     name = read_json(part / "config.json").get("_class_name")
     kind = KINDS.get(name) if isinstance(name, str) else None
     config = read_config(kind, part) if kind else {}
-    if kind is None or config.get("latents_mean") is not None:
-        what = name if kind is None else "latents normalised per channel"
-        raise ValueError(f"unsupported autoencoder in {part}: {what}; expected AutoencoderKL or AutoencoderTiny.")
+    normalised = name not in VIDEO and config.get("latents_mean") is not None
+    if kind is None or normalised:
+        what = "latents normalised per channel" if normalised else name
+        raise ValueError(f"unsupported autoencoder in {part}: {what}; expected one of {', '.join(KINDS)}.")
     if tiling and kind is AutoencoderTiny:
         raise ValueError("tiling is for AutoencoderKL; an AutoencoderTiny is small enough without.")
-    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    names = ("dim_mult",) if name in VIDEO else ("block_out_channels", "encoder_block_out_channels")
+    blocks = next((config[one] for one in names if config.get(one)), None)
     if not isinstance(blocks, list | tuple):
-        raise ValueError(f"{part / 'config.json'}: block_out_channels must be a list; got {blocks!r}.")
-    return config, config["latent_channels"], 2 ** (len(blocks) - 1)
+        raise ValueError(f"{part / 'config.json'}: {names[0]} must be a list; got {blocks!r}.")
+    patch = _patch(config)
+    channels = config["z_dim"] if name in VIDEO else config["latent_channels"]
+    return config, channels * patch**2, 2 ** (len(blocks) - 1) * patch
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,6 +163,19 @@ class UNet(nn.Module):
         return nn.functional.pixel_shuffle(prediction, self.patch)
 
 
+Call = Callable[[Any, Tensor, Tensor, dict[str, Any]], Tensor]
+"""(model, x_t, t, conditions) -> the prediction, shape of x_t: how a family's network is asked.
+
+x_t is (b, c, h, w) in the dtype of the model, t (b,) in float32, in timesteps up to 1,000.
+"""
+
+
+def plain_call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
+    """Ask a network that takes images as they are: UNets, Stable Diffusion 3."""
+    prediction: Tensor = model(x_t, timestep=t, return_dict=False, **given)[0]
+    return prediction
+
+
 class DiffusersNetwork(nn.Module):
     """A model of diffusers called as ``network(x_t, t, **cond)``, computed in the precision of its weights.
 
@@ -170,19 +183,19 @@ class DiffusersNetwork(nn.Module):
     stay float32, since bf16 cannot tell timestep 998 from 1000.
 
     Attributes:
-        model: a UNet2DModel, UNet2DConditionModel or SD3Transformer2DModel.
+        model: a UNet or a transformer.
+        call: how it is asked; packed tokens and position ids stay inside of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Call = plain_call) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.call = model, call
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        """The prediction, shape of x_t. Raises ``TypeError`` for a condition that the model does not know."""
-        dtype = next(self.model.parameters()).dtype
-        given = model_arguments(cond, dtype)
-        prediction: Tensor = self.model(x_t.to(dtype), timestep=t, return_dict=False, **given)[0]
-        return prediction
+        """Return the prediction, shape of x_t. Raises ``TypeError`` for a condition that the model lacks."""
+        model: Any = self.model
+        dtype: torch.dtype = model.dtype  # some parts may be kept in float32
+        return self.call(self.model, x_t.to(dtype), t, model_arguments(cond, dtype))
 
 
 def model_arguments(cond: Cond, dtype: torch.dtype) -> dict[str, Any]:

@@ -92,16 +92,25 @@ class Pipeline:
         Reads no weights. Raises ``ValueError`` for what is missing or does not fit.
         """
         for part in self.tokenizers:
-            check_tokenizer(self.folder / part)
+            check_tokenizer(self.folder / part, bounded=self.family.bounded)
         for part in _weight_parts(self.index, self.folder):
             check_part(self.part(part))
             self.reader.find_variant(self.part(part))
         config = read_config(self.family.network, self.part(self.family.part))
-        check_network(config, self.part(self.family.part))
+        family = self.family
+        check_network(config, self.part(family.part), packing=family.packing, variance=family.variance)
         channels, factor = config["in_channels"], 1
-        if self.family.texts:
+        if family.latent:
             _, channels, factor = read_codec_config(self.part("vae"), tiling=tiling)
-        return latent_shape(config, channels, factor, size)
+        return latent_shape(
+            config,
+            channels,
+            factor,
+            size,
+            packing=family.packing,
+            usual=family.size,
+            side=family.token_side(config),
+        )
 
     def network(self) -> Any:
         """The frozen network, a model of diffusers. Raises as ``PartReader.read`` does."""
@@ -120,15 +129,22 @@ class Pipeline:
             part: reader.read_tokenizer(kind, folder / part) for part, kind in self.tokenizers.items()
         }}  # fmt: skip
 
-    def prompts(self, network: nn.Module, cache: Path | str | None = None) -> PromptEncoder:
-        """Its text encoders, which are read with the first prompt that is not in the folder ``cache``."""
-        reader, tokenizers, encoder = self.reader, self.tokenizers, self.family.encoder
+    def prompts(
+        self, network: nn.Module, cache: Path | str | None = None, *, negative: bool = False
+    ) -> PromptEncoder:
+        """Its text encoders, which are read with the first prompt that is not in the folder ``cache``.
+
+        With ``negative`` of negative prompts, which some families encode otherwise.
+        """
+        reader, tokenizers = self.reader, self.tokenizers
+        encoder = self.family.negative if negative else self.family.encoder
         files = [file for part in (*self.texts, *tokenizers) for file in reader.files(self.folder / part)]
         model: Any = network
         facts = (
             self.index["_class_name"], str(reader.dtype), reader.variant,
             model.config.get("joint_attention_dim"),  # SD3 fills up to it
             *(kind.__name__ for kind in tokenizers.values()), transformers.__version__,
+            *(["negative"] if negative else []),
         )  # fmt: skip
 
         def load() -> Encode:
@@ -158,7 +174,7 @@ def open_pipeline(
     folder = find_pipeline(name, _weight_parts, reader, revision)
     index = _read_index(folder)
     family = family_of(index)
-    tiny = find_model(tiny_vae) if tiny_vae is not None and family.texts else None
+    tiny = find_model(tiny_vae) if tiny_vae is not None and family.latent else None
     return Pipeline(folder, index, family, reader, tiny)
 
 
@@ -180,7 +196,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _weight_parts(index: Mapping[str, Any], folder: Path = Path()) -> list[str]:
     family = family_of(index)
-    return [family.part, *_text_parts(family, index, folder), *(["vae"] if family.texts else [])]
+    return [family.part, *_text_parts(family, index, folder), *(["vae"] if family.latent else [])]
 
 
 def _text_parts(family: Family, index: Mapping[str, Any], folder: Path) -> dict[str, type]:

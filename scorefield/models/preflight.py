@@ -15,7 +15,7 @@ from scorefield.schedule import Kind, Schedule
 FEW_STEPS = ("LCMScheduler", "FlowMatchLCMScheduler", "TCDScheduler")
 """Schedulers of distilled models, which know few noise levels."""
 
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
 """Files that hold all tokens of a tokenizer, either of them."""
 
 
@@ -71,11 +71,19 @@ def check_last_time(schedule: Schedule, kind: Kind, source: Path | str) -> None:
         )
 
 
-def check_network(config: Mapping[str, Any], part: Path) -> None:
-    """Raise ``ValueError`` for a network that needs more than noise, time, prompt and class, or predicts more."""
-    if config["out_channels"] != config["in_channels"]:
+def check_network(config: Mapping[str, Any], part: Path, *, packing: int = 1, variance: bool = False) -> None:
+    """Raise ``ValueError`` for a network that needs more than noise, time, prompt and class, or predicts more.
+
+    Args:
+        config: of the network.
+        part: its folder.
+        packing: latents along a side of a token, where the config may count the channels of tokens.
+        variance: its call leaves a predicted variance out.
+    """
+    given, made = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if made not in (given, given / packing**2) and not (variance and made == 2 * given):
         raise ValueError(
-            f"{part} maps {config['in_channels']} channels to {config['out_channels']}: it learned its variance, "
+            f"{part} maps {given} channels to {made}: it learned its variance, "
             "or takes an image beside the noise. Pass a model that predicts the shape of x_t."
         )
     if config.get("time_cond_proj_dim") is not None:
@@ -94,9 +102,35 @@ def check_shift(settings: Mapping[str, Any]) -> float:
     return float(shift)
 
 
+def flow_shift(settings: Mapping[str, Any], num_tokens: int) -> float:
+    """Return the shift of the noise levels of a flow-matching scheduler for an image of some tokens.
+
+    A dynamic shift mu is a straight line of the number of tokens: exp(mu), or mu itself where the scheduler shifts
+    linearly (diffusers' ``calculate_shift`` and ``FlowMatchEulerDiscreteScheduler.time_shift``).
+
+    Raises ``ValueError`` for settings that are no numbers above 0.
+    """
+    if not settings.get("use_dynamic_shifting"):
+        if "flow_shift" in settings:  # of multistep schedulers
+            return check_shift({"shift": settings["flow_shift"]})
+        return check_shift(settings)
+    names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    values: list[Any] = [settings.get(name, usual) for name, usual in names.items()]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"the scheduler's {', '.join(names)} must be numbers; got {values}.")
+    few, many, low, high = (float(value) for value in values)
+    if few == many:
+        raise ValueError(
+            f"the scheduler's base_image_seq_len and max_image_seq_len must differ; got {few:g} twice."
+        )
+    mu = low + (high - low) * (num_tokens - few) / (many - few)
+    return check_shift({"shift": mu if settings.get("time_shift_type") == "linear" else math.exp(min(mu, 50))})
+
+
 def latent_shape(
-    config: Mapping[str, Any], channels: int, factor: int, size: int | tuple[int, int] | None
-) -> tuple[int, int, int]:
+    config: Mapping[str, Any], channels: int, factor: int, size: int | tuple[int, int] | None, *,
+    packing: int = 1, side: int = 1, usual: tuple[int, int] | None = None,
+) -> tuple[int, int, int]:  # fmt: skip
     """(c, h, w) of x0.
 
     Args:
@@ -104,19 +138,25 @@ def latent_shape(
         channels: of the autoencoder.
         factor: pixels per latent along a side.
         size: of the images in pixels; None is the network's own.
+        packing: latents along a side of a token, where the config counts the channels of tokens.
+        side: latents along a side of a token.
+        usual: (height, width) of the images in pixels, where the config has no sample_size.
 
     Raises:
         ValueError: channels that do not fit, a size that is unknown or that the network cannot take.
     """
-    if channels != config["in_channels"]:
-        raise ValueError(f"the autoencoder has {channels} channels, the network {config['in_channels']}.")
-    if size is None and config["sample_size"] is None:
+    if channels * packing**2 != config["in_channels"]:
+        raise ValueError(
+            f"the autoencoder has {channels * packing**2} channels, the network {config['in_channels']}."
+        )
+    sample = config.get("sample_size")
+    if size is None and sample is None and usual is None:
         raise ValueError("the model does not say the size of its images. Pass --teacher-size, in pixels.")
-    own = size is None
-    height, width = _pair(config["sample_size"] if own else size)
-    if own:
-        height, width = factor * height, factor * width
-    step = factor * (config.get("patch_size") or 1)
+    if size is None and sample is not None:
+        height, width = (factor * side for side in _pair(sample))
+    else:
+        height, width = _pair(usual if size is None else size)
+    step = factor * side
     if factor == 1:  # a UNet2DModel halves the sides in every block but its last, and must come back
         step = 2 ** (len(config["down_block_types"]) - 1)
     if height < 1 or width < 1 or height % step or width % step:
@@ -124,7 +164,7 @@ def latent_shape(
     most = config.get("pos_embed_max_size")
     if most is not None and max(height, width) > most * step:
         raise ValueError(f"size must be at most {most * step} pixels here; got {height} x {width}.")
-    return config["in_channels"], height // factor, width // factor
+    return channels, height // factor, width // factor
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -135,10 +175,11 @@ def _pair(size: Any) -> tuple[int, int]:
     return height, width
 
 
-def check_tokenizer(part: Path) -> None:
+def check_tokenizer(part: Path, *, bounded: bool = True) -> None:
     """Raise ``ValueError`` unless the folder ``part`` holds a vocabulary and says how long a prompt may be.
 
-    transformers makes an empty tokenizer of a folder without one, and then all prompts are alike.
+    transformers makes an empty tokenizer of a folder without one, and then all prompts are alike. Where it is not
+    ``bounded``, its length has no use.
     """
     check_part(part)
     held = {path.name for path in part.iterdir() if path.stat().st_size} if part.is_dir() else set()
@@ -149,6 +190,8 @@ def check_tokenizer(part: Path) -> None:
     for name in held & {"tokenizer.json", "vocab.json"}:
         read_json(part / name)
     length = read_json(part / "tokenizer_config.json").get("model_max_length")
+    if not bounded:
+        return
     if not isinstance(length, int) or not 0 < length < 100_000:  # transformers writes 10^30 for none
         raise ValueError(
             f"{part / 'tokenizer_config.json'}: model_max_length must be the most tokens of a prompt, such as 77; "

@@ -258,7 +258,8 @@ def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
     Raises ``ValueError`` for the EDM family and for prediction types and betas that diffusers does not have.
     """
     name = str(settings.get("_class_name", ""))
-    if "FlowMatch" in name:
+    straight = settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction"
+    if "FlowMatch" in name or straight:
         return RectifiedFlow(), "flow"
     if "EDM" in name or "beta_schedule" not in settings:
         raise ValueError(

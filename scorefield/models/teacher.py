@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from scorefield.cache import fingerprint
-from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, freeze
-from scorefield.guidance import guided
+from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser, freeze
+from scorefield.guidance import Norm, guided
 from scorefield.models.codec import Codec, Patches
 from scorefield.models.components import readable, reading
 from scorefield.models.networks import DiffusersNetwork, build_network, check_sigma_data, preconditioned
 from scorefield.models.pipeline import Pipeline, open_pipeline
-from scorefield.models.preflight import (
-    check_device,
-    check_dtype,
-    check_last_time,
-    check_many_steps,
-    check_options,
-    check_shift,
-)
+from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
 from scorefield.models.prompts import LongPrompts, PromptEncoder
 from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
@@ -84,6 +77,9 @@ class Teacher:
         shift: of the noise levels of a sampling grid (SD3: 3); 1 is none. ``sampling.grid`` takes it.
         sized: the network is told the size of the image (SDXL).
         zero_negative: the empty negative prompt is zeros instead of the encoded empty string (SDXL).
+        negatives: negative prompts to conditions, where they are encoded otherwise (Sana, Lumina 2).
+        norm: how guidance keeps the length of predictions; see ``guidance.Norm``.
+        embedded: the scale of guidance that the network is told where no other is asked for; None: none.
         source: the folder it was read from, if it was.
         listed: prompts whose numbers are its labels; see :meth:`asked`.
     """
@@ -101,6 +97,9 @@ class Teacher:
     zero_negative: bool = False
     source: Path | None = None
     listed: Listed | None = None
+    negatives: Texts | None = None
+    norm: Norm = "none"
+    embedded: float | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,18 +132,26 @@ class Teacher:
         """
         if self.texts is None:
             raise ValueError("this teacher takes no prompts: it is unconditional, or takes cond(labels).")
-        cond = {name: value.to(self.device) for name, value in self.texts(prompts).items()}
+        return self._told(self.texts(prompts))
+
+    def _told(self, encoded: Cond) -> Cond:
+        """Return encoded prompts with what the network is told beside them, on its device."""
+        cond = {name: value.to(self.device) for name, value in encoded.items()}
+        number = len(next(iter(cond.values())))
+        if self.embedded is not None:
+            cond["guidance"] = torch.full((number,), self.embedded, device=self.device)
         if self.sized:  # original size, offset of the crop, target size (SDXL, arXiv 2307.01952, section 2.2)
             ids = torch.tensor([[*self.size, 0, 0, *self.size]], dtype=torch.float32, device=self.device)
-            cond["time_ids"] = ids.repeat(len(prompts), 1)
+            cond["time_ids"] = ids.repeat(number, 1)
         return cond
 
     def negative(self, prompt: str = "") -> Cond:
         """The condition that guidance moves away from, batch 1, as the family's own pipeline makes it."""
-        cond = self.prompts([prompt])
+        cond = self.prompts([prompt]) if self.negatives is None else self._told(self.negatives([prompt]))
         if prompt or not self.zero_negative:
             return cond
-        return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in cond.items()}
+        told = ("time_ids", "guidance")
+        return {name: value if name in told else torch.zeros_like(value) for name, value in cond.items()}
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
         """Numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.fitting`` has it."""
@@ -185,7 +192,9 @@ class Teacher:
         return {"class_labels": labels.to(self.device)}
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser under classifier-free guidance, 1 for none.
+        """The denoiser under guidance, 1 for none beyond what it has built in.
+
+        A network that is told a scale (FLUX.1-dev) is told this one; others get classifier-free guidance.
 
         Raises ``ValueError`` for a student, and where there is neither null class nor prompt.
         """
@@ -193,8 +202,10 @@ class Teacher:
             return self.denoiser
         if self.times:
             raise ValueError(f"--guidance must be 1 here, since a student has it built in; got {scale}.")
+        if self.embedded is not None:
+            return Conditioned(self.denoiser, {"guidance": torch.tensor([scale], device=self.device)})
         if self.listed is not None:
-            return guided(self.denoiser, scale, self.listed.negative)
+            return guided(self.denoiser, scale, self.listed.negative, norm=self.norm)
         if not self.num_classes or not self.null_class:
             raise ValueError(
                 f"--guidance must be 1 here, since this teacher was not trained without labels; got {scale}."
@@ -219,7 +230,8 @@ class Teacher:
             return self
         if self.zero_negative:
             self.negative()  # puts the empty prompt into the cache: its zeros have that shape
-        return replace(self, texts=self.texts.dropped())
+        negatives = self.negatives.dropped() if isinstance(self.negatives, PromptEncoder) else self.negatives
+        return replace(self, texts=self.texts.dropped(), negatives=negatives)
 
 
 def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
@@ -279,7 +291,7 @@ def load_teacher(
         reader = PartReader(dtype, device, allow_pickle, variant)
         with reading(name):
             pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
-            check_options(bool(pipeline.family.texts), tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
+            check_options(pipeline.family.latent, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
             return _from_pipeline(pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling)
     teacher = _from_function(str(name)) if is_function else _from_folder(folder, str(file), network)
     other_size = size is not None and teacher.size not in (size, (size, size))
@@ -338,28 +350,48 @@ def _from_pipeline(
         check_many_steps(settings, pipeline.folder)
     schedule, kind = pipeline.schedule()
     check_last_time(schedule, kind, pipeline.folder)
-    shift = check_shift(settings) if family.flow else 1.0
     shape = pipeline.check(size, tiling=tiling)
     model: Any = pipeline.network()
     # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))
-    if not family.texts:
-        num_classes = int(model.config.num_class_embeds or 0)
-        options = {name: value for name, value in model.config.items() if not name.startswith("_")}
-        facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
-        # As it is, it is called as ours are, and its students are saved under its names.
-        network = model if model.dtype == torch.float32 else freeze(DiffusersNetwork(model))
-        # Nothing in the folder says whether its last class stands for no label.
-        return Teacher(
-            NetworkDenoiser(network, schedule, kind), shape, num_classes, {**facts, "null_class": False}, times,
-            null_class=False, source=pipeline.folder,
-        )  # fmt: skip
+    if not family.latent:
+        return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
+    network = freeze(DiffusersNetwork(model, family.call))
+    texts, negatives = None, None
+    if family.encoder is not None:
+        texts = pipeline.prompts(model, cache)
+        negatives = pipeline.prompts(model, cache, negative=True) if family.negative else None
+    side = family.token_side(model.config)
+    tokens = (shape[1] // side) * (shape[2] // side)
     return Teacher(
-        NetworkDenoiser(freeze(DiffusersNetwork(model)), schedule, kind, scale), shape, times=times, shift=shift,
-        codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=pipeline.prompts(model, cache),
+        NetworkDenoiser(network, schedule, kind, scale), shape, times=times,
+        num_classes=int(model.config.get(family.classes) or 0) if family.classes else 0,
+        shift=family.shift(settings, tokens) if family.flow else 1.0,
+        codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=texts, negatives=negatives,
         sized=model.config.get("addition_embed_type") == "text_time",
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),
+        source=pipeline.folder, norm=family.norm,
+        embedded=family.embedded if model.config.get("guidance_embeds") else None,
+    )  # fmt: skip
+
+
+def _of_pixels(
+    pipeline: Pipeline,
+    model: Any,
+    denoiser: NetworkDenoiser,
+    shape: tuple[int, int, int],
+    times: tuple[float, ...],
+) -> Teacher:
+    num_classes = int(model.config.num_class_embeds or 0)
+    options = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    facts = {"network": "diffusers", "options": options, "shape": list(shape), "num_classes": num_classes}
+    # As it is, it is called as ours are, and its students are saved under its names.
+    if model.dtype != torch.float32:
+        denoiser = replace(denoiser, network=freeze(DiffusersNetwork(model)))
+    # Nothing in the folder says whether its last class stands for no label.
+    return Teacher(
+        denoiser, shape, num_classes, {**facts, "null_class": False}, times, null_class=False,
         source=pipeline.folder,
     )  # fmt: skip
 

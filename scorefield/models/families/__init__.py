@@ -1,12 +1,12 @@
 """What differs between the pipelines of diffusers that can teach: a module for each, called after its class.
 
-``StableDiffusionXLPipeline`` is read as ``stable_diffusion_xl.FAMILY`` says. To add a family, add its module here:
-nothing else has to be told.
+``StableDiffusionXLPipeline`` is read as ``stable_diffusion_xl.FAMILY`` says; underscores do not count. To add a
+family, add its module here: nothing else has to be told.
 """
 
+import difflib
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scorefield.guidance import Norm
+from scorefield.models.networks import Call, plain_call
+from scorefield.models.preflight import flow_shift
 from scorefield.models.prompts import Encode
 
 Parts = Mapping[str, Any]
 """Text encoders and tokenizers by the names of their folders."""
+
+Encoder = Callable[[Parts, nn.Module, torch.device], Encode]
+"""(text parts, network, device) -> the prompt encoding of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,23 @@ class Family:
         network: class of the network.
         texts: folders and classes of the text encoders; ``tokenizer_2`` belongs to ``text_encoder_2``.
         optional: text encoders that a model may come without.
-        encoder: (text parts, network, device) -> the prompt encoding of diffusers; None if there are no prompts.
+        encoder: of prompts; None if there are none.
+        negative: of negative prompts, where they are encoded otherwise.
         flow: trained on straight paths with t in [0, 1000].
         zero_negative: an empty negative prompt is zeros, unless the model's index says otherwise.
         upcast: the autoencoder overflows in float16, if its config says so.
+        call: how its network is asked.
+        latent: it works on the latents of an autoencoder.
+        packing: pixels of a latent along a side that the network takes as one token, where its config counts
+            packed channels; 1: it counts those of the latents.
+        patch: latents along a side of a token, where the network's config does not say.
+        variance: the network may predict a variance in further channels, which its call leaves out.
+        size: (height, width) in pixels of the images, where the network's config does not say.
+        classes: entry of the network's config that counts its classes; the label behind them means none.
+        bounded: the tokenizers say how many tokens a text encoder reads; else the encoder does.
+        norm: how guidance keeps the length of predictions.
+        embedded: the scale of guidance that a network is told whose config has guidance_embeds.
+        shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
     """
 
     pipeline: str
@@ -41,10 +60,27 @@ class Family:
     network: type
     texts: Mapping[str, type]
     optional: tuple[str, ...] = ()
-    encoder: Callable[[Parts, nn.Module, torch.device], Encode] | None = None
+    encoder: Encoder | None = None
+    negative: Encoder | None = None
     flow: bool = False
     zero_negative: bool = False
     upcast: bool = False
+    call: Call = plain_call
+    latent: bool = True
+    packing: int = 1
+    patch: int = 1
+    variance: bool = False
+    size: tuple[int, int] | None = None
+    classes: str = ""
+    bounded: bool = True
+    norm: Norm = "none"
+    embedded: float = 3.5
+    shift: Callable[[Mapping[str, Any], int], float] = flow_shift
+
+    def token_side(self, config: Mapping[str, Any]) -> int:
+        """Return how many latents along a side the network takes as one token, by its config."""
+        patch = config.get("patch_size") or self.patch
+        return max(self.packing, patch[-1] if isinstance(patch, list | tuple) else patch)
 
 
 def family_of(index: Mapping[str, Any]) -> Family:
@@ -52,16 +88,18 @@ def family_of(index: Mapping[str, Any]) -> Family:
 
     A pair of names stands for a class in a Python file of the model's own, which is never run.
     """
-    name, known = index.get("_class_name"), [module.name for module in pkgutil.iter_modules(__path__)]
-    module = _module_of(name) if isinstance(name, str) else ""
-    if module in known and (family := _family(module)).pipeline == name:
-        return family
-    expected = ", ".join(sorted(_family(module).pipeline for module in known))
-    raise ValueError(f"unsupported pipeline class {name!r}; expected one of {expected}.")
-
-
-def _module_of(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z0-9])", "_", name.removesuffix("Pipeline")).lower()
+    name, modules = index.get("_class_name"), [module.name for module in pkgutil.iter_modules(__path__)]
+    plain = name.removesuffix("Pipeline").lower() if isinstance(name, str) else ""
+    for module in modules:
+        if module.replace("_", "") == plain and (family := _family(module)).pipeline == name:
+            return family
+    expected = sorted(_family(module).pipeline for module in modules)
+    near = difflib.get_close_matches(str(name), expected, 1, cutoff=0.5)
+    raise ValueError(
+        f"unsupported pipeline class {name!r}; expected one of {', '.join(expected)}."
+        + (f" Nearest is {near[0]}." if near else "")
+        + " docs/families.md says how to add a family."
+    )
 
 
 def _family(module: str) -> Family:
@@ -83,7 +121,7 @@ def parts_of(index: Mapping[str, Any]) -> list[str]:
     family = family_of(index)
     texts = [part for part in family.texts if has_part(index, part)]
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in texts]
-    return [family.part, "scheduler", *texts, *tokenizers, *(["vae"] if family.texts else [])]
+    return [family.part, "scheduler", *texts, *tokenizers, *(["vae"] if family.latent else [])]
 
 
 def num_cut(prompts: list[str], *tokenizers: tuple[Any, int | None]) -> Tensor:

@@ -4,4 +4,4 @@ from diffusers import UNet2DModel
 
 from scorefield.models.families import Family
 
-FAMILY = Family("DDPMPipeline", "unet", UNet2DModel, {})
+FAMILY = Family("DDPMPipeline", "unet", UNet2DModel, {}, latent=False)

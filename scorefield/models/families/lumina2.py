@@ -1,0 +1,52 @@
+"""Lumina Image 2 (flow, told 1 - t, guidance that keeps the length of rows)."""
+
+from typing import Any
+
+import torch
+from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+from torch import Tensor, nn
+from transformers import Gemma2Model
+
+from scorefield.denoiser import Cond
+from scorefield.models.families import Encoder, Family, Parts, num_cut
+from scorefield.models.prompts import CUT, Encode
+
+LENGTH = 256
+"""Tokens of a prompt, with what the pipeline puts before it, that its Gemma reads."""
+
+
+def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
+    """Ask the transformer, which knows t as 1 - t and predicts x0 - noise."""
+    prediction: Tensor = model(x_t, timestep=1 - t / 1000, return_dict=False, **given)[0]
+    return -prediction
+
+
+def encoder_of(negative: bool) -> Encoder:
+    """Return the encoder of prompts behind the pipeline's system prompt, or of negative ones without it."""
+
+    def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
+        del network
+        unused = dict.fromkeys(("vae", "transformer", "scheduler"))
+        pipeline: Any = Lumina2Pipeline(**unused, **parts)
+        before = "" if negative else pipeline.system_prompt + " <Prompt Start> "
+
+        def encode(prompts: list[str]) -> Cond:
+            given = [""] * len(prompts) if negative else list(prompts)
+            found = pipeline.encode_prompt(
+                given, do_classifier_free_guidance=negative, negative_prompt=list(prompts) if negative else None,
+                device=device, max_sequence_length=LENGTH,
+            )  # fmt: skip
+            embeds, mask = found[2:] if negative else found[:2]
+            cut = num_cut([before + prompt for prompt in prompts], (parts["tokenizer"], LENGTH))
+            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, CUT: cut}
+
+        return encode
+
+    return encoder
+
+
+FAMILY = Family(
+    "Lumina2Pipeline", "transformer", Lumina2Transformer2DModel, {"text_encoder": Gemma2Model},
+    encoder=encoder_of(negative=False), negative=encoder_of(negative=True), flow=True, call=call, norm="row",
+    bounded=False,
+)  # fmt: skip

@@ -1,0 +1,55 @@
+"""Qwen-Image (flow, guidance that keeps the length of tokens)."""
+
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from scorefield.denoiser import Cond
+from scorefield.models.families import Family, Parts
+from scorefield.models.families.flux import pack, unpack
+from scorefield.models.prompts import CUT, Encode
+
+LENGTH = 512
+"""Tokens of a prompt, behind its template, that the transformer reads."""
+
+
+def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
+    """Ask the transformer about packed latents, at t in [0, 1]."""
+    height, width = x_t.shape[2:]
+    prediction: Tensor = model(
+        pack(x_t), timestep=(t / 1000).to(x_t.dtype), return_dict=False,
+        img_shapes=[[(1, height // 2, width // 2)]] * len(x_t), **given,
+    )[0]  # fmt: skip
+    return unpack(prediction, height, width)
+
+
+def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
+    """The last hidden states of Qwen2.5-VL behind the template, and which of them are text."""
+    del network
+    unused = dict.fromkeys(("vae", "transformer", "scheduler"))
+    pipeline: Any = QwenImagePipeline(**unused, **parts)
+    template, start = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+
+    def encode(prompts: list[str]) -> Cond:
+        embeds, mask = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=LENGTH)
+        if mask is None:  # all are text
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        room = LENGTH - embeds.shape[1]
+        counts = [len(parts["tokenizer"](template.format(one), verbose=False).input_ids) for one in prompts]
+        return {
+            "encoder_hidden_states": nn.functional.pad(embeds, (0, 0, 0, room)),
+            "encoder_hidden_states_mask": nn.functional.pad(mask, (0, room)),
+            CUT: torch.tensor([max(0, count - start - LENGTH) for count in counts]),
+        }  # fmt: skip
+
+    return encode
+
+
+FAMILY = Family(
+    "QwenImagePipeline", "transformer", QwenImageTransformer2DModel,
+    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True, call=call, packing=2,
+    size=(1024, 1024), norm="token", bounded=False,
+)  # fmt: skip

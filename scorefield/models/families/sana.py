@@ -1,0 +1,56 @@
+"""Sana (flow, latents of 1/32 of a side)."""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import SanaPipeline, SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import Gemma2Model
+
+from scorefield.denoiser import Cond
+from scorefield.models.families import Encoder, Family, Parts, num_cut
+from scorefield.models.prompts import CUT, Encode
+
+LENGTH = 300
+"""Tokens of a prompt that its Gemma reads, behind the instruction."""
+
+_OPTIONS = inspect.signature(SanaPipeline.__call__).parameters
+
+INSTRUCTION: tuple[str, ...] = tuple(_OPTIONS["complex_human_instruction"].default)
+"""What its pipeline puts before a prompt, and not before a negative one."""
+
+
+def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
+    """Ask the transformer in its own unit of time."""
+    scale = model.config.timestep_scale
+    prediction: Tensor = model(x_t, timestep=t * scale, return_dict=False, **given)[0]
+    return prediction[:, : x_t.shape[1]]
+
+
+def encoder_with(instruction: tuple[str, ...]) -> Encoder:
+    """Return the encoder of prompts behind an instruction."""
+
+    def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
+        del network
+        unused = dict.fromkeys(("vae", "transformer", "scheduler"))
+        pipeline: Any = SanaPipeline(**unused, **parts)
+
+        def encode(prompts: list[str]) -> Cond:
+            embeds, mask, _, _ = pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False, device=device, max_sequence_length=LENGTH,
+                complex_human_instruction=list(instruction),
+            )  # fmt: skip
+            cut = num_cut(prompts, (parts["tokenizer"], LENGTH))
+            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, CUT: cut}
+
+        return encode
+
+    return encoder
+
+
+FAMILY = Family(
+    "SanaPipeline", "transformer", SanaTransformer2DModel, {"text_encoder": Gemma2Model},
+    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True, call=call, variance=True,
+    bounded=False,
+)  # fmt: skip

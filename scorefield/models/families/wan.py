@@ -1,0 +1,42 @@
+"""Wan 2.x (flow), asked about one frame: a video model as a model of images."""
+
+from typing import Any
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from scorefield.denoiser import Cond
+from scorefield.models.families import Family, Parts, num_cut
+from scorefield.models.prompts import CUT, Encode
+
+LENGTH = 512
+"""Tokens that its UMT5 reads; the rest are zeros."""
+
+
+def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
+    """Ask the transformer about a video of one frame."""
+    prediction: Tensor = model(x_t[:, :, None], timestep=t, return_dict=False, **given)[0]
+    return prediction[:, :, 0]
+
+
+def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
+    """The hidden states of UMT5."""
+    del network
+    unused = dict.fromkeys(("vae", "scheduler"))
+    pipeline: Any = WanPipeline(**unused, **parts)
+
+    def encode(prompts: list[str]) -> Cond:
+        embeds, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=device, max_sequence_length=LENGTH
+        )
+        return {"encoder_hidden_states": embeds, CUT: num_cut(prompts, (parts["tokenizer"], LENGTH))}
+
+    return encode
+
+
+FAMILY = Family(
+    "WanPipeline", "transformer", WanTransformer3DModel, {"text_encoder": UMT5EncoderModel}, encoder=encoder,
+    flow=True, call=call, size=(480, 832), bounded=False,
+)  # fmt: skip
