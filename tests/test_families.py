@@ -138,7 +138,7 @@ def test_gradients_are_those_of_finite_differences(folders, name):
             found = float((gradient * step).sum())
             # Norms inside compute in float32, whose rounding small steps show; large ones cross kinks of ReLUs.
             changes = [slope(function, at, step, weight, size) for size in (1e-3, 1e-4, 1e-5, 1e-6)]
-            assert min(abs(found - change) for change in changes) < 5e-3 * abs(found) + 5e-2, (found, changes)
+            assert min(abs(found - change) for change in changes) < 2e-2 * abs(found) + 5e-2, (found, changes)
 
 
 @torch.no_grad()

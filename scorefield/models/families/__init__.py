@@ -50,6 +50,9 @@ class Family:
         size: (height, width) in pixels of the images, where the network's config does not say.
         classes: entry of the network's config that counts its classes; the label behind them means none.
         bounded: the tokenizers say how many tokens a text encoder reads; else the encoder does.
+        blocks: name of the list of a transformer's blocks, of which a critic reads the middle one; empty where
+            the tokens of an image cannot be told in them.
+        image_first: the tokens of the image come before those of the text where a block joins both.
         norm: how guidance keeps the length of predictions.
         embedded: the scale of guidance that a network is told whose config has guidance_embeds.
         shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
@@ -73,6 +76,8 @@ class Family:
     size: tuple[int, int] | None = None
     classes: str = ""
     bounded: bool = True
+    blocks: str = ""
+    image_first: bool = False
     norm: Norm = "none"
     embedded: float = 3.5
     shift: Callable[[Mapping[str, Any], int], float] = flow_shift

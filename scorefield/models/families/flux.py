@@ -60,5 +60,5 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 FAMILY = Family(
     "FluxPipeline", "transformer", FluxTransformer2DModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
-    encoder=encoder, flow=True, call=call, packing=2, size=(1024, 1024),
+    encoder=encoder, flow=True, blocks="transformer_blocks", call=call, packing=2, size=(1024, 1024),
 )  # fmt: skip

@@ -79,5 +79,6 @@ def _surplus(parts: Parts, prompt: str) -> int:
 
 FAMILY = Family(
     "Flux2KleinPipeline", "transformer", Flux2Transformer2DModel, {"text_encoder": Qwen3ForCausalLM},
-    encoder=encoder, flow=True, call=call, size=(1024, 1024), shift=shift, bounded=False,
+    encoder=encoder, flow=True, blocks="transformer_blocks", call=call, size=(1024, 1024), shift=shift,
+    bounded=False,
 )  # fmt: skip

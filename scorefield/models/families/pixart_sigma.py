@@ -50,5 +50,5 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
 FAMILY = Family(
     "PixArtSigmaPipeline", "transformer", PixArtTransformer2DModel, {"text_encoder": T5EncoderModel},
-    encoder=encoder, call=call, variance=True,
+    encoder=encoder, call=call, blocks="transformer_blocks", variance=True,
 )  # fmt: skip

@@ -50,6 +50,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
 FAMILY = Family(
     "QwenImagePipeline", "transformer", QwenImageTransformer2DModel,
-    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True, call=call, packing=2,
+    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True,
+    blocks="transformer_blocks", call=call, packing=2,
     size=(1024, 1024), norm="token", bounded=False,
 )  # fmt: skip

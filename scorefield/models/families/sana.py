@@ -51,6 +51,6 @@ def encoder_with(instruction: tuple[str, ...]) -> Encoder:
 
 FAMILY = Family(
     "SanaPipeline", "transformer", SanaTransformer2DModel, {"text_encoder": Gemma2Model},
-    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True, call=call, variance=True,
-    bounded=False,
+    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True,
+    blocks="transformer_blocks", call=call, variance=True, bounded=False,
 )  # fmt: skip

@@ -38,5 +38,5 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
 FAMILY = Family(
     "WanPipeline", "transformer", WanTransformer3DModel, {"text_encoder": UMT5EncoderModel}, encoder=encoder,
-    flow=True, call=call, size=(480, 832), bounded=False,
+    flow=True, blocks="blocks", call=call, size=(480, 832), bounded=False,
 )  # fmt: skip

@@ -55,5 +55,5 @@ def _surplus(parts: Parts, prompt: str) -> int:
 
 FAMILY = Family(
     "ZImagePipeline", "transformer", ZImageTransformer2DModel, {"text_encoder": Qwen3Model}, encoder=encoder,
-    flow=True, call=call, size=(1024, 1024), patch=2, bounded=False,
+    flow=True, blocks="layers", image_first=True, call=call, size=(1024, 1024), patch=2, bounded=False,
 )  # fmt: skip
