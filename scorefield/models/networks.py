@@ -229,11 +229,14 @@ class DiffusersNetwork(nn.Module):
         model: a UNet or a transformer.
         call: how it is asked; packed tokens and position ids stay inside of it.
         tokens: of a transformer; None for a UNet.
+        layers: names, or ends of names, of the layers that LoRAs of its kind change; none: ``lora.LAYERS``.
     """
 
-    def __init__(self, model: nn.Module, call: Call = plain_call, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call = plain_call, tokens: Tokens | None = None, layers: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.model, self.call, self.tokens = model, call, tokens
+        self.model, self.call, self.tokens, self.layers = model, call, tokens, layers
 
     @property
     def bottleneck(self) -> str:

@@ -359,7 +359,7 @@ def _from_pipeline(
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
     side = family.token_side(model.config)
     tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
-    network = freeze(DiffusersNetwork(model, family.call, tokens))
+    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora))
     texts, negatives = None, None
     if family.encoder is not None:
         texts = pipeline.prompts(model, cache)
