@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.models.networks import image_activations
 from scorefield.schedule import Images, PerSample
 
 
@@ -42,9 +43,10 @@ class Critic(nn.Module):
     def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:
         """The network's prediction and (b,) logits, positive for real."""
         kept: list[Tensor] = []
+        owner = getattr(self.network, "backbone", self.network)
         # Hooked per call: a hook that stays would not survive copy.deepcopy or a wrapped network.
         hook = self.network.get_submodule(self.bottleneck).register_forward_hook(
-            lambda module, inputs, output: kept.append(_first(output))
+            lambda module, inputs, output: kept.append(image_activations(owner, output, args[0]))
         )
         try:
             output = self.network(*args, **cond)
@@ -88,11 +90,13 @@ def features_at(
         cond: their conditions.
         network: what ``layer`` is a part of; by default the denoiser's network.
     """
+    holder = network or denoiser.network
+    owner = getattr(holder, "backbone", holder)
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(_first(output))
+        raise _Reached(image_activations(owner, output, x_t))
 
-    hook = (network or denoiser.network).get_submodule(layer).register_forward_hook(leave)
+    hook = holder.get_submodule(layer).register_forward_hook(leave)
     try:
         denoiser(x_t, t, cond)
     except _Reached as reached:
@@ -164,10 +168,6 @@ def find_bottleneck(network: nn.Module, name: str | None) -> str:
         owners = [(prefix, module) for prefix, module in modules.items() if hasattr(module, "bottleneck")]
         known = [f"{prefix}.{module.bottleneck}".lstrip(".") for prefix, module in owners]
         name = next(iter([*known, *(key for key in modules if key.split(".")[-1] == "mid_block")]), None)
-    if name is None and any(key.split(".")[-1] == "transformer_blocks" for key in modules):
-        raise ValueError(
-            f"{LISTENS}, such as a UNet's mid_block has; a transformer has none. Pass --gan-weight 0."
-        )
     if name is None or name not in modules:
         raise ValueError(
             f"the GAN term needs a submodule to listen to; got --bottleneck {name}. The network has "
@@ -192,13 +192,14 @@ def probe_bottleneck(
     network = denoiser.network
     name = find_bottleneck(network, name)
     kept: list[Tensor] = []
-    hook = network.get_submodule(name).register_forward_hook(
-        lambda module, inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
-    )
     device = next(network.parameters()).device
+    x_t = torch.zeros(1, *shape, device=device)
+    hook = network.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: kept.append(image_activations(network, output, x_t))
+    )
     t = torch.full((1,), denoiser.schedule.t_max, device=device)
     with torch.no_grad():
-        denoiser(torch.zeros(1, *shape, device=device), t, {key: value.to(device) for key, value in cond.items()})
+        denoiser(x_t, t, {key: value.to(device) for key, value in cond.items()})
     hook.remove()
     found = tuple(kept[0].shape)
     if len(found) not in (2, 4):

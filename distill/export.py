@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchLCMScheduler, LCMScheduler
 from safetensors.torch import save_file
@@ -141,10 +142,12 @@ def export_student(
 ) -> Path:  # fmt: skip
     """Write what diffusers loads: a LoRA where the network is a :class:`Twin`, else a whole pipeline.
 
+    Pipelines that load no LoRAs (PixArt-Sigma) are written whole, with the changes added to the weights.
+
     The arguments are those of :func:`export_lora` and :func:`export_pipeline`.
     """
-    lora = isinstance(student.unwrapped().denoiser.network, Twin)
-    if lora:
+    kind = getattr(diffusers, family_of(read_json(pipeline / INDEX)).pipeline)
+    if hasattr(kind, "load_lora_weights") and isinstance(student.unwrapped().denoiser.network, Twin):
         return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size)
     return export_pipeline(student, pipeline, folder, card=card, base_model=base_model, size=size, variant=variant)
 
@@ -179,7 +182,8 @@ def export_pipeline(
     if size is not None:
         _, _, factor = read_codec_config(part_folder(pipeline, "vae"))
         height, width = (side // factor for side in size)
-        model.register_to_config(sample_size=height if height == width else [height, width])
+        if "sample_size" in model.config:  # others say it in their cards alone
+            model.register_to_config(sample_size=height if height == width else [height, width])
     text = card + (" The teacher's safety checker is not part of it." if _checks_safety(index) else "")
     with whole_folder(folder) as temporary:
         for part in copied:

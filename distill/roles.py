@@ -23,7 +23,7 @@ from distill.student import Student, even_times, times_by_ratio
 from scorefield import Denoiser, NetworkDenoiser, freeze
 from scorefield.denoiser import unwrap
 from scorefield.gradient import karras_weight
-from scorefield.models.lora import shared_backbone
+from scorefield.models.lora import LAYERS, shared_backbone
 from scorefield.models.networks import build_network
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import derived_generator
@@ -119,6 +119,7 @@ def build_text_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Mo
     if config.lora:
         roles = shared_backbone(
             teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None,
+            targets=getattr(teacher.denoiser.network, "layers", ()) or LAYERS,
             checkpointing=config.gradient_checkpointing, generator=derived_generator("lora", config.seed),
         )  # fmt: skip
         student, fake, name = roles[0].network, roles[1].network, f"backbone.{name}"

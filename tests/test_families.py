@@ -7,8 +7,11 @@ import pytest
 import tiny_transformers as tiny
 import torch
 
+from distill.adversarial import features_at
 from scorefield import Conditioned, guided
 from scorefield.models.families.flux import pack, unpack
+from scorefield.models.lora import LAYERS, adaptable
+from scorefield.models.networks import Tokens
 from scorefield.models.teacher import load_teacher
 from scorefield.sampling import ddim, sample
 
@@ -138,7 +141,7 @@ def test_gradients_are_those_of_finite_differences(folders, name):
             found = float((gradient * step).sum())
             # Norms inside compute in float32, whose rounding small steps show; large ones cross kinks of ReLUs.
             changes = [slope(function, at, step, weight, size) for size in (1e-3, 1e-4, 1e-5, 1e-6)]
-            assert min(abs(found - change) for change in changes) < 5e-3 * abs(found) + 5e-2, (found, changes)
+            assert min(abs(found - change) for change in changes) < 2e-2 * abs(found) + 5e-2, (found, changes)
 
 
 @torch.no_grad()
@@ -188,3 +191,49 @@ def test_labels_of_prompts_are_their_conditions(folders):
     assert dataclasses.asdict(asked.listed)["prompts"] == tuple(PROMPTS)
     found, wanted = asked.cond(torch.tensor([1])), teacher.prompts(PROMPTS[1:])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "lumina2"])
+def test_a_critic_is_given_the_image_and_not_the_text(folders, name):
+    """Its map of activations has the image's proportions, and moves with the image where that is changed."""
+    teacher, _ = load(folders, name, WIDE)
+    layer = teacher.denoiser.network.bottleneck
+    cond = teacher.cond(torch.tensor([5])) if name == "dit" else teacher.prompts(PROMPTS[:1])
+    t = torch.tensor([500.0 if name in ("dit", "pixart_sigma") else 0.5])
+    x_t = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(4))
+    changed = x_t.clone()
+    changed[..., -1, -1] += 3
+    seen = [features_at(teacher.denoiser, layer, image, t, cond) for image in (x_t, changed)]
+    assert seen[0].ndim == 4
+    assert seen[0].shape[2] * x_t.shape[3] == seen[0].shape[3] * x_t.shape[2]
+    moved = (seen[0] - seen[1]).abs().sum(1)[0]
+    assert moved.argmax() == moved.numel() - 1, "the last position has changed most"
+
+
+def test_tokens_are_told_from_texts():
+    """Two streams of one length, joined ones in either order, and an output that is no image's."""
+    x_t = torch.zeros(1, 4, 4, 8)
+    text, image = torch.zeros(1, 8, 3), torch.arange(24.0).reshape(1, 8, 3)
+    joined = torch.cat([torch.full((1, 5, 3), -1.0), image], 1)
+    wanted = image.transpose(1, 2).reshape(1, 3, 2, 4)
+    assert torch.equal(Tokens("blocks").image((text, image), x_t), wanted)
+    assert torch.equal(Tokens("blocks").image((None, image), x_t), wanted)
+    assert torch.equal(Tokens("blocks").image(joined, x_t), wanted)
+    assert torch.equal(Tokens("blocks", first=True).image(joined.roll(8, 1), x_t), wanted)
+    with pytest.raises(ValueError, match=r"a block returns \[\(1, 5, 3\)\]; expected 2 x 4 tokens"):
+        Tokens("blocks").image(joined[:, :5], x_t)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_loras_change_the_layers_of_the_blocks(folders, name):
+    teacher, _ = load(folders, name, SQUARE)
+    network = teacher.denoiser.network
+    found = adaptable(network, network.layers or LAYERS)
+    linear = [
+        full for full, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(part in full for part in ("blocks.", "layers."))
+    ]  # fmt: skip
+    left = [full for full in linear if full not in found and "norm" not in full and "adaLN" not in full]
+    # Modulation by time, and what refines the text, stays as it is.
+    known = ("mod", "refiner", "time", "scale_shift", "caption", "pos_embed")
+    assert not [full for full in left if not any(part in full for part in known)]

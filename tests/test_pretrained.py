@@ -151,9 +151,9 @@ def test_a_gated_model_has_its_own_remedy(monkeypatch, original):
 
 
 def test_an_unsupported_model_is_refused_before_it_is_downloaded(monkeypatch, tmp_path):
-    (tmp_path / "index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     online(monkeypatch, tmp_path / "index.json", [])
-    with pytest.raises(ValueError, match=r"unsupported pipeline class 'FluxPipeline'; expected one of .*, Stable"):
+    with pytest.raises(ValueError, match=r"unsupported pipeline class 'KolorsPipeline'; expected one of .*, Stable"):
         load_teacher("somebody/flux")
 
 
@@ -363,7 +363,7 @@ def test_weights_of_another_shape_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["FluxPipeline", "StableDiffusionInpaintPipeline", ["my_code", "MyPipeline"], None]
+    "name", ["KolorsPipeline", "StableDiffusionInpaintPipeline", ["my_code", "MyPipeline"], None]
 )
 def test_other_pipelines_are_refused(folder, name):
     edit(folder / "model_index.json", _class_name=name)

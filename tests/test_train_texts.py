@@ -518,8 +518,8 @@ def test_the_autoencoder_of_a_teacher_in_half_precision_is_not(root, monkeypatch
 def test_a_family_that_cannot_teach_is_named(root, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="unsupported pipeline class 'FluxPipeline'; expected one of"):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
+    with pytest.raises(ValueError, match="unsupported pipeline class 'KolorsPipeline'; expected one of"):
         train_dmd.main(config_of(root, tmp_path / "run", teacher=str(folder)))
 
 

@@ -26,7 +26,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 VOCABULARY = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
-    "special_tokens_map.json",
+    "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of a tokenizer."""
 

@@ -132,9 +132,9 @@ def shared_backbone(
     """
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be above 0; got {alpha}. None means the rank.")
-    names = [name for name, _ in teacher.network.named_modules()]
-    own = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in names)]
+    own = adaptable(teacher.network, targets)
     if not own:
+        names = [name for name, _ in teacher.network.named_modules()]
         raise ValueError(f"the network has none of the layers {', '.join(targets)}; it has {names[1:13]}, ...")
     scale = 1.0 if alpha is None else alpha / max(rank, 1)
     student, fake = (
@@ -143,6 +143,21 @@ def shared_backbone(
     for role in (student, fake) if checkpointing else ():
         recompute_activations(role.backbone)
     return replace(teacher, network=student), replace(teacher, network=fake)
+
+
+def adaptable(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the full names of the layers that end in one of ``targets`` and that a LoRA can change.
+
+    Those are linear layers and ungrouped convolutions: in FLUX.2 "attn.to_out" is one in some blocks, and in
+    others a list of modules.
+    """
+    kinds = (nn.Linear, nn.Conv2d)
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
+        if any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
 
 
 def recompute_activations(network: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -170,6 +171,48 @@ x_t is (b, c, h, w) in the dtype of the model, t (b,) in float32, in timesteps u
 """
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Where a transformer of images keeps them, for whoever reads its activations.
+
+    Attributes:
+        blocks: name of the list of its blocks.
+        side: latents along a side of a token.
+        first: the image's tokens come before those of the text where a block joins both; else behind them.
+    """
+
+    blocks: str
+    side: int = 2
+    first: bool = False
+
+    def image(self, output: Any, x_t: Tensor) -> Tensor:
+        """Return the image's part of a block's output, (b, d, h / side, w / side).
+
+        A block of two streams returns both; the text's would be taken for the image's without complaint.
+
+        Args:
+            output: a tensor (b, tokens, d), or a tuple that holds one.
+            x_t: what the network was asked about, (b, c, h, w).
+
+        Raises:
+            ValueError: no part of the output has as many tokens as the image.
+        """
+        height, width = x_t.shape[2] // self.side, x_t.shape[3] // self.side
+        parts = [part for part in (output if isinstance(output, tuple | list) else (output,)) if part is not None]
+        tokens = [part for part in parts if isinstance(part, Tensor) and part.ndim == 3]
+        own = [part for part in tokens if part.shape[1] == height * width]
+        # Of two streams of one length the image's is the last, in all families of diffusers.
+        longer = [part for part in tokens if part.shape[1] > height * width]
+        if not own and not longer:
+            raise ValueError(
+                f"a block returns {[tuple(part.shape) for part in parts]}; expected {height} x {width} tokens."
+            )
+        whole = own[-1] if own else longer[-1]
+        number = height * width
+        image: Tensor = whole[:, :number] if self.first else whole[:, -number:]
+        return image.transpose(1, 2).unflatten(2, (height, width))
+
+
 def plain_call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
     """Ask a network that takes images as they are: UNets, Stable Diffusion 3."""
     prediction: Tensor = model(x_t, timestep=t, return_dict=False, **given)[0]
@@ -185,17 +228,42 @@ class DiffusersNetwork(nn.Module):
     Attributes:
         model: a UNet or a transformer.
         call: how it is asked; packed tokens and position ids stay inside of it.
+        tokens: of a transformer; None for a UNet.
+        layers: names, or ends of names, of the layers that LoRAs of its kind change; none: ``lora.LAYERS``.
     """
 
-    def __init__(self, model: nn.Module, call: Call = plain_call) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call = plain_call, tokens: Tokens | None = None, layers: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model, self.call, self.tokens, self.layers = model, call, tokens, layers
+
+    @property
+    def bottleneck(self) -> str:
+        """Name of the middle block of a transformer. Raises ``AttributeError`` for other networks."""
+        if self.tokens is None:
+            raise AttributeError("a UNet has a mid_block")
+        blocks = getattr(self.model, self.tokens.blocks)
+        return f"model.{self.tokens.blocks}.{len(blocks) // 2}"
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """Return the prediction, shape of x_t. Raises ``TypeError`` for a condition that the model lacks."""
         model: Any = self.model
         dtype: torch.dtype = model.dtype  # some parts may be kept in float32
         return self.call(self.model, x_t.to(dtype), t, model_arguments(cond, dtype))
+
+
+def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
+    """Return what a submodule of ``network`` returned, as activations of the image.
+
+    Outputs of a transformer's block become (b, d, h, w); the first item of any other output is taken as it is.
+    """
+    known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
+    tokens = next((one for one in known if isinstance(one, Tokens)), None)
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    if tokens is None or first.ndim != 3:
+        return first
+    return tokens.image(output, x_t)
 
 
 def model_arguments(cond: Cond, dtype: torch.dtype) -> dict[str, Any]:

@@ -36,7 +36,7 @@ NOISE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
 )  # fmt: skip
 
-READ = (".json", ".txt", ".model")  # configs and vocabularies
+READ = (".json", ".txt", ".model", ".jinja")  # configs, vocabularies and what is put round a prompt
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
 # Models that their owners deleted (2024 and 2025), and where others keep copies.

@@ -20,7 +20,7 @@ from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser, fr
 from scorefield.guidance import Norm, guided
 from scorefield.models.codec import Codec, Patches
 from scorefield.models.components import readable, reading
-from scorefield.models.networks import DiffusersNetwork, build_network, check_sigma_data, preconditioned
+from scorefield.models.networks import DiffusersNetwork, Tokens, build_network, check_sigma_data, preconditioned
 from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
@@ -357,17 +357,17 @@ def _from_pipeline(
     times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))
     if not family.latent:
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
-    network = freeze(DiffusersNetwork(model, family.call))
+    side = family.token_side(model.config)
+    tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
+    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora))
     texts, negatives = None, None
     if family.encoder is not None:
         texts = pipeline.prompts(model, cache)
         negatives = pipeline.prompts(model, cache, negative=True) if family.negative else None
-    side = family.token_side(model.config)
-    tokens = (shape[1] // side) * (shape[2] // side)
     return Teacher(
         NetworkDenoiser(network, schedule, kind, scale), shape, times=times,
         num_classes=int(model.config.get(family.classes) or 0) if family.classes else 0,
-        shift=family.shift(settings, tokens) if family.flow else 1.0,
+        shift=family.shift(settings, (shape[1] // side) * (shape[2] // side)) if family.flow else 1.0,
         codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=texts, negatives=negatives,
         sized=model.config.get("addition_embed_type") == "text_time",
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),

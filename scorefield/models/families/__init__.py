@@ -25,6 +25,10 @@ Parts = Mapping[str, Any]
 Encoder = Callable[[Parts, nn.Module, torch.device], Encode]
 """(text parts, network, device) -> the prompt encoding of diffusers."""
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Layers of attention in transformers, without and with a stream of texts."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -50,6 +54,10 @@ class Family:
         size: (height, width) in pixels of the images, where the network's config does not say.
         classes: entry of the network's config that counts its classes; the label behind them means none.
         bounded: the tokenizers say how many tokens a text encoder reads; else the encoder does.
+        lora: names, or ends of names, of the layers that LoRAs change; none: those of UNets, ``lora.LAYERS``.
+        blocks: name of the list of a transformer's blocks, of which a critic reads the middle one; empty where
+            the tokens of an image cannot be told in them.
+        image_first: the tokens of the image come before those of the text where a block joins both.
         norm: how guidance keeps the length of predictions.
         embedded: the scale of guidance that a network is told whose config has guidance_embeds.
         shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
@@ -73,6 +81,9 @@ class Family:
     size: tuple[int, int] | None = None
     classes: str = ""
     bounded: bool = True
+    lora: tuple[str, ...] = ()
+    blocks: str = ""
+    image_first: bool = False
     norm: Norm = "none"
     embedded: float = 3.5
     shift: Callable[[Mapping[str, Any], int], float] = flow_shift

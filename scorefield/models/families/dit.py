@@ -20,6 +20,7 @@ FAMILY = Family(
     DiTTransformer2DModel,
     {},
     call=call,
+    blocks="transformer_blocks",
     variance=True,
     classes="num_embeds_ada_norm",
 )

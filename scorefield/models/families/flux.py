@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
+from scorefield.models.families import JOINT, Family, Parts, num_cut
 from scorefield.models.prompts import CUT, Encode
 
 T5_LENGTH = 512
@@ -57,8 +57,13 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+LAYERS = (*JOINT, *MLP, "proj_mlp", "proj_out")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "FluxPipeline", "transformer", FluxTransformer2DModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
-    encoder=encoder, flow=True, call=call, packing=2, size=(1024, 1024),
+    encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, packing=2, size=(1024, 1024),
 )  # fmt: skip

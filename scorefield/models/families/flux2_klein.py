@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts
+from scorefield.models.families import JOINT, Family, Parts
 from scorefield.models.preflight import flow_shift
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 512
 """Tokens of a prompt, with its chat template, that its Qwen3 reads; padding is attended to."""
+
+HIDDEN = (9, 18, 27)
+"""Layers of Qwen3 whose hidden states are joined."""
 
 STEPS = 50
 """Steps of the grid that the shift is for: it depends on their number, a little."""
@@ -53,7 +56,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = Flux2KleinPipeline(**unused, **parts)
     depth = parts["text_encoder"].config.num_hidden_layers
-    layers = LAYERS if depth >= max(LAYERS) else tuple(min(layer, depth) for layer in LAYERS)
+    layers = HIDDEN if depth >= max(HIDDEN) else tuple(min(layer, depth) for layer in HIDDEN)
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _ = pipeline.encode_prompt(
@@ -65,10 +68,6 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
-LAYERS = (9, 18, 27)
-"""Layers of Qwen3 whose hidden states are joined."""
-
-
 def _surplus(parts: Parts, prompt: str) -> int:
     tokenizer = parts["tokenizer"]
     text = tokenizer.apply_chat_template(
@@ -77,7 +76,11 @@ def _surplus(parts: Parts, prompt: str) -> int:
     return max(0, len(tokenizer(text, verbose=False).input_ids) - LENGTH)
 
 
+LAYERS = (*JOINT, "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "Flux2KleinPipeline", "transformer", Flux2Transformer2DModel, {"text_encoder": Qwen3ForCausalLM},
-    encoder=encoder, flow=True, call=call, size=(1024, 1024), shift=shift, bounded=False,
+    encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, shift=shift,
+    size=(1024, 1024), bounded=False,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Encoder, Family, Parts, num_cut
+from scorefield.models.families import ATTENTION, Encoder, Family, Parts, num_cut
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 256
@@ -45,8 +45,11 @@ def encoder_of(negative: bool) -> Encoder:
     return encoder
 
 
+LAYERS = (*ATTENTION, "linear_1", "linear_2", "linear_3")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "Lumina2Pipeline", "transformer", Lumina2Transformer2DModel, {"text_encoder": Gemma2Model},
-    encoder=encoder_of(negative=False), negative=encoder_of(negative=True), flow=True, call=call, norm="row",
-    bounded=False,
+    encoder=encoder_of(negative=False), negative=encoder_of(negative=True), flow=True, call=call, lora=LAYERS,
+    norm="row", bounded=False,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
+from scorefield.models.families import ATTENTION, Family, Parts, num_cut
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 300
@@ -48,7 +48,10 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
+LAYERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "PixArtSigmaPipeline", "transformer", PixArtTransformer2DModel, {"text_encoder": T5EncoderModel},
-    encoder=encoder, call=call, variance=True,
+    encoder=encoder, call=call, lora=LAYERS, blocks="transformer_blocks", variance=True,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts
+from scorefield.models.families import JOINT, Family, Parts
 from scorefield.models.families.flux import pack, unpack
 from scorefield.models.prompts import CUT, Encode
 
@@ -48,8 +48,12 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
+LAYERS = (*JOINT, *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")))
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "QwenImagePipeline", "transformer", QwenImageTransformer2DModel,
-    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True, call=call, packing=2,
+    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True,
+    blocks="transformer_blocks", call=call, lora=LAYERS, packing=2,
     size=(1024, 1024), norm="token", bounded=False,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Encoder, Family, Parts, num_cut
+from scorefield.models.families import ATTENTION, Encoder, Family, Parts, num_cut
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 300
@@ -49,8 +49,11 @@ def encoder_with(instruction: tuple[str, ...]) -> Encoder:
     return encoder
 
 
+LAYERS = (*ATTENTION, "conv_inverted", "conv_point")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "SanaPipeline", "transformer", SanaTransformer2DModel, {"text_encoder": Gemma2Model},
-    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True, call=call, variance=True,
-    bounded=False,
+    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True,
+    blocks="transformer_blocks", call=call, lora=LAYERS, variance=True, bounded=False,
 )  # fmt: skip

@@ -38,5 +38,5 @@ FAMILY = Family(
         "text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel,
     },
-    optional=("text_encoder_3",), encoder=encoder, flow=True,
+    optional=("text_encoder_3",), encoder=encoder, flow=True, blocks="transformer_blocks",
 )  # fmt: skip

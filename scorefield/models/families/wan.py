@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
+from scorefield.models.families import ATTENTION, Family, Parts, num_cut
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 512
@@ -36,7 +36,10 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
+LAYERS = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "WanPipeline", "transformer", WanTransformer3DModel, {"text_encoder": UMT5EncoderModel}, encoder=encoder,
-    flow=True, call=call, size=(480, 832), bounded=False,
+    flow=True, blocks="blocks", call=call, lora=LAYERS, size=(480, 832), bounded=False,
 )  # fmt: skip

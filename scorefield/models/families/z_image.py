@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts
+from scorefield.models.families import ATTENTION, Family, Parts
 from scorefield.models.prompts import CUT, Encode
 
 LENGTH = 512
@@ -53,7 +53,11 @@ def _surplus(parts: Parts, prompt: str) -> int:
     return max(0, len(tokenizer(text, verbose=False).input_ids) - LENGTH)
 
 
+LAYERS = (*ATTENTION, "w1", "w2", "w3")
+"""Layers that its LoRAs change."""
+
 FAMILY = Family(
     "ZImagePipeline", "transformer", ZImageTransformer2DModel, {"text_encoder": Qwen3Model}, encoder=encoder,
-    flow=True, call=call, size=(1024, 1024), patch=2, bounded=False,
+    flow=True, blocks="layers", image_first=True, call=call, lora=LAYERS, size=(1024, 1024), patch=2,
+    bounded=False,
 )  # fmt: skip
