@@ -17,6 +17,7 @@ from scorefield.models import teacher as teachers
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.sampling import ddpm, grid, initial_noise
+from scorefield.sampling import sample as draw_steps
 
 PROMPTS = ("a red mug", "a blue chair", "cone")
 MAKERS = {
@@ -69,7 +70,7 @@ def test_each_image_is_of_its_prompt_and_of_no_batch(folders, tmp_path, name):
     times = grid(denoiser.schedule, 3, shift=teacher.shift)
     with torch.no_grad():
         x_t = initial_noise(denoiser.schedule, noise, times[0])
-        x0 = sample.sample(
+        x0 = draw_steps(
             denoiser, x_t, teacher.prompts([PROMPTS[1]]), times=times, step=ddpm(), generator=[generator]
         )
         image = ((teacher.decode(x0).clamp(-1, 1) + 1) * 127.5).round()[0]

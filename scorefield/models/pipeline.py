@@ -112,6 +112,10 @@ class Pipeline:
             side=family.token_side(config),
         )
 
+    def token_side(self) -> int:
+        """How many latents along a side the network takes as one token."""
+        return self.family.token_side(read_config(self.family.network, self.part(self.family.part)))
+
     def network(self) -> Any:
         """The frozen network, a model of diffusers. Raises as ``PartReader.read`` does."""
         return self.reader.read(self.family.network, self.part(self.family.part))

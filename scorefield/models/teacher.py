@@ -351,13 +351,14 @@ def _from_pipeline(
     schedule, kind = pipeline.schedule()
     check_last_time(schedule, kind, pipeline.folder)
     shape = pipeline.check(size, tiling=tiling)
+    side = pipeline.token_side()
+    shift = family.shift(settings, (shape[1] // side) * (shape[2] // side)) if family.flow else 1.0
     model: Any = pipeline.network()
     # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))
     if not family.latent:
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
-    side = family.token_side(model.config)
     tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
     network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora))
     texts, negatives = None, None
@@ -367,7 +368,7 @@ def _from_pipeline(
     return Teacher(
         NetworkDenoiser(network, schedule, kind, scale), shape, times=times,
         num_classes=int(model.config.get(family.classes) or 0) if family.classes else 0,
-        shift=family.shift(settings, (shape[1] // side) * (shape[2] // side)) if family.flow else 1.0,
+        shift=shift,
         codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=texts, negatives=negatives,
         sized=model.config.get("addition_embed_type") == "text_time",
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),
