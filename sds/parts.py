@@ -82,10 +82,7 @@ def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
     """What a run reads of its teacher, as inputs of :func:`command.identity`."""
     codec: list[Tensor] = []
     if isinstance(teacher.codec, Codec):
-        codec = [
-            *teacher.codec.vae.state_dict().values(),
-            torch.tensor([teacher.codec.scaling, teacher.codec.shift]),
-        ]
+        codec = [*teacher.codec.vae.state_dict().values(), teacher.codec.numbers]
     said = [value for cond in words for _, value in sorted(cond.items())]
     return {
         "teacher": fingerprint(teacher.denoiser.network.parameters()), "codec": fingerprint(codec),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_transformers as tiny
@@ -9,6 +10,7 @@ import torch
 
 from distill.adversarial import features_at
 from scorefield import Conditioned, guided
+from scorefield.models.families import table
 from scorefield.models.families.flux import pack, unpack
 from scorefield.models.lora import LAYERS, adaptable
 from scorefield.models.networks import Tokens
@@ -237,3 +239,7 @@ def test_loras_change_the_layers_of_the_blocks(folders, name):
     # Modulation by time, and what refines the text, stays as it is.
     known = ("mod", "refiner", "time", "scale_shift", "caption", "pos_embed")
     assert not [full for full in left if not any(part in full for part in known)]
+
+
+def test_the_table_of_families_is_that_of_the_code():
+    assert table() in (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text()

@@ -114,6 +114,13 @@ class Codec:
         numbers = () if tensors else (self.scaling, self.shift)
         return content_key(type(self.vae).__name__, repr(numbers), *tensors, *weights)
 
+    @property
+    def numbers(self) -> Tensor:
+        """Scaling and shift in one row, float32, for fingerprints."""
+        return torch.cat(
+            [torch.as_tensor(part, dtype=torch.float32).flatten() for part in (self.scaling, self.shift)]
+        )
+
     def _affine(self, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
         scaling, shift = (part.to(x) if isinstance(part, Tensor) else part for part in (self.scaling, self.shift))
         return scaling, shift

@@ -115,7 +115,7 @@ class Latents:
 def check_images(images: Pictures, teacher: Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
     """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
     assert isinstance(teacher.codec, Codec)
-    facts = torch.tensor([teacher.codec.scaling, teacher.codec.shift, *teacher.size])
+    facts = torch.cat([teacher.codec.numbers, torch.tensor(teacher.size, dtype=torch.float32)])
     if len(set(teacher.size)) > 1:  # entries of an earlier version were square
         facts = torch.cat([facts, torch.ones(1)])
     identity = fingerprint([*teacher.codec.vae.state_dict().values(), facts])

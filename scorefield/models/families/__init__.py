@@ -142,3 +142,19 @@ def num_cut(prompts: list[str], *tokenizers: tuple[Any, int | None]) -> Tensor:
         lengths = torch.tensor([len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts])
         cut = cut.maximum(lengths - (limit or tokenizer.model_max_length))
     return cut
+
+
+def table() -> str:
+    """Return all families as a table in Markdown: docs/families.md holds it."""
+    head = ["pipeline", "network", "predicts", "texts", "guidance", "critic and guard read", "default size"]
+    rows = [head, ["---"] * len(head)]
+    for module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        family = _family(module)
+        guidance = {"none": "classifier-free", "token": "keeps tokens' length", "row": "keeps rows' length"}
+        rows.append([
+            f"`{family.pipeline}`", family.network.__name__, "flow" if family.flow else "as its scheduler says",
+            ", ".join(kind.__name__ for kind in family.texts.values()) or ("classes" if family.classes else "none"),
+            guidance[family.norm], f"`{family.blocks}`, the middle one" if family.blocks else "its middle block",
+            "{} x {}".format(*family.size) if family.size else "its config's",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
