@@ -49,6 +49,11 @@ def distil_images(config: Config) -> Path:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
+    if teacher.codec is not None:
+        raise ValueError(
+            f"--teacher {config.teacher} draws {'prompts' if teacher.texts else 'classes in latents'}: "
+            + ("pass --prompts." if teacher.texts else "such models can be sampled, not distilled yet.")
+        )
     teacher.guided(config.guidance)  # or it says why not
     data = student_data(config, teacher)
     check_evaluation(config, data)

@@ -163,3 +163,13 @@ def test_pictures_learn_from_every_family(root, tmp_path, name, method):
     moved = [(first[name] - last[name]).abs().max() for name in first]
     assert max(moved) > 0
     assert all(value.isfinite().all() for value in last.values())
+
+
+def test_classes_in_latents_are_not_distilled_yet(root, tmp_path):
+    folder = pipeline_folder(root, "dit")
+    config = distill.options.Config(teacher=str(folder), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="classes in latents: such models can be sampled, not distilled yet"):
+        distill.recipe.main(config)
+    with pytest.raises(ValueError, match="draws prompts: pass --prompts"):
+        distill.recipe.main(replace(config, teacher=str(pipeline_folder(root, "flux"))))
+    assert not (tmp_path / "run").exists()

@@ -151,10 +151,12 @@ def table() -> str:
     for module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         family = _family(module)
         guidance = {"none": "classifier-free", "token": "keeps tokens' length", "row": "keeps rows' length"}
+        texts = ", ".join(kind.__name__ for kind in family.texts.values())
+        read = f"`{family.blocks}`, the middle one" if family.blocks else "nothing"
         rows.append([
             f"`{family.pipeline}`", family.network.__name__, "flow" if family.flow else "as its scheduler says",
-            ", ".join(kind.__name__ for kind in family.texts.values()) or ("classes" if family.classes else "none"),
-            guidance[family.norm], f"`{family.blocks}`, the middle one" if family.blocks else "its middle block",
+            texts or ("classes" if family.classes else "none"), guidance[family.norm],
+            "its middle block" if "UNet" in family.network.__name__ else read,
             "{} x {}".format(*family.size) if family.size else "its config's",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
