@@ -1,4 +1,4 @@
-"""Break the code on purpose, one line at a time, and see that a test fails: signs, weights, schedules, keys, resuming.
+"""Break one line at a time and see that a test fails: signs, weights, schedules, keys, resuming, refusals.
 
     python benchmarks/mutants.py [--only WORD]     # about ten minutes on one core
 
@@ -56,8 +56,10 @@ MUTANTS = (
            "test_guidance"),
     Mutant("DMD's weight", "distill/dmd.py", "scale.to(distance) / distance", "scale.to(distance) * distance",
            "test_dmd"),
-    Mutant("weight of the GAN term", "distill/dmd.py", "self.gan.generator_weight * metrics", "metrics", "test_dmd"),
-    Mutant("weight of the regression", "distill/dmd.py", "self.regression.weight * metrics", "metrics", "test_dmd"),
+    Mutant("weight of the GAN term", "distill/dmd.py", "self.gan.generator_weight * metrics", "metrics",
+           "test_dmd"),
+    Mutant("weight of the regression", "distill/dmd.py", "self.regression.weight * metrics", "metrics",
+           "test_dmd"),
     Mutant("weight of the critic", "distill/dmd.py", "self.gan.critic_weight * critic", "critic", "test_dmd"),
     Mutant("weight of eps", "scorefield/gradient.py", '"eps": alpha,', '"eps": torch.ones_like(alpha),',
            "test_gradient"),
@@ -76,7 +78,8 @@ MUTANTS = (
            "test_stages"),
     Mutant("conditions in the key of pairs", "distill/pair_store.py", "self.times.double(), *conditions]",
            "self.times.double()]", "test_pair_store"),
-    Mutant("guidance in the key of pairs", "distill/pair_store.py", "float(self.guidance), ", "", "test_pair_store"),
+    Mutant("guidance in the key of pairs", "distill/pair_store.py", "float(self.guidance), ", "",
+           "test_pair_store"),
     Mutant("shape in a cache's key", "scorefield/cache.py", 'f"{content.dtype} {tuple(content.shape)}"',
            'f"{content.dtype}"', "test_cache"),
     Mutant("null class in a teacher's identity", "scorefield/models/teacher.py",
