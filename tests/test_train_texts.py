@@ -41,6 +41,7 @@ from scorefield.atomic import MARKER
 from scorefield.commands.options import Sample
 from scorefield.models import teacher as teachers
 from scorefield.models.lora import shared_backbone
+from scorefield.randomness import derived_generator
 from scorefield.training.run import start
 from toyworld.options import EvaluateStudents
 
@@ -251,6 +252,7 @@ NOTING = """
 import json, os, sys
 from distill import text_recipe
 from scorefield.cli import main
+from scorefield.randomness import derived_generator
 from scorefield.training.run import start
 
 shuffled = text_recipe.shuffled
@@ -424,13 +426,12 @@ def test_bad_input_is_refused_before_anything_is_written(root, finished, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_without_bottleneck_is_refused_before_the_prompts_are_encoded(root, tmp_path, monkeypatch):
+def test_a_bottleneck_that_no_critic_reads_is_refused_before_the_prompts_are_encoded(root, tmp_path, monkeypatch):
     monkeypatch.delattr("scorefield.models.prompts.PromptEncoder.num_cut")
-    config = config_of(root, tmp_path / "run", teacher=str(root / "sd3"), gan_weight=0.01)
-    with refused(r"\(b, c, h, w\), .* transformer has none. Pass --gan-weight 0"):
+    tokens = "model.down_blocks.0.attentions.0.transformer_blocks.0"
+    config = config_of(root, tmp_path / "run", gan_weight=0.01, bottleneck=tokens)
+    with refused(r"activations \(b, c\) or \(b, c, h, w\); those of .* are \(1, \d+, \d+\). Pass --gan-weight 0"):
         train_dmd.main(config)
-    with refused(r"transformer_blocks\.0 are \(1, \d+, 16\). Pass --gan-weight 0"):
-        train_dmd.main(replace(config, bottleneck="model.transformer_blocks.0"))
 
 
 def test_prompts_are_read_before_the_teacher(root, tmp_path, monkeypatch):
@@ -513,7 +514,7 @@ def test_sample_draws_a_student_at_its_own_times_and_no_lora_alone(finished, tmp
     images = np.load(sample.main(config))["images"]
     teacher = teachers.load_teacher(finished["four"], few_steps=True)
     pipe = StableDiffusionPipeline.from_pretrained(finished["four"], local_files_only=True)
-    generators = [sample.derived_generator(0, "sample", number) for number in range(2)]
+    generators = [derived_generator(0, "sample", number) for number in range(2)]
     noise = torch.stack([torch.randn(teacher.shape, generator=generator) for generator in generators])
     asked = {"num_inference_steps": 4, "guidance_scale": 1, "output_type": "np"}
     expected = pipe(list(PROMPTS[:2]), latents=noise, generator=generators, **asked).images
