@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: exact distributions on every schedule, in float64, from fixed seeds."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,22 @@ def own_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """The folder of a tiny Stable Diffusion, not to be changed."""
+    import tiny_pipelines
+
+    folder = tmp_path_factory.mktemp("sd")
+    tiny_pipelines.sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(sd, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(sd, tmp_path / "model")
 
 
 SCHEDULES = {"karras": Karras(), "flow": RectifiedFlow(), "vp": VariancePreserving.scaled_linear()}

@@ -1,16 +1,15 @@
 """One frozen network for three roles: what it costs, that nothing is switched, that its gradients are right."""
 
-import importlib.util
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from text_contenders import COPIES, SHARED, Case, count_bytes, make_network
 from torch import nn
+from workers import backbone_ranks as worker
 
 from scorefield.models.lora import LAYERS, Twin, adapter_weights, merged, recompute_activations, shared_backbone
 from scorefield.models.networks import DiffusersNetwork, ResidualMLP
@@ -20,18 +19,7 @@ from scorefield.training.loop import EMA, Phase, train
 from scorefield.training.offload import offload_state
 
 close = torch.testing.assert_close
-WORKER = Path(__file__).parent / "workers" / "backbone_ranks.py"
 RNG = Rng(seed=3, step=2)
-
-
-def load_worker():
-    spec = importlib.util.spec_from_file_location("backbone_ranks_worker", WORKER)
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
-    return worker
-
-
-worker = load_worker()
 
 
 # What it costs.
@@ -81,53 +69,6 @@ def test_the_gradients_are_those_of_three_copies(checkpointing):
     for role, gradients in answers[0].items():
         for found, expected in zip(gradients, answers[1][role], strict=True):
             assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
-
-
-def check_steps(answers):
-    expected = answers["copies False"]
-    for name, steps in answers.items():
-        for role, step in steps.items():
-            assert step.abs().max() > 1e-6
-            close(step, expected[role], rtol=1e-10, atol=1e-10 * expected[role].abs().max().item(), msg=name)
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    return {
-        f"{build.__name__} {checkpointing}": worker.steps_of(build, checkpointing, accelerator)
-        for build in (worker.shared, worker.copies)
-        for checkpointing in (False, True)
-    }
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone-ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_steps_on_one_rank_are_those_of_three_copies(one_rank):
-    check_steps(one_rank)
-
-
-def test_steps_on_two_ranks_are_those_of_three_copies_and_the_same_on_both(one_rank, two_ranks):
-    for answers in two_ranks:
-        check_steps(answers)
-    for name, steps in two_ranks[0].items():
-        for role, step in steps.items():
-            assert torch.equal(step, two_ranks[1][name][role])
-            assert not torch.allclose(step, one_rank[name][role], rtol=1e-3)  # two ranks saw twice the images
 
 
 # Nothing is switched, and nothing leaks.
@@ -184,6 +125,9 @@ def test_the_changes_merged_are_the_changes_beside(tmp_path):
     assert type(whole.network) is DiffusersNetwork
     assert whole.network.state_dict().keys() == worker.make_teacher().network.state_dict().keys()
     close(whole(*inputs()), student(*inputs()), rtol=1e-10, atol=1e-12)
+    places = {name.split("/lora")[0].split("/")[-1] for name in student.network.changes}
+    assert {"to_q", "conv1", "proj_in", "time_emb_proj", "conv_shortcut"} <= places, "only layers that are there"
+    assert set(LAYERS) > {"add_q_proj"}
     names = adapter_weights(student.network)
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in names
 
@@ -202,29 +146,22 @@ def test_alpha_scales_the_changes():
     close(changed_by(1), changed_by(2) / 2, rtol=1e-4, atol=1e-14)
 
 
-def test_only_layers_that_are_there_are_changed():
-    twin = shared_backbone(worker.make_teacher(), rank=2, generator=RNG("lora"))[0].network
-    places = {name.split("/lora")[0].split("/")[-1] for name in twin.changes}
-    assert {"to_q", "conv1", "proj_in", "time_emb_proj", "conv_shortcut"} <= places
-    assert set(LAYERS) > {"add_q_proj"}
-
-
 @pytest.mark.parametrize(("settings", "message"), [
     ({"rank": 0}, "rank must be at least 1; got 0"),
     ({"alpha": 0.0}, "alpha must be above 0"),
     ({"targets": ("nothing",)}, "the network has none of the layers nothing"),
 ])  # fmt: skip
 def test_impossible_backbones_raise(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         shared_backbone(worker.make_teacher(), **{"rank": 2, "generator": RNG("lora"), **settings})
 
 
 def test_a_teacher_that_learns_or_cannot_recompute_raises():
     teacher = worker.make_teacher()
     teacher.network.model.conv_in.requires_grad_(True)
-    with pytest.raises(ValueError, match="must be frozen"):
+    with refused("must be frozen"):
         shared_backbone(teacher, rank=2, generator=RNG("lora"))
-    with pytest.raises(ValueError, match="a ResidualMLP cannot recompute its activations"):
+    with refused("a ResidualMLP cannot recompute its activations"):
         recompute_activations(ResidualMLP((2,)))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from scorefield.cache import TensorCache, content_key
 
@@ -47,16 +48,13 @@ def test_an_entry_comes_back_bit_by_bit(cache, dtype):
 
 
 def test_what_is_stored_is_not_tied_to_a_graph_or_to_its_neighbours(cache):
+    assert cache.load("a") is None
+    assert not cache.holds("a")
+    assert not cache.folder.exists()
     batch = torch.randn(2, 8, requires_grad=True) * 2
     cache.store("first", {"x": batch[0]})
     assert not cache.load("first")["x"].requires_grad
     assert cache.path("first").stat().st_size < 300
-
-
-def test_nothing_stored_is_nothing_loaded(cache):
-    assert cache.load("a") is None
-    assert not cache.holds("a")
-    assert not cache.folder.exists()
 
 
 def test_each_content_is_made_once_and_returned_in_order(cache, encoder):
@@ -98,18 +96,10 @@ def test_another_identity_shares_nothing(cache, encoder):
     assert cache.load("a") is not None
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[:-1],
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-8] + bytes(8),
-        lambda data: bytes(len(data)),
-        lambda data: b"not a tensor",
-    ],
-    ids=["empty", "a byte short", "half", "zeroed end", "zeroed", "other file"],
-)
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:-1], lambda data: data[: len(data) // 2],
+    lambda data: data[:-8] + bytes(8), lambda data: bytes(len(data)), lambda data: b"not a tensor",
+], ids=["empty", "a byte short", "half", "zeroed end", "zeroed", "other file"])  # fmt: skip
 def test_a_damaged_entry_is_made_again(cache, encoder, damage):
     cache.fetch(["a", "b"], encoder)
     path = cache.path("a")
@@ -123,12 +113,13 @@ def test_a_damaged_entry_is_made_again(cache, encoder, damage):
     assert path.read_bytes() == whole
 
 
-def test_an_entry_of_another_writer_without_a_sum_is_made_again(cache, encoder):
-    from safetensors.torch import save_file
-
+def test_entries_of_another_writer_without_a_sum_and_links_in_circles_count_as_missing(cache):
     path = cache.path("a")
     path.parent.mkdir(parents=True)
     save_file({"row": torch.zeros(2)}, path)
+    assert cache.load("a") is None
+    path.unlink()
+    path.symlink_to(path)
     assert cache.load("a") is None
 
 
@@ -158,13 +149,6 @@ def test_a_cache_that_cannot_be_written_warns_once_and_answers_all_the_same(cach
     assert cache.load("a") is None
 
 
-def test_an_entry_that_cannot_be_opened_counts_as_missing(cache):
-    path = cache.path("a")
-    path.parent.mkdir(parents=True)
-    path.symlink_to(path)
-    assert cache.load("a") is None
-
-
 @pytest.mark.parametrize(("old", "new"), [(b"[2,3]", b"[3,2]"), (b'"F32"', b'"I32"')])
 def test_another_shape_or_type_in_the_header_is_damage(cache, old, new):
     cache.store("a", {"x": torch.arange(6.0).reshape(2, 3)})
@@ -188,18 +172,12 @@ def test_writers_at_the_same_time_leave_whole_entries(cache):
     assert len(files(cache)) == 1
 
 
-def test_images_are_contents_too(cache):
-    image = torch.rand(3, 4, 4)
-    cache.store(image, {"latents": image.mean(0)})
-    assert torch.equal(cache.load(image.clone())["latents"], image.mean(0))
-    assert cache.load(image + 1e-6) is None
-    assert cache.load(image.half()) is None
-
-
 def test_keys_tell_apart_what_differs():
     contents = [
         ("ab", "c"), ("a", "bc"), ("abc",), (b"abc",), ("",), (), ("", ""),
         (torch.zeros(4),), (torch.zeros(2, 2),), (torch.zeros(2, dtype=torch.float64),), (bytes(16),),
     ]  # fmt: skip
     assert len({content_key(*content) for content in contents}) == len(contents)
-    assert content_key("a", torch.ones(2)) == content_key("a", torch.ones(2))
+    image = torch.rand(3, 4, 4)
+    assert content_key(image) == content_key(image.clone())
+    assert len({content_key(image), content_key(image + 1e-6), content_key(image.half())}) == 3

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from denoisers import normal
+from refusals import refused
 from torch import nn
 
 from scorefield import GaussianMixture, Karras, NetworkDenoiser, RectifiedFlow, VariancePreserving, rescaled_data
@@ -42,34 +44,34 @@ def test_a_network_of_other_units_is_the_exact_teacher(units, schedule, kind, ma
     close(ours.network(x_t, t, **cond), wanted, rtol=1e-7, atol=1e-7)
 
 
-def test_the_schedule_is_that_of_the_brief_for_half_the_data():
+class Seen(nn.Module):
+    """Keeps what it is called with, and answers with it."""
+
+    def forward(self, y_t, t):
+        self.y_t, self.t = y_t, t
+        return y_t
+
+
+def test_the_schedule_of_half_the_data():
     """alphas_cumprod' = 1 / (1 + 4 (1 - a) / a), and the network sees x_t sqrt(a / a') / 2 at the same t."""
-
-    class Seen(nn.Module):
-        def forward(self, x_t, t):
-            self.x_t, self.t = x_t, t
-            return x_t
-
     network, old = Seen(), VariancePreserving.linear()
     ours = rescaled_data(NetworkDenoiser(network, old), 0.5)
     a = old.alphas_cumprod
     close(ours.schedule.alphas_cumprod, 1 / (1 + 4 * (1 - a) / a), rtol=1e-12, atol=0)
     assert ours.schedule.integer
-    t = torch.arange(1000)
-    x_t = torch.randn(1000, 2, dtype=torch.float64)
+    t, x_t = torch.arange(1000), normal(1000, 2)
     ours(x_t, t, {})
     assert torch.equal(network.t, t.double())
-    close(network.x_t, x_t * (a / ours.schedule.alphas_cumprod).sqrt()[:, None] / 2)
+    close(network.y_t, x_t * (a / ours.schedule.alphas_cumprod).sqrt()[:, None] / 2)
 
 
 def test_the_noise_levels_are_those_of_the_data(schedule):
     """The schedule's sigma / alpha over the scale, at the time that the network is asked."""
-    ours = rescaled_data(NetworkDenoiser(nn.Identity(), schedule), 0.25)
-    asked = []
-    ours.network.network.forward = lambda y_t, t: asked.append(t) or y_t
+    network = Seen()
+    ours = rescaled_data(NetworkDenoiser(network, schedule), 0.25)
     t = ours.schedule.at(torch.linspace(0.02, 0.98, 9, dtype=torch.float64))
     ours(torch.zeros(9, 2, dtype=torch.float64), t, {})
-    close(ours.schedule.ratio(t), schedule.ratio(asked[0]) / 0.25, rtol=1e-9, atol=0)
+    close(ours.schedule.ratio(t), schedule.ratio(network.t) / 0.25, rtol=1e-9, atol=0)
     ends = torch.tensor([[s.t_min, s.t_max] for s in (schedule, ours.schedule)], dtype=torch.float64)
     close(ours.schedule.ratio(ends[1]), schedule.ratio(ends[0]) / 0.25)
 
@@ -96,21 +98,13 @@ def test_pure_noise_gives_the_mean_of_the_data(schedule, kind, make_mixture, exa
     assert ours.schedule.t_max == schedule.t_max
 
 
-def test_an_eps_network_is_refused_at_pure_noise(make_mixture, exact_network):
+def test_the_ends_of_time(make_mixture, exact_network):
+    """An eps network says nothing at pure noise; a flow at time 0 is the image, whatever its network says."""
     ours = rescaled_data(NetworkDenoiser(exact_network(make_mixture(TERMINAL), "eps"), TERMINAL), 0.5)
-    with pytest.raises(ValueError, match="undefined where alpha"):
+    with refused("undefined where alpha"):
         ours(torch.zeros(1, 2), torch.tensor([3.0]), {})
-
-
-def test_a_flow_at_time_zero_is_the_image(make_mixture):
-    mixture = make_mixture(RectifiedFlow())
-
-    class Still(nn.Module):
-        def forward(self, y_t, t):
-            return torch.full_like(y_t, 7.0)
-
-    ours = rescaled_data(NetworkDenoiser(Still(), mixture.schedule, "flow"), 0.5, 0.5)
-    x = torch.randn(2, 2, dtype=torch.float64)
+    ours = rescaled_data(NetworkDenoiser(lambda y, t: torch.full_like(y, 7.0), RectifiedFlow(), "flow"), 0.5, 0.5)
+    x = normal(2, 2)
     close(ours(x, torch.zeros(2, dtype=torch.float64), {}), x)
 
 
@@ -120,13 +114,8 @@ def test_images_have_a_mean_for_each_channel(exact_network):
     mean = [0.1, 0.5, 0.9]
     moved = in_units(data, 0.5, torch.tensor(mean).double()[:, None, None])
     ours = rescaled_data(NetworkDenoiser(exact_network(moved, "v"), schedule, "v"), 0.5, mean)
-    x_t, t = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.full((4,), 0.6, dtype=torch.float64)
-    close(ours(x_t, t, {}), data(x_t, ours_time(t), {}))
-
-
-def ours_time(t):
-    # The result's schedule is RectifiedFlow too: t means what it says.
-    return t
+    x_t, t = normal(4, 3, 2, 2), torch.full((4,), 0.6, dtype=torch.float64)
+    close(ours(x_t, t, {}), data(x_t, t, {}))  # its schedule is RectifiedFlow, too
 
 
 def test_time_scale_extras_and_conditions_pass_through():
@@ -147,19 +136,20 @@ def test_time_scale_extras_and_conditions_pass_through():
     assert ours.time_scale == 1
 
 
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(2, 2)
+
+    def forward(self, y_t, t):
+        return self.line(y_t)
+
+
 def test_copies_learn_and_are_saved_with_their_units(tmp_path):
     """What a student is: a copy of the network in the same denoiser."""
 
     def build(scale=0.5, mean=0.3):
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.line = nn.Linear(2, 2)
-
-            def forward(self, y_t, t):
-                return self.line(y_t)
-
-        return rescaled_data(NetworkDenoiser(Net(), VariancePreserving.linear()), scale, mean)
+        return rescaled_data(NetworkDenoiser(Line(), VariancePreserving.linear()), scale, mean)
 
     teacher = build()
     student = replace(teacher, network=deepcopy(teacher.network))
@@ -172,32 +162,21 @@ def test_copies_learn_and_are_saved_with_their_units(tmp_path):
     half = deepcopy(teacher.network).to(torch.bfloat16)
     assert torch.equal(half.mean, teacher.network.mean)
     for scale, mean in ((0.25, 0.3), (0.5, 0.0)):
-        with pytest.raises(ValueError, match=r"belong to rescaled_data\(\.\.\., scale=0\.5, mean=0\.3\)"):
+        with refused(r"belong to rescaled_data\(\.\.\., scale=0\.5, mean=0\.3\)"):
             load_denoiser(tmp_path / "student", build(scale, mean).network)
 
 
-@pytest.mark.parametrize(
-    ("scale", "mean"), [(0, 0), (-1, 0), (float("nan"), 0), (float("inf"), 0), (1, [0, float("nan")])]
-)
-def test_what_is_no_unit_is_refused(scale, mean):
-    with pytest.raises(ValueError, match="finite scale above 0 and a finite mean"):
-        rescaled_data(NetworkDenoiser(nn.Identity(), Karras()), scale, mean)
+def test_what_is_no_unit_no_schedule_or_no_denoiser_is_refused():
+    for scale, mean in ((0, 0), (-1, 0), (float("nan"), 0), (float("inf"), 0), (1, [0, float("nan")])):
+        with refused("finite scale above 0 and a finite mean"):
+            rescaled_data(NetworkDenoiser(nn.Identity(), Karras()), scale, mean)
 
-
-def test_an_unknown_schedule_is_refused():
     class Other(Karras):
         pass
 
     assert isinstance(rescaled_data(NetworkDenoiser(nn.Identity(), Other()), 1.0).network, RescaledData)
-    with pytest.raises(ValueError, match=r"knows the schedules of scorefield\.schedule; got a object"):
+    with refused(r"knows the schedules of scorefield\.schedule; got a object"):
         rescaled_data(NetworkDenoiser(nn.Identity(), object()), 1.0)
-
-
-def test_a_network_of_another_shape_is_named():
-    class Wide(nn.Module):
-        def forward(self, y_t, t):
-            return torch.cat([y_t, y_t], 1)
-
-    ours = rescaled_data(NetworkDenoiser(Wide(), VariancePreserving.linear(), "v"), 0.5)
-    with pytest.raises(ValueError, match="Split off a variance head"):
-        ours(torch.zeros(2, 3), torch.full((2,), 5.0), {})
+    wide = NetworkDenoiser(lambda y_t, t: torch.cat([y_t, y_t], 1), VariancePreserving.linear(), "v")
+    with refused("Split off a variance head"):
+        rescaled_data(wide, 0.5)(torch.zeros(2, 3), torch.full((2,), 5.0), {})

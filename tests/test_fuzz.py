@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import distill.recipe as train_dmd
 import scorefield.cli as cli
 import scorefield.commands.teacher as train_teacher
 import scorefield.training.features as features
+from distill.options import Config
 from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
 
 SMALL = ["--steps", "2", "--batch-size", "4", "--save-every", "2", "--log-every", "1"]
@@ -117,11 +117,10 @@ def fresh():
 
 
 NUMBERS = ["-1", "0", "1", "2", "3", "nan", "inf", "-inf", "1e-9", "0.5", "1e9", "99999999999999999999", "", "two"]
-
-
 COUNTS = (
     "width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps", "fake_warmup",
 )  # fmt: skip
+SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
 
 
 def flag_values(field):
@@ -142,73 +141,56 @@ def flags(config_type, skipped):
     return st.lists(one, min_size=1, max_size=3).map(lambda many: [word for words in many for word in words])
 
 
-SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
+BRIEF_STUDENT = [*SMALL, "--student-every", "1", "--warmup-steps", "1", "--num-pairs", "4", "--pair-steps", "2",
+                 "--fake-warmup", "1", "--guard-images", "64", "--skip-teacher-check", "--student-lr", "1e-4",
+                 "--fake-lr", "1e-4", "--warmup-lr", "1e-3"]  # fmt: skip
+# Options, those that are not fuzzed, words with which the command is brief, its result, its --out.
+FLAGS = {
+    "teacher": (TrainTeacher, SLOW, [*SMALL, "--width", "8", "--depth", "1", "--unet-channels", "8", "8"],
+                "out/teacher", "out"),
+    "distill": (Config, {*SLOW, "teacher"}, ["--teacher", "{teacher}", *BRIEF_STUDENT], "out/student", "out"),
+    "sample": (Sample, {"out", "teacher"}, ["--teacher", "{teacher}", "--num-images", "2", "--steps", "2"],
+               "out", "out"),
+    "evaluate": (Evaluate, {"out"}, ["--generated", "{images}", "--reference", "{images}",
+                                     "--features", "{features}"], "out.json", "out.json"),
+    "features": (TrainFeatures, {"out"}, ["--data", "{images}", "--steps", "2", "--batch-size", "4"],
+                 "out/features.json", "out"),
+}  # fmt: skip
+KNOWN = [
+    ("teacher", "--width", "1000000000"), ("teacher", "--width", "1000000000000000"),
+    ("teacher", "--batch-size", "1000000000000"), *(("evaluate", "--num-images", number) for number in "012"),
+    *((command, "--device", "two") for command in ("evaluate", "features")),
+    *((command, flag, "99999999999999999999") for command, flag in
+      (("evaluate", "--batch-size"), ("features", "--steps"), ("features", "--batch-size"))),
+]  # fmt: skip
 
 
-@fuzz(60)
-@given(words=flags(TrainTeacher, SLOW), dry=st.booleans())
-@example(words=["--width", "1000000000"], dry=False)
-@example(words=["--width", "1000000000000000"], dry=False)
-@example(words=["--batch-size", "1000000000000"], dry=False)
-def test_flags_of_the_teacher(fresh, words, dry):
-    small = [*SMALL, "--width", "8", "--depth", "1", "--unet-channels", "8", "8"]
-    check("teacher", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "teacher")
+def check_flags(command, words, folder, teacher, classifier, dry=False):
+    _, _, brief, result, out = FLAGS[command]
+    images = folder / "images.npz"
+    np.savez(images, images=np.random.RandomState(0).rand(40, 1, 8, 8), labels=np.arange(40) % 10)
+    brief = [word.format(teacher=teacher, images=images, features=classifier) for word in brief]
+    trains = command in ("teacher", "distill")
+    words = [*brief, *words, *(["--dry-run"] if dry and trains else [])]
+    code, said = check(command, words, folder / result, folder / out)
+    assert trains or code == 0 or "--" in said, said
+    if command == "sample":
+        assert (folder / "out.grid.png").exists() is (code == 0), (
+            "the picture beside the samples: both, or neither"
+        )
 
 
-@fuzz(50)
-@given(words=flags(train_dmd.Config, {*SLOW, "teacher"}), dry=st.booleans())
-def test_flags_of_the_distillation(fresh, teacher, words, dry):
-    small = ["--teacher", str(teacher), *SMALL, "--student-every", "1", "--warmup-steps", "1", "--num-pairs", "4"]
-    small += ["--pair-steps", "2", "--fake-warmup", "1", "--guard-images", "64", "--skip-teacher-check"]
-    small += ["--student-lr", "1e-4", "--fake-lr", "1e-4", "--warmup-lr", "1e-3"]
-    check("distill", [*small, *words, *(["--dry-run"] if dry else [])], fresh() / "out" / "student")
-
-
-def check_samples(words, folder):
-    """Folder of samples and the picture beside it: both, or neither."""
-    code, said = check("sample", words, folder / "out", folder / "out")
-    assert (folder / "out.grid.png").exists() is (code == 0)
-    return code, said
-
-
-@fuzz(30)
-@given(words=flags(Sample, {"out", "teacher"}))
-def test_flags_of_sampling(fresh, teacher, words):
-    small = ["--teacher", str(teacher), "--num-images", "2", "--steps", "2"]
-    code, said = check_samples([*small, *words], fresh())
-    assert code == 0 or "--" in said, said
-
-
-def labelled(path):
-    np.savez(path, images=np.random.RandomState(0).rand(40, 1, 8, 8), labels=np.arange(40) % 10)
-    return str(path)
-
-
+@pytest.mark.parametrize("command", FLAGS)
 @fuzz(40)
-@given(words=flags(Evaluate, {"out"}))
-@example(words=["--num-images", "0"])
-@example(words=["--num-images", "1"])
-@example(words=["--num-images", "2"])
-@example(words=["--device", "two"])
-@example(words=["--batch-size", "99999999999999999999"])
-def test_flags_of_the_figures(fresh, classifier, words):
-    folder = fresh()
-    images = labelled(folder / "images.npz")
-    small = ["--generated", images, "--reference", images, "--features", str(classifier)]
-    code, said = check("evaluate", [*small, *words], folder / "out.json", folder / "out.json")
-    assert code == 0 or "--" in said, said
+@given(data=st.data(), dry=st.booleans())
+def test_flags(fresh, teacher, classifier, command, data, dry):
+    config_type, skipped, *_ = FLAGS[command]
+    check_flags(command, data.draw(flags(config_type, skipped)), fresh(), teacher, classifier, dry)
 
 
-@fuzz(40)
-@given(words=flags(TrainFeatures, {"out"}))
-@example(words=["--device", "two"])
-@example(words=["--steps", "99999999999999999999"])
-@example(words=["--batch-size", "99999999999999999999"])
-def test_flags_of_the_features(fresh, words):
-    folder = fresh()
-    small = ["--data", labelled(folder / "images.npz"), "--steps", "2", "--batch-size", "4"]
-    code, said = check("features", [*small, *words], folder / "out" / "features.json", folder / "out")
-    assert code == 0 or "--" in said, said
+@pytest.mark.parametrize(("command", "flag", "word"), KNOWN)
+def test_flags_that_were_trouble_once(fresh, teacher, classifier, command, flag, word):
+    check_flags(command, [flag, word], fresh(), teacher, classifier)
 
 
 def pixels(height, width, mode):
@@ -289,14 +271,26 @@ def test_npz_files(fresh, images, labels, whole, place, byte, cut):
     check("teacher", [*SMALL, *words], folder / "out" / "teacher")
 
 
-@fuzz(40)
-@given(name=st.sampled_from(["denoiser.json", "model.safetensors"]), **SPOILING)
-def test_teachers_that_were_tampered_with(fresh, teacher, name, place, byte, cut):
-    folder = fresh()
-    shutil.copytree(teacher, folder / "teacher")
-    path = folder / "teacher" / name
+def check_samples(folder):
+    words = ["--teacher", str(folder / "copy"), "--num-images", "2", "--steps", "2"]
+    code, _ = check("sample", words, folder / "out", folder / "out")
+    assert (folder / "out.grid.png").exists() is (code == 0)
+
+
+@fuzz(60)
+@given(name=st.sampled_from(["denoiser.json", "features.json", "model.safetensors"]), is_teacher=st.booleans(),
+       **SPOILING)  # fmt: skip
+def test_results_that_were_tampered_with(fresh, teacher, classifier, name, is_teacher, place, byte, cut):
+    folder, is_teacher = fresh(), name == "denoiser.json" or (is_teacher and name != "features.json")
+    path = shutil.copytree(teacher if is_teacher else classifier, folder / "copy") / name
     path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
-    check_samples(["--teacher", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
+    if is_teacher:
+        check_samples(folder)
+    else:
+        np.savez(folder / "images.npz", images=np.random.RandomState(0).rand(8, 1, 8, 8))
+        words = ["--generated", str(folder / "images.npz"), "--reference", str(folder / "images.npz")]
+        words += ["--features", str(folder / "copy")]
+        check("evaluate", words, folder / "out.json", folder / "out.json")
 
 
 DELETED = object()
@@ -309,8 +303,7 @@ VALUES = st.sampled_from(
 @given(place=st.integers(0, 30), value=VALUES)
 def test_descriptions_that_were_edited(fresh, teacher, place, value):
     folder = fresh()
-    shutil.copytree(teacher, folder / "teacher")
-    path = folder / "teacher" / "denoiser.json"
+    path = shutil.copytree(teacher, folder / "copy") / "denoiser.json"
     description = json.loads(path.read_text())
     holders = [description, description["facts"], description["facts"]["options"], description["schedule"]]
     holder, key = [(holder, key) for holder in holders for key in holder][place % sum(map(len, holders))]
@@ -319,19 +312,7 @@ def test_descriptions_that_were_edited(fresh, teacher, place, value):
     else:
         holder[key] = value
     path.write_text(json.dumps(description))
-    check_samples(["--teacher", str(folder / "teacher"), "--num-images", "2", "--steps", "2"], folder)
-
-
-@fuzz(30)
-@given(name=st.sampled_from(["features.json", "model.safetensors"]), **SPOILING)
-def test_features_that_were_tampered_with(fresh, classifier, name, place, byte, cut):
-    folder = fresh()
-    shutil.copytree(classifier, folder / "features")
-    path = folder / "features" / name
-    path.write_bytes(spoilt(path.read_bytes(), place, byte, cut))
-    np.savez(folder / "images.npz", images=np.random.RandomState(0).rand(8, 1, 8, 8))
-    words = ["--generated", str(folder / "images.npz"), "--reference", str(folder / "images.npz")]
-    check("evaluate", [*words, "--features", str(folder / "features")], folder / "out.json", folder / "out.json")
+    check_samples(folder)
 
 
 CHECKPOINT = ["config.json", "manifest.json", "state.pt", "teacher.safetensors", "teacher.ema.safetensors"]

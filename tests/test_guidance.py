@@ -1,5 +1,8 @@
+"""Guidance in any units, in one call; rescaling (arXiv 2305.08891) and perpendicular negatives (2304.04968)."""
+
 import pytest
 import torch
+from refusals import refused
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.exact import GaussianMixture
@@ -21,76 +24,51 @@ def null_of(x_t):
     return {"class_labels": torch.full((len(x_t),), 2)}
 
 
-def test_scale_one_is_the_denoiser_itself_and_one_call(mixture, schedule, batch, exact_network):
+def test_scale_one_is_the_denoiser_itself_and_any_other_one_call_on_both_halves(
+    mixture, schedule, batch, exact_network
+):
     denoiser = NetworkDenoiser(exact_network(mixture, "eps"), schedule)
-    teacher = guided(denoiser, 1, NULL)
-    assert teacher is denoiser
+    assert guided(denoiser, 1, NULL) is denoiser
+    teacher = guided(denoiser, 7.5, NULL)
+    assert teacher.schedule is schedule
     teacher(*batch)
-    assert [len(x) for x, _, _ in denoiser.network.calls] == [len(batch[0])]
-
-
-def test_any_other_scale_is_one_call_on_both_halves(mixture, schedule, batch, exact_network):
-    denoiser = NetworkDenoiser(exact_network(mixture, "eps"), schedule)
-    guided(denoiser, 7.5, NULL)(*batch)
     (x, t, cond), = denoiser.network.calls  # fmt: skip
     assert len(x) == len(t) == len(cond["class_labels"]) == 2 * len(batch[0])
 
 
-def test_scale_zero_is_the_negative(mixture, batch):
-    x_t, t, cond = batch
-    close(guided(mixture, 0, NULL)(x_t, t, cond), mixture(x_t, t, null_of(x_t)))
-
-
-@pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0, 7.5])
-def test_guidance_extrapolates_from_negative_to_positive(mixture, batch, scale):
-    x_t, t, cond = batch
-    negative, positive = mixture(x_t, t, null_of(x_t)), mixture(x_t, t, cond)
-    close(guided(mixture, scale, NULL)(x_t, t, cond), negative + scale * (positive - negative))
-
-
-def test_guidance_in_x0_is_guidance_in_the_networks_output(mixture, schedule, batch, kind):
+@pytest.mark.parametrize("scale", [-1.0, 0, 0.5, 3.0, 7.5])
+def test_guidance_extrapolates_from_negative_to_positive_in_x0_and_in_any_output(
+    mixture, schedule, batch, kind, scale
+):
     x_t, t, cond = batch
 
     def output(x0):
         return schedule.from_x0(x0, x_t, t, kind)
 
-    negative, positive = output(mixture(x_t, t, null_of(x_t))), output(mixture(x_t, t, cond))
-    expected = negative + 7.5 * (positive - negative)
-    close(output(guided(mixture, 7.5, NULL)(x_t, t, cond)), expected, rtol=1e-9, atol=1e-9)
+    negative, positive = mixture(x_t, t, null_of(x_t)), mixture(x_t, t, cond)
+    found = guided(mixture, scale, NULL)(x_t, t, cond)
+    close(found, negative + scale * (positive - negative))
+    wanted = output(negative) + scale * (output(positive) - output(negative))
+    close(output(found), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_each_sample_has_its_own_negative(mixture, batch):
-    x_t, t, cond = batch
-    negative = {"class_labels": 1 - cond["class_labels"]}
-    expected = 3 * mixture(x_t, t, cond) - 2 * mixture(x_t, t, negative)
-    close(guided(mixture, 3, negative)(x_t, t, cond), expected)
-
-
-def test_guidance_keeps_the_schedule(mixture, schedule):
-    assert guided(mixture, 3, NULL).schedule is schedule
-
-
-def test_negative_with_other_keys_raises(mixture, batch):
-    with pytest.raises(ValueError, match=r"keys of cond \['class_labels'\]; got \['text'\]"):
-        guided(mixture, 3, {"text": torch.zeros(1, 4)})(*batch)
-    with pytest.raises(ValueError, match=r"keys of cond \['class_labels'\]; got \[\]"):
-        guided(mixture, 3, {})(*batch)
-
-
-def test_negative_of_another_batch_raises(mixture, batch):
-    with pytest.raises(ValueError, match=r"cond\['class_labels'\] must have batch 1 or 9; got \(4,\)"):
-        guided(mixture, 3, {"class_labels": torch.full((4,), 2)})(*batch)
-
-
-def test_per_sample_negatives_repeat_with_a_batch_that_was_enlarged(mixture, batch):
+def test_each_sample_has_its_own_negative_also_in_a_batch_that_was_enlarged(mixture, batch):
     x_t, t, cond = batch
     negative = {"class_labels": 1 - cond["class_labels"]}
     teacher = guided(mixture, 3, negative)
+    close(teacher(x_t, t, cond), 3 * mixture(x_t, t, cond) - 2 * mixture(x_t, t, negative))
     twice = teacher(torch.cat([x_t, x_t + 1]), t.repeat(2), {"class_labels": cond["class_labels"].repeat(2)})
     close(twice, torch.cat([teacher(x_t, t, cond), teacher(x_t + 1, t, cond)]))
 
 
-# Rescaling (arXiv 2305.08891, Eq. 15 and 16).
+@pytest.mark.parametrize(("negative", "message"), [
+    ({"text": torch.zeros(1, 4)}, r"keys of cond \['class_labels'\]; got \['text'\]"),
+    ({}, r"keys of cond \['class_labels'\]; got \[\]"),
+    ({"class_labels": torch.full((4,), 2)}, r"cond\['class_labels'\] must have batch 1 or 9; got \(4,\)"),
+])  # fmt: skip
+def test_negatives_that_do_not_fit_are_refused(mixture, batch, negative, message):
+    with refused(message):
+        guided(mixture, 3, negative)(*batch)
 
 
 class Images:
@@ -104,44 +82,25 @@ class Images:
         return label + (label + 1) * pattern
 
 
-def spread_of(x):
-    return x.flatten(1).std(1)
-
-
-@pytest.fixture
-def pictures():
-    return (
-        torch.zeros(2, 3, 4, 4, dtype=torch.float64),
-        torch.full((2,), 0.5),
-        {"class_labels": torch.tensor([1, 2])},
-    )
-
-
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
-def test_rescaling_brings_the_spread_back_to_that_of_the_positive_image(pictures, rescale):
+def test_rescaling_brings_the_spread_back_to_that_of_the_positive_image(rescale):
+    pictures = torch.zeros(2, 3, 4, 4).double(), torch.full((2,), 0.5), {"class_labels": torch.tensor([1, 2])}
     null = {"class_labels": torch.tensor([0])}
-    plain = guided(Images(), 5, null)(*pictures)
-    rescaled = guided(Images(), 5, null, rescale=rescale)(*pictures)
-    wanted, inflated = spread_of(Images()(*pictures)), spread_of(plain)
+    plain, rescaled = (guided(Images(), 5, null, **how)(*pictures) for how in ({}, {"rescale": rescale}))
+    wanted, inflated, found = (x.flatten(1).std(1) for x in (Images()(*pictures), plain, rescaled))
     assert (inflated > 2 * wanted).all()
-    close(spread_of(rescaled), rescale * wanted + (1 - rescale) * inflated)
-    close(rescaled, plain * (spread_of(rescaled) / inflated).reshape(-1, 1, 1, 1))
+    close(found, rescale * wanted + (1 - rescale) * inflated)
+    close(rescaled, plain * (found / inflated).reshape(-1, 1, 1, 1))
 
 
-def test_rescaling_leaves_a_constant_image_alone(mixture, batch):
+def test_rescaling_leaves_a_constant_image_alone_and_lies_between_0_and_1(mixture, batch):
     x_t, t, cond = batch
     one = GaussianMixture(torch.zeros(2, 1), torch.ones(2), torch.ones(2), mixture.schedule, torch.arange(2))
-    guide = guided(one, 3, {"class_labels": torch.tensor([1])}, rescale=1.0)
-    close(guide(x_t[:, :1], t, cond), guided(one, 3, {"class_labels": torch.tensor([1])})(x_t[:, :1], t, cond))
-
-
-@pytest.mark.parametrize("rescale", [-0.1, 1.5])
-def test_rescaling_beyond_its_range_raises(mixture, rescale):
-    with pytest.raises(ValueError, match=rf"rescale must lie in \[0, 1\]; got {rescale}"):
-        guided(mixture, 3, NULL, rescale=rescale)
-
-
-# Perpendicular negatives (arXiv 2304.04968).
+    asked = one, 3, {"class_labels": torch.tensor([1])}
+    close(guided(*asked, rescale=1.0)(x_t[:, :1], t, cond), guided(*asked)(x_t[:, :1], t, cond))
+    for rescale in (-0.1, 1.5):
+        with refused(rf"rescale must lie in \[0, 1\]; got {rescale}"):
+            guided(mixture, 3, NULL, rescale=rescale)
 
 
 class Plane:
@@ -157,48 +116,37 @@ def points(*xy):
     return {"point": torch.tensor(xy, dtype=torch.float64)}
 
 
-ORIGIN = torch.zeros(1, 2, dtype=torch.float64), torch.full((1,), 0.5)
-
-
-def test_only_the_perpendicular_part_of_a_negative_is_taken_away():
-    """Null (1, 1), wanted direction (2, 0), negative direction (3, 4): its perpendicular part is (0, 4)."""
-    guide = perpendicular(Plane(), 10.0, points((1, 1)), [points((4, 5))], [0.5])
-    close(guide(*ORIGIN, points((3, 1))), torch.tensor([[1 + 10 * 2.0, 1 - 10 * 0.5 * 4.0]]).double())
-
-
-def test_a_negative_that_says_the_same_changes_nothing():
-    guide = perpendicular(Plane(), 7.5, points((1, 1)), [points((5, 1)), points((-2, 1))], [3.0, 1.0])
-    close(guide(*ORIGIN, points((3, 1))), torch.tensor([[16.0, 1.0]]).double())
-
-
-def test_a_negative_is_taken_away_whole_where_the_prompt_says_nothing():
-    guide = perpendicular(Plane(), 2.0, points((1, 1)), [points((2, 3))], [1.0])
-    close(guide(*ORIGIN, points((1, 1))), torch.tensor([[-1.0, -3.0]]).double())
+@pytest.mark.parametrize(("scale", "positive", "negatives", "weights", "expected"), [
+    # Null (1, 1), wanted direction (2, 0), negative direction (3, 4): its perpendicular part is (0, 4).
+    (10.0, (3, 1), [(4, 5)], [0.5], (1 + 10 * 2.0, 1 - 10 * 0.5 * 4.0)),
+    (7.5, (3, 1), [(5, 1), (-2, 1)], [3.0, 1.0], (16.0, 1.0)),  # it says the same, and changes nothing
+    (2.0, (1, 1), [(2, 3)], [1.0], (-1.0, -3.0)),  # the prompt says nothing: it is taken away whole
+])  # fmt: skip
+def test_only_the_perpendicular_part_of_a_negative_is_taken_away(scale, positive, negatives, weights, expected):
+    guide = perpendicular(Plane(), scale, points((1, 1)), [points(one) for one in negatives], weights)
+    found = guide(torch.zeros(1, 2, dtype=torch.float64), torch.full((1,), 0.5), points(positive))
+    close(found, torch.tensor([expected]).double())
 
 
 def test_perpendicular_guidance_without_negatives_is_guidance(mixture, batch):
-    close(perpendicular(mixture, 7.5, NULL, [], [])(*batch), guided(mixture, 7.5, NULL)(*batch))
-    off = perpendicular(mixture, 7.5, NULL, [{"class_labels": torch.tensor([1])}], [0.0])
-    close(off(*batch), guided(mixture, 7.5, NULL)(*batch))
+    for negatives, weights in (([], []), ([{"class_labels": torch.tensor([1])}], [0.0])):
+        found = perpendicular(mixture, 7.5, NULL, negatives, weights)(*batch)
+        close(found, guided(mixture, 7.5, NULL)(*batch))
 
 
 def test_perpendicular_guidance_is_the_same_in_x0_and_in_the_networks_output(mixture, schedule, batch, kind):
     """Differences of outputs are differences of x0 times a number per sample, which no projection notices."""
     x_t, t, cond = batch
     other = {"class_labels": 1 - cond["class_labels"]}
-
-    def output(labels):
-        return schedule.from_x0(mixture(x_t, t, labels), x_t, t, kind)
-
-    null, pos, neg = output(null_of(x_t)), output(cond), output(other)
+    null, pos, neg = (schedule.from_x0(mixture(x_t, t, labels), x_t, t, kind)
+                      for labels in (null_of(x_t), cond, other))  # fmt: skip
     d, e = pos - null, neg - null
     part = e - (e * d).sum(1, keepdim=True) / (d * d).sum(1, keepdim=True) * d
     x0 = perpendicular(mixture, 7.5, NULL, [other], [0.7])(x_t, t, cond)
     differ = d.norm(dim=1) > 1e-3  # where the classes agree to the last digits, their difference has no direction
     assert differ.sum() >= 6
-    close(
-        schedule.from_x0(x0, x_t, t, kind)[differ], (null + 7.5 * (d - 0.7 * part))[differ], rtol=1e-8, atol=1e-8
-    )
+    found, wanted = schedule.from_x0(x0, x_t, t, kind), null + 7.5 * (d - 0.7 * part)
+    close(found[differ], wanted[differ], rtol=1e-8, atol=1e-8)
 
 
 def test_weights_may_depend_on_the_view_and_repeat_with_the_batch(mixture, batch):
@@ -217,17 +165,13 @@ def test_weights_may_depend_on_the_view_and_repeat_with_the_batch(mixture, batch
     close(twice, torch.cat(expected).repeat(2, 1))
 
 
-def test_perpendicular_guidance_is_one_call(mixture, schedule, batch, exact_network):
+def test_perpendicular_guidance_is_one_call_with_a_weight_per_negative(mixture, schedule, batch, exact_network):
     denoiser = NetworkDenoiser(exact_network(mixture, "eps"), schedule)
     negatives = [{"class_labels": torch.tensor([k])} for k in (0, 1)]
     guide = perpendicular(denoiser, 7.5, NULL, negatives, [1.0, 2.0])
     guide(*batch)
     assert [len(x) for x, _, _ in denoiser.network.calls] == [4 * len(batch[0])]
     assert guide.schedule is schedule
-
-
-@pytest.mark.parametrize("weights", [[1.0], torch.ones(3, 1), torch.ones(1, 2, 2), 1.0])
-def test_a_negative_without_a_weight_raises(mixture, weights):
-    negatives = [{"class_labels": torch.tensor([k])} for k in (0, 1)]
-    with pytest.raises(ValueError, match=r"weights must be \(2,\) or \(b, 2\), one per negative; got"):
-        perpendicular(mixture, 3.0, NULL, negatives, weights)
+    for weights in ([1.0], torch.ones(3, 1), torch.ones(1, 2, 2), 1.0):
+        with refused(r"weights must be \(2,\) or \(b, 2\), one per negative; got"):
+            perpendicular(mixture, 3.0, NULL, negatives, weights)

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,27 +34,18 @@ PLAIN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, "--compile"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "--dynamo_backend no"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "Pass --precision bf16"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "float32 or bf16 only"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "float32 or bf16 only"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "Pass --accumulate 4"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "--multi_gpu"),
-        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "--multi_gpu"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "--multi_gpu"),
-        ({"ACCELERATE_DOWNCAST_BF16": "true"}, "Unset it"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "Unset it"),
-        ({"ACCELERATE_OF_A_LATER_VERSION": "yes"}, "Unset it"),
-    ],
-)
-def test_settings_that_would_change_the_run_are_refused(settings, message):
-    (name,) = settings
-    with pytest.raises(ValueError, match=f"(?s){name}.*{message}"):
-        check_launcher("no", 1, {**PLAIN, **settings})
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("DYNAMO_BACKEND", "EAGER", "--compile"), ("DYNAMO_BACKEND", "inductor", "--dynamo_backend no"),
+    ("MIXED_PRECISION", "bf16", "Pass --precision bf16"), ("MIXED_PRECISION", "fp16", "float32 or bf16 only"),
+    ("MIXED_PRECISION", "fp8", "float32 or bf16 only"),
+    ("GRADIENT_ACCUMULATION_STEPS", "4", "Pass --accumulate 4"),
+    ("USE_FSDP", "true", "--multi_gpu"), ("USE_DEEPSPEED", "1", "--multi_gpu"),
+    ("USE_MEGATRON_LM", "True", "--multi_gpu"), ("DOWNCAST_BF16", "true", "Unset it"),
+    ("USE_PARALLELISM_CONFIG", "true", "Unset it"), ("OF_A_LATER_VERSION", "yes", "Unset it"),
+])  # fmt: skip
+def test_settings_that_would_change_the_run_are_refused(name, value, message):
+    with refused(f"(?s)ACCELERATE_{name}.*{message}"):
+        check_launcher("no", 1, {**PLAIN, f"ACCELERATE_{name}": value})
 
 
 @pytest.mark.parametrize(
@@ -73,9 +62,8 @@ def test_settings_that_agree_are_honoured(settings, precision, accumulate):
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stopped:
-        command.run(check_run, RunOptions, "")
+        command.run(check_run, RunOptions, arguments=["--out", str(tmp_path / "run")])
     assert stopped.value.code == 2
     assert "ACCELERATE_DYNAMO_BACKEND" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -141,9 +129,7 @@ def test_ranks_that_differ_are_told_in_what(monkeypatch, other, said):
     if said is None:
         ranks.check_same_fields(OWN, "Fix", TwoRanks())
     else:
-        with pytest.raises(
-            ValueError, match=re.escape(f"the 2 ranks of a run must be alike; they differ in {said}")
-        ):
+        with refused(re.escape(f"the 2 ranks of a run must be alike; they differ in {said}")):
             ranks.check_same_fields(OWN, "Fix", TwoRanks())
 
 
@@ -157,50 +143,9 @@ def test_a_rank_may_find_its_files_elsewhere_but_not_run_another_code(monkeypatc
     assert "out" not in seen[0]
 
 
-WORKER = """
-import os, sys
-from pathlib import Path
-import fitting, starting
-from scorefield.training.identity import identity
-from distill.options import Config
-rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
-real = starting.code_hash
-for what in ("option", "code", "input", "same"):
-    starting.code_hash = (lambda: "another") if what == "code" and rank else real
-    config = Config(out=out, student_every=2 + rank if what == "option" else 2)
-    try:
-        accelerator = fitting.start(config)
-        assert accelerator.num_processes == 2
-        own = identity(config, accelerator, {"data": str(rank if what == "input" else 0)})
-        fitting.resume(config, [], accelerator, own)
-        accelerator.wait_for_everyone()  # the first rank writes
-        print(f"rank {rank} {what}: {out.exists()}", flush=True)
-    except ValueError as error:
-        print(f"rank {rank} {what}: {out.exists()} {error}", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_real_ranks_are_told_before_anything_is_written(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "train_scripts"))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += [str(tmp_path / "worker.py"), str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
-    for rank in (0, 1):
-        for start in ("option: False", "code: False", "input: False", "same: True"):
-            assert f"rank {rank} {start}" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("differ in student_every: 2, 3") == 2
-    assert done.stdout.count('differ in data: "0", "1"') == 2
-
-
-def test_the_code_has_one_hash():
+def test_the_code_has_one_hash_of_all_packages():
     assert code_hash() == code_hash()
     assert len(code_hash()) == 16
-
-
-def test_the_hash_is_of_all_packages():
     assert all(map(find_spec, starting.PACKAGES))
     assert set(starting.PACKAGES) == {path.parent.name for path in ROOT.glob("*/py.typed")}
 
@@ -210,11 +155,11 @@ def test_results_without_checkpoints_belong_to_the_run_that_made_them(tmp_path):
     own = {"width": 64, "sizes": (1, 2), "data": "a"}
     check_earlier(tmp_path, ("teacher",), own)
     (tmp_path / "teacher").mkdir()
-    with pytest.raises(ValueError, match="holds teacher of another run"):
+    with refused("holds teacher of another run"):
         check_earlier(tmp_path, ("teacher",), own)
     note_identity(tmp_path, own)
     check_earlier(tmp_path, ("teacher",), own)
-    with pytest.raises(ValueError, match="choose another --out"):
+    with refused("choose another --out"):
         check_earlier(tmp_path, ("teacher",), {**own, "width": 32})
     (tmp_path / "checkpoints" / "step-000000003").mkdir(parents=True)
     check_earlier(tmp_path, ("teacher",), {**own, "width": 32})  # the checkpoint says more

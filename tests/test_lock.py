@@ -34,41 +34,37 @@ sys.stdin.read()
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds ``tmp_path / "run"``."""
-    words = [
-        sys.executable,
-        "-c",
-        HOLDER,
-        str(ROOT / "scorefield" / "training" / "lock.py"),
-        str(tmp_path / "run"),
-    ]
+    lock = ROOT / "scorefield" / "training" / "lock.py"
+    words = [sys.executable, "-c", HOLDER, str(lock), str(tmp_path / "run")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         yield process
         process.kill()
 
 
+def start(out, main, *words):
+    command.run(main, RunOptions, arguments=["--out", str(out), *words])
+
+
+def refuse(config):
+    assert (config.out / NAME).exists()
+    raise ValueError("refused")
+
+
 def test_a_second_run_is_told_who_holds_the_folder_and_writes_nothing(holder, tmp_path, monkeypatch, capsys):
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run")])
-
-    def main(config):
-        raise AssertionError("it must not begin")
-
+    before, done = sorted(path.name for path in (tmp_path / "run").iterdir()), []
     with pytest.raises(SystemExit) as stopped:
-        command.run(main, RunOptions, "")
+        start(tmp_path / "run", done.append)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2
+    assert (stopped.value.code, done) == (2, [])
     assert f"process {holder.pid} on {socket.gethostname()!r}" in said
     assert "choose another --out" in said
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before == [NAME]
-
-
-def test_a_dry_run_and_another_folder_are_free(holder, tmp_path, monkeypatch):
-    done = []
-    for words in (["--out", str(tmp_path / "run"), "--dry-run"], ["--out", str(tmp_path / "other")]):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        command.run(lambda config: done.append(config.out.name), RunOptions, "")
-    assert done == ["run", "other"]
+    start(tmp_path / "run", done.append, "--dry-run")  # which is free, as is another folder
+    start(tmp_path / "other", done.append)
+    monkeypatch.setenv("RANK", "1")  # only the first rank locks
+    start(tmp_path / "run", done.append)
+    assert [config.out.name for config in done] == ["run", "other", "run"]
 
 
 def test_a_killed_holder_leaves_no_lock(holder, tmp_path):
@@ -85,21 +81,12 @@ def test_a_killed_holder_leaves_no_lock(holder, tmp_path):
     assert not (tmp_path / "run" / NAME).exists()
 
 
-def test_nothing_is_left_of_a_run_that_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "new" / "run")])
-
-    def main(config):
-        assert (config.out / NAME).exists()
-        raise ValueError("refused")
-
+def test_nothing_is_left_of_a_run_that_is_refused_and_what_was_written_stays(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.run(main, RunOptions, "")
+        start(tmp_path / "new" / "run", refuse)
     assert stopped.value.code == 2
     assert "refused" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_what_was_written_stays(tmp_path):
     lock = FolderLock(tmp_path / "new" / "run")
     lock.acquire()
     (tmp_path / "new" / "run" / "a.txt").write_text("a")
@@ -117,14 +104,6 @@ def test_the_lock_follows_a_link(tmp_path):
     first.release()
     second.acquire()
     second.release()
-
-
-def test_only_the_first_rank_locks(holder, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run")])
-    done = []
-    command.run(lambda config: done.append(config), RunOptions, "")
-    assert len(done) == 1
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -1,7 +1,11 @@
+"""Distances between sets of images: closed forms, scipy's matrix root, double loops, bias."""
+
 import math
 
 import pytest
 import torch
+from denoisers import normal
+from refusals import refused
 from scipy.linalg import sqrtm
 from torch import nn
 
@@ -17,10 +21,6 @@ from scorefield.metrics import (
 from scorefield.schedule import Karras
 
 close = torch.testing.assert_close
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def with_moments(mean, covariance, n, seed):
@@ -61,16 +61,12 @@ def test_frechet_distance_is_that_of_scipys_matrix_root(n, d):
     assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-6)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero():
-    a = normal(200, 16) @ random_covariance(16, 1)
-    assert abs(frechet_distance(a, a)) < 1e-6
-    assert abs(frechet_distance(a, a[torch.randperm(200, generator=torch.Generator().manual_seed(0))])) < 1e-6
-
-
-def test_frechet_distance_is_computed_in_float64():
+def test_frechet_distance_of_a_set_to_itself_is_zero_and_computed_in_float64():
     """Features far from the origin lose their covariance in float32."""
-    a, b = normal(500, 4), 2 * normal(500, 4, seed=1)
-    a, b = ((1000 * x).round() / 1024 + 1024 for x in (a, b))
+    a = normal(200, 16) @ random_covariance(16, 1)
+    for order in (torch.arange(200), torch.randperm(200, generator=torch.Generator().manual_seed(0))):
+        assert abs(frechet_distance(a, a[order])) < 1e-6
+    a, b = ((1000 * x).round() / 1024 + 1024 for x in (normal(500, 4), 2 * normal(500, 4, seed=1)))
     assert frechet_distance(a.float(), b.float()) == pytest.approx(frechet_distance(a, b), rel=1e-6)
 
 
@@ -87,19 +83,15 @@ def test_kernel_distance_is_the_double_loop():
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
-def test_kernel_distance_is_unbiased_for_few_samples():
-    values = torch.tensor(
-        [kernel_distance(normal(20, 4, seed=2 * i), normal(30, 4, seed=2 * i + 1)) for i in range(400)]
-    )
+def test_kernel_distance_is_unbiased_for_few_samples_and_grows_with_a_shift():
+    pairs = [(normal(20, 4, seed=2 * i), normal(30, 4, seed=2 * i + 1)) for i in range(400)]
+    values = torch.tensor([kernel_distance(a, b) for a, b in pairs])
     error = values.std().item() / math.sqrt(len(values))
     assert abs(values.mean().item()) < 4 * error
     assert values.min() < 0
     # Negative control: with the diagonal (the biased estimate) the mean would be far above zero.
     diagonal = (normal(1000, 4).square().sum(1) / 4 + 1).pow(3).mean().item() - 1
     assert diagonal / 20 > 10 * error
-
-
-def test_kernel_distance_grows_with_a_shift():
     values = [kernel_distance(normal(200, 4), normal(200, 4, seed=1) + shift) for shift in (0.0, 0.5, 1.0)]
     assert values[0] < values[1] < values[2]
 
@@ -109,13 +101,10 @@ def wasserstein(a, b, num_projections=100, seed=0):
     return sliced_wasserstein(a, b, generator=generator, num_projections=num_projections)
 
 
-def test_sliced_wasserstein_of_a_shift_on_a_line_is_the_shift():
+def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
+    """|shift| on a line; E|<shift, direction>| is 2 / pi |shift| in the plane and |shift| / 2 in space."""
     a = normal(100, 1)
     assert wasserstein(a, a + 0.7) == pytest.approx(0.7, abs=1e-12)
-
-
-def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
-    """E|<shift, direction>| is 2 / pi |shift| in the plane and |shift| / 2 in space."""
     for d, factor in ((2, 2 / math.pi), (3, 0.5)):
         a, shift = normal(50, d), normal(d, seed=3)
         expected = factor * shift.norm().item()
@@ -130,51 +119,33 @@ def test_sliced_wasserstein_compares_sets_not_rows():
     assert wasserstein(a, 2 * a) != wasserstein(a, 2 * a, seed=1)
 
 
-@pytest.fixture
-def mixture():
+def test_mode_shares_are_the_weights_of_the_modes_present(generator):
     means = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
-    return GaussianMixture(means, torch.full((3,), 0.3), torch.tensor([0.5, 0.3, 0.2]), Karras())
-
-
-def test_mode_shares_are_the_weights_of_the_modes_present(mixture, generator):
+    mixture = GaussianMixture(means, torch.full((3,), 0.3), torch.tensor([0.5, 0.3, 0.2]), Karras())
     shares = mode_shares(mixture.sample(20_000, generator), mixture)
     close(shares.double(), mixture.weights.double(), rtol=0, atol=0.015)
-    collapsed = mode_shares(mixture.means[[0, 0, 0, 1]], mixture)
-    assert collapsed.tolist() == [0.75, 0.25, 0.0]
+    assert mode_shares(mixture.means[[0, 0, 0, 1]], mixture).tolist() == [0.75, 0.25, 0.0]
 
 
-def test_agreement_is_the_share_of_right_answers():
+def test_agreement_is_the_share_of_right_answers_and_features_do_not_depend_on_the_batch():
     logits = torch.tensor([[3.0, 1.0], [0.0, 1.0], [2.0, 1.0], [5.0, 1.0]])
     assert agreement(logits, torch.tensor([0, 1, 1, 0])) == 0.75
-
-
-def test_features_do_not_depend_on_the_batch():
     network, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double(), normal(10, 3, 2, 2)
     features = extract_features(network, images, batch=3)
     close(features, network(images).detach())
     assert not features.requires_grad
-
-
-def test_unfinite_images_are_not_measured():
-    images = normal(10, 3, 2, 2)
     images[2, 0], images[5, 1, 0, 0] = math.nan, math.inf
-    with pytest.raises(ValueError, match="images must be finite to be measured; 2 of 10 hold nan or inf"):
+    with refused("images must be finite to be measured; 2 of 10 hold nan or inf"):
         extract_features(nn.Flatten(), images)
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-@pytest.mark.parametrize(
-    ("a", "b"), [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5,), (5,)), ((5, 3, 2), (5, 3, 2))]
-)
+@pytest.mark.parametrize(("a", "b"), [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5,), (5,)),
+                                      ((5, 3, 2), (5, 3, 2))])  # fmt: skip
 def test_features_of_other_shapes_raise(distance, a, b):
-    with pytest.raises(
-        ValueError, match=r"features must be \(n, d\) and \(m, d\) with n, m >= 2; got \(\d"
-    ) as error:
+    with refused(r"features must be \(n, d\) and \(m, d\) with n, m >= 2; got \(\d") as error:
         distance(torch.zeros(a), torch.zeros(b))
     assert str(a) in str(error.value)
     assert str(b) in str(error.value)
-
-
-def test_sliced_wasserstein_of_unequal_sets_raises():
-    with pytest.raises(ValueError, match=r"two sets of one shape; got \(5, 3\), \(6, 3\)"):
+    with refused(r"two sets of one shape; got \(5, 3\), \(6, 3\)"):
         wasserstein(torch.zeros(5, 3), torch.zeros(6, 3))

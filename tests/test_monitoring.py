@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folders import assert_same, tensors
+from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import distill.options as distill_options
@@ -63,9 +65,6 @@ def test_alarms_name_what_is_wrong_and_nothing_else():
     (noisy,) = alarms(Look(0.0, 0.9), Look(0.0, 0.5))
     assert "spread" in noisy
     assert len(alarms(Look(0.9, 0.0), Look(0.0, 0.5))) == 2
-
-
-def test_a_nan_raises_the_alarm():
     assert len(alarms(look(torch.full((2, 1, 2, 2), torch.nan)), Look(0.0, 0.5))) == 2
 
 
@@ -74,12 +73,6 @@ def watched(tmp_path_factory, teacher, features):
     out = tmp_path_factory.mktemp("watched")
     student = distil(out, teacher, eval_every=2, features=features)
     return out, student
-
-
-def test_figures_are_logged_at_their_steps(watched):
-    values = scalars(watched[0])
-    for name in ("brightness", "spread", "frechet_distance", "kid"):
-        assert list(values[f"eval/{name}"]) == [2, 4, 6]
 
 
 def test_the_last_figures_are_those_of_the_saved_student(watched, features):
@@ -93,6 +86,8 @@ def test_the_last_figures_are_those_of_the_saved_student(watched, features):
     network = monitoring.load_features(features, data).features
     made, wanted = network(images.clamp(-1, 1)), network(real)
     values = scalars(out)
+    for name in ("brightness", "spread", "frechet_distance", "kid"):
+        assert list(values[f"eval/{name}"]) == [2, 4, 6]
     assert values["eval/frechet_distance"][6] == pytest.approx(frechet_distance(made, wanted), rel=1e-5)
     assert values["eval/kid"][6] == pytest.approx(kernel_distance(made, wanted), rel=1e-4)
     assert values["eval/brightness"][6] == pytest.approx(float(images.clamp(-1, 1).mean()), rel=1e-5)
@@ -110,11 +105,11 @@ def test_a_worse_one_does_not_replace_it(tmp_path):
     best = tmp_path / "best"
     assert is_best(best, {"frechet_distance": 2.0}), "there is none yet"
     best.mkdir()
-    best.with_suffix(".json").write_text('{"frechet_distance": 1.0}')
-    assert not is_best(best, {"frechet_distance": 2.0})
-    assert is_best(best, {"frechet_distance": 0.5})
-    best.with_suffix(".json").write_text('{"frechet_dis')
-    assert is_best(best, {"frechet_distance": 2.0}), "cut off by a kill"
+    note = best.with_suffix(".json")
+    whole, torn = '{"frechet_distance": 1.0}', '{"frechet_dis'  # cut off by a kill
+    for text, distance, better in ((whole, 2.0, False), (whole, 0.5, True), (torn, 2.0, True)):
+        note.write_text(text)
+        assert is_best(best, {"frechet_distance": distance}) is better
 
 
 class Killed(BaseException):
@@ -142,10 +137,9 @@ def test_the_best_of_a_run_killed_in_an_evaluation_is_that_of_an_undisturbed_one
                 train_teacher.main(run)
             assert (run.out / "checkpoints" / "step-000000003").is_dir()
         train_teacher.main(run)
-        state = load_teacher(str(run.out / "best")).denoiser.network.state_dict()
-        found[name] = (json.loads((run.out / "best.json").read_text()), state)
+        found[name] = (json.loads((run.out / "best.json").read_text()), tensors(run.out / "best"))
     assert found["whole"][0] == found["cut"][0] == {"step": 3, "frechet_distance": 1.0, "kid": 0.0}
-    assert all(torch.equal(x, found["cut"][1][name]) for name, x in found["whole"][1].items())
+    assert_same(found["whole"][1], found["cut"][1])
 
 
 def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, features):
@@ -157,9 +151,7 @@ def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, feature
 
 
 def test_watching_does_not_change_the_run(tmp_path, teacher, watched):
-    plain = load_teacher(str(distil(tmp_path, teacher))).denoiser.network.state_dict()
-    seen = load_teacher(str(watched[1])).denoiser.network.state_dict()
-    assert all(torch.equal(plain[name], seen[name]) for name in plain)
+    assert_same(tensors(distil(tmp_path, teacher)), tensors(watched[1]))
 
 
 def test_alarms_are_printed_with_their_step(tmp_path, teacher, capsys, monkeypatch):
@@ -175,20 +167,16 @@ def test_a_teacher_is_watched_beside_its_data(tmp_path, features):
     assert not load_teacher(str(tmp_path / "best")).times
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"eval_every": -1}, "--eval-every"),
-        ({"eval_every": 2, "eval_images": 1}, "--eval-images"),
-        ({"features": "mine"}, "--eval-every 0"),
-        ({"eval_every": 2, "features": "missing"}, "holds no classifier"),
-        ({"eval_every": 2, "features": "large"}, "Train features on the same"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"eval_every": -1}, "--eval-every"), ({"eval_every": 2, "eval_images": 1}, "--eval-images"),
+    ({"features": "features"}, "--eval-every 0"), ({"eval_every": 2, "features": "none"}, "holds no classifier"),
+    ({"eval_every": 2, "features": "large"}, "Train features on the same"),
+])  # fmt: skip
 def test_options_that_cannot_work_are_refused(tmp_path, features, changes, said):
-    folders = {"mine": features, "missing": tmp_path / "missing", "large": tmp_path / "large"}
-    save_classifier(Classifier(Facts(3, 16, 10)), folders["large"])
+    save_classifier(Classifier(Facts(3, 16, 10)), tmp_path / "large")
     if "features" in changes:
-        changes = {**changes, "features": folders[changes["features"]]}
-    with pytest.raises(ValueError, match=said):
+        changes = {**changes, "features": features if changes["features"] == "features" else tmp_path / "large"}
+    if said == "holds no classifier":
+        changes["features"] = tmp_path / "none"
+    with refused(said):
         check_evaluation(EvalOptions(**changes), load_images(DataOptions()))

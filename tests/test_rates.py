@@ -1,3 +1,5 @@
+"""The learning rate of a range test, on a linear problem whose best rate is known."""
+
 import math
 
 import pytest
@@ -15,14 +17,6 @@ def problem(scale):
     x = torch.randn(64, 8, generator=generator)
     target = x @ (2 * scale * torch.randn(8, 8, generator=generator))
     return network, lambda: ((network(x) - target) / scale).square().mean()
-
-
-def test_the_network_is_put_back():
-    network, loss = problem(0.1)
-    before = [parameter.detach().clone() for parameter in network.parameters()]
-    range_test(network, loss)
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_the_rate_follows_the_size_of_the_weights():
@@ -66,9 +60,12 @@ def test_a_loss_that_does_not_fall_is_refused(losses):
         best_rate([1e-4, 1e-3, 1e-2][: len(losses)], losses)
 
 
-def test_a_loss_that_explodes_ends_the_test_early():
+def test_a_loss_that_explodes_ends_the_test_early_and_the_network_is_put_back():
     network, loss = problem(0.1)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
     test = range_test(network, loss, high=100.0, steps=80)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)), "it is put back"
+    assert all(parameter.grad is None for parameter in network.parameters())
     assert len(test.losses) < 80
     assert test.losses[-1] > 4 * test.losses[0]
 

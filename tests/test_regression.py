@@ -1,8 +1,12 @@
+"""Teacher pairs and the distances to them: what pairs depend on, each distance's formula, LPIPS."""
+
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from denoisers import random_denoiser
+from refusals import refused
 from safetensors.torch import save_file
 
 from distill import regression
@@ -17,9 +21,7 @@ from distill.regression import (
     teacher_batch,
 )
 from distill.student import Student
-from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.networks import ResidualMLP
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, heun, sample
 from scorefield.schedule import Karras, RectifiedFlow
@@ -42,46 +44,34 @@ def assert_bitwise(left, right):
 
 
 @pytest.mark.parametrize("step", [None, heun()])
-def test_pairs_are_what_the_teacher_samples_from_their_noise(recipe, step):
+def test_pairs_are_what_the_teacher_samples_from_standard_normal_noise(recipe, step):
     pairs = make_pairs(**recipe, step=step)
     teacher, times = recipe["teacher"], recipe["times"]
     std = 80.0 if isinstance(teacher.schedule, Karras) else 1.0
-    expected = sample(teacher, std * pairs.noise, LABELS, times=times, step=step)
-    close(pairs.x0, expected)
+    close(pairs.x0, sample(teacher, std * pairs.noise, LABELS, times=times, step=step))
     assert torch.equal(pairs.cond["class_labels"], LABELS["class_labels"])
-    assert pairs.noise.shape == (11, 2)
-    assert pairs.noise.unique().numel() == 22
+    assert (pairs.noise.shape, pairs.noise.unique().numel()) == ((11, 2), 22)
     assert not pairs.x0.requires_grad
-
-
-def test_the_noise_is_standard_normal(recipe):
     cond = {"class_labels": torch.zeros(2000, dtype=torch.long)}
-    noise = make_pairs(**{**recipe, "cond": cond, "times": recipe["times"][:1]}).noise
+    noise = make_pairs(**{**recipe, "cond": cond, "times": times[:1]}).noise
     close(noise.mean(), torch.tensor(0.0), rtol=0, atol=0.05)
     close(noise.std(), torch.tensor(1.0), rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_shards_interleave_to_the_whole_set(recipe, num_ranks):
-    whole = make_pairs(**recipe)
-    shards = [make_pairs(**recipe, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
-    order = torch.cat([torch.arange(rank, 11, num_ranks) for rank in range(num_ranks)]).argsort()
-    joined = Pairs(
-        torch.cat([shard.noise for shard in shards])[order],
-        torch.cat([shard.x0 for shard in shards])[order],
-        {"class_labels": torch.cat([shard.cond["class_labels"] for shard in shards])[order]},
-    )
-    assert_bitwise(joined, whole)
-
-
-@pytest.mark.parametrize("batch", [1, 3, 11])
-def test_an_item_does_not_depend_on_the_batch_it_was_made_in(recipe, batch):
-    assert_bitwise(make_pairs(**recipe, batch=batch), make_pairs(**recipe))
+def joined(shards, order=slice(None)):
+    fields = [torch.cat([getattr(shard, name) for shard in shards])[order] for name in ("noise", "x0")]
+    return Pairs(*fields, {"class_labels": torch.cat([shard.cond["class_labels"] for shard in shards])[order]})
 
 
 def test_an_item_depends_on_the_seed_and_its_number_alone(recipe):
-    whole = make_pairs(**recipe, seed=1)
-    shorter = make_pairs(**{**recipe, "cond": {"class_labels": LABELS["class_labels"][:5]}}, seed=1)
+    whole = make_pairs(**recipe)
+    for num_ranks in (2, 3, 4):
+        shards = [make_pairs(**recipe, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+        order = torch.cat([torch.arange(rank, 11, num_ranks) for rank in range(num_ranks)]).argsort()
+        assert_bitwise(joined(shards, order), whole)
+    for batch in (1, 3, 11):
+        assert_bitwise(make_pairs(**recipe, batch=batch), whole)
+    shorter = make_pairs(**{**recipe, "cond": {"class_labels": LABELS["class_labels"][:5]}})
     assert torch.equal(whole.noise[:5], shorter.noise)
     assert torch.equal(whole.x0[:5], shorter.x0)
     assert not bool((whole.noise == make_pairs(**recipe, seed=2).noise).any())
@@ -104,16 +94,14 @@ def test_an_unconditional_teacher_says_how_many(make_mixture, schedule):
     assert torch.equal(shards[1].x0, pairs.x0[1::2])
 
 
-@pytest.mark.parametrize(("num", "cond"), [(None, {}), (5, LABELS), (None, {**LABELS, "other": torch.ones(3)})])
-def test_sizes_that_disagree_are_refused(recipe, num, cond):
-    with pytest.raises(ValueError, match="must agree on the number of pairs"):
-        make_pairs(**{**recipe, "cond": cond}, num=num)
-
-
-@pytest.mark.parametrize(("rank", "num_ranks"), [(2, 2), (-1, 2), (0, 0)])
-def test_ranks_out_of_range_are_refused(recipe, rank, num_ranks):
-    with pytest.raises(ValueError, match=r"rank must lie in"):
-        make_pairs(**recipe, rank=rank, num_ranks=num_ranks)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"cond": {}}, "must agree on the number of pairs"), ({"num": 5}, "must agree on the number of pairs"),
+    ({"cond": {**LABELS, "other": torch.ones(3)}}, "must agree on the number of pairs"),
+    *(({"rank": rank, "num_ranks": number}, r"rank must lie in") for rank, number in ((2, 2), (-1, 2), (0, 0))),
+])  # fmt: skip
+def test_sizes_and_ranks_that_cannot_be_are_refused(recipe, changes, message):
+    with refused(message):
+        make_pairs(**{**recipe, **changes})
 
 
 def test_shards_survive_the_disk_and_join(recipe, tmp_path):
@@ -123,11 +111,11 @@ def test_shards_survive_the_disk_and_join(recipe, tmp_path):
         shard.save(path)
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["0.safetensors", "1.safetensors"]
     assert_bitwise(Pairs.load(paths[:1]), shards[0])
-    joined = Pairs.load(paths)
-    assert torch.equal(joined.noise, torch.cat([shard.noise for shard in shards]))
-    assert torch.equal(joined.x0, torch.cat([shard.x0 for shard in shards]))
-    labels = torch.cat([shard.cond["class_labels"] for shard in shards])
-    assert torch.equal(joined.cond["class_labels"], labels)
+    assert_bitwise(Pairs.load(paths), joined(shards))
+    Pairs(torch.ones(2, 2), torch.ones(2, 2), {}).save(paths[1])
+    for some in ([], paths):
+        with refused("need shards of one set"):
+            Pairs.load(some)
 
 
 def test_a_failure_while_saving_leaves_no_shard_under_its_name(recipe, tmp_path, monkeypatch):
@@ -146,55 +134,28 @@ def test_a_failure_while_saving_leaves_no_shard_under_its_name(recipe, tmp_path,
     assert len(list(tmp_path.glob("*.safetensors"))) - len(list(tmp_path.glob(".*"))) == 1
 
 
-def test_shards_of_different_sets_are_refused(tmp_path):
-    for name, cond in (("a", {}), ("b", {"class_labels": torch.ones(2)})):
-        Pairs(torch.ones(2, 2), torch.ones(2, 2), cond).save(tmp_path / f"{name}.safetensors")
-    for names in ((), ("a", "b")):
-        with pytest.raises(ValueError, match="need shards of one set"):
-            Pairs.load([tmp_path / f"{name}.safetensors" for name in names])
-
-
 @pytest.fixture
 def images(generator):
     return torch.randn(2, 4, 1, 3, 3, generator=generator, dtype=torch.float64).unbind()
 
 
-def test_squared_error_is_its_formula_per_sample(images):
+@pytest.mark.parametrize(("distance", "formula"), [
+    (squared_error, lambda x, y: ((x - y) ** 2).mean()), (absolute_error, lambda x, y: (x - y).abs().mean()),
+    *((pseudo_huber(c), lambda x, y, c=c: (((x - y) ** 2).mean() + c * c).sqrt() - c) for c in (0.03, 1.0)),
+], ids=["l2", "l1", "huber", "huber of 1"])  # fmt: skip
+def test_distances_are_their_formulas_per_sample(images, distance, formula):
     a, b = images[0].requires_grad_(), images[1]
-    distance = squared_error(a, b)
-    close(distance, torch.stack([((x - y) ** 2).mean() for x, y in zip(a, b, strict=True)]))
-    (gradient,) = torch.autograd.grad(distance.sum(), a)
-    close(gradient, 2 * (a - b) / 9)
+    found, expected = distance(a, b), torch.stack([formula(x, y) for x, y in zip(a, b, strict=True)])
+    close(found, expected)
+    close(*(torch.autograd.grad(value.sum(), a)[0] for value in (found, expected)))
 
 
-def test_absolute_error_is_its_formula_per_sample(images):
-    a, b = images[0].requires_grad_(), images[1]
-    distance = absolute_error(a, b)
-    close(distance, torch.stack([(x - y).abs().mean() for x, y in zip(a, b, strict=True)]))
-    (gradient,) = torch.autograd.grad(distance.sum(), a)
-    close(gradient, (a - b).sign() / 9)
-
-
-@pytest.mark.parametrize("c", [0.03, 1.0])
-def test_pseudo_huber_is_its_formula_per_sample(images, c):
-    a, b = images[0].requires_grad_(), images[1]
-    distance = pseudo_huber(c)(a, b)
-    mse = (a - b).square().mean((1, 2, 3))
-    close(distance, (mse + c * c).sqrt() - c)
-    (gradient,) = torch.autograd.grad(distance.sum(), a)
-    close(gradient, (a - b) / 9 / (mse + c * c).sqrt()[:, None, None, None])
-
-
-def test_pseudo_huber_is_quadratic_near_and_linear_far(images):
+def test_pseudo_huber_is_quadratic_near_linear_far_and_smooth_at_zero(images):
     a, b = images
     near, far = b + 1e-4 * (a - b), b + 1e4 * (a - b)
     close(pseudo_huber(0.5)(near, b), squared_error(near, b) / (2 * 0.5), rtol=1e-6, atol=0)
     close(pseudo_huber(0.5)(far, b), squared_error(far, b).sqrt() - 0.5, rtol=1e-6, atol=0)
-
-
-def test_pseudo_huber_of_equal_images_is_zero_with_zero_gradient(images):
-    a = images[0].requires_grad_()
-    distance = pseudo_huber()(a, a.detach())
+    distance = pseudo_huber()(a.requires_grad_(), a.detach())
     (gradient,) = torch.autograd.grad(distance.sum(), a)
     assert distance.abs().max() < 1e-15
     assert torch.equal(gradient, torch.zeros_like(a))
@@ -245,27 +206,21 @@ def test_lpips_without_weights_is_refused_before_anything_loads(tmp_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional.image.lpips", None)
     (tmp_path / "vgg16.pth").write_bytes(b"x")
     for name in ("missing.safetensors", "vgg16.pth", "."):
-        with pytest.raises(ValueError, match=r"needs torchvision's vgg16 weights as a \.safetensors file"):
+        with refused(r"needs torchvision's vgg16 weights as a \.safetensors file"):
             lpips(tmp_path / name)
 
 
-def test_lpips_is_zero_for_equal_images_and_positive_else(distance, pictures):
-    a, b = pictures
-    assert torch.equal(distance(a, a), torch.zeros(3))
-    assert distance(a, b).shape == (3,)
-    assert distance(a, b).min() > 0
-
-
-def test_lpips_equals_torchmetrics_with_the_same_weights(distance, pictures, vgg_features, monkeypatch):
+def test_lpips_is_torchmetrics_zero_for_equal_images_and_resizes_grey_ones(
+    distance, pictures, vgg_features, monkeypatch
+):
     import torchvision
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
 
     monkeypatch.setattr(torchvision.models, "vgg16", lambda weights: SimpleNamespace(features=vgg_features))
     a, b = pictures
+    assert torch.equal(distance(a, a), torch.zeros(3))
+    assert (distance(a, b).shape, bool(distance(a, b).min() > 0)) == ((3,), True)
     close(distance(a, b).mean(), reference(a, b, net_type="vgg"))
-
-
-def test_lpips_resizes_and_takes_grey_images(distance, pictures):
     small, other = (x[:, :1, :8, :8] for x in pictures)
     large = [torch.nn.functional.interpolate(x, (32, 32), mode="bilinear") for x in (small, other)]
     close(distance(small, other), distance(*(x.repeat(1, 3, 1, 1) for x in large)))
@@ -282,21 +237,16 @@ def test_lpips_has_a_gradient_that_lowers_it(distance, pictures):
 
 def test_lpips_refuses_weights_of_another_network(tmp_path, vgg_features, light_vgg):
     state = {f"features.{name}": value for name, value in vgg_features.state_dict().items()}
-    for change in ({"features.0.weight": torch.zeros(1)}, None):
-        wrong = {**state, **change} if change else {k: v for k, v in state.items() if k != "features.0.weight"}
+    for wrong in ({**state, "features.0.weight": torch.zeros(1)},
+                  {k: v for k, v in state.items() if k != "features.0.weight"}):  # fmt: skip
         save_file(wrong, str(tmp_path / "wrong.safetensors"))
-        with pytest.raises(ValueError, match=r"is not torchvision's vgg16: features\.0\.weight missing"):
+        with refused(r"is not torchvision's vgg16: features\.0\.weight missing"):
             lpips(tmp_path / "wrong.safetensors")
 
 
 @pytest.fixture
 def student():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResidualMLP((2,), num_classes=2, width=16, depth=2, embedding=8)
-        for parameter in network.parameters():
-            parameter.data.normal_(0, 0.3)
-    return Student(NetworkDenoiser(network, RectifiedFlow(), "flow"), (1.0,))
+    return Student(random_denoiser(RectifiedFlow()), (1.0,))
 
 
 @pytest.fixture
@@ -331,9 +281,9 @@ def test_an_epoch_of_the_loss_visits_every_pair(student, pairs):
 
 def test_a_few_step_student_needs_states_and_as_many_shares(student, pairs):
     few = Student(student.denoiser, (1.0, 0.5, 0.25))
-    with pytest.raises(ValueError, match=r"with states at its later times 0\.5, 0\.25; 0\.5, 0\.25 missing"):
+    with refused(r"with states at its later times 0\.5, 0\.25; 0\.5, 0\.25 missing"):
         Regression(pairs=pairs).loss(few, Rng(0, 0))
-    with pytest.raises(ValueError, match="needs 3 shares, one a step; got 2"):
+    with refused("needs 3 shares, one a step; got 2"):
         Regression(pairs=pairs, shares=(1, 1)).loss(few, Rng(0, 0))
 
 

@@ -1,13 +1,15 @@
+"""Students: steps, times on every schedule, gradients of the last step, folders."""
+
 import copy
 from itertools import pairwise
 
 import pytest
 import torch
+from denoisers import random_denoiser
+from refusals import refused
 from torch import nn
 
 from distill.student import Student, even_times, load_student, save_student, times_by_ratio
-from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser
-from scorefield.models.networks import ResidualMLP
 from scorefield.models.storage import read_facts, save_denoiser
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 
@@ -15,23 +17,8 @@ close = torch.testing.assert_close
 LABELS = {"class_labels": torch.arange(6) % 2}
 
 
-def make_network(schedule, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = ResidualMLP((2,), num_classes=2, width=16, depth=2, embedding=8)
-        for parameter in network.parameters():
-            parameter.data.normal_(0, 0.3)
-    return KarrasPreconditioning(network) if isinstance(schedule, Karras) else network
-
-
-def make_denoiser(schedule, kind=None, seed=0):
-    scale = 1e-3 if isinstance(schedule, VariancePreserving) else 1.0
-    usual = {Karras: "x0", RectifiedFlow: "flow", VariancePreserving: "eps"}[type(schedule)]
-    return NetworkDenoiser(make_network(schedule, seed), schedule, kind or usual, scale)
-
-
 def make_student(schedule, num_steps=1, kind=None):
-    return Student(make_denoiser(schedule, kind), even_times(schedule, num_steps))
+    return Student(random_denoiser(schedule, kind=kind), even_times(schedule, num_steps))
 
 
 @pytest.fixture
@@ -76,7 +63,7 @@ def test_sampling_equals_diffusers_lcm_scheduler_without_boundary_scaling(noise,
     from diffusers import LCMScheduler
 
     schedule = VariancePreserving.scaled_linear()
-    student = Student(make_denoiser(schedule, kind), (999.0, 759.0, 499.0, 259.0))
+    student = Student(random_denoiser(schedule, kind=kind), (999.0, 759.0, 499.0, 259.0))
     scheduler = LCMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type,
         clip_sample=False, timestep_scaling=1e6,
@@ -120,21 +107,16 @@ def test_stopping_early_gives_a_prefix_of_the_full_trajectory(schedule, noise):
     assert torch.equal(stopped, prefix.sample(noise, LABELS, generator=generators[1]))
 
 
-def test_even_times_give_the_figures_of_the_docstring():
-    ddpm = VariancePreserving.linear()
-    assert even_times(ddpm, 1) == (999.0,)
-    assert even_times(ddpm, 4) == (999.0, 749.0, 500.0, 250.0)
-    assert even_times(RectifiedFlow(), 4) == (1.0, 0.75, 0.5, 0.25)
-    assert even_times(Karras(), 1) == pytest.approx((80.0,))
-
-
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 50])
 def test_even_times_make_a_student_of_any_schedule(schedule, num_steps):
+    ddpm = VariancePreserving.linear()
+    assert (even_times(ddpm, 1), even_times(ddpm, 4)) == ((999.0,), (999.0, 749.0, 500.0, 250.0))
+    assert even_times(RectifiedFlow(), 4) == (1.0, 0.75, 0.5, 0.25)
     times = even_times(schedule, num_steps)
     assert len(times) == num_steps
     assert times[0] == pytest.approx(schedule.t_max)
     assert all(a > b > schedule.t_min for a, b in pairwise(times))
-    assert Student(make_denoiser(schedule), times).num_steps == num_steps
+    assert Student(random_denoiser(schedule), times).num_steps == num_steps
 
 
 RATIOS = {1: [3.5], 2: [3.5, 0.7], 4: [3.5, 3.5**0.75 * 0.14**0.25, 0.7, 3.5**0.25 * 0.14**0.75]}
@@ -151,22 +133,21 @@ def test_times_by_ratio_are_the_same_noise_on_every_schedule(schedule, num_steps
         close(times, (log_ratios[None] - wanted.log()[:, None]).abs().argmin(1).double())
     else:
         close(times, wanted if isinstance(schedule, Karras) else wanted / (1 + wanted))
-    assert Student(make_denoiser(schedule), tuple(times.tolist())).num_steps == num_steps
+    assert Student(random_denoiser(schedule), tuple(times.tolist())).num_steps == num_steps
 
 
-def test_times_by_ratio_keep_an_eps_student_off_pure_noise():
+def test_times_by_ratio_keep_an_eps_student_off_pure_noise_and_begin_at_t_max_of_a_short_schedule():
     ddpm = VariancePreserving.linear()
     assert 1 / ddpm.alpha(torch.tensor(ddpm.t_max)) > 150
     assert 1 / ddpm.alpha(torch.tensor(times_by_ratio(ddpm, 1)[0])) < 3.65
     assert times_by_ratio(ddpm, 1) == (503.0,)
-    terminal = VariancePreserving(torch.linspace(0.99, 0.0, 100, dtype=torch.float64))
+    terminal, gentle = (
+        VariancePreserving(torch.linspace(0.99, end, n, dtype=torch.float64)) for end, n in ((0.0, 100), (0.2, 50))
+    )
     assert terminal.ratio(torch.tensor(times_by_ratio(terminal, 1)[0])) == pytest.approx(3.5, abs=0.3)
-
-
-def test_times_by_ratio_begin_at_t_max_where_the_schedule_ends_below():
-    gentle = VariancePreserving(torch.linspace(0.99, 0.2, 50, dtype=torch.float64))  # sigma / alpha up to 2
-    assert times_by_ratio(gentle, 2)[0] == 49.0
-    close(gentle.ratio(torch.tensor(times_by_ratio(gentle, 2)[1])).item(), (2 * 0.14) ** 0.5, rtol=0.02, atol=0)
+    first, second = times_by_ratio(gentle, 2)  # sigma / alpha up to 2
+    assert first == 49.0
+    close(gentle.ratio(torch.tensor(second)).item(), (2 * 0.14) ** 0.5, rtol=0.02, atol=0)
     assert times_by_ratio(Karras(), 1, highest=1000.0) == pytest.approx((80.0,))
 
 
@@ -175,7 +156,7 @@ def test_times_by_ratio_begin_at_t_max_where_the_schedule_ends_below():
 )
 def test_the_first_input_has_the_spread_that_the_docstring_says(schedules, noise, name, wanted, std):
     schedule, seen = schedules[name], []
-    student = Student(make_denoiser(schedule), times_by_ratio(schedule, 1))
+    student = Student(random_denoiser(schedule), times_by_ratio(schedule, 1))
     t = torch.tensor(times_by_ratio(schedule, 1)[0], dtype=torch.float64)
     close((schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).sqrt().item(), wanted, rtol=1e-5, atol=0)
     raw = student.denoiser.network
@@ -184,48 +165,34 @@ def test_the_first_input_has_the_spread_that_the_docstring_says(schedules, noise
     close(seen[0], std * noise)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_steps": 0}, "num_steps >= 1 .* got num_steps=0"),
-        ({"num_steps": 1, "lowest": 0.0}, "lowest=0.0"),
-        ({"num_steps": 1, "highest": 0.1}, "highest=0.1"),
-        ({"num_steps": 1, "highest": float("inf")}, "highest=inf"),
-        ({"num_steps": 999}, "has fewer than 999 distinct times"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"num_steps": 0}, "num_steps >= 1 .* got num_steps=0"), ({"num_steps": 1, "lowest": 0.0}, "lowest=0.0"),
+    ({"num_steps": 1, "highest": 0.1}, "highest=0.1"), ({"num_steps": 1, "highest": float("inf")}, "highest=inf"),
+    ({"num_steps": 999}, "has fewer than 999 distinct times"),
+])  # fmt: skip
 def test_times_by_ratio_that_do_not_exist_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         times_by_ratio(VariancePreserving.scaled_linear(), **settings)
 
 
-@pytest.mark.parametrize("times", [(), (0.5, 0.5), (0.25, 0.5), (1.0, 0.5, 0.7)])
-def test_times_that_do_not_fall_are_refused(times):
-    with pytest.raises(ValueError, match="times must fall strictly, one per step"):
-        Student(make_denoiser(RectifiedFlow()), times)
+FALL, INSIDE = "times must fall strictly, one per step", r"times must lie in \["
 
 
-@pytest.mark.parametrize(
-    ("name", "times"), [("karras", (81.0,)), ("karras", (80.0, 0.001)), ("flow", (999.0,)), ("vp", (1000.0,)),
-                        ("vp", (999.0, -1.0)), ("flow", (float("nan"),))]
-)  # fmt: skip
-def test_times_outside_the_schedule_are_refused(schedules, name, times):
-    with pytest.raises(ValueError, match=r"times must lie in \["):
-        Student(make_denoiser(schedules[name]), times)
-
-
-@pytest.mark.parametrize("steps", [0, 3, -1])
-def test_numbers_of_steps_it_does_not_take_are_refused(noise, steps):
-    student = make_student(RectifiedFlow(), 2)
-    with pytest.raises(ValueError, match=rf"steps must lie in \[1, 2\]; got {steps}"):
-        student.simulate(noise, LABELS, steps=steps)
+@pytest.mark.parametrize(("name", "times", "message"), [
+    *(("flow", times, FALL) for times in ((), (0.5, 0.5), (0.25, 0.5), (1.0, 0.5, 0.7))),
+    ("karras", (81.0,), INSIDE), ("karras", (80.0, 0.001), INSIDE), ("flow", (999.0,), INSIDE),
+    ("vp", (1000.0,), INSIDE), ("vp", (999.0, -1.0), INSIDE), ("flow", (float("nan"),), INSIDE),
+])  # fmt: skip
+def test_times_that_do_not_fall_or_lie_outside_the_schedule_are_refused(schedules, name, times, message):
+    with refused(message):
+        Student(random_denoiser(schedules[name]), times)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_a_student_comes_back_with_its_times_schedule_and_kind(tmp_path, schedule, noise, num_steps):
     student = make_student(schedule, num_steps)
     assert save_student(student, tmp_path / "student", {"width": 16}) == tmp_path / "student"
-    restored = load_student(tmp_path / "student", make_network(schedule, seed=1))
+    restored = load_student(tmp_path / "student", random_denoiser(schedule, seed=1).network)
     assert restored.times == student.times
     assert restored.denoiser.kind == student.denoiser.kind
     assert type(restored.denoiser.schedule) is type(schedule)
@@ -236,19 +203,19 @@ def test_a_student_comes_back_with_its_times_schedule_and_kind(tmp_path, schedul
     assert read_facts(tmp_path / "student")["width"] == 16
 
 
-def test_a_teachers_folder_is_not_a_students(tmp_path):
-    teacher = make_denoiser(RectifiedFlow())
-    save_denoiser(teacher, tmp_path / "teacher")
-    with pytest.raises(ValueError, match="holds a denoiser but no 'conditioning_times': a teacher, not a student"):
-        load_student(tmp_path / "teacher", make_network(RectifiedFlow()))
-
-
-def test_saved_times_outside_the_schedule_are_refused(tmp_path):
-    save_student(make_student(RectifiedFlow()), tmp_path / "student")
+def test_folders_of_teachers_and_of_times_outside_the_schedule_are_refused(tmp_path):
+    student = make_student(RectifiedFlow())
+    save_denoiser(student.denoiser, tmp_path / "teacher")
+    save_student(student, tmp_path / "student")
     path = tmp_path / "student" / "denoiser.json"
     path.write_text(path.read_text().replace("[\n      1.0\n    ]", "[999.0]"))
-    with pytest.raises(ValueError, match="times must lie in"):
-        load_student(tmp_path / "student", make_network(RectifiedFlow()))
+    for name, message in (("teacher", "holds a denoiser but no 'conditioning_times': a teacher, not a student"),
+                          ("student", "times must lie in")):  # fmt: skip
+        with refused(message):
+            load_student(tmp_path / name, student.denoiser.network)
+    for steps in (0, 3, -1):
+        with refused(rf"steps must lie in \[1, 2\]; got {steps}"):
+            make_student(RectifiedFlow(), 2).simulate(torch.zeros(6, 2), LABELS, steps=steps)
 
 
 def test_a_copy_learns_alone(noise):

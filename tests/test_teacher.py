@@ -15,6 +15,8 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, SD3Transformer2DModel
+from folders import edit
+from refusals import refused
 from transformers import CLIPTextModel
 
 from scorefield import RectifiedFlow, ScoreDistillation, VariancePreserving, guided
@@ -27,17 +29,12 @@ from scorefield.times import uniform
 
 PROMPTS, NEGATIVE = ["a red mug", "blue chair"], "blurry"
 MAKERS = {
-    "sd1": tiny.sd,
-    "sd2": partial(tiny.sd, "v_prediction"),
+    "sd1": tiny.sd, "sd2": partial(tiny.sd, "v_prediction"), "sdxl": tiny.sdxl, "sd3": tiny.sd3,
     "sd2 zero snr": partial(tiny.sd, "v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-    "sdxl": tiny.sdxl,
-    "sd3": tiny.sd3,
-    "sd3 without t5": partial(tiny.sd3, with_t5=False),
-    "pixels": tiny.pixels,
-    "pixels v": partial(tiny.pixels, "v_prediction"),
-    "pixels x0": partial(tiny.pixels, "sample"),
+    "sd3 without t5": partial(tiny.sd3, with_t5=False), "pixels": tiny.pixels,
+    "pixels v": partial(tiny.pixels, "v_prediction"), "pixels x0": partial(tiny.pixels, "sample"),
     "classes": partial(tiny.pixels, num_class_embeds=4),
-}
+}  # fmt: skip
 KINDS = {
     "sd2": "v",
     "sd2 zero snr": "v",
@@ -125,8 +122,19 @@ def coefficients(saved, t):
 
 
 @torch.no_grad()
-def test_predictions_are_those_of_the_familys_own_call(saved, generator):
-    teacher = saved.load()
+def test_predictions_schedule_and_facts_are_those_of_the_familys_own_call(saved, generator):
+    teacher, flow = saved.load(), saved.name.startswith("sd3")
+    assert teacher.shift == (3.0 if flow else 1.0)
+    assert teacher.denoiser.time_scale == (1000.0 if flow else 1.0)
+    assert (teacher.sized, teacher.zero_negative) == (saved.name == "sdxl",) * 2
+    assert teacher.num_classes == (4 if saved.name == "classes" else 0)
+    assert teacher.device == torch.device("cpu")
+    schedule = teacher.denoiser.schedule
+    if flow:
+        assert schedule == RectifiedFlow()
+    else:
+        assert torch.equal(schedule.alphas_cumprod, saved.pipeline.scheduler.alphas_cumprod.double())
+        assert (schedule.alpha(torch.tensor(999.0)) == 0) == ("zero" in saved.name)
     x_t = torch.randn(2, *teacher.shape, generator=generator)
     t = torch.tensor([0.25, 0.75]) if KINDS.get(saved.name) == "flow" else torch.tensor([250.0, 750.0])
     cond, _ = conditions(teacher)
@@ -137,43 +145,35 @@ def test_predictions_are_those_of_the_familys_own_call(saved, generator):
     close(found if isinstance(found, torch.Tensor) else found.sample, expected)
     alpha, sigma = coefficients(saved, t)
     x0 = {
-        "eps": (x_t - sigma * expected) / alpha,
-        "v": alpha * x_t - sigma * expected,
-        "flow": x_t - sigma * expected,
-        "x0": expected,
-    }[denoiser.kind]
+        "eps": (x_t - sigma * expected) / alpha, "v": alpha * x_t - sigma * expected,
+        "flow": x_t - sigma * expected, "x0": expected,
+    }[denoiser.kind]  # fmt: skip
     found = denoiser(x_t, t, cond)
     close(found, x0)
     close(denoiser.schedule.from_x0(found, x_t, t, denoiser.kind), expected)
 
 
-def test_the_schedule_is_the_schedulers(saved):
-    schedule = saved.load().denoiser.schedule
-    if saved.name.startswith("sd3"):
-        assert schedule == RectifiedFlow()
-        return
-    table = saved.pipeline.scheduler.alphas_cumprod.double()
-    assert torch.equal(schedule.alphas_cumprod, table)
-    assert (schedule.alpha(torch.tensor(999.0)) == 0) == ("zero" in saved.name)
-
-
-@pytest.mark.parametrize("scale", [1.0, 5.0])
 @torch.no_grad()
-def test_an_image_sampled_by_our_loop_is_the_pipelines(saved_text, generator, scale):
+def test_an_image_sampled_by_our_loop_is_the_pipelines(saved_text, generator):
+    """Without guidance, from a negative prompt, and from none: SDXL's is zeros then, the others' is encoded."""
     teacher, pipeline = saved_text.load(), saved_text.pipeline
-    noise = torch.randn(2, *teacher.shape, generator=generator)
-    call = partial(
-        pipeline, PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=noise, num_inference_steps=8,
-        guidance_scale=scale, height=16, width=16,
-    )  # fmt: skip
-    latents, image = call(output_type="latent").images, call(output_type="pt").images
-    scheduler = pipeline.scheduler
-    times = scheduler.sigmas[:-1] if saved_text.name.startswith("sd3") else scheduler.timesteps
-    cond, negative = conditions(teacher)
-    x0 = sample(guided(teacher.denoiser, scale, negative), noise, cond, times=times.double())
-    assert latents.std() > 0.05
-    close(x0, latents, rtol=0, atol=1e-4 * latents.abs().max().item())
-    close((teacher.decode(x0) / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-4)
+    noise, negative = torch.randn(2, *teacher.shape, generator=generator), teacher.negative(NEGATIVE)
+    none, empty = teacher.negative(), teacher.prompts([""])
+    assert {len(value) for value in none.values()} == {1}
+    assert all(torch.equal(none[name], empty[name]) for name in empty) == (saved_text.name != "sdxl")
+    for scale, words, away in ((1.0, NEGATIVE, negative), (5.0, NEGATIVE, negative), (4.0, None, none)):
+        call = partial(
+            pipeline, PROMPTS, negative_prompt=words and [words] * 2, latents=noise, num_inference_steps=8,
+            guidance_scale=scale, height=16, width=16,
+        )  # fmt: skip
+        latents, image = call(output_type="latent").images, call(output_type="pt").images
+        scheduler = pipeline.scheduler
+        times = scheduler.sigmas[:-1] if saved_text.name.startswith("sd3") else scheduler.timesteps
+        denoiser = guided(teacher.denoiser, scale, away)
+        x0 = sample(denoiser, noise, teacher.prompts(PROMPTS), times=times.double())
+        assert latents.std() > 0.05
+        close(x0, latents, rtol=0, atol=1e-4 * latents.abs().max().item())
+        close((teacher.decode(x0) / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -237,10 +237,8 @@ def test_guidance_and_zero_gradient_identities(saved, generator):
     assert calls == [2, 4]
     hook.remove()
     close(plain, denoiser(x_t, t, cond), rtol=0, atol=0)
-    close(
-        none,
-        denoiser(x_t, t, {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in negative.items()}),
-    )
+    twice = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in negative.items()}
+    close(none, denoiser(x_t, t, twice))
     method = ScoreDistillation(teacher=denoiser, baseline=denoiser, times=uniform(), weight=ratio_weight(1))
     gradient = method.gradient(x_t, cond, generator=torch.Generator().manual_seed(0))
     assert torch.equal(gradient.value, torch.zeros_like(x_t))
@@ -328,47 +326,27 @@ def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(save, tmp_path, gen
     close(decoded, vae.decode(latents).sample)
     decoded.sum().backward()
     assert images.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="tiling is for AutoencoderKL"):
-        saved.load(tiny_vae=tmp_path / "tiny", tiling=True)
-    tiny.tiny_vae(channels=8).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="the autoencoder has 8 channels, the network 4"):
-        saved.load(tiny_vae=tmp_path / "other")
 
 
-def test_images_and_latents_of_another_shape_are_refused(save):
+def test_images_and_latents_of_another_shape_are_refused_and_pixels_need_no_codec(save):
     codec = save("sd1").load().codec
     for images in (torch.zeros(1, 3, 16, 15), torch.zeros(1, 4, 16, 16), torch.zeros(3, 16, 16)):
-        with pytest.raises(ValueError, match=r"images must be \(b, 3, h, w\) with sides divisible by 2; got"):
+        with refused(r"images must be \(b, 3, h, w\) with sides divisible by 2; got"):
             codec.encode(images)
-    with pytest.raises(ValueError, match=r"latents must be \(b, 4, h, w\); got \(1, 3, 8, 8\)"):
+    with refused(r"latents must be \(b, 4, h, w\); got \(1, 3, 8, 8\)"):
         codec.decode(torch.zeros(1, 3, 8, 8))
-
-
-def test_pixels_need_no_codec(save):
     teacher, images = save("pixels").load(), torch.randn(2, 3, 8, 8)
     assert teacher.encode(images) is teacher.decode(images) is images
     assert (teacher.shape, teacher.size, teacher.num_classes) == ((3, 8, 8), (8, 8), 0)
-
-
-def test_facts_of_each_family(saved):
-    teacher = saved.load()
-    assert teacher.shift == (3.0 if saved.name.startswith("sd3") else 1.0)
-    assert teacher.denoiser.time_scale == (1000.0 if saved.name.startswith("sd3") else 1.0)
-    assert (teacher.sized, teacher.zero_negative) == (saved.name == "sdxl",) * 2
-    assert teacher.num_classes == (4 if saved.name == "classes" else 0)
-    assert teacher.device == torch.device("cpu")
 
 
 def test_all_weights_and_conditions_are_on_the_device_asked_for(saved, tmp_path):
     own = replace(saved, cache=tmp_path)
     conditions(own.load())  # into the cache: there is no encoding on the meta device
     teacher = own.load(device="meta")
-    tensors = [
-        *teacher.denoiser.network.parameters(),
-        *(cond for side in conditions(teacher) for cond in side.values()),
-    ]
-    if teacher.codec is not None:
-        tensors += [*teacher.codec.vae.parameters()]
+    tensors = [*teacher.denoiser.network.parameters()]
+    tensors += [cond for side in conditions(teacher) for cond in side.values()]
+    tensors += [*teacher.codec.vae.parameters()] if teacher.codec is not None else []
     assert {tensor.device.type for tensor in tensors} == {teacher.device.type} == {"meta"}
 
 
@@ -377,40 +355,6 @@ def test_the_size_asked_for_reaches_latents_and_time_ids(save):
     assert (teacher.shape, teacher.size) == ((4, 16, 24), (32, 48))
     assert teacher.prompts(["a", "b"])["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
     assert save("sd3").load(size=32).shape == (8, 16, 16)
-    for size in (33, (32, 31), 0, -2):
-        with pytest.raises(ValueError, match=r"size must be in multiples of 2 pixels; got"):
-            save("sd1").load(size=size)
-    with pytest.raises(ValueError, match=r"size must be in multiples of 4 pixels; got 30 x 30"):
-        save("sd3").load(size=30)  # two latents are one patch
-
-
-def test_a_model_of_any_size_must_be_given_one(tmp_path):
-    tiny.pixels(sample_size=None).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"does not say the size of its images. Pass --teacher-size"):
-        load_teacher(tmp_path)
-    assert load_teacher(tmp_path, size=(8, 16)).shape == (3, 8, 16)
-
-
-@torch.no_grad()
-def test_sdxls_empty_negative_is_zeros_and_the_others_are_the_encoded_empty_string(saved_text, generator):
-    teacher, pipeline = saved_text.load(), saved_text.pipeline
-    negative, empty = teacher.negative(), teacher.prompts([""])
-    assert {len(value) for value in negative.values()} == {1}
-    assert all(torch.equal(negative[name], empty[name]) for name in empty) == (saved_text.name != "sdxl")
-    noise = torch.randn(2, *teacher.shape, generator=generator)
-    latents = pipeline(
-        PROMPTS,
-        latents=noise,
-        num_inference_steps=4,
-        guidance_scale=4.0,
-        height=16,
-        width=16,
-        output_type="latent",
-    ).images
-    scheduler = pipeline.scheduler
-    times = scheduler.sigmas[:-1] if saved_text.name.startswith("sd3") else scheduler.timesteps
-    x0 = sample(guided(teacher.denoiser, 4.0, negative), noise, teacher.prompts(PROMPTS), times=times.double())
-    close(x0, latents, rtol=0, atol=1e-4 * latents.abs().max().item())
 
 
 @torch.no_grad()
@@ -436,8 +380,6 @@ def test_the_autoencoder_may_be_of_another_precision(save, generator):
     assert {p.dtype for p in mixed.denoiser.network.parameters()} == {torch.bfloat16}
     image = torch.rand(1, 3, 16, 16, generator=generator)
     assert torch.equal(mixed.encode(image), whole.encode(image))
-    with pytest.raises(ValueError, match=r"dtype must be one of .*; got torch\.int64"):
-        save("sd1").load(vae_dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -484,9 +426,13 @@ def test_dropped_text_encoders_are_freed_and_new_prompts_refused(save, tmp_path)
     assert [part() for part in parts if part() is not None] == [teacher.denoiser.network.model]
     for old, new in zip(before, conditions(teacher), strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old)
-    with pytest.raises(ValueError, match=r"dropped, and the cache .* lacks 2 of the prompts, such as 'new'"):
+    with refused(r"dropped, and the cache .* lacks 2 of the prompts, such as 'new'"):
         teacher.prompts(["new", PROMPTS[0], "newer"])
     assert save("pixels").load().without_text_encoders().texts is None
+    teacher = replace(save("sdxl"), cache=tmp_path).load()
+    cond, negative = teacher.prompts(["a"]), teacher.without_text_encoders().negative()  # zeros need no encoder
+    assert {name: value.shape for name, value in negative.items()} == {name: v.shape for name, v in cond.items()}
+    assert not negative["encoder_hidden_states"].any()
 
 
 def test_a_prompt_that_is_cut_is_named_every_time(saved_text, tmp_path):
@@ -497,20 +443,6 @@ def test_a_prompt_that_is_cut_is_named_every_time(saved_text, tmp_path):
             cond = teacher.prompts(["short", "abcdefghijklmnopqr", "abcdefghijklmnopqr"])
         assert len(caught) == 1
         assert CUT not in cond
-
-
-def test_embeddings_that_are_not_finite_are_not_kept(save, tmp_path):
-    encoder = PromptEncoder(tmp_path, lambda: "x", lambda: lambda prompts: {"e": torch.full((1, 2), torch.nan)})
-    with pytest.raises(ValueError, match=r"returned NaN or infinity \(e in torch.float32\).* Load the model with"):
-        encoder(["a"])
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_the_empty_negative_is_there_after_text_encoders_were_dropped(save, tmp_path):
-    teacher = replace(save("sdxl"), cache=tmp_path).load()
-    cond, negative = teacher.prompts(["a"]), teacher.without_text_encoders().negative()
-    assert {name: value.shape for name, value in negative.items()} == {name: v.shape for name, v in cond.items()}
-    assert not negative["encoder_hidden_states"].any()
 
 
 def test_identity_knows_variant_pipeline_width_tokenizer_and_version(tmp_path, monkeypatch):
@@ -552,24 +484,29 @@ def test_another_encoder_precision_or_tokenizer_is_another_entry(tmp_path):
     pipeline.unet.save_pretrained(tmp_path / "a" / "unet")  # says nothing about prompts
     assert load().without_text_encoders().prompts(["a mug"])
     (tmp_path / "a" / "tokenizer" / "added_tokens.json").write_text("{}")
-    with pytest.raises(ValueError, match="dropped"):
+    with refused("dropped"):
         load().without_text_encoders().prompts(["a mug"])
 
 
-@pytest.mark.parametrize("prompts", ["a red mug", [], [3], None])
-def test_prompts_must_be_a_list_of_strings(save, prompts):
-    with pytest.raises(ValueError, match="prompts must be a non-empty list of strings; got"):
-        save("sd1").load().texts(prompts)
-
-
-def test_teachers_say_which_condition_they_take(save):
-    with pytest.raises(ValueError, match=r"takes no prompts.*cond\(labels\)"):
-        save("classes").load().prompts(["a"])
-    with pytest.raises(ValueError, match=r"takes no class labels.*prompts"):
-        save("sd1").load().cond(torch.tensor([0]))
+def test_conditions_that_a_teacher_does_not_take_are_refused(save, tmp_path):
+    sd, classes = save("sd1").load(), save("classes").load()
+    for prompts in ("a red mug", [], [3], None):
+        with refused("prompts must be a non-empty list of strings; got"):
+            sd.texts(prompts)
+    with refused(r"takes no prompts.*cond\(labels\)"):
+        classes.prompts(["a"])
+    with refused(r"takes no class labels.*prompts"):
+        sd.cond(torch.tensor([0]))
     for label in (-1, 4):
-        with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\]; got"):
-            save("classes").load().cond(torch.tensor([0, label]))
+        with refused(r"labels must lie in \[0, 3\]; got"):
+            classes.cond(torch.tensor([0, label]))
+    cond = {**sd.prompts(["a"]), "pooled_projections": torch.zeros(1, 4)}
+    with refused("pooled_projections", TypeError):
+        sd.denoiser(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), cond)
+    encoder = PromptEncoder(tmp_path, lambda: "x", lambda: lambda prompts: {"e": torch.full((1, 2), torch.nan)})
+    with refused(r"returned NaN or infinity \(e in torch.float32\).* Load the model with"):
+        encoder(["a"])
+    assert not list(tmp_path.rglob("*.safetensors")), "and nothing is kept"
 
 
 def test_the_cache_folder_is_in_the_home_folder_unless_named(save, monkeypatch, tmp_path):
@@ -592,19 +529,11 @@ def test_models_without_subfolders_load_too(save, tmp_path):
         close(teacher.denoiser(x_t, t, cond), pipeline.unet(x_t, t, class_labels=torch.tensor([1])).sample)
 
 
-def test_an_unknown_condition_is_an_error(save):
-    teacher = save("sd1").load()
-    cond = {**teacher.prompts(["a"]), "pooled_projections": torch.zeros(1, 4)}
-    with pytest.raises(TypeError, match="pooled_projections"):
-        teacher.denoiser(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), cond)
-
-
 def test_a_config_that_names_attention_kernels_fetches_none(save, tmp_path):
     """transformers would download and run them."""
     folder = shutil.copytree(save("sd1").folder, tmp_path / "model")
-    config = folder / "text_encoder" / "config.json"
     named = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel@main")
-    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    edit(folder / "text_encoder" / "config.json", **named)
     teacher = load_teacher(folder, cache=tmp_path / "cache")
     (encoder,) = (part for part in encoded_with(teacher).components.values() if isinstance(part, CLIPTextModel))
     assert encoder.config._attn_implementation == "sdpa"

@@ -1,10 +1,5 @@
 import copy
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +11,6 @@ from scorefield.training.loop import EMA, Phase, train
 
 close = torch.testing.assert_close
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-WORKER = Path(__file__).parent / "workers" / "two_ranks.py"
 
 
 def make_network(seed=0, dropout=0.0, dtype=torch.float64):
@@ -397,105 +391,3 @@ def test_ema_follows_its_formula_and_copies_buffers():
 def test_an_impossible_ema_decay_is_refused(decay):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         EMA(make_network(), decay)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def load_worker():
-    spec = importlib.util.spec_from_file_location("two_ranks_worker", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_two_ranks_draw_different_noise_and_hold_the_same_weights(two_ranks):
-    first, second = (answers["noisy"] for answers in two_ranks)
-    assert not bool((first["noise"] == second["noise"]).any())
-    assert torch.equal(first["weights"], second["weights"])
-    assert torch.equal(first["ema"], second["ema"])
-
-
-def test_two_ranks_equal_one_rank_that_accumulates(two_ranks, accelerator):
-    worker = load_worker()
-    expected = worker.from_index(accelerator, steps=5, accumulate=2)
-    for answers in two_ranks:
-        close(answers["from_index"], expected, rtol=0, atol=1e-6)
-        close(answers["from_index_accumulated"], expected, rtol=0, atol=1e-6)
-    assert not torch.equal(expected, worker.from_index(accelerator, steps=5, accumulate=1))
-
-
-def test_networks_in_ddp_and_bare_networks_learn_the_same(two_ranks):
-    first, second = two_ranks
-    for name in ("wrapped", "unwrapped"):
-        assert torch.equal(first[name], second[name])
-    close(first["wrapped"], first["unwrapped"], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_two_ranks_have_the_gradients_of_one_with_the_joined_batch(
-    two_ranks, accelerator, dtype, tolerance, accumulate
-):
-    """Student, fake score and critic; each rank draws its own share of the noise that the one rank has."""
-    expected = load_worker().joined_gradients(accelerator, dtype, accumulate)
-    first, second = (answers[f"gradients_{dtype}_{accumulate}"] for answers in two_ranks)
-    assert (len(expected["student"]), len(expected["fake"])) == (2, 4)
-    for name in ("student", "fake"):
-        for ours, theirs, wanted in zip(first[name], second[name], expected[name], strict=True):
-            assert torch.equal(ours["gradient"], theirs["gradient"])
-            assert ours["gradient"].dtype == dtype
-            for part in (slice(None), slice(-first["head"], None)):
-                got, gradient = ours["gradient"][part], wanted["gradient"][part]
-                assert float(gradient.abs().max()) > 1e-4, "nothing to compare"
-                assert float((got - gradient).abs().max() / gradient.abs().max()) < tolerance
-    assert torch.equal(first["weights"], second["weights"])
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_on_two_ranks_networks_of_other_phases_hold_no_gradients(two_ranks, accumulate):
-    """The fake score steps in every iteration, the last of all; the student listens to it in every second."""
-    for answers in two_ranks:
-        notes = answers[f"gradients_{torch.float64}_{accumulate}"]
-        assert [note["others_are_none"] for note in notes["fake"]] == [[True, True]] * 4
-        assert all(note["others_are_none"][1] for note in notes["student"]), "the teacher"
-        assert notes["leaks"] == [False] * 4, "what the student learns by leaves nothing in the fake score"
-
-
-def test_all_ranks_stop_when_one_meets_what_is_not_finite(two_ranks):
-    for answers in two_ranks:
-        assert "phase 'bad' is not finite in step 2" in answers["not_finite"]
-        assert "largest t of the samples to blame is 0.7" in answers["not_finite"]
-
-
-def test_ranks_that_resume_from_different_steps_are_refused(two_ranks):
-    for answers in two_ranks:
-        assert answers["disagree"] == "the step must be the same on all ranks; got [0, 3]. Share."
-
-
-def test_weights_that_differ_between_ranks_are_noticed(two_ranks):
-    for answers in two_ranks:
-        assert "weights of phase 'lost' differ between ranks" in answers["complaint"]
-
-
-def test_two_ranks_of_the_script_go_back_to_the_same_best_step(two_ranks):
-    """Through warm-up, range test, guard and setback: all of it needs ranks that can still speak."""
-    first, second = (answers["script"] for answers in two_ranks)
-    assert (first["best"], first["setbacks"], first["ended"]) == (0, 1, True)
-    weights = [answers.pop("weights") for answers in (first, second)]
-    assert first == second
-    assert torch.equal(*weights)
-
-
-def test_weights_of_a_phase_that_is_not_due_are_compared_too(two_ranks):
-    for answers in two_ranks:
-        assert "weights of phase 'lost' differ between ranks" in answers["complaint_not_due"]

@@ -1,7 +1,4 @@
-"""Distillation on one shared backbone and on three copies of it, by one rank or by each of two.
-
-Run by torchrun, and imported by test_backbone for one rank's answer.
-"""
+"""Distillation on one shared backbone and on three copies of it, by one rank or by each of two."""
 
 import copy
 import sys
@@ -125,19 +122,10 @@ def steps_of(build, checkpointing, accelerator):
     return {role: torch.cat([p.detach().flatten() for p in weights[role]]) - start[role] for role in weights}
 
 
-def main(folder):
-    from accelerate import Accelerator
-
-    torch.set_num_threads(1)
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2, "torchrun started separate runs"
-    answer = {
+def all_steps(accelerator):
+    """Of the shared backbone and of copies, with and without gradient checkpointing."""
+    return {
         f"{build.__name__} {checkpointing}": steps_of(build, checkpointing, accelerator)
         for build in (shared, copies)
         for checkpointing in (False, True)
     }
-    torch.save(answer, folder / f"rank{accelerator.process_index}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

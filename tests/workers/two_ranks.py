@@ -1,4 +1,4 @@
-"""What two ranks do; run by torchrun, and imported by test_training for one rank's answer."""
+"""What two ranks do in one launch, as each costs seconds; imported by tests for one rank's answer."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -24,6 +24,9 @@ from scorefield.training.loop import EMA, Phase, train
 from scorefield.training.ranks import check_same
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from workers import backbone_ranks  # noqa: E402
+
 SHARE = 4
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -250,12 +253,32 @@ def disagree(accelerator):
     return ""
 
 
+def starts(folder, rank):
+    """What a rank is told, and whether anything was written, where options, code, inputs or nothing differ."""
+    from distill.options import Config
+    from scorefield.training import identity as starting
+    from scorefield.training import run as fitting
+
+    real, said, out = starting.code_hash, {}, folder / "starts"
+    for what in ("option", "code", "input", "nothing"):
+        message, config = "", Config(out=out, student_every=2 + rank if what == "option" else 2)
+        with patch.object(starting, "code_hash", (lambda: "another") if what == "code" and rank else real):
+            try:
+                accelerator = fitting.start(config)
+                own = starting.identity(config, accelerator, {"data": str(rank if what == "input" else 0)})
+                fitting.resume(config, [], accelerator, own)
+                accelerator.wait_for_everyone()  # the first rank writes
+            except ValueError as error:
+                message = str(error)
+        said[what] = (message, out.exists())
+    return said
+
+
 def distil_by_script(folder, rank):
     """The default recipe of train_dmd.py at a rate that spoils the student: the run goes back, and then ends.
 
     Its GAN term takes the teacher's images for real. What each rank ends with, and what it went back to.
     """
-    sys.path.insert(0, str(ROOT / "train_scripts"))
     import distill.options as distill_options
     import distill.recipe as train_dmd
     import distill.stages as stages
@@ -295,6 +318,7 @@ def main(folder):
     torch.set_num_threads(1)
     accelerator = Accelerator()
     assert accelerator.num_processes == 2, "torchrun started separate runs"
+    rank = accelerator.process_index
     answers = {
         "noisy": noisy(accelerator),
         "from_index": from_index(accelerator, steps=5, accumulate=1),
@@ -308,10 +332,11 @@ def main(folder):
         },
         "not_finite": not_finite(accelerator),
         "disagree": disagree(accelerator),
+        "backbone": backbone_ranks.all_steps(accelerator),
         "complaint": part_company(accelerator, every=1),
         "complaint_not_due": part_company(accelerator, every=3),
     }
-    rank = accelerator.process_index
+    answers["starts"] = starts(folder, rank)
     answers["script"] = distil_by_script(folder, rank)  # the last, as it parts the ranks at its end
     torch.save(answers, folder / f"rank{rank}.pt")
 
