@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
-    """Turn links between files of the repository into links between pages; a link to another file becomes its text."""
+    """Turn links between files of the repository into links between pages, and those to other files into text."""
     here = page.file.src_uri
 
     def turned(match: re.Match[str]) -> str:

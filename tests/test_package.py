@@ -1,4 +1,4 @@
-"""What a user installs: a wheel that works alone, and a source archive whose tests run. All of it without a network."""
+"""What a user installs: a wheel that works alone, and a source archive whose tests run. Needs no network."""
 
 import os
 import re
@@ -28,6 +28,11 @@ def call(*words, **options):
     return result
 
 
+def build(kind, tree, out):
+    """What pip calls to build one."""
+    call(sys.executable, "-c", f"from setuptools.build_meta import *; build_{kind}({str(out)!r})", cwd=tree)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the repository: what is built leaves files beside the sources."""
@@ -37,13 +42,13 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})", cwd=tree)
+    build("wheel", tree, out)
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The commands of an environment that holds the wheel, and sees the libraries, but nothing of the repository."""
+    """The commands of an environment that holds the wheel and the libraries, and nothing of the repository."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", folder)
     call(folder / "bin" / "python", "-m", "pip", "install", "--no-deps", "--no-index", wheel)
@@ -82,7 +87,6 @@ def test_the_wheel_says_what_it_is(wheel):
     assert all(re.search(r"[=>]=\d|^mkdocstrings", line) for line in requirements), "every dependency has a floor"
 
 
-@pytest.mark.slow
 def test_the_version_is_that_of_the_change_log():
     assert f"\n## {scorefield.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {scorefield.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -127,7 +131,7 @@ def test_the_package_that_is_imported_is_the_installed_one_and_costs_nothing(ins
 
 @pytest.mark.slow
 def test_the_source_archive_is_whole_and_its_tests_run(tree, tmp_path):
-    call(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=tree)
+    build("sdist", tree, tmp_path)
     archive = next(tmp_path.glob("*.tar.gz"))
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")
@@ -141,5 +145,6 @@ def test_the_source_archive_is_whole_and_its_tests_run(tree, tmp_path):
     assert there - files(folder) == left_out & there
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     chosen = ["tests/test_schedule.py", "tests/test_readme.py::test_named_files_exist"]
-    said = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, cwd=folder, env=environment)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    said = call(*words, cwd=folder, env=environment)
     assert re.search(r"\d+ passed", said.stdout)
