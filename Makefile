@@ -56,7 +56,7 @@ lint: $(VENV)/dev
 
 # The site, in site/; it is built from docs/ and docstrings, without the network.
 docs: $(VENV)/docs
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # The wheel and the source archive, in dist/.
 package: $(VENV)/python-ready
