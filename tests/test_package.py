@@ -51,7 +51,8 @@ def installed(wheel, tmp_path_factory):
     """The commands of an environment that holds the wheel and the libraries, and nothing of the repository."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", folder)
-    call(folder / "bin" / "python", "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    # -I: what PYTHONPATH holds must not look installed.
+    call(folder / "bin" / "python", "-I", "-m", "pip", "install", "--no-deps", "--no-index", wheel)
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])
     return folder / "bin"
