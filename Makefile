@@ -1,7 +1,10 @@
 # `make demo` and `make test` set everything up themselves; any Python from 3.11 will do.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python
+# uv takes seconds where pip takes minutes. constraints.txt holds the versions that everything was tested with.
+INSTALL = $(VENV)/bin/uv pip install --quiet --python $(RUN) --constraint constraints.txt
 SEEDS ?= 0 1 2
 SEEDS_3D ?= 0 1
 SEEDS_TEXT ?= 0
@@ -9,7 +12,8 @@ PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purp
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-long demo-3d demo-control demo-circles demo-text test test-slow lint clean
+.PHONY: demo demo-long demo-3d demo-control demo-circles demo-text test test-slow test-lowest \
+	lint docs package constraints clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/scorefield demo --out runs/demo
@@ -41,13 +45,30 @@ test: $(VENV)/dev
 test-slow: $(VENV)/dev
 	$(RUN) -m pytest -m slow
 
+# The oldest versions that setup.cfg allows, in an environment of their own.
+test-lowest: $(LOWEST)/ready
+	$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in site/; it is built from docs/ and docstrings, without the network.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# The wheel and the source archive, in dist/.
+package: $(VENV)/python-ready
+	$(VENV)/bin/uv build --quiet
+
+# The newest versions that setup.cfg allows; run `make test` before you commit them.
+constraints: $(VENV)/python-ready
+	$(VENV)/bin/uv pip compile --quiet --upgrade --all-extras --python-version 3.11 --no-annotate \
+		--custom-compile-command "make constraints" pyproject.toml --output-file constraints.txt
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/python-ready:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -55,15 +76,23 @@ $(VENV)/python-ready:
 	$(VENV)/bin/pip install --quiet uv
 	touch $@
 
-# uv takes seconds where pip takes minutes. It reads setup.cfg through setuptools.
-$(VENV)/demo: $(VENV)/python-ready setup.cfg
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[demo]"
+$(VENV)/demo: $(VENV)/python-ready setup.cfg constraints.txt
+	$(INSTALL) -e ".[demo]"
 	touch $@
 
-$(VENV)/nerf: $(VENV)/python-ready setup.cfg
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[nerf]"
+$(VENV)/nerf: $(VENV)/python-ready setup.cfg constraints.txt
+	$(INSTALL) -e ".[nerf]"
 	touch $@
 
-$(VENV)/dev: $(VENV)/python-ready setup.cfg
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) -e ".[demo,nerf,dev]"
+$(VENV)/docs: $(VENV)/python-ready setup.cfg constraints.txt
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/python-ready setup.cfg constraints.txt
+	$(INSTALL) -e ".[demo,nerf,docs,dev]"
+	touch $@
+
+$(LOWEST)/ready: $(VENV)/python-ready setup.cfg
+	$(VENV)/bin/uv venv --quiet --python $(RUN) $(LOWEST)
+	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[demo,nerf,dev]"
 	touch $@

@@ -49,7 +49,7 @@ _PLACES = {
 }  # fmt: skip
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = list(_MODULES)
 
 
