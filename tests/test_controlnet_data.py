@@ -18,7 +18,7 @@ from controlnet.circles import Circles
 from controlnet.data import ControlBatches, read_ahead, replace_rows
 from controlnet.degraded import Blur
 from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Custom, Precomputed
+from controlnet.hints import Precomputed
 from controlnet.samples import load_pictures
 from scorefield.cache import TensorCache
 from scorefield.models.prompts import PromptEncoder
@@ -187,15 +187,15 @@ def test_image_and_maps_show_the_same_place(crop, flip):
 
 def test_hints_are_made_of_the_mirrored_sample_and_of_maps_as_they_are():
     """Closed form on a ramp of colour and of depth, and on labels."""
-    hints = [Custom(lambda x, generators: (x[:, 1:2] + 1) / 2, 1), Depth(1.0, 99.0)]
+    hints = [Blur((0.0, 0.0), channels=3), Depth()]
     image = torch.arange(16, dtype=torch.uint8).expand(3, 16, 16) * 16
     samples = constant_samples(image=image, depth=1.0 + 6 * torch.arange(16.0).expand(1, 16, 16))
     batch = batches(samples, hints=hints, flip=True, batch_size=12)(rng(0))
     rising = (batch["x0"][:, 1, 0, 1] > batch["x0"][:, 1, 0, 0]).tolist()
     assert set(rising) == {True, False}
     for hint, up in zip(batch["hint"], rising, strict=True):
-        assert (hint[0, 0, 1] > hint[0, 0, 0]) == up
-        assert (hint[1, 0, 1] < hint[1, 0, 0]) == up  # farther is darker
+        assert (hint[1, 0, 1] > hint[1, 0, 0]) == up
+        assert (hint[3, 0, 1] < hint[3, 0, 0]) == up  # farther is darker
     samples = constant_samples(image=image, labels=torch.tensor([0, 1, 2, 255]).repeat(4).expand(1, 16, 16))
     assert torch.equal(batches(samples, hints=[Segmentation(3)])(rng(0))["hint"][0, :, 0, :4], torch.eye(3, 4))
 

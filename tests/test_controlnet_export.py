@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from tiny_controls import HintPyramid, make_adapter, make_base, make_controlled, make_inputs
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Gap, Probe, Standing
 from controlnet.export import contact_sheet, load_adapter, model_card, save_adapter
-from controlnet.training import unlock
 from controlnet.verdict import Evidence
 from scorefield.atomic import MARKER
 from scorefield.denoiser import NetworkDenoiser, freeze
@@ -100,26 +99,6 @@ def test_the_stock_pipeline_draws_the_image_that_ours_draws(guess, tmp_path):
     with torch.no_grad():
         x_t = sample(denoiser, noise, {"encoder_hidden_states": embeds}, times=times)
     close(drawn, x_t, rtol=1e-5, atol=1e-5 * float(drawn.abs().max()))
-
-
-def test_weights_may_be_kept_in_half_precision_without_touching_the_run(tmp_path):
-    adapter = make_adapter(make_base(), trained=True)
-    folder = save_adapter(adapter, tmp_path / "control", "", dtype=torch.float16)
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    read = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float16)
-    assert torch.equal(read.conv_in.weight, adapter.model.conv_in.weight.half())
-    assert (folder / WEIGHTS).stat().st_size < 2.5 * sum(p.numel() for p in adapter.parameters())
-
-
-def test_an_unlocked_decoder_goes_along(tmp_path):
-    controlled = make_controlled("pixels", trained=True)
-    network = unlock(controlled)
-    with torch.no_grad():
-        network["conv_out"].bias.add_(1.0)
-    unet = controlled.base.network.model
-    folder = save_adapter(network["adapter"], tmp_path / "control", "", unet=unet)
-    read = UNet2DConditionModel.from_pretrained(folder / "unet")
-    assert torch.equal(read.conv_out.bias, unet.conv_out.bias)
 
 
 def test_an_export_replaces_the_one_before_as_a_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -389,7 +389,7 @@ BAD = [
 def test_bad_input_exits_with_2_and_writes_nothing(place, tmp_path, capsys, arguments, expected):
     (tmp_path / "file").write_text("a file")
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    cache = [] if "--cache" in arguments else ["--cache", str(tmp_path / "cache")]
+    cache = ["--cache", str(tmp_path / "cache")] if "--teacher" in arguments else []
     with pytest.raises(SystemExit) as stopped:
         cli.main(
             ["control", *(word.format(place=place, file=tmp_path / "file") for word in arguments), *cache, *out]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from scipy import stats
 
-from sds import views as module
 from sds.views import (
     WORDS,
     CameraDistribution,
@@ -65,20 +65,14 @@ def test_pixels_are_seen_along_the_rays_of_the_toy_world_and_of_nerfstudio():
             expected = camera.ray_directions(pose[None], column, row, camera.focal_length(size), size)
             close(directions.reshape(-1, 3), expected.T, rtol=0, atol=1e-12)
     views = CameraDistribution().draw(3, seeded())
-    rays = views.cameras(4, 6).generate_rays(torch.arange(3)[:, None])
+    focal = views.focal[:, None] * 4
+    size = {"cx": 3.0, "cy": 2.0, "width": 6, "height": 4}
+    rays = Cameras(views.camera_to_world, fx=focal, fy=focal, **size).generate_rays(torch.arange(3)[:, None])
     close(views.directions(4, 6), rays.directions.permute(2, 0, 1, 3), rtol=0, atol=1e-6)
     close(views.position[:, None, None].expand(3, 4, 6, 3), rays.origins.permute(2, 0, 1, 3), rtol=0, atol=0)
-    cameras = around(0.0, 0.0).cameras(4, 8)  # a wide picture shows more to the sides
-    close([cameras.fx.item(), cameras.fy.item(), cameras.cx.item(), cameras.cy.item()], [4.8, 4.8, 4.0, 2.0])
     for height, width in ((0, 4), (4, 0)):
         with pytest.raises(ValueError, match="at least 1 pixel"):
-            views.cameras(height, width)
-
-
-def test_without_nerfstudio_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"scorefield\[nerf\]"):
-        around(0.0, 0.0).cameras(4, 4)
+            views.directions(height, width)
 
 
 # The distribution.

@@ -35,13 +35,6 @@ def test_a_bounded_canvas_stays_inside_and_learns_at_the_ends():
     assert canvas().abs().max() <= 1
 
 
-def test_only_chosen_particles_learn():
-    canvas = Canvas(torch.zeros(4, 2))
-    images = canvas(torch.tensor([2, 0, 2]))
-    images.sum().backward()
-    assert canvas.pixels.grad[:, 0].tolist() == [1, 0, 2, 0]
-
-
 def test_noise_comes_from_the_generator():
     settings = {"num_particles": 500, "std": 0.5}
     first = Canvas.noise((3,), **settings, generator=seeded())()

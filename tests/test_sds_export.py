@@ -100,13 +100,11 @@ def test_videos_have_the_frames_and_the_background_that_were_asked_for(exported,
         assert middle[0, 0] > middle[1, 0] + 100
 
 
-def test_a_level_points_of_the_density_and_few_frames_can_be_chosen(tmp_path):
-    choices = replace(SMALL, level=20.0, points_from="density", num_frames=3)
+def test_a_level_and_few_frames_can_be_chosen(tmp_path):
+    choices = replace(SMALL, level=20.0, num_frames=3)
     report = export(Ball().scene(), tmp_path / "a", choices)
     assert report["level"] == 20.0
     assert report["levels_tried"] == []
-    radii = np.linalg.norm(trimesh.load(tmp_path / "a" / "points.ply").vertices, axis=1)
-    assert np.median(radii) == pytest.approx(0.62 * 0.5 ** (1 / 3), abs=0.05)
     assert Image.open(tmp_path / "a" / "contact.png").size == (3 * 28 + 2, 4 * 28 + 2)
 
 
@@ -283,7 +281,7 @@ def test_a_scene_that_cannot_be_exported_says_what_to_do_and_leaves_nothing(tmp_
     ("name", "value"),
     [("resolution", 1), ("num_levels", 2), ("num_views", 0), ("view_size", 0), ("num_points", 0),
      ("num_frames", 0), ("size", 0), ("level", 0.0), ("level", math.nan), ("min_part", 2.0), ("fps", 0.0),
-     ("elevation", 100.0), ("points_from", "air"), ("background", (0.0, 0.0, -1.0))],
+     ("elevation", 100.0), ("background", (0.0, 0.0, -1.0))],
 )  # fmt: skip
 def test_choices_that_cannot_be_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

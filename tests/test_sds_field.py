@@ -1,14 +1,12 @@
 """Density, colour and normals of a field, whatever its network, against closed forms and finite differences."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from sds.field import DenseGrid, Field, cone_blob, gaussian_blob, normalised, scaled_softplus
-from sds.scene import background_network, clipped_exp, frequency_network, hash_network, triplane_network
+from sds.field import DenseGrid, Field, cone_blob, normalised, scaled_softplus
+from sds.scene import background_network, frequency_network, hash_network, triplane_network
 
 close = torch.testing.assert_close
 
@@ -41,16 +39,13 @@ NETWORKS = {
 }
 
 
-def test_blobs_are_the_published_ones_with_finite_derivatives_at_their_centre():
+def test_a_blob_is_the_published_one_with_finite_derivatives_at_its_centre():
     points = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.3, 0.4], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    expected = [5.0, 5 * math.exp(-0.25 / 0.08), 5 * math.exp(-1 / 0.08)]
-    close(gaussian_blob()(points), torch.tensor(expected, dtype=torch.float64))
     close(cone_blob()(points), torch.tensor([10.0, 0.0, -10.0]).double(), rtol=0, atol=1e-4)
-    for blob in (gaussian_blob(), cone_blob()):
-        centre = torch.zeros(1, 3, requires_grad=True)
-        (slope,) = torch.autograd.grad(blob(centre).sum(), centre, create_graph=True)
-        slope.square().sum().backward()
-        assert bool(slope.isfinite().all() and centre.grad.isfinite().all())
+    centre = torch.zeros(1, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(cone_blob()(centre).sum(), centre, create_graph=True)
+    slope.square().sum().backward()
+    assert bool(slope.isfinite().all() and centre.grad.isfinite().all())
 
 
 def test_matter_is_made_of_raw_numbers():
@@ -59,15 +54,12 @@ def test_matter_is_made_of_raw_numbers():
             return torch.cat([points[:, :1], points], 1)
 
     points = points_of()
-    matter = Field(Raw(), half_size=2.0, blob=gaussian_blob(), activation=softplus)(points)
-    close(matter.density, softplus(points[:, 0] / 2 + gaussian_blob()(points)))
+    matter = Field(Raw(), half_size=2.0, blob=cone_blob(), activation=softplus)(points)
+    close(matter.density, softplus(points[:, 0] / 2 + cone_blob()(points)))
     close(matter.albedo, (points / 2).sigmoid())
     assert matter.normals is None
-    raw = torch.tensor([-2.0, 3.0, 16.0], requires_grad=True)
+    raw = torch.tensor([-3.0, 0.0, 4.0])
     close(scaled_softplus(7.0)(raw), 7 * torch.log1p(raw.exp()))
-    clipped_exp(raw).sum().backward()
-    close(clipped_exp(raw.detach()), raw.detach().exp())
-    close(raw.grad, torch.tensor([math.exp(-2), math.exp(3), math.exp(15)]))
     with pytest.raises(ValueError, match="half_size"):
         Field(Raw(), half_size=0.0)
 

@@ -8,7 +8,7 @@ from closed_form_scenes import Ball
 
 from sds.exportable import Exportable
 from sds.level import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
-from sds.mesh import Lattice, density_points, extract_mesh, recoloured, sample_lattice, surface_points
+from sds.mesh import extract_mesh, recoloured, sample_lattice, surface_points
 from sds.turntable import turntable_cameras
 from toyworld.solids import SOLIDS, occupancy, signed_distance
 
@@ -227,31 +227,3 @@ def test_points_lie_evenly_on_the_surface_in_its_colours():
     assert torch.equal(points, surface_points(mesh, 20_000, generator=seeded())[0])
     with pytest.raises(ValueError, match="num_points must be at least 1; got 0"):
         surface_points(mesh, 0, generator=seeded())
-
-
-def test_points_of_a_density_fill_it_in_proportion_to_opacity():
-    """Two layers: density d in x < 0, and 2 d in x > 0."""
-    d, h = 8.0, 2 / 32
-    scene = solid(lambda p: d * (1 + (p[:, 0] > 0)))
-    points, colours = density_points(sample_lattice(scene, 32), scene.colours, 40_000, generator=seeded())
-    close(colours, (points + 1) / 2)
-    expected = (1 - math.exp(-2 * d * h)) / (2 - math.exp(-2 * d * h) - math.exp(-d * h))
-    # One of the 33 layers of cubes lies half in either.
-    assert float((points[:, 0] > 0).double().mean()) == pytest.approx(expected, abs=0.03)
-    assert (points.abs() <= 1).all()
-    inner = points[points[:, 1:].abs().amax(1) < 0.9][:, 1:]
-    assert inner.mean(0).abs().max() < 0.02
-    assert (inner.square().mean(0) - 0.81 / 3).abs().max() < 0.02
-    empty = Lattice(torch.zeros(4, 4, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1 / 3)
-    with pytest.raises(ValueError, match="the scene is empty"):
-        density_points(empty, lambda p: p, 10, generator=seeded())
-
-
-@pytest.mark.slow
-def test_points_of_a_lattice_beyond_the_largest_multinomial():
-    """torch.multinomial stops at 2^24 weights; a lattice of 256 cubes has 257^3."""
-    values = torch.zeros(1, 1, (1 << 24) + 10)
-    values[..., -1] = 5.0
-    lattice = Lattice(values, (0.0, 0.0, 0.0), (1.0, 1.0, 1e9), 1.0)
-    points, _ = density_points(lattice, lambda p: p, 5, generator=seeded())
-    assert (points[:, 2] - (1 << 24)).abs().max() < 12
