@@ -1,25 +1,24 @@
 """Canny edges of a batch on its device, thresholds random by sample, few waits for the device.
 
-Two kinds. ``like="opencv"`` is cv2.Canny pixel by pixel, also on colour images and with its default L1 norm: what
-the published Canny ControlNets were trained on. ``like="kornia"`` is ``kornia.filters.canny``, bit by bit, which
-blurs first and measures in other units. kornia alone takes one pair of thresholds a batch, and waits for the
-device at each of some 75 rounds of edge tracking.
+They are those of cv2.Canny pixel by pixel, also on colour images: what the published Canny ControlNets were
+trained on. ``kornia.filters.canny`` measures in other units, takes one pair of thresholds a batch, and waits for
+the device at each of some 75 rounds of edge tracking.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from controlnet.hints import Hints, Images, Range, brightness, check_range, drawn
+from controlnet.hints import Hints, Images, Range, check_range, drawn
 
 ROUNDS = 8
 """Rounds of edge tracking between two looks at whether anything changed: each look waits for the device."""
 
-LARGEST = {"opencv": 2 * 4 * 255.0, "kornia": 4 * 2**0.5}
+LARGEST = 2 * 4 * 255.0
 """That a gradient can reach: no edge is left above it."""
 
 TAN_22_5 = 13573
@@ -34,40 +33,29 @@ class Canny:
     the lower one and connected to such a pixel. Of the two numbers drawn the smaller is the lower threshold.
 
     Attributes:
-        low: in units of ``like``: 0 to about 1000 for opencv (published maps: 100 and 200), to 5.7 for kornia.
+        low: of the gradient's absolute values in x and y together: 0 to about 1000 (published maps: 100 and 200).
         high: the same.
-        like: whose edges.
-        l2_gradient: OpenCV's option: the gradient's Euclidean norm in place of the sum of its absolute values.
     """
 
     low: Range = (50.0, 150.0)
     high: Range = (150.0, 250.0)
-    like: Literal["opencv", "kornia"] = "opencv"
-    l2_gradient: bool = False
     channels: ClassVar[int] = 1
     source: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
-        if self.like not in LARGEST:
-            raise ValueError(f"like must be one of {', '.join(LARGEST)}; got {self.like!r}.")
         for name in ("low", "high"):
-            check_range(f"{name} of Canny(like={self.like!r})", getattr(self, name), most=LARGEST[self.like])
+            check_range(f"{name} of Canny", getattr(self, name), most=LARGEST)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
         """(b, 1, h, w) in the dtype of x, of images (b, 1 or 3, h, w) in [-1, 1]."""
         first, second = drawn(self.low, generators, x), drawn(self.high, generators, x)
-        return canny(x, torch.minimum(first, second), torch.maximum(first, second), self.like, self.l2_gradient)
+        return canny(x, torch.minimum(first, second), torch.maximum(first, second))
 
 
 @torch.no_grad()
-def canny(
-    images: Images, low: Tensor, high: Tensor, like: Literal["opencv", "kornia"] = "opencv",
-    l2_gradient: bool = False,
-) -> Hints:  # fmt: skip
+def canny(images: Images, low: Tensor, high: Tensor) -> Hints:
     """Edges of images in [-1, 1] between thresholds (b, 1, 1, 1) or scalars; see :class:`Canny`."""
-    ridges = _kornia_ridges(images) if like == "kornia" else opencv_ridges(images, l2_gradient)
-    if like == "opencv" and l2_gradient:
-        low, high = low**2, high**2
+    ridges = opencv_ridges(images)
     return track(ridges > high, ridges > low).to(images.dtype)
 
 
@@ -84,22 +72,13 @@ def track(strong: Tensor, candidates: Tensor) -> Tensor:
         edges = grown
 
 
-def _kornia_ridges(images: Images) -> Tensor:
-    from kornia.filters import canny as kornia_canny
-
-    # The magnitude after thinning does not depend on the thresholds. kornia too computes in float32 or better.
-    precise = images.to(torch.promote_types(images.dtype, torch.float32))
-    ridges: Tensor = kornia_canny(brightness(precise), hysteresis=False)[0]
-    return ridges
-
-
-def opencv_ridges(images: Images, l2_gradient: bool = False) -> Tensor:
+def opencv_ridges(images: Images) -> Tensor:
     """Gradient magnitudes where they are largest along their direction, 0 elsewhere, as OpenCV's Canny has them.
 
-    Whole numbers (b, 1, h, w), squared for the L2 norm, of images in [-1, 1] rounded to 8 bits. Of a colour image
-    each pixel takes the gradient of the channel that has the largest, the first if several do.
+    Whole numbers (b, 1, h, w) of images in [-1, 1] rounded to 8 bits. Of a colour image each pixel takes the
+    gradient of the channel that has the largest, the first if several do.
     """
-    dx, dy, size = _gradients(((images.float() + 1) * 127.5).round().clamp(0, 255).int(), l2_gradient)
+    dx, dy, size = _gradients(((images.float() + 1) * 127.5).round().clamp(0, 255).int())
     padded = pad(size, (1, 1, 1, 1))
     height, width = size.shape[2:]
 
@@ -126,14 +105,14 @@ def opencv_ridges(images: Images, l2_gradient: bool = False) -> Tensor:
     return size * largest
 
 
-def _gradients(pixels: Tensor, l2_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Sobel with the border repeated, in whole numbers: sums of slices, since GPUs convolve floats only.
     grown = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:]], 2)
     grown = torch.cat([grown[..., :1], grown, grown[..., -1:]], 3)
     rows = grown[:, :, :-2] + 2 * grown[:, :, 1:-1] + grown[:, :, 2:]
     columns = grown[..., :-2] + 2 * grown[..., 1:-1] + grown[..., 2:]
     dx, dy = rows[..., 2:] - rows[..., :-2], columns[:, :, 2:] - columns[:, :, :-2]
-    size = dx * dx + dy * dy if l2_gradient else dx.abs() + dy.abs()
+    size = dx.abs() + dy.abs()
     best = [part[:, :1] for part in (dx, dy, size)]
     for channel in range(1, pixels.shape[1]):
         other = [part[:, channel : channel + 1] for part in (dx, dy, size)]

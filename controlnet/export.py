@@ -24,7 +24,7 @@ SAMPLES = "samples.png"
 
 def save_adapter(
     adapter: nn.Module, folder: Path, card: str, *, samples: Tensor | None = None, unet: Any = None,
-    dtype: torch.dtype | None = None, report: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write an :class:`EncoderCopy` so that ``ControlNetModel.from_pretrained(folder)`` loads it, without loss.
 
@@ -37,7 +37,6 @@ def save_adapter(
         card: Markdown, kept as README.md; :func:`model_card`.
         samples: (1, 3, h, w) in [0, 1], kept as samples.png; :func:`contact_sheet`.
         unet: what an unlocked decoder belongs to, kept in the folder ``unet``: the adapter is of no use without.
-        dtype: of the weights on disk; as they are by default.
         report: JSON-able figures, kept as report.json.
 
     Raises:
@@ -56,7 +55,6 @@ def save_adapter(
         raise FloatingPointError("the adapter has weights that are not finite. Save an earlier checkpoint.")
     with whole_folder(folder) as temporary:
         for part, place in zip(parts, (temporary, temporary / "unet"), strict=False):
-            part = part if dtype is None else copy.deepcopy(part).to(dtype)
             part.save_pretrained(place, safe_serialization=True)
         (temporary / "README.md").write_text(card)
         if report is not None:

@@ -3,16 +3,16 @@
     canny = Canny(low=(50, 150), high=(150, 250))
     hint = canny(images, hint_generators(seed, indices, epochs))  # (b, 1, h, w) in [0, 1]
 
-A hint is anything with ``channels``, ``source`` and a call, as :class:`Hint` says; :class:`Custom` makes one of a
-function. Those of ``canny.py``, ``lines.py``, ``degraded.py`` and ``geometry.py`` need no trained annotator. What
-a sample draws follows from (seed, sample, epoch) alone: batch, rank, device and restarts do not matter.
+A hint is anything with ``channels``, ``source`` and a call, as :class:`Hint` says. Those of ``canny.py``,
+``lines.py``, ``degraded.py`` and ``geometry.py`` need no trained annotator. What a sample draws follows from
+(seed, sample, epoch) alone: batch, rank, device and restarts do not matter.
 
 Lengths, such as the width of a blur, are in pixels of a picture whose shorter side is 512, and scale with the
 picture; hints of a small picture are then those of the large one, made small.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,33 +93,6 @@ def check_source(hint: Hint, names: Iterable[str]) -> None:
             f"{type(hint).__name__} is made of {hint.source!r}, but the samples hold {', '.join(names)} only. "
             f"Name a column of that name among the maps, or set the hint's source."
         )
-
-
-@dataclass(frozen=True)
-class Custom:
-    """Any function as a hint.
-
-    It is checked for shape and range; the check waits for the device once a batch.
-
-    Attributes:
-        function: (x, generators) -> (b, channels, h, w) in [0, 1]; see :class:`Hint`.
-        channels: of its result.
-        source: what x is.
-    """
-
-    function: Callable[[Tensor, Sequence[Generator]], Tensor]
-    channels: int
-    source: str = "image"
-
-    def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """The function's result. Raises ``ValueError`` for values outside [0, 1], nan among them."""
-        hint = self.function(x, generators)
-        if not bool(((hint >= 0) & (hint <= 1)).all()):
-            raise ValueError(
-                f"hints must lie in [0, 1]; the function gave {float(hint.min()):g} to {float(hint.max()):g}. "
-                "An image in [-1, 1] becomes (x + 1) / 2."
-            )
-        return hint
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from scorefield.schedule import Images
@@ -45,7 +45,6 @@ class Canvas(nn.Module):
         """Number of images."""
         return len(self.pixels)
 
-    def forward(self, particles: Int[Tensor, " b"] | None = None) -> Images:
-        """(b, *shape) images of the chosen particles, all of them by default; the gradient reaches those alone."""
-        pixels = self.pixels if particles is None else self.pixels[particles]
-        return pixels.tanh() if self.bounded else pixels
+    def forward(self) -> Images:
+        """(num_particles, *shape) images."""
+        return self.pixels.tanh() if self.bounded else self.pixels

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -26,7 +26,7 @@ from sds.exportable import Colour, Exportable, Rendered, check_colour
 from sds.extra import check_extra
 from sds.formats import write_glb, write_obj, write_ply
 from sds.level import LevelSearch, choose_level, compare, pictures_of, surface_at
-from sds.mesh import Lattice, Mesh, density_points, recoloured, sample_lattice, surface_points
+from sds.mesh import Lattice, Mesh, recoloured, sample_lattice, surface_points
 from sds.turntable import colour_frames, contact_sheet, depth_frames, normal_frames, turntable_cameras
 from sds.video import check_encoder, write_gif, write_mp4, write_png
 
@@ -53,9 +53,7 @@ class Export:
     min_part: float = 0.01
     """Parts of the mesh below this share of the largest part's volume are dropped: floaters. 0 keeps all."""
     num_points: int = 100_000
-    """Points of the cloud."""
-    points_from: Literal["surface", "density"] = "surface"
-    """Points evenly on the mesh, or wherever the scene is opaque, which needs no level."""
+    """Points of the cloud, evenly on the mesh."""
     num_frames: int = 48
     """Of a turntable: once round."""
     fps: float = 24.0
@@ -79,8 +77,6 @@ class Export:
                 "min_part must lie in [0, 1], fps in (0, 100] and elevation in [-90, 90]; got "
                 f"{self.min_part}, {self.fps} and {self.elevation}."
             )
-        if self.points_from not in ("surface", "density"):
-            raise ValueError(f'points_from must be "surface" or "density"; got {self.points_from!r}.')
         if self.background is not None:
             check_colour("background", self.background)
 
@@ -119,11 +115,8 @@ def export(
         mesh, compared = _surface(scene, lattice, search.level, choices.min_part, cameras, rendered)
         write_glb(mesh, temporary / "scene.glb")
         write_obj(mesh, temporary / "scene.obj")
-        num_points, generator = choices.num_points, generator or derived_generator(0, "points")
-        if choices.points_from == "surface":
-            points = surface_points(mesh, num_points, generator=generator)
-        else:
-            points = density_points(lattice, scene.colours, num_points, generator=generator)
+        generator = generator or derived_generator(0, "points")
+        points = surface_points(mesh, choices.num_points, generator=generator)
         write_ply(*points, temporary / "points.ply")
         _write_turntables(scene, mesh, temporary, choices)
         report = {"format": FORMAT, "facts": json.loads(text), **_describe(compared, search, mesh, choices)}

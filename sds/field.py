@@ -21,15 +21,6 @@ Activation = Callable[[Tensor], Tensor]
 """Raw density (n,) -> density (n,) per world unit, at least 0; must rise strictly, see :meth:`Field.forward`."""
 
 
-def gaussian_blob(strength: float = 5.0, std: float = 0.2) -> Blob:
-    """DreamFusion's: strength exp(-r^2 / (2 std^2)) (arXiv 2209.14988, Appendix A.2)."""
-
-    def blob(points: Tensor) -> Tensor:
-        return strength * torch.exp(-points.square().sum(-1) / (2 * std**2))
-
-    return blob
-
-
 def cone_blob(strength: float = 10.0, radius: float = 0.5) -> Blob:
     """Magic3D's: strength (1 - r / radius), below 0 outside, where space is then empty (arXiv 2211.10440)."""
 
@@ -67,7 +58,7 @@ class Field(nn.Module):
         network: (n, 3) in [-1, 1] -> (n, 4) raw numbers; twice differentiable if normals are to learn.
         half_size: of the cube, in world units.
         blob: added to the raw density; a scene that starts empty has no gradient to grow by.
-        activation: of the density: ``softplus``, :func:`scaled_softplus` or :func:`sds.scene.clipped_exp`.
+        activation: of the density: ``softplus`` or :func:`scaled_softplus`.
     """
 
     def __init__(

@@ -169,24 +169,6 @@ def surface_points(mesh: Mesh, num_points: int, *, generator: Generator) -> tupl
     return (weights * mesh.vertices[corners]).sum(1), (weights * mesh.colours[corners]).sum(1)
 
 
-def density_points(
-    lattice: Lattice, colours: Query, num_points: int, *, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Points (n, 3) spread as the opacity of the lattice's cubes is, without any level; and their colours (n, 3).
-
-    Raises ``ValueError`` for a density that is nowhere positive.
-    """
-    _check_points(num_points)
-    opacity = -torch.expm1(-lattice.values.double().clamp(min=0) * lattice.spacing).flatten()
-    if not bool(opacity.any()):
-        raise ValueError("the scene is empty: its density is nowhere positive in the box.")
-    cube = torch.stack(torch.unravel_index(_draw(opacity, num_points, generator), lattice.values.shape), dim=1)
-    within = torch.rand(num_points, 3, generator=generator) - 0.5
-    low, high = torch.tensor(lattice.lower), torch.tensor(lattice.upper)
-    points = (low + lattice.spacing * (cube + within)).minimum(high).maximum(low)
-    return points, colours(points)
-
-
 def _draw(weights: Tensor, num: int, generator: Generator) -> Tensor:
     # torch.multinomial takes no more than 2^24 weights, which is a lattice of 256^3.
     heights = weights.double().cumsum(0)

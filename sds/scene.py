@@ -189,14 +189,6 @@ def ray_weights(density: Float[Tensor, "n s"], length: Float[Tensor, "n s"]) -> 
     return -torch.expm1(-optical) * torch.exp(-before)
 
 
-def clipped_exp(raw: Tensor) -> Tensor:
-    """exp, whose slope stops growing at exp(15) (Instant NGP's activation of density)."""
-    check_nerfstudio()
-    from nerfstudio.field_components.activations import trunc_exp
-
-    return trunc_exp(raw)
-
-
 def triplane_network(
     *, generator: Generator, resolution: int = 128, num_components: int = 32, width: int = 64
 ) -> nn.Module:

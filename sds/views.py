@@ -10,7 +10,6 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,26 +56,16 @@ class Views:
         """Of the cameras, in the world."""
         return self.camera_to_world[:, :, 3]
 
-    def cameras(self, height: int, width: int) -> Any:
-        """The views as nerfstudio's ``Cameras`` with square pixels and the principal point in the centre.
-
-        Raises ``ImportError`` without nerfstudio, and ``ValueError`` for a picture without pixels.
-        """
-        check_nerfstudio()
-        from nerfstudio.cameras.cameras import Cameras
-
-        if height < 1 or width < 1:
-            raise ValueError(f"height and width must be at least 1 pixel; got {height} and {width}.")
-        focal = self.focal[:, None] * height
-        return Cameras(
-            self.camera_to_world, fx=focal, fy=focal, cx=width / 2, cy=height / 2, width=width, height=height
-        )
-
     def directions(self, height: int, width: int) -> Float[Tensor, "b h w 3"]:
         """Unit directions in the world of the rays through the centres of all pixels.
 
-        Those of nerfstudio's ``Cameras``, which computes them in float32 by an indexing that torch is to change.
+        Pixels are square and the principal point is the centre. They are those of nerfstudio's ``Cameras``, which
+        computes them in float32 by an indexing that torch is to change.
+
+        Raises ``ValueError`` for a picture without pixels.
         """
+        if height < 1 or width < 1:
+            raise ValueError(f"height and width must be at least 1 pixel; got {height} and {width}.")
         row, column = (torch.arange(n).to(self.focal) + 0.5 for n in (height, width))
         up, right = torch.meshgrid(height / 2 - row, column - width / 2, indexing="ij")
         pixels = torch.stack([right, up], dim=-1) / (self.focal * height)[:, None, None, None]

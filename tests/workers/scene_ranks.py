@@ -1,12 +1,7 @@
-"""A step of a scene, and a rollback, on each of two ranks.
+"""A step of a scene, and a rollback, on each of two ranks."""
 
-Run by torchrun, and imported by test_learning for one rank's answer.
-"""
-
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -84,15 +79,5 @@ def one_rollback(accelerator, folder):
     return {"rate": optimizer.param_groups[0]["lr"], "rollbacks": num_rollbacks(optimizer)}
 
 
-def main(folder):
-    from accelerate import Accelerator
-
-    torch.set_num_threads(1)
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2, "torchrun started separate runs"
-    answer = {**one_step(accelerator), **one_rollback(accelerator, folder / "checkpoints")}
-    torch.save(answer, folder / f"rank{accelerator.process_index}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def main(accelerator, folder):
+    return {**one_step(accelerator), **one_rollback(accelerator, folder / "checkpoints")}

@@ -1,16 +1,11 @@
-"""What two ranks do to an adapter; run by torchrun, imported by test_control_training for what is expected."""
+"""What two ranks do to an adapter, and what one is expected to answer."""
 
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tiny_controls import make_adapter, make_base, make_inputs
+from torch import nn
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.evidence import Probe, Validation, hint_judge, paired_gap
@@ -114,22 +109,9 @@ def rows_asked(share):
     return adapter.rows
 
 
-def main(folder):
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
+def main(accelerator):
     share = partial(shared_rows, accelerator=accelerator)
-    answers = {
-        "locked": run(False, accelerator, wrapped=True),
-        "locked_bare": run(False, accelerator, wrapped=False),
-        "unlocked": run(True, accelerator, wrapped=False),
-        "look": look(share),
-        "rows": rows_asked(share),
-    }
-    torch.save(answers, folder / f"rank{accelerator.process_index}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    return {
+        "locked": run(False, accelerator, wrapped=True), "locked_bare": run(False, accelerator, wrapped=False),
+        "unlocked": run(True, accelerator, wrapped=False), "look": look(share), "rows": rows_asked(share),
+    }  # fmt: skip
