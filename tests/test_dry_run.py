@@ -157,6 +157,7 @@ def test_what_a_dry_run_accepts_starts_and_what_it_refuses_has_a_remedy(
         ({"precision": "bf16", "student_ratio": 0.0, "teacher": "plain"}, "rounding of bf16"),
         ({"warmup_steps": 2}, r"belongs to another config \(warmup_steps: 1 there, 2 now\)"),
         ({"bottleneck": "nowhere"}, "--bottleneck nowhere"),
+        ({"prompts": "long"}, "1 of 3 prompts of .* are longer than the text encoders read"),
     ],
 )
 def test_nothing_is_refused_behind_the_encoding_of_prompts(root, tmp_path, monkeypatch, changes, said):
@@ -166,10 +167,16 @@ def test_nothing_is_refused_behind_the_encoding_of_prompts(root, tmp_path, monke
     elif "warmup_steps" in changes:
         AcceleratorState._reset_state(True)
         distil(root, root / "sd", tmp_path / "run", gan_weight=0.0)
+    elif "prompts" in changes:
+        changes["prompts"] = str(tmp_path / "prompts.txt")
+        (tmp_path / "prompts.txt").write_text("a mug\na cone\n" + "far too long for this\n")
     AcceleratorState._reset_state(True)
-    monkeypatch.delattr(PromptEncoder, "num_cut")
-    with pytest.raises(ValueError, match=said):
-        distil(root, root / "sd", tmp_path / "run", gan_weight=0.0, **changes)
+    encoded, encode = set(), PromptEncoder._encode
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, some: encoded.update(some) or encode(self, some))
+    for dry_run in (True, False) if "prompts" in changes else (False,):
+        with pytest.raises(ValueError, match=said):
+            distil(root, root / "sd", tmp_path / "run", **{"gan_weight": 0.0, "dry_run": dry_run, **changes})
+    assert encoded <= {""}, "the negative prompt alone tells the shape of all conditions"
 
 
 def times_of(folder):

@@ -67,15 +67,6 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _plain(kind: str | None, image: Image.Image) -> Image.Image:
-    try:
-        return _converted(kind, image)
-    except ValueError:
-        raise
-    except Exception as error:  # what a file says of its transparency or palette is believed until here
-        raise ValueError(f"cannot be read as a picture: {error or type(error).__name__}.") from error
-
-
-def _converted(kind: str | None, image: Image.Image) -> Image.Image:
     # The scale comes from the file's type: one taken from its pixels would brighten the dark images of a set.
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         return _in_bytes(np.asarray(image) / 65535)
