@@ -60,6 +60,7 @@ class Inputs:
         texts: the prompts.
         latents: of their images, or None without a GAN term.
         shown: conditions of the prompts that are drawn for TensorBoard.
+        found: by the check of the teacher, if there was one.
     """
 
     config: Config
@@ -67,6 +68,7 @@ class Inputs:
     texts: Texts
     latents: Latents | None
     shown: Cond
+    found: Diagnosis | None = None
 
 
 def distil_texts(config: Config) -> Path:
@@ -80,9 +82,6 @@ def distil_texts(config: Config) -> Path:
     if config.dry_run:
         show(config, teacher, networks)
         return config.out
-    found = None
-    if not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
-        found = ask_teacher(config, teacher, latents)
     method = build_method(config, teacher, *(place(network, config, accelerator) for network in networks))
 
     def batches(rng: Rng) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def distil_texts(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    if found is not None and found.samples and accelerator.is_main_process:
+    if (found := inputs.found) is not None and found.samples and accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         draw_check(teacher, found, config.out / PICTURE)
     average = learn(config, inputs, method, batches, accelerator)
@@ -105,18 +104,22 @@ def distil_texts(config: Config) -> Path:
     return out
 
 
-def ask_teacher(config: Config, teacher: Teacher, latents: Latents | None) -> Diagnosis:
-    """Check the teacher on a few latents of the prompts' images, or on its own.
+def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: Latents | None) -> Diagnosis:
+    """Check the teacher on a few prompts and the latents of their images, or on its own; only these are encoded.
 
     Raises ``ValueError`` for a teacher that fails.
     """
-    count = num_checked(teacher.shape)
-    chosen = torch.randperm(teacher.num_classes, generator=torch.Generator().manual_seed(0))
-    chosen = chosen.repeat(-(-count // len(chosen)))[:count]
-    listed = teacher.listed
-    null = listed.negative if listed is not None and config.guidance != 1 else None
+    count = num_checked(source.shape)
+    chosen = torch.randperm(len(texts.prompts), generator=torch.Generator().manual_seed(0))[:count]
+    teacher = source.asked(texts.some(chosen.tolist()).prompts, config.negative)
     x0 = None if latents is None else latents(chosen)
-    return check_teacher(teacher, x0, chosen, null=null, bounded=False, batch_size=config.batch_size)
+    source.free_text_encoders()  # while the network is asked
+    labels = torch.arange(count) % len(chosen)
+    assert teacher.listed is not None
+    null = teacher.listed.negative if config.guidance != 1 else None
+    return check_teacher(
+        teacher, None if x0 is None else x0[labels], labels, null=null, bounded=False, batch_size=config.batch_size
+    )
 
 
 def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
@@ -133,6 +136,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         check_rounding(config, source.denoiser)
         if not config.dry_run:
             check_options(config.out, own_options(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
+        texts = texts.some(source.fitting(texts.prompts, config.long_prompts, config.prompts))
         if (
             config.gan_weight
             and config.reals == "data"
@@ -141,15 +145,16 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             latents, faults = check_images(texts.images, source, accelerator)
             good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
             texts, latents = texts.some(good), latents.some(good)
+        found = None
         if config.dry_run:
             texts, latents = Texts(texts.prompts[:1]), None
-        kept = source.fitting(texts.prompts, config.long_prompts, config.prompts)
-        texts, latents = texts.some(kept), None if latents is None else latents.some(kept)
+        elif not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
+            found = ask_teacher(config, source, texts, latents)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
         teacher = source.asked(texts.prompts, config.negative)
     if latents is not None:
         latents = replace(latents, teacher=teacher).encoded(accelerator)
-    return Inputs(config, teacher, texts, latents, shown)
+    return Inputs(config, teacher, texts, latents, shown, found)
 
 
 def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:

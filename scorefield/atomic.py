@@ -130,21 +130,31 @@ def _fingerprint(path: Path) -> str:
 
 
 @contextmanager
-def whole_file(final: Path) -> Iterator[Path]:
+def whole_file(final: Path, unfinished: Path | None = None) -> Iterator[Path]:
     """A name to write a file under, renamed to ``final`` when the block ends.
 
     After an error ``final`` is as before. Processes that write one file at once do not disturb each other: one of
     them is last. What killed writers of the same file left is removed.
+
+    Args:
+        final: the file.
+        unfinished: folder on the same file system to write in, for many files in folders too large to search each
+            time: what killed writers of any file left there is removed. They are not flushed to the disk: whoever
+            reads them must know a damaged one. Default: beside ``final``.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _clear(final)
+    place = final.parent if unfinished is None else unfinished
+    place.mkdir(parents=True, exist_ok=True)
+    _clear(place, ".+" if unfinished else re.escape(final.name))
     own = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    temporary = final.with_name(f".writing-{own}-{final.name}")
+    temporary = place / f".writing-{own}-{final.name}"
     try:
         yield temporary
-        _sync(temporary)
+        if unfinished is None:
+            _sync(temporary)
         os.replace(temporary, final)
-        _sync(final.parent)
+        if unfinished is None:
+            _sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,10 +174,10 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _clear(final: Path) -> None:
+def _clear(place: Path, names: str) -> None:
     # A writer on another machine may be at work: its file is left for a day.
-    pattern = re.compile(rf"\.writing-(?:(.+)-)?(\d+)-\d+-{re.escape(final.name)}")
-    for path in final.parent.iterdir():
+    pattern = re.compile(rf"\.writing-(?:(.+)-)?(\d+)-\d+-{names}")
+    for path in place.iterdir():
         if (found := pattern.fullmatch(path.name)) is None:
             continue
         with suppress(OSError):

@@ -5,18 +5,21 @@ image means another entry, and every other one stays valid. Nothing is ever remo
 """
 
 import hashlib
-import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from scorefield.atomic import whole_file
+
+UNFINISHED = "unfinished"
+"""Folder of entries that are being written, in that of a cache."""
 
 Content = str | bytes | Tensor
 """What an entry is made from: a prompt, a file's bytes, an image."""
@@ -141,13 +144,8 @@ def _read(path: Path) -> Entry | None:
 
 
 def _write(path: Path, entry: Entry) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{uuid4().hex}")  # unique: ranks may make the same entry at once
-    try:
+    with whole_file(path, path.parent.parent / UNFINISHED) as temporary:
         save_file(entry, temporary, metadata={"crc32": _checksum(entry)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checksum(entry: Entry) -> str:

@@ -70,12 +70,11 @@ def frozen_teacher(config: Config, device: torch.device) -> Teacher:
 
 def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
     """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
-    negative = teacher.negative(config.negative)
     asked = [[config.prompt.strip()]]
     if not config.canvas:
         asked = [words_of(config, name) for name in config.backdrops or (None,)]
     teacher.fitting(sum(asked, list[str]()), config.long_prompts, "--prompt")
-    return [negative, *map(teacher.prompts, asked)]
+    return [teacher.negative(config.negative), *map(teacher.prompts, asked)]
 
 
 def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:

@@ -5,154 +5,36 @@ traceback is an exception that reaches the test. An audit hook watches for code 
 and writes elsewhere. ``CASES=200`` in the environment shortens a campaign.
 """
 
-import contextlib
-import copy
 import dataclasses
-import importlib
-import io
 import json
-import os
 import random
+import re
 import shutil
-import signal
 import socket
 import struct
+import subprocess
 import sys
 import typing
 
+import datasets
+import hostile_data
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
-import torch
-from accelerate.state import AcceleratorState
+from hostile import CASES, Guard, campaign, listing, mutated, options_of, run, spoilt
 from PIL import Image
 
-import scorefield.cli as cli
-import scorefield.commands.command as command
 import scorefield.commands.teacher as train_teacher
 from scorefield.commands.options import TrainTeacher
+from scorefield.files import printable
+from scorefield.training.features import Classifier, Facts, save_classifier
 
 pytestmark = pytest.mark.slow
-
-CASES = int(os.environ.get("CASES", "1000"))
-WALL, CPU = 120, 20
-"""Seconds of a case that is no hang: of a busy machine, and of its own."""
-
-
-class Hung(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
-
-
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
-NEVER = (
-    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "socket.connect",
-    "socket.getaddrinfo", "socket.sendto", "socket.bind", "pickle.find_class",
-)  # fmt: skip
-
-
-class Guard:
-    """An audit hook, which stays for good, and notes what a case must not do."""
-
-    def __init__(self):
-        self.folder, self.allowed, self.found = None, (), []
-        sys.addaudithook(self)
-
-    @contextlib.contextmanager
-    def watching(self, folder, *allowed):
-        self.folder, self.allowed, self.found = str(folder), tuple(map(str, allowed)), []
-        try:
-            yield self.found
-        finally:
-            self.folder = None
-
-    def __call__(self, event, arguments):
-        if self.folder is None:
-            return
-        first = arguments[0] if arguments else None
-        if event == "exec":
-            bad = str(getattr(first, "co_filename", "")).startswith(self.folder)
-        elif event == "open":
-            named = isinstance(first, str | bytes | os.PathLike) and isinstance(arguments[2], int)
-            writes = named and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            bad = bool(writes) and not self._may_be_written(first)
-        elif event in CHANGES:
-            # What is removed relative to an open folder was reached through its parent.
-            bad = not self._may_be_written(first) and os.path.isabs(os.fsdecode(first))
-        else:
-            bad = event in NEVER
-        if bad:
-            self.found.append((event, str(arguments)[:200]))
-
-    def _may_be_written(self, name):
-        name = os.fsdecode(name)
-        return name == os.devnull or os.path.abspath(name).startswith(self.allowed)
 
 
 @pytest.fixture(scope="module")
 def guard():
     return Guard()
-
-
-@contextlib.contextmanager
-def limited(words):
-    def hung(number, frame):
-        raise Hung(words)
-
-    before = {number: signal.signal(number, hung) for number in (signal.SIGALRM, signal.SIGPROF)}
-    signal.setitimer(signal.ITIMER_REAL, WALL)
-    signal.setitimer(signal.ITIMER_PROF, CPU)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run(script, words):
-    """Exit code, and what was said."""
-    AcceleratorState._reset_state(True)
-    said = io.StringIO()
-    try:
-        with limited(words), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            if script in cli.COMMANDS:
-                cli.main([*script.split(), *words])
-            else:
-                command.run(importlib.import_module(script).main, options_of(script), arguments=words)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return code, said.getvalue()
-
-
-def options_of(script):
-    """The dataclass of a command, or of a script that is none."""
-    if script in cli.COMMANDS:
-        return cli.found(cli.COMMANDS[script].options)
-    return importlib.import_module(script).Config
-
-
-def listing(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def campaign(cases, one):
-    """Run ``one(number)`` for each case; all that failed are told together, by their numbers."""
-    faults, codes = [], {}
-    for number in range(cases):
-        try:
-            code = one(number)
-            codes[code] = codes.get(code, 0) + 1
-        except Exception as error:
-            faults.append(f"case {number}: {type(error).__name__}: {str(error)[:1500]}")
-        except Hung as hung:
-            faults.append(f"case {number}: hung in {hung}")
-    print(f"{cases} cases, exit codes {codes}, {len(faults)} faults")
-    assert not faults, "\n".join(faults)
-    return codes
 
 
 # Folders of models.
@@ -172,77 +54,6 @@ def models(tmp_path_factory):
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
             (place / "payload.py").write_text("raise SystemError('imported')")
     return root
-
-
-DELETED = object()
-DEEP = {"a": {}}
-for _ in range(400):
-    DEEP = {"a": DEEP}
-VALUES = [
-    DELETED, None, True, False, 0, 1, -1, 2, 3, 7, 16, 10**6, 10**12, 2**63, 10**400, 0.5, -0.5, 1e-300, 1e300, "",
-    "x", "auto", "../../etc/passwd", "/dev/zero", "payload:make", "payload.Model", "os:system", "a\nb\x1b[2J",
-    "\ud800", [], [0], [1, 2], [8, 16, 32], ["a", 1], [[]], [None], {}, {"a": 1}, DEEP, "FluxPipeline",
-    "UNet2DModel", "CLIPTextModel", "LCMScheduler", "linear", "sample", "v_prediction",
-    ["diffusers", "AutoencoderKL"], ["payload", "Model"],
-]  # fmt: skip
-KEYS = {
-    "auto_map": {"AutoModel": "payload.Model", "AutoTokenizer": ["payload.T", None]}, "custom_pipeline": "payload",
-    "quantization_config": {"quant_method": "bitsandbytes"}, "_attn_implementation": "kernels-community/flash",
-    "architectures": ["payload.Model"], "_name_or_path": "somebody/else", "torch_dtype": "float8", "dtype": "x",
-    "tokenizer_class": "payload.T", "processor_class": "payload.P", "_class_name": ["payload", "Model"],
-    "model_type": "payload", "trust_remote_code": True, "gguf_file": "x.gguf", "vocab_file": "/etc/passwd",
-    "is_decoder": True, "output_hidden_states": True, "return_dict": False, "chat_template": "{{ 1/0 }}",
-    "added_tokens_decoder": {"0": {"content": "x", "special": True}, "x": 1}, "network": "function",
-    "time_scale": 1e-300, "times": [1, 2], "conditioning_times": [2.0, 9.0, -1.0], "adapter": "payload",
-    "dmd2_denoising_timesteps": [1e9, "x"], "transformers_weights": "../x", "use_safetensors": False,
-}  # fmt: skip
-
-
-def places(content, path=()):
-    """Where the values of a JSON document are."""
-    items = (
-        content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    )
-    for key, value in items:
-        yield (*path, key)
-        if not (isinstance(value, dict | list) and len(value) > 200):  # vocabularies
-            yield from places(value, (*path, key))
-
-
-def mutated(content, chance):
-    """A JSON document with one to three values replaced, removed or added."""
-    content = copy.deepcopy(content)
-    for _ in range(chance.randint(1, 3)):
-        found = list(places(content))
-        if not found or chance.random() < 0.15:
-            if isinstance(content, dict):
-                key = chance.choice(list(KEYS))
-                content[key] = KEYS[key]
-            continue
-        *path, last = chance.choice(found)
-        holder = content
-        for key in path:
-            holder = holder[key]
-        value = chance.choice(VALUES)
-        if value is DELETED:
-            del holder[last]
-        else:
-            holder[last] = copy.deepcopy(value)
-    return content
-
-
-def spoilt(data, chance):
-    """Bytes with some changed, cut off, or put in."""
-    place = chance.randrange(max(1, len(data)))
-    kind = chance.randrange(4)
-    if kind == 0:
-        return data[:place]
-    if kind == 1:
-        return data[:place] + chance.randbytes(chance.randint(1, 9)) + data[place:]
-    if kind == 2:
-        junk = [b"[" * 100_000, b'"', b"}", b"NaN", b"1e999", b"\xff\xfe", b"\0"]
-        return data[:place] + chance.choice(junk) + data[place:]
-    return data[:place] + chance.randbytes(4) + data[place + 4 :]
 
 
 def mutate_text(file, chance):
@@ -344,6 +155,7 @@ def inputs(tmp_path_factory, models):
         rows.append(json.dumps({"text": "mug", "file_name": f"{number}.png"}))
     (root / "data" / "metadata.jsonl").write_text("\n".join(rows))
     (root / "empty").mkdir()
+    save_classifier(Classifier(Facts(1, 8, 2)), root / "features")
     return root
 
 
@@ -443,6 +255,120 @@ def test_command_lines(models, inputs, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         assert set(listing(tmp_path)) <= {"out", *(f"out/{one}" for one in listing(tmp_path / "out"))}, about
         assert {root: listing(root) for root in before} == before, about
+        return code
+
+    campaign(CASES, one)
+
+
+# Folders of data.
+
+
+def data_commands(source, models, inputs, out, chance):
+    """Command lines that read a source, by what they read of it: pictures, captions or both."""
+    ours, sd, npz = str(models / "ours"), str(models / "sd"), str(inputs / "images.npz")
+    skip = ["--on-bad-data", chance.choice(["stop", "skip"])]
+    small = ["--resolution", "8", "--channels", "grey"]
+    train = ["--out", str(out), *chance.choice([["--dry-run"], ["--dry-run"], ["--steps", "1"]])]
+    learn = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    teach = ["--batch-size", "4", "--skip-teacher-check", "--dry-run", "--out", str(out)]
+    judge = ["--features", str(inputs / "features"), "--device", "cpu", "--out", str(out / "figures.json")]
+    text = ["--teacher", sd, "--prompts", str(source), "--precision", "no", "--student-every", "1"]
+    long = ["--long-prompts", chance.choice(["cut", "skip"])]
+    one = str(source) if source.suffix in (".txt", ".jsonl", ".tar", ".parquet") else "a mug"
+    return {
+        "teacher": [*train, "--data", str(source), *skip, "--batch-size", "4", "--width", "8", "--depth", "1"],
+        "distill": [*teach, "--teacher", ours, "--data", str(source), *small, *skip],
+        "features": [*learn, "--data", str(source), *skip, *small[:2], "--out", str(out / "features")],
+        "evaluate": [*judge, "--generated", str(source), "--reference", npz, *skip],
+        "evaluate (reference)": [*judge, "--generated", npz, "--reference", str(source), *skip],
+        "distill (texts)": [*text, *teach, *skip, *long, "--gan-weight", chance.choice(["0", "0.01"])],
+        "control": [
+            "--teacher", sd, "--data", str(source), "--hint", "canny", "--dry-run", "--eval-samples", "2",
+            "--out", str(out), *skip, *long, *chance.choice([[], ["--text-column", ""]]),
+        ],
+        "sample": [
+            "--teacher", sd, "--prompts", one, "--num-images", "1", "--steps", "2", *skip, *long,
+            "--out", str(out / "made.npz"),
+        ],
+    }  # fmt: skip
+
+
+CAPTIONED = ("described", "described_in_csv", "lines", "whole_json", "table", "shards", "parquet", "saved")
+LABELLED = (*CAPTIONED, "classes", "numbered", "splits", "npz", "idx")
+READ = {
+    "teacher": LABELLED, "distill": LABELLED, "features": LABELLED, "evaluate": LABELLED,
+    "evaluate (reference)": LABELLED, "distill (texts)": (*CAPTIONED, "beside"), "control": (*CAPTIONED, "beside"),
+    "sample": ("lines", "prompts", "parquet"),
+}  # fmt: skip
+"""What each command can use, if nothing is wrong with it."""
+
+
+def unaccounted(root, opened, said):
+    """Files under ``root`` that were neither opened nor named, if they are more than those that were counted."""
+    said = said.replace("\\\\", "\\")
+    left_out = re.search(r"train/ is used, and not ([^;\n]*)|$", said)[1] or ""
+    silent = []
+    for path in hostile_data.entries(root):
+        here = path.relative_to(root).parts
+        if (here[0] != "train" and f"{here[0]}/" in left_out) or any(name.startswith(".") for name in here[:-1]):
+            continue  # what is in them is counted, or named, with them
+        read = str(path) in opened or any(one.startswith(f"{path}/") for one in opened)
+        if (
+            not read
+            and printable(path.name) not in said
+            and (path.is_symlink() or not path.is_dir() or here[-1][0] == ".")
+        ):
+            silent.append("/".join(here))
+    passed_over = re.findall(r"passed over: ([^;\n]*)", said)
+    counted = sum(int(number) for part in passed_over for number in re.findall(r"\d+", part))
+    return silent if len(silent) > counted else []
+
+
+def test_folders_of_data(models, inputs, guard, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    cache, root, out = tmp_path / "cache", tmp_path / "data", tmp_path / "out"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache / "datasets"))
+    monkeypatch.chdir(tmp_path)
+    kinds = sorted(hostile_data.SOURCES)
+
+    def start(kind):
+        # shutil calls itself in each folder, and some are deeper than Python's stack.
+        subprocess.run(["rm", "-rf", str(root), str(out), str(cache / "datasets")], check=True)
+        out.mkdir()
+        return hostile_data.SOURCES[kind](root)
+
+    for name, known in sorted(READ.items()):
+        for kind in sorted(known):
+            source = start(kind)
+            words = data_commands(source, models, inputs, out, random.Random(0))[name]
+            code, said = run(name.partition(" (")[0], words)
+            assert code == 0, f"what is not spoilt works: {name} {kind}: {said[-600:]}"
+
+    def one(number):
+        chance = random.Random(number)
+        name = chance.choice(sorted(READ))
+        kind = chance.choice([*kinds, *sorted(READ[name]) * 3])
+        source = start(kind)
+        for _ in range(chance.choice([1, 1, 2, 3])):
+            hostile_data.spoil(root, chance)
+        words = data_commands(source, models, inputs, out, chance)[name]
+        before = hostile_data.entries(root)
+        with guard.watching(root, out, cache, "/tmp/tmp", "/proc/", "/dev/shm"):
+            code, said = run(name.partition(" (")[0], words)
+            found, opened = list(guard.found), set(guard.opened)
+        about = f"{kind} {name} {words[-9:]}: {code} {said[-900:]}"
+        assert not found, f"{about} {found}"
+        assert hostile_data.entries(root) == before, about
+        assert code in (0, 2), about
+        assert "\x1b" not in said, about
+        assert "not enough memory" not in said, about
+        if code == 2:
+            assert listing(out) == [], about
+            assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, about
+        elif name != "sample" and source.is_dir() and kind not in hostile_data.HIDDEN:
+            silent = unaccounted(root, opened, said)
+            assert not silent, f"{about} says nothing of {silent[:5]}"
         return code
 
     campaign(CASES, one)

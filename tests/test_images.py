@@ -168,6 +168,35 @@ def test_labels_that_do_not_belong_together_are_refused(tmp_path, labels):
         load(tmp_path)
 
 
+def test_classes_without_an_image_are_named(tmp_path, capsys):
+    for name in ("0", "2", "5"):
+        picture(tmp_path / name / "a.png")
+    load(tmp_path)
+    assert capsys.readouterr().err == f"warning: {tmp_path} holds no image of 3 of its 6 classes: 1, 3, 4\n"
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 1, 8, 8), np.uint8), labels=np.array([0, 9]))
+    load(tmp_path / "a.npz")
+    assert "a.npz holds no image of 8 of its 10 classes: 1, 2, 3, 4, 5, ...\n" in capsys.readouterr().err
+
+
+def test_two_folders_of_one_number_are_refused(tmp_path):
+    for name in ("7", "07", "1"):
+        picture(tmp_path / name / "a.png")
+    with pytest.raises(ValueError, match=r"the classes 07 and 7 are one number\. Rename one of them"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, b"\x63\0"), (6, b"\1\0")])
+def test_an_npz_that_is_packed_strangely_or_encrypted_is_refused(tmp_path, place, value):
+    """zipfile raises NotImplementedError and RuntimeError for them."""
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((2, 1, 8, 8), np.uint8))
+    data, central = bytearray(path.read_bytes()), path.read_bytes().index(b"PK\1\2")
+    data[place : place + 2] = data[central + place + 2 : central + place + 4] = value
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"a\.npz must be an npz file"):
+        load(path)
+
+
 def idx(path, array, magic=None, pack=lambda content: content):
     header = struct.pack(f">{array.ndim + 1}I", magic or 0x800 + array.ndim, *array.shape)
     path.write_bytes(pack(header + array.astype(np.uint8).tobytes()))

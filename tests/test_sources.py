@@ -1,7 +1,11 @@
 """Rows of every kind of source: what is used, what is counted, and what is said of lines that cannot be used."""
 
+import gzip
 import io
 import json
+import os
+import struct
+import subprocess
 import tarfile
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from PIL import Image
 
 from scorefield.data.pictures import open_image
-from scorefield.data.rows import Columns, keep_good
+from scorefield.data.rows import Columns, Member, keep_good
 from scorefield.data.sources import PICTURES, read_rows
 
 
@@ -97,8 +101,142 @@ def test_links_are_followed_and_not_in_circles(tmp_path):
     put(tmp_path / "data" / ".hidden")
     listing = read_rows(tmp_path / "data")
     assert said(listing) == [("0.png", None, "cat"), ("1.png", None, "dog")]
-    links = "1 folders that are links to a folder above them"
-    assert listing.note == f"passed over: {links}, 1 hidden files or folders, 1 links to nothing"
+    links = "1 links to folders that are read already, or hold all of this"
+    assert listing.note == f"passed over: 1 hidden files or folders, {links}, 1 links to nothing"
+
+
+def test_links_to_more_paths_than_can_be_counted_are_each_followed_once(tmp_path):
+    """Forty folders, of which each leads twice to the next: 2^40 paths; and one to all files of the machine."""
+    for number in range(40):
+        put(tmp_path / "data" / f"{number:02d}" / "a.png")
+        for name in "xy":
+            (tmp_path / "data" / f"{number:02d}" / name).symlink_to(tmp_path / "data" / f"{number + 1:02d}")
+    (tmp_path / "data" / "all").symlink_to("/")
+    listing = read_rows(tmp_path / "data")
+    assert len(listing.rows) == 40
+    assert listing.note == (
+        "passed over: 79 links to folders that are read already, or hold all of this, 2 links to nothing"
+    )
+
+
+def test_folders_may_lie_deeper_than_python_calls(tmp_path):
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("a", dir_fd=here)
+        inner = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(os.open("0.png", os.O_CREAT, dir_fd=here))
+    os.close(here)
+    (row,) = read_rows(tmp_path).rows
+    assert row.image.name.count("/a") == 1200
+    subprocess.run(["rm", "-r", str(tmp_path / "a")], check=True)
+
+
+def test_class_folders_without_pictures_are_named(tmp_path):
+    for name in ("cat/0.png", "dog/.hidden", "fox/notes.md"):
+        put(tmp_path / name)
+    (tmp_path / "cow").mkdir()
+    assert read_rows(tmp_path).note == (
+        "no pictures in cow, dog, fox; passed over: 1 .md files, 1 hidden files or folders"
+    )
+
+
+IDX = struct.pack(">4I", 0x803, 2, 8, 8) + bytes(128)
+LABELS = struct.pack(">2I", 0x801, 2) + b"\0\1"
+
+
+@pytest.mark.parametrize(("files", "labels", "note"), [
+    ({"train-images-idx3-ubyte": IDX, "train-labels-idx1-ubyte.gz": gzip.compress(LABELS)}, [0, 1], ""),
+    ({"train-images-idx3-ubyte.gz": gzip.compress(IDX), "train-labels-idx1-ubyte": LABELS}, [0, 1], ""),
+    ({"train-images-idx3-ubyte": IDX, "t10k-images-idx3-ubyte": b"", "t10k-labels-idx1-ubyte": b"", "a.md": b""},
+     [0, 0], "train-images-idx3-ubyte has no labels beside it, so all are of one class; passed over: 1 .md files, "
+     "2 idx files of other parts"),
+])  # fmt: skip
+def test_of_idx_files_all_are_used_or_counted(tmp_path, files, labels, note):
+    for name, data in files.items():
+        put(tmp_path / name, data)
+    listing = read_rows(tmp_path)
+    assert [row.label for row in listing.rows] == labels
+    assert listing.note == note
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L"])
+@pytest.mark.parametrize("size", [-1024, 2**63, 2**80])
+def test_shards_whose_headers_lie_are_refused(tmp_path, size, kind):
+    """The second member's size: below 0 it leads back to the first one, round in circles."""
+    path = shard(tmp_path / "0.tar", {"0.png": b"", "1.png": content(1)})
+    data = bytearray(path.read_bytes())
+    data[512 + 124 : 512 + 136] = b"\xff" * (size < 0) + b"\x80" * (size > 0) + size.to_bytes(11, signed=True)
+    data[512 + 156 : 512 + 157] = kind
+    data[512 + 148 : 512 + 156] = b" " * 8
+    data[512 + 148 : 512 + 156] = b"%06o\0 " % sum(data[512:1024])
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="is no tar archive, is cut, or is compressed"):
+        read_rows(path)
+
+
+def test_a_member_that_claims_more_than_its_archive_holds_is_cut(tmp_path):
+    put(tmp_path / "0.tar", b"x" * 100)
+    with pytest.raises(ValueError, match=r"is cut: 40 of 1,152,921,504,606,846,976 bytes are there"):
+        Member(tmp_path / "0.tar", "a.png", 60, 2**60).read()
+
+
+@pytest.mark.parametrize("name", ["0.tar", "metadata.parquet", "rows.parquet"])
+def test_pipes_in_the_place_of_tables_and_shards_are_refused_at_once(tmp_path, name):
+    put(tmp_path / "a.png") if name.startswith("meta") else None
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match="is a named pipe"):
+            read_rows(source)
+
+
+def test_a_pipe_in_a_saved_data_set_is_refused_at_once_and_other_files_are_counted(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["a mug"]}).save_to_disk(tmp_path / "data")
+    put(tmp_path / "data" / "notes.md")
+    assert read_rows(tmp_path / "data").note == "passed over: 1 .md files"
+    (arrow,) = (tmp_path / "data").glob("*.arrow")
+    arrow.unlink()
+    os.mkfifo(arrow)
+    with pytest.raises(ValueError, match="is a named pipe"):
+        read_rows(tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind", ["Audio", "Video", "Pdf", "Nifti"])
+def test_columns_of_sounds_and_films_are_no_pictures(tmp_path, kind):
+    """Their readers are libraries that need not be there."""
+    pyarrow = pytest.importorskip("pyarrow")
+    told = {"info": {"features": {"image": {"_type": kind}, "text": {"_type": "Value", "dtype": "string"}}}}
+    cells = [{"bytes": b"no", "path": None}]
+    table = pyarrow.table({"image": cells, "text": ["a mug"]})
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(told)}), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(ValueError, match=r"cannot be read|cannot be loaded as a data set"):
+        open_image(read_rows(tmp_path / "rows.parquet").rows[0].image.read())
+
+
+def test_a_picture_or_caption_too_large_to_be_one_is_not_read(tmp_path):
+    for name, size in (("a.png", 2**40), ("b.png", 100), ("b.txt", 2**40)):
+        put(tmp_path / name, b"")
+        os.truncate(tmp_path / name, size)
+    big, long = read_rows(tmp_path).rows
+    with pytest.raises(ValueError, match=r"has 1,099,511,627,776 bytes; expected a picture"):
+        big.image.read()
+    assert "it has 1,099,511,627,776 bytes; expected a text" in long.fault
+
+
+def test_a_path_in_a_typed_column_begins_in_the_folder_of_its_file(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    put(tmp_path / "data" / "a.png", content(3))
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": "a.png"}]}, features=features)
+    rows.to_parquet(tmp_path / "data" / "rows.parquet")
+    (row,) = read_rows(tmp_path / "data" / "rows.parquet").rows
+    assert row.image.read() == content(3)
 
 
 def shard(path, members):

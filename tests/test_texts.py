@@ -137,33 +137,37 @@ def test_prompts_of_the_toy_world_have_their_renders():
     assert texts.read_texts("toyworld", 3).prompts == found.prompts[:3]
 
 
-def test_tokens_are_counted_without_keeping_the_conditions(tmp_path):
+def test_a_long_list_is_encoded_without_keeping_the_conditions(tmp_path):
     """Of many prompts at once they would not fit into memory."""
+    encoded = []
 
     def encode(prompts):
-        return {"embeds": torch.zeros(len(prompts), 4), "num_tokens_cut": torch.arange(len(prompts))}
+        encoded.append(len(prompts))
+        return {"embeds": torch.zeros(len(prompts), 4)}
 
     encoder = PromptEncoder(tmp_path / "prompts", lambda: "x", lambda: encode)
-    fetch, sizes = latents.TensorCache.fetch, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents.TensorCache, "fetch", lambda *args: sizes.append(len(args[1])) or fetch(*args))
-        counts = encoder.num_cut([f"p{i}" for i in range(40)])
-    assert counts == [*range(16), *range(16), *range(8)]
-    assert max(sizes) == 16
-    assert encoder.dropped().num_cut([f"p{i}" for i in range(40)]) == counts
+    encoder.encode([f"p{i}" for i in range(40)])
+    assert encoded == [16, 16, 8]
+    assert len(encoder.dropped()([f"p{i}" for i in range(40)])["embeds"]) == 40
 
 
 def test_one_policy_for_long_prompts_and_one_line(tmp_path, capsys):
-    def encode(prompts):
-        cut = torch.tensor([max(0, len(prompt) - 5) for prompt in prompts])
-        return {"embeds": torch.zeros(len(prompts), 4), "num_tokens_cut": cut}
+    """Prompts are counted by the tokenizers; no text encoder is loaded before all of them are."""
 
-    encoder = PromptEncoder(tmp_path / "prompts", lambda: "x", lambda: encode)
+    def encode(prompts):
+        return {"embeds": torch.zeros(len(prompts), 4)}
+
+    loaded = []
+    encoder = PromptEncoder(
+        tmp_path / "prompts", lambda: "x", lambda: loaded.append("encoders") or encode,
+        lambda: lambda prompt: max(0, len(prompt) - 5),
+    )  # fmt: skip
     prompts = ["a mug", "a long one", "a cone, too"]
     with pytest.raises(ValueError, match=r"2 of 3 prompts of p\.txt .* 'a long one' by 5 tokens.*cut or skip"):
         encoder.fitting(prompts, "stop", "p.txt")
     assert encoder.fitting(prompts, "skip", "p.txt") == [0]
     assert encoder.fitting(prompts, "cut", "p.txt") == [0, 1, 2]
+    assert not loaded
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] + line[-7:] for line in said] == ["warningskipped", "warningns: cut"]
     with warnings.catch_warnings():

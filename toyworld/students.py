@@ -68,6 +68,8 @@ def check(config: EvaluateStudents) -> None:
     check_device(config.device)
     if min(config.num_prompts, config.num_renders) < 2:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    if not config.students:
+        raise ValueError("--students names no folder; pass at least one that `scorefield distill` wrote.")
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(

@@ -5,7 +5,6 @@ import math
 import os
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,9 +39,12 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with open_regular(path) as file, np.load(check_archive(file), allow_pickle=False) as arrays:
             images = arrays["images"]
             labels = arrays["labels"] if "labels" in arrays else np.zeros(len(images), np.int64)
-    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind: numpy and zipfile believe what headers say
         raise ValueError(
-            f"{path} must be an npz file with an array 'images', and 'labels' if there are classes: {error}"
+            f"{path} must be an npz file with an array 'images', and 'labels' if there are classes: "
+            f"{str(error)[:300] or type(error).__name__}"
         ) from error
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
@@ -118,20 +120,34 @@ def is_idx(path: Path) -> bool:
     )
 
 
+def idx_images(path: Path) -> Path:
+    """Return the idx file of images that ``path`` names, in a folder that of the training part."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*images-idx3-ubyte*"))
+    return next((file for file in found if file.name.startswith("train")), found[0])
+
+
 def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 1, h, w) and labels (n,) of ``...images-idx3-ubyte`` and ``...labels-idx1-ubyte``, plain or .gz.
 
-    A folder means its training part. Raises ``ValueError`` for files that are missing, cut or of other sizes.
+    Raises ``ValueError`` for files that are missing, cut or of other sizes.
     """
-    if path.is_dir():
-        found = sorted(path.glob("*images-idx3-ubyte*"))
-        path = next((file for file in found if file.name.startswith("train")), found[0])
     images = _read_tensor(path, 3)[:, None]
-    partner = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    labels = _read_tensor(partner, 1) if partner != path and partner.is_file() else np.zeros(len(images), np.uint8)
+    partner = labels_of(path)
+    labels = np.zeros(len(images), np.uint8) if partner is None else _read_tensor(partner, 1)
     if len(labels) != len(images) or 0 in images.shape:
-        raise ValueError(f"{path} holds images {images.shape}, {partner.name} {len(labels)} labels.")
+        held = "no file" if partner is None else partner.name
+        raise ValueError(f"{path} holds images {images.shape}, {held} {len(labels)} labels.")
     return images, labels.astype(np.int64)
+
+
+def labels_of(images: Path) -> Path | None:
+    """The labels beside an idx file of images, either of them packed or not; None if there are none."""
+    name = images.name.replace("images-idx3", "labels-idx1")
+    names = (name, name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz")
+    found = [images.with_name(one) for one in names if one != images.name]
+    return next((file for file in found if file.exists()), None)
 
 
 def _read_tensor(path: Path, ndim: int) -> np.ndarray:
@@ -146,7 +162,9 @@ def _read_tensor(path: Path, ndim: int) -> np.ndarray:
                 check_packing(math.prod(shape), size)
             # One byte more than there should be, to see whether there are more.
             content += opened.read(math.prod(shape) + 1 if packed else size)
-    except (OSError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind: gzip believes what a file says
         raise ValueError(f"{path} cannot be read as an idx file: {error}") from error
     if magic != 0x800 + ndim or len(content) - offset != math.prod(shape):
         raise ValueError(

@@ -18,6 +18,7 @@ from scorefield.data.options import DataOptions
 from scorefield.data.pictures import ROOM, as_floats, central, open_image, resized
 from scorefield.data.rows import Columns, Listing, Row, keep_good
 from scorefield.data.sources import read_rows
+from scorefield.files import warn
 from scorefield.shipped import shipped
 
 DIGITS = ((1, 8, 8), 10)
@@ -101,8 +102,14 @@ def load_images(options: DataOptions, option: str = "--data") -> ImageSet:
     listing = read_rows(options.data, Columns(text=None), option)
     if listing.arrays is not None:
         keep_good(listing, [], options.on_bad_data)
-        return _from_arrays(*listing.arrays, options)
-    return _from_rows(listing, options)
+        found = _from_arrays(*listing.arrays, options)
+    else:
+        found = _from_rows(listing, options)
+    counts = torch.bincount(found.labels, minlength=found.num_classes).tolist()
+    if missing := [name for name, count in zip(found.class_names, counts, strict=True) if not count]:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        warn(f"{listing.source} holds no image of {len(missing)} of its {found.num_classes} classes: {names}")
+    return found
 
 
 def stored_size(resolution: int, crop: str) -> int:
@@ -162,6 +169,9 @@ def number_classes(labels: list[Any], known: tuple[str, ...] | None = None) -> t
     if all(label is None for label in labels):
         return torch.zeros(len(labels), dtype=torch.long), ("image",)
     if all(isinstance(label, str) and label.isascii() and label.isdigit() for label in labels):
+        spelt = {int(label): label for label in labels}
+        if other := next((label for label in labels if spelt[int(label)] != label), None):
+            raise ValueError(f"the classes {other} and {spelt[int(other)]} are one number. Rename one of them.")
         labels = [int(label) for label in labels]
     if all(isinstance(label, int) for label in labels):
         check_class_numbers(min(labels), max(labels), len(labels))

@@ -1,6 +1,7 @@
 """One sample: where its pictures lie, its caption and its label, or why it cannot be used."""
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from scorefield.choices import OnBadData as OnBadData
-from scorefield.files import open_regular, read_regular, warn
+from scorefield.files import open_regular, warn
 
 T = TypeVar("T")
 
 THREADS = 8
 """That read files: Pillow decodes outside of Python's lock."""
+
+LARGEST_PICTURE = 2**30
+"""Bytes of a picture's file."""
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("prompt", "text", "caption")
 
@@ -48,9 +52,12 @@ class File:
         return str(self.path)
 
     def read(self) -> bytes:
-        """Raises ``ValueError`` if there is no such file, or it is no regular one."""
+        """Raises ``ValueError`` if there is no such file, or it is no regular one, or too large for a picture."""
         try:
-            return read_regular(self.path)
+            with open_regular(self.path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > LARGEST_PICTURE:
+                    raise ValueError(f"has {size:,} bytes; expected a picture of at most {LARGEST_PICTURE:,}.")
+                return file.read()
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror}.") from error
 
@@ -72,8 +79,9 @@ class Member:
     def read(self) -> bytes:
         """Raises ``ValueError`` for an archive that was cut."""
         with open_regular(self.archive) as file:
+            there = os.fstat(file.fileno()).st_size - self.offset
             file.seek(self.offset)
-            content = file.read(self.size)
+            content = file.read(min(self.size, max(there, 0)))
         if len(content) != self.size:
             raise ValueError(f"is cut: {len(content):,} of {self.size:,} bytes are there.")
         return content
@@ -81,12 +89,16 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A picture in a table of ``datasets``, which reads it from its files when it is asked for."""
+    """A picture in a table of ``datasets``, which reads it from its files when it is asked for.
+
+    ``folder``: where a path in the table begins.
+    """
 
     table: Any
     number: int
     column: str
     source: str
+    folder: Path = Path()
 
     @property
     def name(self) -> str:
@@ -94,11 +106,14 @@ class Cell:
         return f"{self.source}[{self.number}] {self.column!r}"
 
     def read(self) -> bytes:
-        """Raises ``ValueError`` for a cell that is no picture."""
-        value = self.table[self.number][self.column]
+        """Raises ``ValueError`` for a cell that is no picture, or that the library cannot read."""
+        try:
+            value = self.table[self.number][self.column]
+        except Exception as error:  # of any kind: sounds and films need libraries, and files may have changed
+            raise ValueError(f"cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        return value if isinstance(value, bytes) else _picture(value, Path()).read()
+        return value if isinstance(value, bytes) else _picture(value, self.folder).read()
 
 
 @dataclass(frozen=True, eq=False)

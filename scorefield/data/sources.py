@@ -13,7 +13,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from scorefield.atomic import MARKER
-from scorefield.data.arrays import is_idx, read_idx, read_npz
+from scorefield.data.arrays import idx_images, is_idx, labels_of, read_idx, read_npz
 from scorefield.data.rows import Columns, File, Listing, Member, Pixels, Row, row_of
-from scorefield.data.tables import TABLES, decoded, loaded, read_data_set, read_tables, text_fault
+from scorefield.data.tables import TABLES, check_data_file, decoded, loaded, read_data_set, read_tables, text_fault
+from scorefield.files import open_regular
 
 ENDINGS = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .tga"
 PICTURES = frozenset(ENDINGS.split())
@@ -32,13 +33,16 @@ PICTURES = frozenset(ENDINGS.split())
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names of the files that say what the pictures of a folder are; the first that is there counts."""
 
+SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""What ``Dataset.save_to_disk`` writes beside its .arrow files."""
+
 SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev", "eval"))
 """Names of folders that are parts of one data set, and no classes, where all folders are called so."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 FILES = {*PICTURES, *TABLES, ".npz", ".npy", ".arrow", ".gz", ".zip", ".tar", ".tgz"}
 LARGEST_TEXT = 2**20
-"""Bytes of a caption or a label in a shard."""
+"""Bytes of a caption or a label in a file of its own."""
 
 
 def read_rows(source: Any, columns: Columns | None = None, option: str = "--data") -> Listing:
@@ -94,8 +98,10 @@ def _check_hub_name(name: str) -> None:
 
 def _file_rows(path: Path, columns: Columns) -> Listing:
     ending = path.suffix.lower()
-    if ending == ".npz" or is_idx(path):
-        return _array_rows(path, *(read_npz(path) if ending == ".npz" else read_idx(path)))
+    if ending == ".npz":
+        return _array_rows(path, *read_npz(path))
+    if is_idx(path):
+        return _idx_rows(path, [path])
     if ending == ".tar":
         return _shards(path, [path], columns)
     if ending in FILES - set(TABLES):
@@ -112,19 +118,34 @@ def _array_rows(path: Path, images: np.ndarray, labels: np.ndarray, note: str = 
     return Listing(str(path), rows, note=note, arrays=(images, labels))
 
 
+def _idx_rows(path: Path, files: Sequence[Path], passed: Counter[str] | None = None) -> Listing:
+    images, passed = idx_images(path), Counter() if passed is None else passed
+    labels, notes = labels_of(images), []
+    if labels is None:
+        notes.append(f"{images.name} has no labels beside it, so all are of one class")
+    for file in files:
+        if file not in (images, labels):
+            passed["idx files of other parts" if "-ubyte" in file.name else _ending(file)] += 1
+    return _array_rows(path, *read_idx(images), "; ".join([*notes, *_counts(passed)]))
+
+
 # Folders.
 
 
 def _folder(path: Path, columns: Columns) -> Listing:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        data, note = loaded(str(path), lambda library: library.load_from_disk(str(path)))
-        return replace(read_data_set(data, str(path), columns, path), note=note)
-    if is_idx(path):
-        names = sorted(file.name for file in path.glob("*images-idx3-ubyte*"))
-        note = f"of {', '.join(names)} the training part is used" if len(names) > 1 else ""
-        return _array_rows(path, *read_idx(path), note)
-    root, said = _training_part(path)
     passed = Counter[str]()
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        for file in _walk(path, passed):
+            if file.suffix != ".arrow" and file.name not in SAVED:
+                passed[_ending(file)] += 1
+            else:
+                check_data_file(file)
+        data, note = loaded(str(path), lambda library: library.load_from_disk(str(path)))
+        notes = [note] if note else []
+        return replace(read_data_set(data, str(path), columns, path), note="; ".join([*notes, *_counts(passed)]))
+    if is_idx(path):
+        return _idx_rows(path, _walk(path, passed), passed)
+    root, said = _training_part(path)
     files = _walk(root, passed)
     best = {file.parent: file for name in reversed(METADATA) for file in files if file.name == name}
     endings = {file.suffix.lower() for file in files}
@@ -133,7 +154,9 @@ def _folder(path: Path, columns: Columns) -> Listing:
     if best:
         listing = _metadata_rows(root, sorted(best.values()), files, columns, passed)
     elif endings & PICTURES:
-        listing = Listing(str(path), _picture_rows(root, files, columns, passed))
+        rows = _picture_rows(root, files, columns, passed)
+        listing = Listing(str(path), rows)
+        said += _empty_classes(root, {row.label for row in rows})
     else:
         ending = next((ending for ending in (".tar", *TABLES) if ending in endings), "")
         chosen = _train_files([file for file in files if file.suffix.lower() == ending], passed)
@@ -173,25 +196,31 @@ def _training_part(path: Path) -> tuple[Path, list[str]]:
 
 
 def _walk(root: Path, passed: Counter[str]) -> list[Path]:
-    # All files, those in linked folders too, and no folder within itself.
+    # All files, those in linked folders too. Each folder is read once, and rather where it lies than by a link:
+    # links may lead in circles, to more paths than can be counted, and to the root of the file system.
     found: list[Path] = []
-
-    def visit(folder: Path, above: frozenset[tuple[int, int]]) -> None:
-        status = folder.stat()
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            passed["folders that are links to a folder above them"] += 1
-            return
-        for entry in folder.iterdir():
+    links: list[Path] = []
+    known = {_identity(folder) for folder in root.resolve().parents}
+    left = [root]
+    while left or links:
+        folder = left.pop() if left else links.pop(0)
+        if _identity(folder) in known:
+            passed["links to folders that are read already, or hold all of this"] += 1
+            continue
+        known.add(_identity(folder))
+        for entry in sorted(folder.iterdir()):
             if entry.name.startswith("."):
                 passed["hidden files or folders"] += entry.name != MARKER
             elif entry.is_dir():
-                visit(entry, above | {here})
+                (links if entry.is_symlink() else left).append(entry)
             else:
                 found.append(entry)
-
-    visit(root, frozenset())
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _ending(file: Path) -> str:
@@ -251,8 +280,20 @@ def _picture_rows(root: Path, files: Sequence[Path], columns: Columns, passed: C
     return rows
 
 
+def _empty_classes(root: Path, classes: Collection[Any]) -> list[str]:
+    # A class folder without pictures is no class.
+    if None in classes:
+        return []
+    folders = [one for one in root.iterdir() if one.is_dir() and one.name[0] != "." and one.name not in classes]
+    names = sorted(one.name for one in folders if not one.is_symlink() or not any(one.iterdir()))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"no pictures in {', '.join(names[:5])}{more}"] if names else []
+
+
 def _beside(file: Path) -> tuple[str | None, str]:
     try:
+        if (size := file.stat().st_size) > LARGEST_TEXT:
+            raise ValueError(f"it has {size:,} bytes; expected a text.")
         text = decoded(file)
     except (OSError, ValueError) as error:
         return None, f"has a caption {file.name} that cannot be read: {error}"
@@ -268,22 +309,34 @@ def _shards(source: Path, shards: Sequence[Path], columns: Columns) -> Listing:
     passed = Counter[str]()
     for shard in shards:
         samples: dict[str, dict[str, Member]] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for part in archive:
-                    folder, _, base = part.name.rpartition("/")
-                    key, _, kind = base.partition(".")
-                    if part.isreg() and not part.issparse() and key:
-                        member = Member(shard, part.name, part.offset_data, part.size)
-                        samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[kind.lower()] = member
-                    else:
-                        passed["members that are no plain files"] += not part.isdir()
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(
-                f"{shard.name} is no tar archive, is cut, or is compressed: {error}. Store it without compression."
-            ) from error
+        for part in _members(shard):
+            folder, _, base = part.name.rpartition("/")
+            key, _, kind = base.partition(".")
+            if part.isreg() and not part.issparse() and key:
+                member = Member(shard, part.name, part.offset_data, part.size)
+                samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[kind.lower()] = member
+            else:
+                passed["members that are no plain files"] += not part.isdir()
         rows += [_sample(f"{shard}/{key}", parts, columns, passed) for key, parts in samples.items()]
     return Listing(str(source), rows, note="; ".join(_counts(passed)))
+
+
+def _members(shard: Path) -> list[tarfile.TarInfo]:
+    last = -1
+    found = []
+    try:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for part in archive:
+                if part.size < 0 or part.offset <= last:  # tarfile would go round in circles
+                    raise ValueError(f"{part.name!r} says that it has {part.size} bytes")
+                last = part.offset
+                found.append(part)
+    except Exception as error:  # of any kind: tarfile trusts the sizes and texts of its headers
+        reason = str(error)[:200] or type(error).__name__
+        raise ValueError(
+            f"{shard} is no tar archive, is cut, or is compressed: {reason}. Store it without compression."
+        ) from error
+    return found
 
 
 def _sample(name: str, parts: Mapping[str, Member], columns: Columns, passed: Counter[str]) -> Row:

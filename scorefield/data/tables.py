@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scorefield.data.rows import IMAGE_COLUMNS, Cell, Columns, Listing, Row, half_character, row_of
-from scorefield.files import read_regular
+from scorefield.files import check_regular, read_regular
 
 TABLES = (".parquet", ".jsonl", ".csv", ".tsv", ".json", ".txt")
 """Endings of such files; of a folder without pictures those of the first that is there are read."""
@@ -23,6 +25,8 @@ def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listin
     ending = files[0].suffix.lower()
     if ending == ".parquet":
         names = [str(file) for file in files]
+        for file in files:
+            check_data_file(file)
         data, _ = loaded(
             str(source), lambda library: library.load_dataset("parquet", data_files=names, split="train")
         )
@@ -95,6 +99,34 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         raise ValueError(f"{path}, line {table.line_num}: {error}.") from error
 
 
+def check_data_file(file: Path) -> None:
+    """Raise ``ValueError``, naming it, unless a library may open the file: for a pipe it would wait for ever."""
+    try:
+        check_regular(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} {error}") from error
+
+
+@contextmanager
+def reading_table(source: str) -> Iterator[None]:
+    """Turn whatever the library ``datasets`` raises of a damaged table into a ``ValueError`` that names it.
+
+    It raises a dozen kinds, its own among them, and ``ImportError`` for sounds and films, whose readers are
+    extras.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it prints names of files as they are; what it says is in the error, too
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(f"{source} cannot be loaded as a data set: {type(error).__name__}: {reason}") from error
+    finally:
+        logging.disable(disabled)
+
+
 def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
     """The training part of what ``load`` gets of the library ``datasets``, and what is said of other parts.
 
@@ -102,15 +134,12 @@ def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
     """
     import datasets
 
-    try:
+    with reading_table(source):
         data = load(datasets)
         if not isinstance(data, datasets.DatasetDict):
             return data, ""
         others = ", ".join(sorted(set(data) - {"train"}))
         return data["train"], f"train is used, {others} not" if others else ""
-    except Exception as error:  # the library raises a dozen kinds, its own among them
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{source} cannot be loaded as a data set: {type(error).__name__}: {reason}") from error
 
 
 def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Listing:
@@ -133,17 +162,19 @@ def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Lis
         raise ValueError(f"{source} has no column {', '.join(missing)} of pictures; it has {list(data.features)}.")
     if columns.text and columns.text not in data.features:
         raise ValueError(f"{source} has no column {columns.text!r} of captions; it has {list(data.features)}.")
-    for name in set(wanted) & set(typed):
-        data = data.cast_column(name, datasets.Image(decode=False))
-    # Paths are few bytes, and are read at once; pictures one by one.
-    large = [name for name in wanted if "string" not in str(getattr(data.features[name], "dtype", ""))]
-    table, empty = data.select_columns(large), {name: _nulls(data, name) for name in large}
-    names = {*columns.texts, "label", *wanted} - set(large)
-    columns, rows = replace(columns, image=image), list[Row]()
-    for number, small in enumerate(_small(data, [name for name in data.features if name in names])):
-        cells = {name: Cell(table, number, name, source) for name in large if number not in empty[name]}
-        values = {**small, **cells, **{key: cells[name] for key, name in maps.items() if name in cells}}
-        rows.append(row_of(values, columns, folder, f"{source}[{number}]"))
+    with reading_table(source):
+        for name in set(wanted) & set(typed):
+            data = data.cast_column(name, datasets.Image(decode=False))
+        # Paths are few bytes, and are read at once; pictures one by one.
+        large = [name for name in wanted if "string" not in str(getattr(data.features[name], "dtype", ""))]
+        table, empty = data.select_columns(large), {name: _nulls(data, name) for name in large}
+        names = {*columns.texts, "label", *wanted} - set(large)
+        columns, rows = replace(columns, image=image), list[Row]()
+        for number, small in enumerate(_small(data, [name for name in data.features if name in names])):
+            held = [name for name in large if number not in empty[name]]
+            cells = {name: Cell(table, number, name, source, folder) for name in held}
+            values = {**small, **cells, **{key: cells[name] for key, name in maps.items() if name in cells}}
+            rows.append(row_of(values, columns, folder, f"{source}[{number}]"))
     labels = getattr(data.features.get("label"), "names", None)
     return Listing(source, rows, labels and tuple(labels))
 

@@ -4,7 +4,7 @@ Only safetensors are read, and no code that a model brings along is run.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,22 @@ class Pipeline:
 
             return encode_here
 
+        def load_surplus() -> Callable[[str], int]:
+            assert self.family.surplus is not None
+            held = {part: reader.read_tokenizer(kind, self.folder / part) for part, kind in tokenizers.items()}
+            count = self.family.surplus(held, negative)
+
+            def counted(prompt: str) -> int:
+                with reading(self.folder):
+                    return count(prompt)
+
+            return counted
+
         return PromptEncoder(
             folder=default_cache_folder() if cache is None else Path(cache),
             identify=functools.cache(functools.partial(fingerprint, files, facts)),
-            load=functools.cache(load),
-        )
+            load=load, load_surplus=functools.cache(load_surplus),
+        )  # fmt: skip
 
 
 def open_pipeline(

@@ -17,10 +17,10 @@ from scorefield.denoiser import Cond
 from scorefield.files import warn
 
 Encode = Callable[[list[str]], Cond]
-"""n prompts -> conditions of batch n, on any device; with CUT among them, prompts that are cut get a warning."""
+"""n prompts -> conditions of batch n, on any device."""
 
 CUT = "num_tokens_cut"
-"""Name of the (n,) integers that say how many tokens at the end of each prompt were not read."""
+"""Name, in entries of the cache, of the number of tokens at the end of a prompt that were not read."""
 
 BATCH = 16
 """Prompts that are encoded at a time."""
@@ -35,20 +35,23 @@ def default_cache_folder() -> Path:
 class PromptEncoder:
     """Text encoders behind a cache on disk.
 
-    Both functions are called when they are first needed, and should remember their result: a run whose prompts are
-    all in the cache never loads a text encoder.
+    All functions are called when they are first needed: a run whose prompts are all in the cache never loads a
+    text encoder. ``identify`` and ``load_surplus`` should remember their results.
 
     Attributes:
         folder: of the cache.
         identify: fingerprint of everything that turns a prompt into its condition.
         load: the text encoders; None once they were dropped.
+        load_surplus: the tokenizers, which say how many tokens at the end of a prompt are not read.
         told: prompts that are cut and of which the user knows.
     """
 
     folder: Path
     identify: Callable[[], str]
     load: Callable[[], Encode] | None
+    load_surplus: Callable[[], Callable[[str], int]] = lambda: lambda prompt: 0
     told: set[str] = field(default_factory=set, repr=False, compare=False)
+    _loaded: list[Encode] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         """The conditions of n prompts, batch n, on the CPU.
@@ -71,20 +74,19 @@ class PromptEncoder:
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
     def num_cut(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens at the end of each prompt the text encoders do not read; encodes what is new.
-
-        Only the numbers are kept: the conditions of a long list need not fit into memory.
-        """
-        cache, cuts = TensorCache(self.folder, self.identify()), dict[str, int]()
-        unique = list(dict.fromkeys(prompts))
-        for start in range(0, len(unique), BATCH):
-            part = unique[start : start + BATCH]
-            entries = cache.fetch(part, self._encode, BATCH)
-            cuts |= {prompt: int(entry.get(CUT, 0)) for prompt, entry in zip(part, entries, strict=True)}
+        """How many tokens at the end of each prompt the text encoders do not read; none of them is loaded."""
+        surplus = self.load_surplus()
+        cuts = {prompt: surplus(prompt) for prompt in dict.fromkeys(prompts)}
         return [cuts[prompt] for prompt in prompts]
 
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Put prompts into the cache, a few at a time: the conditions of a long list need not fit into memory."""
+        cache, unique = TensorCache(self.folder, self.identify()), list(dict.fromkeys(prompts))
+        for start in range(0, len(unique), BATCH):
+            cache.fetch(unique[start : start + BATCH], self._encode, BATCH)
+
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
-        """Numbers of the prompts to use; all of them are encoded. One line on stderr names what is skipped or cut.
+        """Numbers of the prompts to use; none is encoded. One line on stderr names what is skipped or cut.
 
         Args:
             prompts: as they were read.
@@ -112,6 +114,10 @@ class PromptEncoder:
         warn(f"{first}: {'cut' if long_prompts == 'cut' else 'skipped'}")
         return kept
 
+    def free(self) -> None:
+        """Let go of the text encoders until a prompt has to be encoded again."""
+        self._loaded.clear()
+
     def dropped(self) -> "PromptEncoder":
         """The same without text encoders: it knows the prompts in the cache only."""
         return replace(self, load=None)
@@ -124,7 +130,9 @@ class PromptEncoder:
                 f"the text encoders were dropped, and the cache {self.folder} lacks {len(prompts)} of the "
                 f"prompts, such as {prompts[0]!r}. Encode all prompts, the negative one too, before dropping them."
             )
-        encode, disabled = self.load(), logging.root.manager.disable
+        if not self._loaded:
+            self._loaded.append(self.load())
+        encode, disabled = self._loaded[0], logging.root.manager.disable
         logging.disable(logging.WARNING)  # what is cut is told in one line, not by every library for every batch
         try:
             cond = encode(prompts)
@@ -136,4 +144,6 @@ class PromptEncoder:
                     f"the text encoders returned NaN or infinity ({name} in {value.dtype}) for a prompt of "
                     f"{prompts}; expected finite numbers. Load the model with dtype torch.bfloat16 or float32."
                 )
-        return [{name: value[row] for name, value in cond.items()} for row in range(len(prompts))]
+        surplus = self.load_surplus()
+        cuts = [{CUT: torch.tensor(surplus(prompt))} for prompt in prompts]
+        return [{**{name: value[row] for name, value in cond.items()}, **cuts[row]} for row in range(len(prompts))]

@@ -162,13 +162,15 @@ class Teacher:
     def asked(self, prompts: Sequence[str], negative: str = "") -> "Teacher":
         """The same teacher of these prompts: label i stands for prompt i.
 
-        The text encoders are freed once ``self`` is gone. More than a GiB of conditions is read from the cache, in
-        which they must lie already. Raises as :meth:`prompts` does.
+        The text encoders are freed once ``self`` is gone. More than a GiB of conditions is read from the cache.
+        Raises as :meth:`prompts` does.
         """
         away, conds = self.negative(negative), {}
         if sum(value.nbytes for value in away.values()) * len(prompts) <= IN_MEMORY:
             parts = [self.prompts(prompts[start : start + 250]) for start in range(0, len(prompts), 250)]
             conds = {name: torch.cat([part[name].cpu() for part in parts]) for name in away}
+        elif isinstance(self.texts, PromptEncoder):
+            self.texts.encode(prompts)
         listed = Listed(tuple(prompts), conds, away)
         return replace(self.without_text_encoders(), num_classes=len(prompts), listed=listed)
 
@@ -223,6 +225,12 @@ class Teacher:
         # The same weights in other code are another teacher: a wrapper that is mended wants no pairs of the old.
         code = [self.facts["code"]] if "code" in self.facts else []
         return identity_of(self.denoiser, list(self.shape), self.num_classes, self.null_class, *code)
+
+    def free_text_encoders(self) -> None:
+        """Let go of the text encoders until a prompt has to be encoded again."""
+        for texts in (self.texts, self.negatives):
+            if isinstance(texts, PromptEncoder):
+                texts.free()
 
     def without_text_encoders(self) -> "Teacher":
         """The same teacher for prompts it has encoded before; the encoders are freed once ``self`` is gone."""

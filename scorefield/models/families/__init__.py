@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scorefield.guidance import Norm
 from scorefield.models.networks import Call, plain_call
@@ -24,6 +24,11 @@ Parts = Mapping[str, Any]
 
 Encoder = Callable[[Parts, nn.Module, torch.device], Encode]
 """(text parts, network, device) -> the prompt encoding of diffusers."""
+
+Surplus = Callable[[Parts, bool], Callable[[str], int]]
+"""(tokenizers, whether prompts are negative ones) -> (prompt -> tokens at its end that are not read).
+
+Text encoders are not needed for it: a prompt that is too long is met before they are loaded."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -42,6 +47,7 @@ class Family:
         optional: text encoders that a model may come without.
         encoder: of prompts; None if there are none.
         negative: of negative prompts, where they are encoded otherwise.
+        surplus: how many tokens of a prompt are not read; None if there are no prompts.
         flow: trained on straight paths with t in [0, 1000].
         zero_negative: an empty negative prompt is zeros, unless the model's index says otherwise.
         upcast: the autoencoder overflows in float16, if its config says so.
@@ -70,6 +76,7 @@ class Family:
     optional: tuple[str, ...] = ()
     encoder: Encoder | None = None
     negative: Encoder | None = None
+    surplus: Surplus | None = None
     flow: bool = False
     zero_negative: bool = False
     upcast: bool = False
@@ -135,13 +142,38 @@ def parts_of(index: Mapping[str, Any]) -> list[str]:
     return [family.part, "scheduler", *texts, *tokenizers, *(["vae"] if family.latent else [])]
 
 
-def num_cut(prompts: list[str], *tokenizers: tuple[Any, int | None]) -> Tensor:
-    """(n,) tokens that are cut, counted where most are; a limit of None is the tokenizer's own."""
-    cut = torch.zeros(len(prompts), dtype=torch.long)
-    for tokenizer, limit in tokenizers:
-        lengths = torch.tensor([len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts])
-        cut = cut.maximum(lengths - (limit or tokenizer.model_max_length))
-    return cut
+def beyond(**limits: int | None) -> Surplus:
+    """Return the count of tokens beyond the limit of each tokenizer, where most are; None is a tokenizer's own."""
+
+    def surplus(parts: Parts, negative: bool) -> Callable[[str], int]:
+        del negative
+        given = [(parts[name], limit) for name, limit in limits.items() if name in parts]
+        known = [(tokenizer, limit or tokenizer.model_max_length) for tokenizer, limit in given]
+        return lambda prompt: max([0, *(num_tokens(tokenizer, prompt) - most for tokenizer, most in known)])
+
+    return surplus
+
+
+def num_tokens(tokenizer: Any, text: str) -> int:
+    """Return the length of a text in tokens, start and end among them."""
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
+def in_chat(most: int, **template: bool) -> Surplus:
+    """Return the count of tokens beyond ``most`` of a prompt in the chat template of the one tokenizer."""
+
+    def surplus(parts: Parts, negative: bool) -> Callable[[str], int]:
+        del negative
+        tokenizer = parts["tokenizer"]
+
+        def count(prompt: str) -> int:
+            said = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **template)
+            return max(0, num_tokens(tokenizer, text) - most)
+
+        return count
+
+    return surplus
 
 
 def table() -> str:

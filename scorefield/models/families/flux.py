@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import JOINT, Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import JOINT, Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 T5_LENGTH = 512
 """Tokens that its T5 reads; all of them are attended to, padding too."""
@@ -51,8 +51,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
     def encode(prompts: list[str]) -> Cond:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=T5_LENGTH)
-        cut = num_cut(prompts, (parts["tokenizer_2"], T5_LENGTH))
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, CUT: cut}
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     return encode
 
@@ -66,4 +65,5 @@ FAMILY = Family(
     "FluxPipeline", "transformer", FluxTransformer2DModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
     encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, packing=2, size=(1024, 1024),
+    surplus=beyond(tokenizer_2=T5_LENGTH),
 )  # fmt: skip

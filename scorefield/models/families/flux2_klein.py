@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import JOINT, Family, Parts
+from scorefield.models.families import JOINT, Family, Parts, in_chat
 from scorefield.models.preflight import flow_shift
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.prompts import Encode
 
 LENGTH = 512
 """Tokens of a prompt, with its chat template, that its Qwen3 reads; padding is attended to."""
@@ -62,18 +62,9 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
         embeds, _ = pipeline.encode_prompt(
             list(prompts), device=device, max_sequence_length=LENGTH, text_encoder_out_layers=layers
         )
-        surplus = torch.tensor([_surplus(parts, prompt) for prompt in prompts])
-        return {"encoder_hidden_states": embeds, CUT: surplus}
+        return {"encoder_hidden_states": embeds}
 
     return encode
-
-
-def _surplus(parts: Parts, prompt: str) -> int:
-    tokenizer = parts["tokenizer"]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return max(0, len(tokenizer(text, verbose=False).input_ids) - LENGTH)
 
 
 LAYERS = (*JOINT, "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
@@ -81,6 +72,7 @@ LAYERS = (*JOINT, "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
 
 FAMILY = Family(
     "Flux2KleinPipeline", "transformer", Flux2Transformer2DModel, {"text_encoder": Qwen3ForCausalLM},
-    encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, shift=shift,
+    encoder=encoder, surplus=in_chat(LENGTH, enable_thinking=False), flow=True, blocks="transformer_blocks",
+    call=call, lora=LAYERS, shift=shift,
     size=(1024, 1024), bounded=False,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Lumina Image 2 (flow, told 1 - t, guidance that keeps the length of rows)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from transformers import Gemma2Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import ATTENTION, Encoder, Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import ATTENTION, Encoder, Family, Parts, num_tokens
+from scorefield.models.prompts import Encode
 
 LENGTH = 256
 """Tokens of a prompt, with what the pipeline puts before it, that its Gemma reads."""
@@ -28,7 +29,6 @@ def encoder_of(negative: bool) -> Encoder:
         del network
         unused = dict.fromkeys(("vae", "transformer", "scheduler"))
         pipeline: Any = Lumina2Pipeline(**unused, **parts)
-        before = "" if negative else pipeline.system_prompt + " <Prompt Start> "
 
         def encode(prompts: list[str]) -> Cond:
             given = [""] * len(prompts) if negative else list(prompts)
@@ -37,12 +37,19 @@ def encoder_of(negative: bool) -> Encoder:
                 device=device, max_sequence_length=LENGTH,
             )  # fmt: skip
             embeds, mask = found[2:] if negative else found[:2]
-            cut = num_cut([before + prompt for prompt in prompts], (parts["tokenizer"], LENGTH))
-            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, CUT: cut}
+            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
         return encode
 
     return encoder
+
+
+def surplus(parts: Parts, negative: bool) -> Callable[[str], int]:
+    """Return the count of tokens that are not read: behind the system prompt, but for negative prompts."""
+    unused = dict.fromkeys(("vae", "transformer", "scheduler", "text_encoder"))
+    pipeline: Any = Lumina2Pipeline(**unused, tokenizer=parts["tokenizer"])
+    before = "" if negative else pipeline.system_prompt + " <Prompt Start> "
+    return lambda prompt: max(0, num_tokens(parts["tokenizer"], before + prompt) - LENGTH)
 
 
 LAYERS = (*ATTENTION, "linear_1", "linear_2", "linear_3")
@@ -50,6 +57,6 @@ LAYERS = (*ATTENTION, "linear_1", "linear_2", "linear_3")
 
 FAMILY = Family(
     "Lumina2Pipeline", "transformer", Lumina2Transformer2DModel, {"text_encoder": Gemma2Model},
-    encoder=encoder_of(negative=False), negative=encoder_of(negative=True), flow=True, call=call, lora=LAYERS,
-    norm="row", bounded=False,
+    encoder=encoder_of(negative=False), negative=encoder_of(negative=True), surplus=surplus, flow=True, call=call,
+    lora=LAYERS, norm="row", bounded=False,
 )  # fmt: skip

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import ATTENTION, Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import ATTENTION, Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 LENGTH = 300
 """Tokens that its T5 reads."""
@@ -42,8 +42,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
             max_sequence_length=LENGTH,
             clean_caption=True,
         )
-        cut = num_cut(prompts, (parts["tokenizer"], LENGTH))
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, CUT: cut}
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     return encode
 
@@ -54,4 +53,5 @@ LAYERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 FAMILY = Family(
     "PixArtSigmaPipeline", "transformer", PixArtTransformer2DModel, {"text_encoder": T5EncoderModel},
     encoder=encoder, call=call, lora=LAYERS, blocks="transformer_blocks", variance=True,
+    surplus=beyond(tokenizer=LENGTH),
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Qwen-Image (flow, guidance that keeps the length of tokens)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import JOINT, Family, Parts
+from scorefield.models.families import JOINT, Family, Parts, num_tokens
 from scorefield.models.families.flux import pack, unpack
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.prompts import Encode
 
 LENGTH = 512
 """Tokens of a prompt, behind its template, that the transformer reads."""
@@ -31,21 +32,27 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = QwenImagePipeline(**unused, **parts)
-    template, start = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
 
     def encode(prompts: list[str]) -> Cond:
         embeds, mask = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=LENGTH)
         if mask is None:  # all are text
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         room = LENGTH - embeds.shape[1]
-        counts = [len(parts["tokenizer"](template.format(one), verbose=False).input_ids) for one in prompts]
         return {
             "encoder_hidden_states": nn.functional.pad(embeds, (0, 0, 0, room)),
             "encoder_hidden_states_mask": nn.functional.pad(mask, (0, room)),
-            CUT: torch.tensor([max(0, count - start - LENGTH) for count in counts]),
         }  # fmt: skip
 
     return encode
+
+
+def surplus(parts: Parts, negative: bool) -> Callable[[str], int]:
+    """Return the count of tokens behind those of the template that are not read."""
+    del negative
+    unused = dict.fromkeys(("vae", "transformer", "scheduler", "text_encoder"))
+    pipeline: Any = QwenImagePipeline(**unused, tokenizer=parts["tokenizer"])
+    template, most = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx + LENGTH
+    return lambda prompt: max(0, num_tokens(parts["tokenizer"], template.format(prompt)) - most)
 
 
 LAYERS = (*JOINT, *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")))
@@ -53,7 +60,8 @@ LAYERS = (*JOINT, *(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for
 
 FAMILY = Family(
     "QwenImagePipeline", "transformer", QwenImageTransformer2DModel,
-    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, flow=True,
+    {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, surplus=surplus,
+    flow=True,
     blocks="transformer_blocks", call=call, lora=LAYERS, packing=2,
     size=(1024, 1024), norm="token", bounded=False,
 )  # fmt: skip

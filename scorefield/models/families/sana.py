@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import Gemma2Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import ATTENTION, Encoder, Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import ATTENTION, Encoder, Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 LENGTH = 300
 """Tokens of a prompt that its Gemma reads, behind the instruction."""
@@ -41,8 +41,7 @@ def encoder_with(instruction: tuple[str, ...]) -> Encoder:
                 prompts, do_classifier_free_guidance=False, device=device, max_sequence_length=LENGTH,
                 complex_human_instruction=list(instruction),
             )  # fmt: skip
-            cut = num_cut(prompts, (parts["tokenizer"], LENGTH))
-            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, CUT: cut}
+            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
         return encode
 
@@ -54,6 +53,6 @@ LAYERS = (*ATTENTION, "conv_inverted", "conv_point")
 
 FAMILY = Family(
     "SanaPipeline", "transformer", SanaTransformer2DModel, {"text_encoder": Gemma2Model},
-    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), flow=True,
+    encoder=encoder_with(INSTRUCTION), negative=encoder_with(()), surplus=beyond(tokenizer=LENGTH), flow=True,
     blocks="transformer_blocks", call=call, lora=LAYERS, variance=True, bounded=False,
 )  # fmt: skip

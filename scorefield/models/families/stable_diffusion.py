@@ -8,8 +8,8 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
@@ -20,11 +20,12 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": embeds, CUT: num_cut(prompts, (parts["tokenizer"], None))}
+        return {"encoder_hidden_states": embeds}
 
     return encode
 
 
 FAMILY = Family(
-    "StableDiffusionPipeline", "unet", UNet2DConditionModel, {"text_encoder": CLIPTextModel}, encoder=encoder
-)
+    "StableDiffusionPipeline", "unet", UNet2DConditionModel, {"text_encoder": CLIPTextModel}, encoder=encoder,
+    surplus=beyond(tokenizer=None),
+)  # fmt: skip

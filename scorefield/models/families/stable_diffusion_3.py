@@ -8,8 +8,8 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 T5_LENGTH = 256
 """Tokens that its T5 reads."""
@@ -25,9 +25,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
         )
-        limits = {"tokenizer": None, "tokenizer_2": None, "tokenizer_3": T5_LENGTH}
-        cut = num_cut(prompts, *((parts[name], limit) for name, limit in limits.items() if name in parts))
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, CUT: cut}
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     return encode
 
@@ -39,4 +37,5 @@ FAMILY = Family(
         "text_encoder_3": T5EncoderModel,
     },
     optional=("text_encoder_3",), encoder=encoder, flow=True, blocks="transformer_blocks",
+    surplus=beyond(tokenizer=None, tokenizer_2=None, tokenizer_3=T5_LENGTH),
 )  # fmt: skip

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
@@ -20,8 +20,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
     def encode(prompts: list[str]) -> Cond:
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        cut = num_cut(prompts, *((parts[name], None) for name in ("tokenizer", "tokenizer_2")))
-        return {"encoder_hidden_states": embeds, "text_embeds": pooled, CUT: cut}
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
     return encode
 
@@ -29,5 +28,5 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 FAMILY = Family(
     "StableDiffusionXLPipeline", "unet", UNet2DConditionModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
-    encoder=encoder, zero_negative=True, upcast=True,
+    encoder=encoder, surplus=beyond(tokenizer=None, tokenizer_2=None), zero_negative=True, upcast=True,
 )  # fmt: skip

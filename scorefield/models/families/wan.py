@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import ATTENTION, Family, Parts, num_cut
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import ATTENTION, Family, Parts, beyond
+from scorefield.models.prompts import Encode
 
 LENGTH = 512
 """Tokens that its UMT5 reads; the rest are zeros."""
@@ -31,7 +31,7 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
         embeds, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=device, max_sequence_length=LENGTH
         )
-        return {"encoder_hidden_states": embeds, CUT: num_cut(prompts, (parts["tokenizer"], LENGTH))}
+        return {"encoder_hidden_states": embeds}
 
     return encode
 
@@ -42,4 +42,5 @@ LAYERS = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
 FAMILY = Family(
     "WanPipeline", "transformer", WanTransformer3DModel, {"text_encoder": UMT5EncoderModel}, encoder=encoder,
     flow=True, blocks="blocks", call=call, lora=LAYERS, size=(480, 832), bounded=False,
+    surplus=beyond(tokenizer=LENGTH),
 )  # fmt: skip

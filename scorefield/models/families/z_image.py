@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from scorefield.denoiser import Cond
-from scorefield.models.families import ATTENTION, Family, Parts
-from scorefield.models.prompts import CUT, Encode
+from scorefield.models.families import ATTENTION, Family, Parts, in_chat
+from scorefield.models.prompts import Encode
 
 LENGTH = 512
 """Tokens of a prompt, with its chat template, that its Qwen3 reads."""
@@ -40,17 +40,9 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
         lengths = torch.tensor([len(text) for text in texts], device=device)
         padded = torch.stack([nn.functional.pad(text, (0, 0, 0, LENGTH - len(text))) for text in texts])
         mask = (torch.arange(LENGTH, device=device) < lengths[:, None]).long()
-        return {"texts": padded, "mask": mask, CUT: torch.tensor([_surplus(parts, prompt) for prompt in prompts])}
+        return {"texts": padded, "mask": mask}
 
     return encode
-
-
-def _surplus(parts: Parts, prompt: str) -> int:
-    tokenizer = parts["tokenizer"]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    return max(0, len(tokenizer(text, verbose=False).input_ids) - LENGTH)
 
 
 LAYERS = (*ATTENTION, "w1", "w2", "w3")
@@ -58,6 +50,7 @@ LAYERS = (*ATTENTION, "w1", "w2", "w3")
 
 FAMILY = Family(
     "ZImagePipeline", "transformer", ZImageTransformer2DModel, {"text_encoder": Qwen3Model}, encoder=encoder,
+    surplus=in_chat(LENGTH, enable_thinking=True),
     flow=True, blocks="layers", image_first=True, call=call, lora=LAYERS, size=(1024, 1024), patch=2,
     bounded=False,
 )  # fmt: skip
