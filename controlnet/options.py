@@ -15,6 +15,9 @@ from scorefield.training.options import RunOptions, check_numbers, check_run
 class TaskOptions:
     """What is learned, from what."""
 
+    free: ClassVar[tuple[str, ...]] = ("num_samples", "on_bad_data", "long_prompts", "convert", "cache")
+    """Options that bind no checkpoint: what is trained on has a fingerprint."""
+
     data: str = ""
     """Folder of images with .txt captions, metadata.jsonl or .csv; jsonl, csv or parquet file, webdataset .tar, or
     Hugging Face data set or its name; "toyworld" or "circles"."""
@@ -58,6 +61,11 @@ class TaskOptions:
 class WatchOptions:
     """How a training is watched and judged."""
 
+    free: ClassVar[tuple[str, ...]] = (
+        "eval_every", "eval_samples", "test_samples", "eval_batch_size", "sampling_steps", "guidance",
+        "warn_after",
+    )  # fmt: skip
+
     eval_every: int = 500
     """Iterations between looks at the averaged weights; 0: at the end only."""
     eval_samples: int = 64
@@ -87,6 +95,7 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
+    free: ClassVar[tuple[str, ...]] = ("preset", "teacher", "licence")
 
     out: Path = Path("runs/controlnet")
     """Folder for checkpoints, TensorBoard logs, report.json and the finished adapter."""
@@ -118,6 +127,11 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Of the finished adapter, for its card, as hubs name it; it copies the teacher, whose licence may bind it."""
     activation_budget: float = 1.0
     """Share of activations that --compile keeps for the backward pass; torch chooses what it computes again."""
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """The length of the run, and the rate where it is constant."""
+        return ("steps", "learning_rate") if self.lr_floor == 1 else ("steps",)
 
 
 def toyworld_canny() -> Config:
@@ -165,13 +179,6 @@ PRESETS: Mapping[str, Callable[[], Config]] = {
     "sd15-canny": sd15_canny, "sdxl-canny": sdxl_canny,
 }  # fmt: skip
 """Settings by name; PAPERS.md puts those of the papers beside them."""
-
-
-NOT_WEIGHTS = (
-    "teacher", "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples",
-    "on_bad_data", "convert", "eval_samples", "test_samples", "eval_batch_size", "licence",
-)  # fmt: skip
-"""Options that change no weight, or what is trained on only: that is in the fingerprints of data and teacher."""
 
 
 def check_watch(options: Any) -> None:

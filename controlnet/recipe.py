@@ -26,7 +26,7 @@ from controlnet.caching import Latents, Memory, share_prompts
 from controlnet.data import ControlBatches, read_ahead
 from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
-from controlnet.options import NOT_WEIGHTS, Config, check
+from controlnet.options import Config, check
 from controlnet.tasks import Task, load_task
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
@@ -72,7 +72,7 @@ def main(config: Config) -> Path:
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
     inputs = {"data": task.identity(), "base": fingerprint(teacher.denoiser.network.parameters())}
-    own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
+    own = identity(config, accelerator, inputs)
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -211,11 +211,12 @@ def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     optimizer = adamw(
         network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
     )
-    return control_phase(
+    phase = control_phase(
         denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
         weight=min_snr_weight(config.min_snr) if config.min_snr else None,
         lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
     )  # fmt: skip
+    return replace(phase, lr_options=("learning_rate",))
 
 
 def facts(

@@ -27,6 +27,9 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
     whose code is run. What a folder names is never run."""
     results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
+    free: ClassVar[tuple[str, ...]] = (
+        "preset", "skip_teacher_check", "long_prompts", "validation_prompts", "gradient_checkpointing", "offload",
+    )  # fmt: skip
 
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
@@ -132,6 +135,12 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """peft's lora_alpha: the changes are scaled by alpha / rank; 0 is the rank."""
     validation_prompts: tuple[str, ...] = ()
     """What is drawn for TensorBoard every --save-every iterations; none: the first eight prompts."""
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """The length of the run, when it gives up, and rates that are constant."""
+        rates = ("student_lr", "fake_lr") if self.lr_schedule == "constant" else ()
+        return ("steps", "max_setbacks", *rates)
 
 
 TEXT_ONLY = (

@@ -30,6 +30,7 @@ from scorefield.randomness import derived_generator
 from scorefield.schedule import Schedule
 from scorefield.solvers import plan
 from scorefield.times import between_ratios, uniform
+from scorefield.training import checkpoint
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.offload import offload_state
 from scorefield.training.run import adamw, cosine
@@ -44,8 +45,23 @@ PAIR_USES = 20
 """How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
 
 
+SETTLED: Mapping[str, Any] = {"gan_weight": None, "bottleneck": None, "warmup_steps": None, "num_pairs": 0}
+"""Options whose defaults depend on others, with the value that stands for the default."""
+
+
+def as_begun(config: Config) -> Config:
+    """Keep the defaults that the run in ``--out`` began with, since --steps may have changed."""
+    places = (config.out / "checkpoints", config.out / "warm-up" / "checkpoints")
+    saved = next(filter(None, map(checkpoint.described, places)), {})
+    return replace(config, **{
+        name: saved[name] for name, unset in SETTLED.items() if name in saved and getattr(config, name) == unset
+    })  # fmt: skip
+
+
 def settled(config: Config, teacher: Teacher, real: bool) -> Config:
-    """The options with every default that depends on others or on the teacher filled in.
+    """Return the options with every default that depends on others or on the teacher filled in.
+
+    A run that goes on keeps those it began with.
 
     Args:
         config: as the user gave it.
@@ -55,6 +71,7 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
     Raises:
         ValueError: a --bottleneck that the network lacks.
     """
+    config = as_begun(config)
     gan, layer = config.gan_weight, config.bottleneck
     if layer is not None:
         find_bottleneck(teacher.denoiser.network, layer)
@@ -273,8 +290,9 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
     for optimizer in (student, fake) if config.offload else ():
         offload_state(optimizer)
     updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
-    return method.phases(
+    phases = method.phases(
         student, fake, student_ema=average_of(method.student.denoiser.network, config),
         student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
         fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
     )  # fmt: skip
+    return [replace(phase, lr_options=(f"{phase.name}_lr",)) for phase in phases]

@@ -1,7 +1,6 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,6 @@ INPUTS = ("teacher", "prompts", "data")
 
 JUDGED = (64, 64)
 """Height and width of the pictures that the judge of --eval-every sees."""
-
-WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
-"""Options that change no number of a run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +128,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         check_inputs(config, texts, source)
         check_rounding(config, source.denoiser)
         if not config.dry_run:
-            check_options(config.out, own_options(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
+            check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         if (
             config.gan_weight
             and config.reals == "data"
@@ -182,7 +178,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
-    own = own_options(config, accelerator, hashes_of(inputs))
+    own = identity(config, accelerator, hashes_of(inputs))
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
     )
@@ -197,12 +193,6 @@ def pipeline_of(teacher: Teacher) -> Path:
     if teacher.source is None or not (teacher.source / INDEX).is_file():
         raise ValueError("--teacher must be a pipeline of diffusers to be distilled with --prompts.")
     return teacher.source
-
-
-def own_options(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Identity of the run; see :func:`command.identity`."""
-    own = identity(config, accelerator, inputs)
-    return {name: value for name, value in own.items() if name not in WATCHING}
 
 
 def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:

@@ -51,6 +51,9 @@ from sds.parts import (
 from sds.probe import Probe
 from sds.scene import Scene
 
+RATES = {"scene": ("learning_rate", "background_lr"), "phi": ("phi_lr",)}
+"""Options that the learning rates of each phase are made from."""
+
 GUARD_EVERY = 10
 """Steps between looks at the opacity; every step that is about to be saved has one, too."""
 
@@ -64,7 +67,10 @@ def main(config: Config) -> Path:
     teacher = teacher.without_text_encoders()  # before anything else can hold on to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
-    phases = task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
+    phases = [
+        replace(phase, lr_options=RATES[phase.name])
+        for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
+    ]
     if config.dry_run:
         roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
         show_plan(config, roles, {phase.name: config.steps for phase in phases})

@@ -11,6 +11,7 @@ import sds.checks as scene_checks
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
+from scorefield.training.checkpoint import differences
 from scorefield.training.identity import identity
 from sds import guards
 from sds.lora import low_rank_denoiser
@@ -67,13 +68,15 @@ def test_penalties_of_dreamfusion_are_threestudios():
 
 
 def test_what_changes_no_number_does_not_bind_a_resume():
-    own = [
+    free = {"max_rollbacks": 9, "turntable_size": 64, "probe_every": 7, "mesh_resolution": 9}
+    first, *others = (
         identity(replace(scene_options.toyworld(), **changes), Accelerator(cpu=True), {})
-        for changes in (
-            {}, {"max_rollbacks": 9, "turntable_size": 64, "probe_every": 7, "mesh_resolution": 9}, {"draws": 9}
-        )
-    ]  # fmt: skip
-    assert own[0] == own[1] != own[2]
+        for changes in ({}, free, {"steps": 9}, {"draws": 9}, {"learning_rate": (0.05, 0.05)})
+    )
+    assert [differences(first, own) for own in others] == [[], [], ["draws"], ["learning_rate"]]
+    assert differences(first, others[1], going_on=False) == ["steps"]
+    constant = [{**others[3], "learning_rate": [rate, rate]} for rate in (0.05, 0.01)]
+    assert not differences(*constant)
 
 
 @pytest.fixture(scope="module")

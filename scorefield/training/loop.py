@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ class Phase:
         every: it steps in each every-th iteration, at each ``Report.step`` that it divides.
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
+        lr_options: the command's options that its learning rates are made from; a checkpoint of other values goes
+            on at the rates of this run.
+        given_rates: learning rate of each group of the optimizer, as it was built.
     """
 
     name: str
@@ -90,6 +93,12 @@ class Phase:
     every: int = 1
     ema: EMA | None = None
     lr_schedule: LRScheduler | None = None
+    lr_options: tuple[str, ...] = ()
+    given_rates: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rates = (float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups)
+        object.__setattr__(self, "given_rates", tuple(rates))
 
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds of it, by file name: the network without its wrapper, and its average."""

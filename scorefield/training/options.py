@@ -24,9 +24,15 @@ class RunOptions:
     """What every training script can be told about its run.
 
     ``results`` are the folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
+
+    Every option binds a checkpoint, except those in the tuple ``free`` of its class and those in ``may_change``.
+    A group of options says so itself; :func:`free_options` joins the tuples of all groups.
     """
 
     results: ClassVar[tuple[str, ...]] = ()
+
+    free: ClassVar[tuple[str, ...]] = ("out", "log_every", "save_every", "dry_run")
+    """Options that change no number of a run."""
 
     out: Path = Path("runs/run")
     """Folder for checkpoints, TensorBoard logs and the result."""
@@ -58,10 +64,17 @@ class RunOptions:
     dry_run: bool = False
     """Print the resolved config, parameters, bytes per role and steps, and stop."""
 
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Options that may have another value when a run goes on: its length, and rates that are constant."""
+        return ("steps",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """How a training is watched."""
+
+    free: ClassVar[tuple[str, ...]] = ("eval_every", "eval_images", "features")
 
     eval_every: int = 0
     """Iterations between evaluations of the averaged weights; 0 means never."""
@@ -69,6 +82,11 @@ class EvalOptions:
     """Images per evaluation."""
     features: Path | None = None
     """Folder of `scorefield features`: Fréchet distance and KID to the training data, best weights kept."""
+
+
+def free_options(config: Any) -> frozenset[str]:
+    """Return the options that change no number of a run: those that the classes of ``config`` name as ``free``."""
+    return frozenset(name for part in type(config).__mro__ for name in vars(part).get("free", ()))
 
 
 def check_out(out: Path) -> None:

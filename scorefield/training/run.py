@@ -108,17 +108,18 @@ def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], image
 
 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
-    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step.
+    """Load the newest checkpoint of the same :func:`identity`, say so, open the log; return the first step.
 
-    Raises ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+    Raises ``ValueError`` where ``--out`` belongs to another run or is past ``--steps``, or the ranks read other
+    inputs.
     """
-    check_identity(config, own, accelerator)
+    saved = check_identity(config, own, accelerator)
     first = checkpoint.load(config.out / "checkpoints", phases, own)
     fix = "Let --out be a folder that all machines share."
     check_same("the step to resume from", first, fix, accelerator)
     if accelerator.is_main_process:
         if first:
-            print(f"resumed from step {first}")
+            print("\n".join([f"resumed from step {first}", *changes(saved, own, phases)]))
         else:
             forget_best(config.out)
         note_identity(config.out, own)
@@ -126,14 +127,37 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
     return first
 
 
-def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Raise ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Return the config of the checkpoint in ``--out``, if there is one.
 
     :func:`resume` does so; call it before work that is long.
+
+    Raises ``ValueError`` where ``--out`` belongs to another run or is past ``--steps``, or the ranks read other
+    inputs.
     """
     check_same_fields(own, "Let all of them read the same files.", accelerator)
     check_earlier(config.out, config.results, own)
-    checkpoint.check_config(config.out / "checkpoints", own)
+    newest = checkpoint.check_config(config.out / "checkpoints", own)
+    if newest is None:
+        return {}
+    if (step := int(newest.name.removeprefix("step-"))) > config.steps:
+        raise ValueError(
+            f"--steps {config.steps:,} ends before step {step:,}, which the run in {config.out} has reached. Pass "
+            f"--steps {step} or more, or another --out."
+        )
+    return checkpoint.compare(newest, own)
+
+
+def changes(saved: Mapping[str, Any], own: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]:
+    """Return in words what is otherwise than when a checkpoint was written: the number of steps, and rates."""
+    said = []
+    before, now = saved.get("steps", 0), own.get("steps", 0)
+    if before != now:
+        said.append(f"{before:,} steps before, {now:,} now: from here on all schedules are those of {now:,} steps")
+    for phase in phases:
+        for name in checkpoint.changed_rates(phase, saved, own):
+            said.append(f"--{name.replace('_', '-')} was {saved.get(name)}, and is {own[name]} from here on")
+    return said
 
 
 def fit(
