@@ -38,6 +38,7 @@ from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.prompts import PromptEncoder, default_cache_folder
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
+from scorefield.progress import working
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
@@ -97,7 +98,8 @@ def main(config: Config) -> Path:
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
-            export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
+            with working("saving the adapter"):
+                export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -125,10 +127,11 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
-    teacher = load_teacher(
-        config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
-        allow_pickle=config.allow_pickle, variant=config.variant or None,
-    )  # fmt: skip
+    with working("loading the teacher"):
+        teacher = load_teacher(
+            config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
+            allow_pickle=config.allow_pickle, variant=config.variant or None,
+        )  # fmt: skip
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
     task = load_task(

@@ -24,6 +24,7 @@ from distill.text_recipe import distil_texts
 from scorefield.data.images import ImageSet
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.progress import working
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, check_evaluation, watcher
@@ -42,9 +43,10 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    teacher = load_teacher(
-        config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
-    )
+    with working("loading the teacher"):
+        teacher = load_teacher(
+            config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
+        )
     if teacher.times:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
@@ -90,7 +92,8 @@ def distil_images(config: Config) -> Path:
     student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
     folder = config.out / "student"
     if accelerator.is_main_process:
-        save_student(student, folder, teacher.facts)
+        with working("saving the student"):
+            save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
 

@@ -26,6 +26,7 @@ from scorefield.gradient import karras_weight
 from scorefield.models.lora import shared_backbone
 from scorefield.models.networks import build_network
 from scorefield.models.teacher import Teacher
+from scorefield.progress import Progress
 from scorefield.randomness import derived_generator
 from scorefield.schedule import Schedule
 from scorefield.solvers import plan
@@ -254,17 +255,19 @@ def teacher_pairs(
         keep=keep, solver=chosen.solver,
     )  # fmt: skip
 
+    bar = Progress(f"teacher pairs{'' if purpose == 'pairs' else f' of the {purpose}'}", unit="pair")
+
     def make(shard: int, num_shards: int) -> Pairs:
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
                 rank=shard, num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
-                keep=keep,
+                keep=keep, told=bar.update,
             )  # fmt: skip
 
     return stored_pairs(
         make, wanted.key(), number, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        wait=accelerator.wait_for_everyone, bar=bar,
     )  # fmt: skip
 
 

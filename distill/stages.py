@@ -20,12 +20,13 @@ from distill.regression import Pairs, Regression, teacher_batch
 from distill.roles import DISTANCES, average_of, averaged, build_phases, teacher_pairs
 from distill.student import Student
 from scorefield.models.teacher import Teacher
+from scorefield.progress import progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch
 from scorefield.training.loop import Phase, train
 from scorefield.training.ranks import check_same
-from scorefield.training.run import adamw, check_identity, cosine, fit, progress, resume
+from scorefield.training.run import adamw, check_identity, cosine, fit, resume
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,7 +209,7 @@ def follow_student(stages: Stages, fake: Phase) -> None:
         [phase], stages.batches, accelerator, rollout=stages.method.rollout, steps=config.fake_warmup,
         accumulate=config.accumulate, clip_norm=config.clip_norm, seed=config.seed + 1,
     )  # fmt: skip
-    for _ in progress(reports, "fake score", config.fake_warmup, accelerator):
+    for _ in progress(reports, "steps of the fake score", config.fake_warmup, unit="step"):
         pass
     set_rate(fake, fake.optimizer.param_groups[0]["initial_lr"])
 

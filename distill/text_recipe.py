@@ -31,6 +31,7 @@ from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
 from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.progress import working
 from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
@@ -96,7 +97,8 @@ def distil_texts(config: Config) -> Path:
     average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
-        save(config, average, teacher, out, accelerator.num_processes)
+        with working("saving the student"):
+            save(config, average, teacher, out, accelerator.num_processes)
         print(f"student: {out}")
     return out
 
@@ -203,11 +205,12 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     Raises ``ValueError`` for what ``load_teacher`` refuses, a model without prompts, and a student.
     """
     half = config.precision == "bf16" and device.type != "cpu"
-    source = load_teacher(
-        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
-        size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
-        variant=config.variant or None,
-    )  # fmt: skip
+    with working("loading the teacher"):
+        source = load_teacher(
+            config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
+            size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
+            variant=config.variant or None,
+        )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
     return source

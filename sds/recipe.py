@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from scorefield.atomic import whole_file
 from scorefield.models.teacher import Teacher
+from scorefield.progress import working
 from scorefield.training import checkpoint
 from scorefield.training.identity import identity
 from scorefield.training.loop import Phase
@@ -62,8 +63,9 @@ def main(config: Config) -> Path:
     """Learn and export; returns the folder of the export, or the picture of a canvas."""
     check_scene(config)
     accelerator = start(config)
-    teacher = frozen_teacher(config, accelerator.device)
-    inputs = fingerprints(teacher, read_prompts(config, teacher))
+    with working("loading the teacher"):
+        teacher = frozen_teacher(config, accelerator.device)
+        inputs = fingerprints(teacher, read_prompts(config, teacher))
     teacher = teacher.without_text_encoders()  # before anything else can hold on to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
@@ -160,10 +162,10 @@ class Watcher:
         self.step, self.shown = step, torch.empty(0)
         figures: dict[str, float] = {}
         if self._due(step, self.config.log_every):
-            rate, rollbacks = self.optimizer.param_groups[0]["lr"], num_rollbacks(self.optimizer)
-            figures = {"scene/learning_rate": rate, "scene/rollbacks": rollbacks}
+            figures = {"scene/rollbacks": num_rollbacks(self.optimizer)}
         if self.config.probe_every and self._due(step, self.config.probe_every):
-            probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
+            with working("probe of the scene"):
+                probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
             figures |= probed
         return figures
 

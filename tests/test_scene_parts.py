@@ -124,7 +124,7 @@ def test_pictures_of_a_step_are_made_once_and_of_that_step():
     for step in range(1, 8):
         logged.append(sorted(watcher.figures(step)))
         shown.append(float(watcher.pictures()))
-    rate = ["scene/learning_rate", "scene/rollbacks"]
+    rate = ["scene/rollbacks"]
     probed = ["probe/residual"]
     assert logged == [[], probed, rate, probed, [], [*probed, *rate], [*probed, *rate]]
     assert shown == [0, 1, 0, 1, 0, 1, 1]

@@ -15,6 +15,7 @@ from scorefield.cache import Content, TensorCache
 from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
+from scorefield.progress import Progress
 
 Encode = Callable[[list[str]], Cond]
 """n prompts -> conditions of batch n, on any device; with CUT among them, prompts that are cut get a warning."""
@@ -77,10 +78,12 @@ class PromptEncoder:
         """
         cache, cuts = TensorCache(self.folder, self.identify()), dict[str, int]()
         unique = list(dict.fromkeys(prompts))
-        for start in range(0, len(unique), BATCH):
-            part = unique[start : start + BATCH]
-            entries = cache.fetch(part, self._encode, BATCH)
-            cuts |= {prompt: int(entry.get(CUT, 0)) for prompt, entry in zip(part, entries, strict=True)}
+        with Progress("prompts encoded", len(unique), unit="prompt") as bar:
+            for start in range(0, len(unique), BATCH):
+                part = unique[start : start + BATCH]
+                entries = cache.fetch(part, self._encode, BATCH)
+                cuts |= {prompt: int(entry.get(CUT, 0)) for prompt, entry in zip(part, entries, strict=True)}
+                bar.update(len(part))
         return [cuts[prompt] for prompt in prompts]
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:

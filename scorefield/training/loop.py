@@ -100,6 +100,14 @@ class Phase:
         rates = (float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups)
         object.__setattr__(self, "given_rates", tuple(rates))
 
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each group of its optimizer now, by name; see :class:`Report`."""
+        groups = enumerate(self.optimizer.param_groups, 1)
+        return {
+            f"{self.name}/learning_rate{'' if number == 1 else f'_{number}'}": float(group["lr"])
+            for number, group in groups
+        }
+
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds of it, by file name: the network without its wrapper, and its average."""
         networks = {self.name: unwrap(self.network)}
@@ -118,11 +126,14 @@ class Report:
         step: iterations done, from 1: the number to log under and to resume from.
         phases: names of the phases that stepped.
         metrics: "phase/name" -> scalar tensor of this rank, averaged over micro-batches, on the device.
+        learning_rates: "phase/learning_rate" -> rate of the step; of the optimizer's second group
+            "phase/learning_rate_2", and so on.
     """
 
     step: int
     phases: tuple[str, ...]
     metrics: Mapping[str, Tensor]
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def read(self) -> dict[str, float]:
         """The metrics as numbers; waits for the device once, so not every step on a GPU."""
@@ -184,12 +195,13 @@ def train(
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)
+        rates = {name: rate for phase in due for name, rate in phase.learning_rates().items()}
         for phase in due:
             _update(phase)
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
             for name, network in (item for phase in phases for item in phase.networks().items()):
                 verify_weights(name, network, accelerator)
-        yield Report(step + 1, tuple(phase.name for phase in due), metrics)
+        yield Report(step + 1, tuple(phase.name for phase in due), metrics, rates)
 
 
 def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumulate: int) -> None:

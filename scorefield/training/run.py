@@ -4,11 +4,12 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from scorefield.atomic import whole_file
+from scorefield.progress import Progress, working
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, forget_best
@@ -29,8 +31,6 @@ from scorefield.training.loop import Phase, Report, train
 from scorefield.training.options import RunOptions
 from scorefield.training.ranks import check_launch, check_same, check_same_fields
 from scorefield.training.stopping import stop_signals
-
-T = TypeVar("T")
 
 
 def start(config: RunOptions) -> Accelerator:
@@ -202,7 +202,8 @@ def fit(
             if due:
                 checkpoint.check_finite(report.step, phases)
             if due and accelerator.is_main_process:
-                checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
+                with working(f"checkpoint of step {report.step:,}"):
+                    checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
             if not (stop and all_watch):
                 look(report.step)
             if due and accelerator.is_main_process and preview is not None:
@@ -229,30 +230,26 @@ def close_log(accelerator: Accelerator) -> None:
     accelerator.trackers = []
 
 
-def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
-    """A progress bar on the main process; in a log file it refreshes only every 30 seconds."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    hidden = not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
-    return tqdm(
-        items, desc=name, initial=start, total=total, mininterval=interval, maxinterval=interval, disable=hidden
-    )
-
-
 def follow(
     reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
 ) -> Iterator[Report]:
-    """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
-    bar = progress(reports, "steps", steps, accelerator, start)
+    """Pass reports on, and show how far they are; log scalars, rates and seconds a step every ``log_every``."""
     latest: dict[str, Tensor] = {}
-    for report in bar:
-        latest |= report.metrics
-        if report.step % log_every == 0 or report.step == steps:
-            values = Report(report.step, (), latest).read()
-            log(accelerator, report.step, values)
-            bar.set_postfix(
-                {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
-            )
-        yield report
+    rates: dict[str, float] = {}
+    last, before = start, time.monotonic()
+    with Progress("steps", steps, start=start, unit="step") as bar:
+        for report in reports:
+            bar.update()
+            latest |= report.metrics
+            rates |= report.learning_rates
+            if report.step % log_every == 0 or report.step == steps:
+                values, now = Report(report.step, (), latest).read(), time.monotonic()
+                pace = {"run/seconds_per_step": (now - before) / max(1, report.step - last)}
+                log(accelerator, report.step, values | rates | pace)
+                losses = {key: value for key, value in values.items() if key.endswith("/loss")}
+                bar.note(", ".join(f"{key} {value:.3g}" for key, value in losses.items()))
+                last, before = report.step, now
+            yield report
 
 
 def as_grid(images: Tensor, columns: int) -> Tensor:
