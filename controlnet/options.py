@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from scorefield.choices import Kind, LongPrompts, OnBadData
-from scorefield.training.options import RunOptions, check_numbers, check_run
+from scorefield.training.options import RunOptions, check_init_from, check_numbers, check_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Read pickled weights of a teacher that has no safetensors. Only if you trust where it comes from."""
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
+    init_from: str = ""
+    """Folder of a finished adapter, or name of a ControlNet online, whose weights this one starts from."""
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
     free: ClassVar[tuple[str, ...]] = ("preset", "teacher", "licence")
 
@@ -108,7 +110,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     new_factor: float = 1.0
     """Times the learning rate for what is no copy: zero convolutions and the hint's embedding."""
     calibrate: bool = True
-    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md)."""
+    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md). Not with
+    --init-from."""
     warmup: int = 100
     """Updates of linear warm-up, a tenth of --steps at most."""
     lr_floor: float = 1.0
@@ -195,6 +198,7 @@ def check_watch(options: Any) -> None:
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or missing."""
     check_run(config)
+    check_init_from(config.init_from, config.out)
     check_watch(config)
     check_numbers(
         config, positive=("new_factor",), rates=("learning_rate",),

@@ -26,6 +26,7 @@ from controlnet.caching import Latents, Memory, share_prompts
 from controlnet.data import ControlBatches, read_ahead
 from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
+from controlnet.initial import start_from
 from controlnet.options import Config, check
 from controlnet.tasks import Task, load_task
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
@@ -63,17 +64,18 @@ def main(config: Config) -> Path:
     accelerator = start(config)
     teacher, task = load(config, accelerator)
     adapter = make_adapter(teacher, task)
+    begun_from = start_from(config, teacher, adapter)
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
-    if config.calibrate:
+    if config.calibrate and begun_from is None:
         calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    inputs = {"data": task.identity(), "base": fingerprint(teacher.denoiser.network.parameters())}
-    own = identity(config, accelerator, inputs)
+    base = fingerprint(teacher.denoiser.network.parameters())
+    own = identity(config, accelerator, {"data": task.identity(), "base": base, "init_from": begun_from})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -113,6 +115,7 @@ def plan(config: Config) -> Path:
     with tempfile.TemporaryDirectory() as nowhere:
         teacher, task = load(replace(config, cache=Path(nowhere)), None)
     network, adapter = teacher.denoiser.network, make_adapter(teacher, task)
+    start_from(config, teacher, adapter)
     freeze_base(config, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
     roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}

@@ -23,7 +23,7 @@ from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.teacher import Teacher
 from scorefield.progress import working
 from scorefield.training.ranks import shared_rows
-from scorefield.training.run import log
+from scorefield.training.report import log
 
 
 def fingerprint_of(config: Any, task: Task, indices: range) -> str:

@@ -18,7 +18,7 @@ from distill.guard import Guard, Look, as_record, difference, from_record, is_wo
 from distill.student import Student
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
-from scorefield.training.run import log
+from scorefield.training.report import log
 
 BEST, SETBACKS, ENDED = "best", "setbacks", "ended"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from distill.data import data_identity, student_batches, student_data
+from distill.initial import initial_weights
 from distill.options import Config, check
 from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from distill.stages import Stages, distil
@@ -52,6 +53,7 @@ def distil_images(config: Config) -> Path:
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
     teacher.guided(config.guidance)  # or it says why not
+    initial = initial_weights(config, teacher)
     data = student_data(config, teacher)
     check_evaluation(config, data)
     found = None
@@ -60,6 +62,8 @@ def distil_images(config: Config) -> Path:
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
+    if initial is not None:
+        initial.give(student_net)
     if config.dry_run:
         roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
         updates = {"student": config.steps // config.student_every, "fake": config.steps}
@@ -80,7 +84,8 @@ def distil_images(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
+    begun_from = initial and initial.identity()
+    inputs = {"data": data_identity(data), "teacher": teacher.identity(), "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),

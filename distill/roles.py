@@ -80,7 +80,8 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
         layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
         gan = 0.03 if real and config.critic_weight and listens(teacher, layer) else 0.0
-    steps = WARMUP_SHARE * config.steps if config.warmup_steps is None else config.warmup_steps
+    usual = 0 if config.init_from else WARMUP_SHARE * config.steps
+    steps = usual if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.adversarial import probe_bottleneck
 from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
+from distill.initial import Initial, initial_weights
 from distill.options import Config
 from distill.roles import (
     build_method,
@@ -40,7 +41,7 @@ from scorefield.training.latents import Latents, check_images
 from scorefield.training.run import prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
-INPUTS = ("teacher", "prompts", "data")
+INPUTS = ("teacher", "prompts", "data", "init_from")
 """What a run reads, in its identity as fingerprints."""
 
 JUDGED = (64, 64)
@@ -56,7 +57,8 @@ class Inputs:
         teacher: its classes are the prompts; its text encoders are gone.
         texts: the prompts.
         latents: of their images, or None without a GAN term.
-        shown: conditions of the prompts that are drawn for TensorBoard.
+        shown: conditions of the prompts that are drawn on the way.
+        initial: weights that the student starts from, if they are not the teacher's.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Inputs:
     texts: Texts
     latents: Latents | None
     shown: Cond
+    initial: Initial | None = None
 
 
 def distil_texts(config: Config) -> Path:
@@ -74,6 +77,8 @@ def distil_texts(config: Config) -> Path:
     teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
     torch.manual_seed(config.seed)
     networks = build_text_roles(config, teacher)
+    if inputs.initial is not None:
+        inputs.initial.give(networks[0])
     if config.dry_run:
         show(config, teacher, networks)
         return config.out
@@ -129,6 +134,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
         check_inputs(config, texts, source)
         check_rounding(config, source.denoiser)
+        initial = initial_weights(config, source)
         if not config.dry_run:
             check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         if (
@@ -147,7 +153,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         teacher = source.asked(texts.prompts, config.negative)
     if latents is not None:
         latents = replace(latents, teacher=teacher).encoded(accelerator)
-    return Inputs(config, teacher, texts, latents, shown)
+    return Inputs(config, teacher, texts, latents, shown, initial)
 
 
 def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
@@ -159,7 +165,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
     if config.eval_every and source.size != JUDGED:
         raise ValueError(
             f"--eval-every asks the toy world's judge, who sees pictures of {JUDGED}; --teacher {config.teacher} "
-            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
+            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in --out/samples."
         )
     if config.gan_weight:
         if not len(texts.images) and config.reals == "data":
@@ -232,12 +238,13 @@ def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
     return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
 
 
-def hashes_of(inputs: Inputs) -> dict[str, str]:
+def hashes_of(inputs: Inputs) -> dict[str, str | None]:
     """What a run reads, as inputs of :func:`command.identity`."""
     teacher, latents = inputs.teacher, inputs.latents
     return {
         "teacher": teacher.identity(), "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
+        "init_from": inputs.initial and inputs.initial.identity(),
     }  # fmt: skip
 
 

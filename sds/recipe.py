@@ -11,7 +11,6 @@ report.json. With --canvas images learn in place of a scene. Stopped runs resume
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from scorefield.training import checkpoint
 from scorefield.training.identity import identity
 from scorefield.training.loop import Phase
 from scorefield.training.ranks import check_same
-from scorefield.training.run import fit, open_log, resume, show_plan, start
+from scorefield.training.report import close_log, open_log
+from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
 from sds.checks import check_scene, export_choices
 from sds.export import export
@@ -141,9 +141,7 @@ def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, o
     fix = "Let --out be a folder that all machines share."
     check_same("the step to go back to", first, fix, accelerator)
     check_same("the number of rollbacks", num_rollbacks(phases[0].optimizer), fix, accelerator)
-    with suppress(OSError):
-        for tracker in accelerator.trackers:
-            tracker.finish()
+    close_log(accelerator)
     open_log(accelerator, first)
     return first
 

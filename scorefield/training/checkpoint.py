@@ -19,6 +19,7 @@ from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import LambdaLR
 
 from scorefield.atomic import foreign, whole_folder
+from scorefield.progress import working
 from scorefield.training.loop import Phase
 
 MANIFEST = "manifest.json"
@@ -65,7 +66,7 @@ def save(
     for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
         if _NAME.fullmatch(unfinished.name.removeprefix(".writing-")):
             shutil.rmtree(unfinished)
-    with whole_folder(final, is_own) as temporary:
+    with working(f"checkpoint of step {step:,}"), whole_folder(final, is_own) as temporary:
         _write(temporary, step, phases, config)
     others = [path for path in steps(folder) if path != final]
     earlier = [path for path in others if path < final]
@@ -111,7 +112,8 @@ def newest(folder: Path, before: int | None = None) -> Path | None:
     for path in reversed(steps(folder)):
         if before is not None and path.name >= f"step-{before:09d}":
             continue
-        damage = _damage(path)
+        with working(f"checking the checkpoint {path.name}"):
+            damage = _damage(path)
         if damage is None:
             return path
         warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=3)

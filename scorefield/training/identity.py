@@ -92,7 +92,7 @@ def resolved(config: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 
-def identity(config: RunOptions, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
+def identity(config: RunOptions, accelerator: Accelerator, inputs: Mapping[str, str | None]) -> dict[str, Any]:
     """Return what determines the numbers of a run: a checkpoint resumes only under the same.
 
     Options that are free, or that may change on the way, are in it, and named as such; see

@@ -195,9 +195,7 @@ def train(
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)
-        rates = {name: rate for phase in due for name, rate in phase.learning_rates().items()}
-        for phase in due:
-            _update(phase)
+        rates = dict(item for phase in due for item in _update(phase).items())
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
             for name, network in (item for phase in phases for item in phase.networks().items()):
                 verify_weights(name, network, accelerator)
@@ -263,13 +261,16 @@ def _frozen(networks: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _update(phase: Phase) -> None:
+def _update(phase: Phase) -> dict[str, float]:
+    # Returns the rates of this step.
+    rates = phase.learning_rates()
     phase.optimizer.step()
     phase.optimizer.zero_grad(set_to_none=True)
     if phase.lr_schedule is not None:
         phase.lr_schedule.step()
     if phase.ema is not None:
         phase.ema.update()
+    return rates
 
 
 class _FiniteWatch:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from scorefield.atomic import whole_file
-from scorefield.progress import Progress, working
+from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, forget_best
@@ -30,11 +26,12 @@ from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
 from scorefield.training.options import RunOptions
 from scorefield.training.ranks import check_launch, check_same, check_same_fields
+from scorefield.training.report import as_grid, close_log, forget_samples, log, start_logging
 from scorefield.training.stopping import stop_signals
 
 
 def start(config: RunOptions) -> Accelerator:
-    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
+    """Return an Accelerator that will log to the trackers of ``--report-to``; writes nothing yet.
 
     Raises ``ValueError`` for a launch that cannot work, see :func:`ranks.check_launch`, and for ranks that
     were given other options.
@@ -46,7 +43,8 @@ def start(config: RunOptions) -> Accelerator:
     # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     accelerator = Accelerator(
-        mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
+        mixed_precision=config.precision, log_with=[kind for kind in config.report_to if kind != "none"],
+        project_dir=str(config.out),
         kwargs_handlers=[patience], gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
     check_launch(accelerator)
@@ -71,42 +69,6 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
     return prepared
 
 
-def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) -> None:
-    """Write the resolved config and open the TensorBoard log: the first files of a run."""
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole_file(out / "config.json") as temporary:
-            temporary.write_text(json.dumps(resolved(config), indent=2))
-    open_log(accelerator, first, out)
-
-
-def open_log(accelerator: Accelerator, first: int, out: Path | None = None) -> None:
-    """Open the TensorBoard log in ``out``; what an earlier run logged beyond step ``first`` is drawn again."""
-    accelerator.trackers = []
-    # Each stage of a run has a log of its own, since a new one hides the later steps of an old one.
-    place = Path() if out is None else Path(os.path.relpath(out, accelerator.project_dir))
-    try:
-        accelerator.init_trackers(str(place / "logs"), init_kwargs={"tensorboard": {"purge_step": first + 1}})
-    except OSError as error:
-        accelerator.trackers = []
-        tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
-
-
-def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], images: Tensor | None = None) -> None:
-    """Write scalars, and images (n, c, h, w) in [0, 1] as "samples". Curves are worth less than the run.
-
-    If the log is gone, since someone deleted its folder, another is opened.
-    """
-    try:
-        accelerator.log(dict(scalars), step=step)
-        if images is not None and accelerator.is_main_process:
-            for tracker in accelerator.trackers:
-                tracker.log_images({"samples": images.cpu().numpy()}, step=step, dataformats="NCHW")
-    except OSError as error:
-        tqdm.write(f"TensorBoard's log is lost at step {step}, the run goes on: {error}", file=sys.stderr)
-        open_log(accelerator, step)
-
-
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
     """Load the newest checkpoint of the same :func:`identity`, say so, open the log; return the first step.
 
@@ -122,6 +84,7 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
             print("\n".join([f"resumed from step {first}", *changes(saved, own, phases)]))
         else:
             forget_best(config.out)
+            forget_samples(config.out)
         note_identity(config.out, own)
     start_logging(accelerator, config, config.out, first)
     return first
@@ -202,8 +165,7 @@ def fit(
             if due:
                 checkpoint.check_finite(report.step, phases)
             if due and accelerator.is_main_process:
-                with working(f"checkpoint of step {report.step:,}"):
-                    checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
+                checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
             if not (stop and all_watch):
                 look(report.step)
             if due and accelerator.is_main_process and preview is not None:
@@ -221,13 +183,6 @@ def fit(
             close_log(accelerator)
     if stop:
         sys.exit(128 + stop)
-
-
-def close_log(accelerator: Accelerator) -> None:
-    """Write what TensorBoard has not written yet; what is logged from here on belongs to no log."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers = []
 
 
 def follow(
@@ -250,11 +205,6 @@ def follow(
                 bar.note(", ".join(f"{key} {value:.3g}" for key, value in losses.items()))
                 last, before = report.step, now
             yield report
-
-
-def as_grid(images: Tensor, columns: int) -> Tensor:
-    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
-    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
 
 
 def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:
