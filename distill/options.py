@@ -306,9 +306,9 @@ def toyworld_1step_lora() -> Config:
 def sd15_1step() -> Config:
     """DMD2's one-step student of Stable Diffusion 1.5, its first stage alone; its batch of 2,048 is 64 x 32.
 
-    The paper's second stage is 5,000 iterations at 5e-7 with a GAN term of weight 1e-3 from the first one's student:
-    --init-from, --steps, --student-lr, --fake-lr and --gan-weight say so. Other than there: 100 updates of warm-up
-    in place of 500, and a fake score that starts from the teacher again. Prompts are the user's: --prompts.
+    The paper's second stage, 5,000 iterations at 5e-7 with a GAN term of weight 1e-3, starts from the first one's
+    student: pass that with --init-from. Other than there: 100 updates of warm-up in place of 500, and a fake score
+    that starts from the teacher in both stages. Prompts are the user's: --prompts.
     """
     return Config(
         preset="sd15-1step", **PAPER, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -84,7 +84,7 @@ def distil_images(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    begun_from = initial and initial.identity()
+    begun_from = None if initial is None else initial.identity()
     inputs = {"data": data_identity(data), "teacher": teacher.identity(), "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,

@@ -244,7 +244,7 @@ def hashes_of(inputs: Inputs) -> dict[str, str | None]:
     return {
         "teacher": teacher.identity(), "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
-        "init_from": inputs.initial and inputs.initial.identity(),
+        "init_from": None if inputs.initial is None else inputs.initial.identity(),
     }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def read_config(file: Path, options: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else f" Options are {', '.join(known)}."
+            hint = f" Did you mean {near[0]}?" if near else " --help lists the options."
             raise ValueError(f"--config {file}: {key} is no option of this command.{hint}")
         try:
             values[name] = _converted(kinds[name], value)

@@ -194,8 +194,8 @@ def write(
 ) -> Path:  # fmt: skip
     """Write PNG files named by number and class, and a metadata.jsonl; or one npz file of bytes.
 
-    It is there whole or not at all. Returns the picture of the first hundred, which lies beside: within the folder it would be one of the images.
-    ``facts`` are those of an image of some label.
+    It is there whole or not at all. Returns the picture of the first hundred, which lies beside: within the folder
+    it would be one of the images. ``facts`` are those of an image of some label.
     """
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     place = out.resolve()

@@ -163,8 +163,8 @@ def _set_rates(phase: Phase, changed: bool) -> None:
         if schedule is not None:
             schedule.base_lrs = list(phase.given_rates)
     if isinstance(schedule, LambdaLR):
-        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = rate * factor(schedule.last_epoch)
+        for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> Path | None:

@@ -42,9 +42,9 @@ def start(config: RunOptions) -> Accelerator:
         torch.backends.cudnn.benchmark = False
     # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    trackers = [kind for kind in config.report_to if kind != "none"]
     accelerator = Accelerator(
-        mixed_precision=config.precision, log_with=[kind for kind in config.report_to if kind != "none"],
-        project_dir=str(config.out),
+        mixed_precision=config.precision, log_with=trackers or None, project_dir=str(config.out),
         kwargs_handlers=[patience], gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
     check_launch(accelerator)
