@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from controlnet.adapter import EncoderCopy, unet_of
@@ -28,7 +27,7 @@ def start_from(config: Config, teacher: Teacher, adapter: EncoderCopy) -> str | 
     source = config.init_from
     if not source:
         return None
-    with_decoder = (Path(source) / "unet").is_dir()
+    with_decoder = (Path(source) / "config.json").is_file() and (Path(source) / "unet").is_dir()
     if with_decoder and not config.unlocked:
         raise ValueError(f"--init-from {source} was trained with a decoder of its own. Pass --unlocked, too.")
     try:
@@ -60,7 +59,7 @@ def _fitting(source: str, given: EncoderCopy, adapter: EncoderCopy) -> dict[str,
 @torch.no_grad()
 def _give_decoder(folder: Path, unet: Any) -> list[Tensor]:
     device = next(unet.parameters()).device
-    trained: Any = PartReader(torch.float32, device).read(UNet2DConditionModel, folder / "unet")
+    trained: Any = PartReader(torch.float32, device).read(type(unet), folder / "unet")
     given = list[Tensor]()
     for name in DECODER:
         weights = getattr(trained, name).state_dict()

@@ -50,7 +50,7 @@ class Progress(AbstractContextManager["Progress"]):
         if self.total and _speaks() and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=self.name, total=self.total, initial=self.start, unit=self.unit, bar_format=BAR,
-                mininterval=0.5, leave=not _HEART.shown,
+                mininterval=0.5, leave=not any(outer.on_terminal for outer in _HEART.shown),
             )  # fmt: skip
         _HEART.add(self)
         return self

@@ -137,13 +137,14 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_with_seconds_an_item(soon, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress("steps", 4, unit="step") as bar:
+    with working("scorefield teacher"), Progress("steps", 4, unit="step") as bar:
         for _ in range(4):
             time.sleep(0.15)
             bar.update()
             bar.note("p/loss 1")
     said = terminal.getvalue()
-    assert "steps: " in said
+    assert said.endswith("p/loss 1]\n"), "the bar stays when it is done"
+    assert "scorefield teacher" not in said
     assert "4/4 [00:00<00:00," in said
     assert re.search(r"0\.1\ds/step, p/loss 1", said)
     assert "s each" not in said
