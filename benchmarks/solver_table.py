@@ -176,7 +176,7 @@ def measure(
                 if cell["key"] == key:
                     return dict(cell)
     labels = sample.asked_labels(options, model)
-    made = sample.draw(options, model, torch.arange(options.num_images).split(options.batch_size), labels)
+    made = sample.draw(options, model, torch.arange(len(labels)).split(options.batch_size), labels)
     figure = None
     if bool(made.isfinite().all()):
         device = model.device

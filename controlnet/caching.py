@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from scorefield.cache import Content, Entry, TensorCache
 from scorefield.data.pictures import as_floats
 from scorefield.models.prompts import PromptEncoder
+from scorefield.progress import Progress
 from scorefield.randomness import derived_generator, normal_like
 
 Key = TypeVar("Key", bound=Hashable)
@@ -25,7 +26,7 @@ Item = TypeVar("Item")
 
 def share_work(
     items: Sequence[Item], *, done: Callable[[Item], bool], do: Callable[[list[Item]], object], rank: int = 0,
-    num_ranks: int = 1, batch_size: int = 16,
+    num_ranks: int = 1, batch_size: int = 16, name: str = "shared work",
 ) -> int:  # fmt: skip
     """Do what is not done yet, this rank's share first, then what is left of the others'.
 
@@ -39,6 +40,7 @@ def share_work(
         rank: of this process.
         num_ranks: that share the work.
         batch_size: most items at a time.
+        name: of the work, to show how far it is.
 
     Returns:
         Number of items that this rank did.
@@ -48,14 +50,16 @@ def share_work(
     # In an order of its own, lest two ranks that have finished take the same items at the same time.
     order = torch.randperm(len(others), generator=derived_generator("share", rank)).tolist()
     count = 0
-    for part in (own, [others[i] for i in order]):
-        batch: list[Item] = []
-        for position, number in enumerate(part, 1):
-            if not done(items[number]):
-                batch.append(items[number])
-            if batch and (len(batch) == batch_size or position == len(part)):
-                do(batch)
-                count, batch = count + len(batch), []
+    with Progress(name, len(items)) as bar:
+        for part in (own, [others[i] for i in order]):
+            batch: list[Item] = []
+            for position, number in enumerate(part, 1):
+                if not done(items[number]):
+                    batch.append(items[number])
+                if batch and (len(batch) == batch_size or position == len(part)):
+                    do(batch)
+                    count, batch = count + len(batch), []
+                bar.update()
     return count
 
 
@@ -157,5 +161,5 @@ def share_prompts(texts: PromptEncoder, prompts: Sequence[str], *, rank: int = 0
     cache = TensorCache(texts.folder, texts.identify())
     return share_work(
         sorted(set(prompts)), done=cache.holds, do=texts, rank=rank,
-        num_ranks=num_ranks,
+        num_ranks=num_ranks, name="prompts encoded",
     )  # fmt: skip

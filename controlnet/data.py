@@ -166,7 +166,7 @@ class ControlBatches:
         return share_work(
             [(index, mirrored) for index in range(len(self.samples)) for mirrored in sorted({False, self.flip})],
             done=lambda item: latents.has(self._name(*item)), do=store, rank=rank, num_ranks=num_ranks,
-            batch_size=latents.batch_size,
+            batch_size=latents.batch_size, name="latents",
         )  # fmt: skip
 
     def _undropped(self, loaded: Loaded, seed: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from controlnet.scores import ERRORS, Score
 from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.gradient import TimeWeight, prediction_weight, weighted_error
 from scorefield.guidance import guided
+from scorefield.progress import progress
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.times import TimeSampler, uniform
@@ -261,7 +262,8 @@ class Validation:
     def _all(self, draw: Callable[[Tensor], Tensor]) -> Tensor:
         # Row numbers to images, in batches, by all ranks.
         def drawn(rows: Tensor) -> Tensor:
-            return torch.cat([draw(part).clamp(-1, 1).float() for part in rows.split(self.batch_size)])
+            parts = progress(rows.split(self.batch_size), "validation images, in batches")
+            return torch.cat([draw(part).clamp(-1, 1).float() for part in parts])
 
         return self.share(drawn, len(self.probe)).cpu()
 

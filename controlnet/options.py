@@ -8,12 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from scorefield.choices import Kind, LongPrompts, OnBadData
-from scorefield.training.options import RunOptions, check_numbers, check_run
+from scorefield.training.options import RunOptions, check_init_from, check_numbers, check_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """What is learned, from what."""
+
+    free: ClassVar[tuple[str, ...]] = ("num_samples", "on_bad_data", "long_prompts", "convert", "cache")
+    """Options that bind no checkpoint: what is trained on has a fingerprint."""
 
     data: str = ""
     """Folder of images with .txt captions, metadata.jsonl or .csv; jsonl, csv or parquet file, webdataset .tar, or
@@ -58,6 +61,11 @@ class TaskOptions:
 class WatchOptions:
     """How a training is watched and judged."""
 
+    free: ClassVar[tuple[str, ...]] = (
+        "eval_every", "eval_samples", "test_samples", "eval_batch_size", "sampling_steps", "guidance",
+        "warn_after",
+    )  # fmt: skip
+
     eval_every: int = 500
     """Iterations between looks at the averaged weights; 0: at the end only."""
     eval_samples: int = 64
@@ -86,7 +94,10 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Read pickled weights of a teacher that has no safetensors. Only if you trust where it comes from."""
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
+    init_from: str = ""
+    """Folder of a finished adapter, or name of a ControlNet online, whose weights this one starts from."""
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
+    free: ClassVar[tuple[str, ...]] = ("preset", "teacher", "licence")
 
     out: Path = Path("runs/controlnet")
     """Folder for checkpoints, TensorBoard logs, report.json and the finished adapter."""
@@ -99,7 +110,8 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     new_factor: float = 1.0
     """Times the learning rate for what is no copy: zero convolutions and the hint's embedding."""
     calibrate: bool = True
-    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md)."""
+    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md). Not with
+    --init-from."""
     warmup: int = 100
     """Updates of linear warm-up, a tenth of --steps at most."""
     lr_floor: float = 1.0
@@ -118,6 +130,11 @@ class Config(RunOptions, TaskOptions, WatchOptions):
     """Of the finished adapter, for its card, as hubs name it; it copies the teacher, whose licence may bind it."""
     activation_budget: float = 1.0
     """Share of activations that --compile keeps for the backward pass; torch chooses what it computes again."""
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """The length of the run, and the rate where it is constant."""
+        return ("steps", "learning_rate") if self.lr_floor == 1 else ("steps",)
 
 
 def toyworld_canny() -> Config:
@@ -167,13 +184,6 @@ PRESETS: Mapping[str, Callable[[], Config]] = {
 """Settings by name; PAPERS.md puts those of the papers beside them."""
 
 
-NOT_WEIGHTS = (
-    "teacher", "preset", "eval_every", "sampling_steps", "guidance", "warn_after", "cache", "num_samples",
-    "on_bad_data", "convert", "eval_samples", "test_samples", "eval_batch_size", "licence",
-)  # fmt: skip
-"""Options that change no weight, or what is trained on only: that is in the fingerprints of data and teacher."""
-
-
 def check_watch(options: Any) -> None:
     """Raise ``ValueError`` for options that are out of range."""
     check_numbers(
@@ -188,6 +198,7 @@ def check_watch(options: Any) -> None:
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or missing."""
     check_run(config)
+    check_init_from(config.init_from, config.out)
     check_watch(config)
     check_numbers(
         config, positive=("new_factor",), rates=("learning_rate",),

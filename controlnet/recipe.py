@@ -26,7 +26,8 @@ from controlnet.caching import Latents, Memory, share_prompts
 from controlnet.data import ControlBatches, read_ahead
 from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
-from controlnet.options import NOT_WEIGHTS, Config, check
+from controlnet.initial import start_from
+from controlnet.options import Config, check
 from controlnet.tasks import Task, load_task
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
@@ -38,6 +39,7 @@ from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.prompts import PromptEncoder, default_cache_folder
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
+from scorefield.progress import working
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
@@ -62,17 +64,18 @@ def main(config: Config) -> Path:
     accelerator = start(config)
     teacher, task = load(config, accelerator)
     adapter = make_adapter(teacher, task)
+    begun_from = start_from(config, teacher, adapter)
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
-    if config.calibrate:
+    if config.calibrate and begun_from is None:
         calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    inputs = {"data": task.identity(), "base": fingerprint(teacher.denoiser.network.parameters())}
-    own = {name: x for name, x in identity(config, accelerator, inputs).items() if name not in NOT_WEIGHTS}
+    base = fingerprint(teacher.denoiser.network.parameters())
+    own = identity(config, accelerator, {"data": task.identity(), "base": base, "init_from": begun_from})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -97,7 +100,8 @@ def main(config: Config) -> Path:
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
-            export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
+            with working("saving the adapter"):
+                export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -111,6 +115,7 @@ def plan(config: Config) -> Path:
     with tempfile.TemporaryDirectory() as nowhere:
         teacher, task = load(replace(config, cache=Path(nowhere)), None)
     network, adapter = teacher.denoiser.network, make_adapter(teacher, task)
+    start_from(config, teacher, adapter)
     freeze_base(config, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
     roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
@@ -125,10 +130,11 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert config.cache is not None
-    teacher = load_teacher(
-        config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
-        allow_pickle=config.allow_pickle, variant=config.variant or None,
-    )  # fmt: skip
+    with working("loading the teacher"):
+        teacher = load_teacher(
+            config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
+            allow_pickle=config.allow_pickle, variant=config.variant or None,
+        )  # fmt: skip
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
     task = load_task(
@@ -211,11 +217,12 @@ def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
     optimizer = adamw(
         network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
     )
-    return control_phase(
+    phase = control_phase(
         denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
         weight=min_snr_weight(config.min_snr) if config.min_snr else None,
         lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
     )  # fmt: skip
+    return replace(phase, lr_options=("learning_rate",))
 
 
 def facts(

@@ -21,8 +21,9 @@ from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes,
 from scorefield.cache import content_key
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.teacher import Teacher
+from scorefield.progress import working
 from scorefield.training.ranks import shared_rows
-from scorefield.training.run import log
+from scorefield.training.report import log
 
 
 def fingerprint_of(config: Any, task: Task, indices: range) -> str:
@@ -110,10 +111,10 @@ def take_look(
     step: int, validation: Validation, denoiser: ControlledDenoiser, accelerator: Accelerator
 ) -> tuple[Evidence, Tensor]:
     """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
-    with accelerator.autocast():
+    with working("loss gap of the hints"), accelerator.autocast():
         gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
         images = validation.images(denoiser)
-    return Evidence(step, gap, validation.standings(images)), images
+        return Evidence(step, gap, validation.standings(images)), images
 
 
 def make_report(

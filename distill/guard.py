@@ -19,6 +19,7 @@ from distill.regression import Pairs
 from distill.student import Student
 from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.metrics import frechet_distance, kernel_distance
+from scorefield.progress import working
 from scorefield.randomness import derived_generator
 from scorefield.schedule import Images
 
@@ -94,6 +95,10 @@ class Guard:
     @torch.no_grad()
     def look(self, student: Student) -> Look:
         """Compare the images that ``student`` makes of the pairs' noise with the teacher's."""
+        with working("the guard's look at the student"):
+            return self._look(student)
+
+    def _look(self, student: Student) -> Look:
         if not self._wanted:
             self._wanted.extend(self.features(self.pairs.x0))
         images = self.images(student)

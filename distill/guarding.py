@@ -18,7 +18,7 @@ from distill.guard import Guard, Look, as_record, difference, from_record, is_wo
 from distill.student import Student
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
-from scorefield.training.run import log
+from scorefield.training.report import log
 
 BEST, SETBACKS, ENDED = "best", "setbacks", "ended"
 
@@ -42,6 +42,7 @@ class Guarded:
         accelerator: the first rank looks, all of them learn what it saw.
         every: iterations between two looks.
         steps: the last iteration, at which there is a look in any case.
+        max_setbacks: after so many the next one ends the run.
     """
 
     guard: Guard
@@ -50,6 +51,7 @@ class Guarded:
     accelerator: Accelerator
     every: int
     steps: int
+    max_setbacks: int
 
     def __call__(self, step: int) -> tuple[int, ...]:
         """Steps whose checkpoints must stay: the best one. Raises :class:`SetbackError`."""
@@ -97,8 +99,8 @@ class Guarded:
 
     @property
     def ended(self) -> bool:
-        """Return True for a run that stopped before its last step, since nothing got better."""
-        return bool(self._notes.get(ENDED, False))
+        """Return True for a run that gave up before its last step, unless --max-setbacks is larger now."""
+        return bool(self._notes.get(ENDED, False)) and self.setbacks >= self.max_setbacks
 
     @property
     def _notes(self) -> dict[str, Any]:

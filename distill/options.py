@@ -11,7 +11,7 @@ import tyro
 from scorefield.choices import LongPrompts
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
-from scorefield.training.options import EvalOptions, RunOptions, check_numbers, check_run
+from scorefield.training.options import EvalOptions, RunOptions, check_init_from, check_numbers, check_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,13 @@ class Config(RunOptions, DataOptions, EvalOptions):
     network: str = ""
     """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
     whose code is run. What a folder names is never run."""
+    init_from: str = ""
+    """Folder of a finished student, in whose weights this one starts instead of in its teacher's; with --lora that
+    of a LoRA."""
     results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
+    free: ClassVar[tuple[str, ...]] = (
+        "preset", "skip_teacher_check", "long_prompts", "validation_prompts", "gradient_checkpointing", "offload",
+    )  # fmt: skip
 
     out: Path = Path("runs/student")
     """Folder for checkpoints, TensorBoard logs and the finished student."""
@@ -73,7 +79,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
     """Weight of the critic's loss beside the fake score's."""
     warmup_steps: int | None = None
     """Steps of regression on teacher pairs before the distribution matching; 0 means none. Default: four times
-    --steps."""
+    --steps; none with --init-from."""
     warmup_lr: float = 0.0
     """Peak learning rate of the warm-up. 0: found by a range test of 50 steps, which is then undone."""
     regression_loss: Literal["l1", "l2", "huber"] = "l1"
@@ -131,7 +137,13 @@ class Config(RunOptions, DataOptions, EvalOptions):
     lora_alpha: float = 0.0
     """peft's lora_alpha: the changes are scaled by alpha / rank; 0 is the rank."""
     validation_prompts: tuple[str, ...] = ()
-    """What is drawn for TensorBoard every --save-every iterations; none: the first eight prompts."""
+    """What is drawn every --save-every iterations; none: the first eight prompts."""
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """The length of the run, when it gives up, and rates that are constant."""
+        rates = ("student_lr", "fake_lr") if self.lr_schedule == "constant" else ()
+        return ("steps", "max_setbacks", *rates)
 
 
 TEXT_ONLY = (
@@ -147,6 +159,7 @@ LORA_ONLY = ("lora_rank", "lora_alpha")
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or contradict each other."""
     check_run(config)
+    check_init_from(config.init_from, config.out)
     check_numbers(
         config,
         positive=("student_every", "num_steps", "pair_steps", "lora_rank", "guard_every"),
@@ -294,8 +307,8 @@ def sd15_1step() -> Config:
     """DMD2's one-step student of Stable Diffusion 1.5, its first stage alone; its batch of 2,048 is 64 x 32.
 
     The paper's second stage, 5,000 iterations at 5e-7 with a GAN term of weight 1e-3, starts from the first one's
-    student, which this script cannot. Other than there: 100 updates of warm-up in place of 500. Prompts are the
-    user's: --prompts.
+    student: pass that with --init-from. Other than there: 100 updates of warm-up in place of 500, and a fake score
+    that starts from the teacher in both stages. Prompts are the user's: --prompts.
     """
     return Config(
         preset="sd15-1step", **PAPER, teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from distill.regression import Pairs
 from scorefield.cache import Content, Entry, TensorCache, content_key
 from scorefield.denoiser import Cond
 from scorefield.models.prompts import default_cache_folder
+from scorefield.progress import Progress, working
 
 MakeShard = Callable[[int, int], Pairs]
 """(shard, num_shards) -> items shard, shard + num_shards, ... of the set, as :func:`distill.regression.make_pairs`
@@ -63,7 +63,7 @@ class PairsOf:
 
 def stored_pairs(
     make: MakeShard, key: str, num: int, folder: Path | None = None, *, shard_size: int = 512, rank: int = 0,
-    num_ranks: int = 1, wait: Callable[[], object] = lambda: None,
+    num_ranks: int = 1, wait: Callable[[], object] = lambda: None, bar: Progress | None = None,
 ) -> Pairs:  # fmt: skip
     """The pairs of ``key``, in the order of their items; those that are not in ``folder`` are made and kept there.
 
@@ -80,6 +80,7 @@ def stored_pairs(
         rank: of this process.
         num_ranks: processes that call this together.
         wait: returns when all ranks have called it, as ``accelerator.wait_for_everyone`` does.
+        bar: which ``make`` tells how many pairs are done; it is given the number of those that are missing.
 
     Raises:
         ValueError: no pairs asked for, or images that are not finite, which are not kept.
@@ -89,35 +90,38 @@ def stored_pairs(
     count = -(-num // shard_size)
     cache = TensorCache(folder or default_pairs_folder(), key)
     names: list[Content] = [f"shard {number} of {count}" for number in range(count)]
-    own = _fetch(cache, names[rank::num_ranks], make)
-    wait()
+    bar = bar or Progress("teacher pairs")
+    own = _fetch(cache, names[rank::num_ranks], make, num, bar)
+    with working("waiting for the teacher pairs of other ranks"):
+        wait()
     entries: dict[Content, Entry] = dict(zip(names[rank::num_ranks], own, strict=True))
     others = [name for name in names if name not in entries]
-    entries.update(zip(others, _fetch(cache, others, make), strict=True))
+    entries.update(zip(others, _fetch(cache, others, make, num, bar), strict=True))
     return _interleaved([entries[name] for name in names], num)
 
 
-def _fetch(cache: TensorCache, names: list[Content], make: MakeShard) -> list[Entry]:
-    missing = sum(not cache.path(name).is_file() for name in names)
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file need not hold every shard
-    bar = tqdm(
-        total=missing, desc="shards of teacher pairs", disable=not missing, mininterval=interval,
-        maxinterval=interval,
-    )  # fmt: skip
+def _fetch(cache: TensorCache, names: list[Content], make: MakeShard, num: int, bar: Progress) -> list[Entry]:
+    if not names:
+        return []
+    made = 0
 
-    def made(contents: list[Content]) -> list[Entry]:
-        entries = []
-        for content in contents:
-            _, number, _, count = str(content).split()
-            entries.append(_entry(make(int(number), int(count))))
-            bar.update()
-        return entries
+    def make_all(contents: list[Content]) -> list[Entry]:
+        nonlocal made
+        made += len(contents)
+        return [_entry(make(*_place(content))) for content in contents]
 
+    missing = [_place(name) for name in names if not cache.path(name).is_file()]
+    bar.total = sum(len(range(number, num, count)) for number, count in missing)
     with bar:
-        found = cache.fetch(names, made, 1)
-    if names and not missing and bar.n == 0:
+        found = cache.fetch(names, make_all, 1)
+    if not made:
         print(f"{len(names)} shards of teacher pairs read from {cache.folder}", file=sys.stderr)
     return found
+
+
+def _place(name: Content) -> tuple[int, int]:
+    _, number, _, count = str(name).split()
+    return int(number), int(count)
 
 
 def _entry(pairs: Pairs) -> Entry:

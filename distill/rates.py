@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scorefield.progress import progress
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -76,7 +78,7 @@ def range_test(
     optimizer = torch.optim.AdamW(learned, low, weight_decay=0.0, fused=True)
     rates: list[float] = []
     losses: list[float] = []
-    for step in range(steps):
+    for step in progress(range(steps), "range test of learning rates"):
         rate = low * (high / low) ** (step / (steps - 1))
         value = loss()
         rates.append(rate)

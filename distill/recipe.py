@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from distill.data import data_identity, student_batches, student_data
+from distill.initial import initial_weights
 from distill.options import Config, check
 from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from distill.stages import Stages, distil
@@ -24,6 +25,7 @@ from distill.text_recipe import distil_texts
 from scorefield.data.images import ImageSet
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.progress import working
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, check_evaluation, watcher
@@ -42,9 +44,10 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    teacher = load_teacher(
-        config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
-    )
+    with working("loading the teacher"):
+        teacher = load_teacher(
+            config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
+        )
     if teacher.times:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
@@ -55,6 +58,7 @@ def distil_images(config: Config) -> Path:
             + ("pass --prompts." if teacher.texts else "such models can be sampled, not distilled yet.")
         )
     teacher.guided(config.guidance)  # or it says why not
+    initial = initial_weights(config, teacher)
     data = student_data(config, teacher)
     check_evaluation(config, data)
     found = None
@@ -63,6 +67,8 @@ def distil_images(config: Config) -> Path:
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
     student_net, fake_net = build_roles(config, teacher)
+    if initial is not None:
+        initial.give(student_net)
     if config.dry_run:
         roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
         updates = {"student": config.steps // config.student_every, "fake": config.steps}
@@ -83,7 +89,8 @@ def distil_images(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
+    begun_from = None if initial is None else initial.identity()
+    inputs = {"data": data_identity(data), "teacher": teacher.identity(), "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),
@@ -95,7 +102,8 @@ def distil_images(config: Config) -> Path:
     student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
     folder = config.out / "student"
     if accelerator.is_main_process:
-        save_student(student, folder, teacher.facts)
+        with working("saving the student"):
+            save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
 

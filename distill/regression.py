@@ -15,7 +15,6 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from distill.student import Student
 from distill.trajectory import Recorded, States, inputs, step_numbers, through
@@ -139,6 +138,7 @@ def make_pairs(
     teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, num: int | None = None,
     step: Step | Multistep | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
     device: torch.device | str = "cpu", keep: Sequence[float] = (),
+    told: Callable[[int], object] = lambda count: None,
 ) -> Pairs:  # fmt: skip
     """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
 
@@ -156,6 +156,7 @@ def make_pairs(
         device: where to compute; the pairs come back to the CPU.
         keep: times at which to keep the noisy image, for a few-step student ``student.times[1:]``. The grid is
             made to stop there: at most so many network calls more, and slightly other images.
+        told: called with the number of pairs of each batch that is done.
     """
     sizes = {len(value) for value in cond.values()} | ({num} if num is not None else set())
     if len(sizes) != 1:
@@ -169,7 +170,7 @@ def make_pairs(
     noises, images = [], []
     times, states = through(times, keep), {float(t): list[Tensor]() for t in keep}
     watched = Recorded(teacher, {t: torch.empty(0) for t in states})
-    for part in tqdm(items.split(batch), desc="teacher pairs", disable=None, leave=False):
+    for part in items.split(batch):
         noise = torch.stack([torch.randn(*shape, generator=derived_generator(seed, "pair", int(i))) for i in part])
         own = {name: value[part].to(device) for name, value in cond.items()}
         x_t = initial_noise(teacher.schedule, noise.to(device), float(times[0]))
@@ -177,6 +178,7 @@ def make_pairs(
         for t, found in states.items():
             found.append(watched.latest[t])
         noises.append(noise)
+        told(len(part))
     own = {name: value[items] for name, value in cond.items()}
     return Pairs(torch.cat(noises), torch.cat(images), own, {t: torch.cat(found) for t, found in states.items()})
 

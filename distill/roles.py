@@ -26,10 +26,12 @@ from scorefield.gradient import karras_weight
 from scorefield.models.lora import LAYERS, shared_backbone
 from scorefield.models.networks import build_network
 from scorefield.models.teacher import Teacher
+from scorefield.progress import Progress
 from scorefield.randomness import derived_generator
 from scorefield.schedule import Schedule
 from scorefield.solvers import plan
 from scorefield.times import between_ratios, uniform
+from scorefield.training import checkpoint
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.offload import offload_state
 from scorefield.training.run import adamw, cosine
@@ -44,8 +46,23 @@ PAIR_USES = 20
 """How often the warm-up reads a pair by default: a small network learns fewer pairs by heart (LOG.md)."""
 
 
+SETTLED: Mapping[str, Any] = {"gan_weight": None, "bottleneck": None, "warmup_steps": None, "num_pairs": 0}
+"""Options whose defaults depend on others, with the value that stands for the default."""
+
+
+def as_begun(config: Config) -> Config:
+    """Keep the defaults that the run in ``--out`` began with, since --steps may have changed."""
+    places = (config.out / "checkpoints", config.out / "warm-up" / "checkpoints")
+    saved = next(filter(None, map(checkpoint.described, places)), {})
+    return replace(config, **{
+        name: saved[name] for name, unset in SETTLED.items() if name in saved and getattr(config, name) == unset
+    })  # fmt: skip
+
+
 def settled(config: Config, teacher: Teacher, real: bool) -> Config:
-    """The options with every default that depends on others or on the teacher filled in.
+    """Return the options with every default that depends on others or on the teacher filled in.
+
+    A run that goes on keeps those it began with.
 
     Args:
         config: as the user gave it.
@@ -55,6 +72,7 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
     Raises:
         ValueError: a --bottleneck that the network lacks.
     """
+    config = as_begun(config)
     gan, layer = config.gan_weight, config.bottleneck
     if layer is not None:
         find_bottleneck(teacher.denoiser.network, layer)
@@ -62,7 +80,8 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
         layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
         gan = 0.03 if real and config.critic_weight and listens(teacher, layer) else 0.0
-    steps = WARMUP_SHARE * config.steps if config.warmup_steps is None else config.warmup_steps
+    usual = 0 if config.init_from else WARMUP_SHARE * config.steps
+    steps = usual if config.warmup_steps is None else config.warmup_steps
     read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
@@ -238,17 +257,19 @@ def teacher_pairs(
         keep=keep, solver=chosen.solver,
     )  # fmt: skip
 
+    bar = Progress(f"teacher pairs{'' if purpose == 'pairs' else f' of the {purpose}'}", unit="pair")
+
     def make(shard: int, num_shards: int) -> Pairs:
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
                 rank=shard, num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
-                keep=keep,
+                keep=keep, told=bar.update,
             )  # fmt: skip
 
     return stored_pairs(
         make, wanted.key(), number, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        wait=accelerator.wait_for_everyone, bar=bar,
     )  # fmt: skip
 
 
@@ -274,8 +295,9 @@ def build_phases(config: Config, method: DMD) -> list[Phase]:
     for optimizer in (student, fake) if config.offload else ():
         offload_state(optimizer)
     updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
-    return method.phases(
+    phases = method.phases(
         student, fake, student_ema=average_of(method.student.denoiser.network, config),
         student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
         fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
     )  # fmt: skip
+    return [replace(phase, lr_options=(f"{phase.name}_lr",)) for phase in phases]

@@ -20,12 +20,13 @@ from distill.regression import Pairs, Regression, teacher_batch
 from distill.roles import DISTANCES, average_of, averaged, build_phases, teacher_pairs
 from distill.student import Student
 from scorefield.models.teacher import Teacher
+from scorefield.progress import progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch
 from scorefield.training.loop import Phase, train
 from scorefield.training.ranks import check_same
-from scorefield.training.run import adamw, check_identity, cosine, fit, progress, resume
+from scorefield.training.run import adamw, check_identity, cosine, fit, resume
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +82,7 @@ def distil(
     if guard is not None:
         guarded = Guarded(
             guard=guard, student=average, phases=phases, accelerator=stages.accelerator, every=config.guard_every,
-            steps=config.steps,
+            steps=config.steps, max_setbacks=config.max_setbacks,
         )  # fmt: skip
     begun = checkpoint.newest(stages.folder) is not None
     # All of them, before the first one saves anything: who came late would find its checkpoint and not take part.
@@ -182,7 +183,7 @@ def warm_up(stages: Stages, regression: Regression, student: Phase, rate: float,
     )  # fmt: skip
     average = Student(replace(method.student.denoiser, network=averaged(phase)), method.student.times)
     part = replace(config, out=config.out / "warm-up", steps=config.warmup_steps)
-    own = {**stages.own, "stage": "warm-up"}
+    own = {**stages.own, "stage": "warm-up", "steps": config.warmup_steps}
     first = resume(part, [phase], accelerator, own)
     every = max(1, config.warmup_steps // 8)
 
@@ -208,7 +209,7 @@ def follow_student(stages: Stages, fake: Phase) -> None:
         [phase], stages.batches, accelerator, rollout=stages.method.rollout, steps=config.fake_warmup,
         accumulate=config.accumulate, clip_norm=config.clip_norm, seed=config.seed + 1,
     )  # fmt: skip
-    for _ in progress(reports, "fake score", config.fake_warmup, accelerator):
+    for _ in progress(reports, "steps of the fake score", config.fake_warmup, unit="step"):
         pass
     set_rate(fake, fake.optimizer.param_groups[0]["initial_lr"])
 
@@ -229,13 +230,18 @@ def match_guarded(
     guarded: Guarded,
 ) -> None:  # fmt: skip
     """Distribution matching that goes back where the student drifts, and ends with its best weights."""
+    if guarded.ended and first < stages.config.steps and stages.accelerator.is_main_process:
+        tqdm.write(
+            f"the run ended at step {first}, after {guarded.setbacks} setbacks; it goes on with --max-setbacks "
+            f"above {guarded.setbacks}", file=sys.stderr,
+        )  # fmt: skip
     while not guarded.ended and first < stages.config.steps:
         try:
             match(stages, phases, first, columns, preview, watch, keep=guarded)
             first = stages.config.steps
         except SetbackError as setback:
             first = setback.step
-            if guarded.setbacks >= stages.config.max_setbacks:
+            if guarded.setbacks >= guarded.max_setbacks:
                 guarded.end(stages.folder, stages.own, first, setback)
             else:
                 guarded.go_back(stages.folder, stages.own, setback)

@@ -1,7 +1,6 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from distill.adversarial import probe_bottleneck
 from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
+from distill.initial import Initial, initial_weights
 from distill.options import Config
 from distill.roles import (
     build_method,
@@ -32,6 +32,7 @@ from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
 from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.progress import working
 from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
@@ -40,14 +41,11 @@ from scorefield.training.latents import Latents, check_images
 from scorefield.training.run import prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
-INPUTS = ("teacher", "prompts", "data")
+INPUTS = ("teacher", "prompts", "data", "init_from")
 """What a run reads, in its identity as fingerprints."""
 
 JUDGED = (64, 64)
 """Height and width of the pictures that the judge of --eval-every sees."""
-
-WATCHING = ("validation_prompts", "gradient_checkpointing", "offload")
-"""Options that change no number of a run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +57,9 @@ class Inputs:
         teacher: its classes are the prompts; its text encoders are gone.
         texts: the prompts.
         latents: of their images, or None without a GAN term.
-        shown: conditions of the prompts that are drawn for TensorBoard.
+        shown: conditions of the prompts that are drawn on the way.
         found: by the check of the teacher, if there was one.
+        initial: weights that the student starts from, if they are not the teacher's.
     """
 
     config: Config
@@ -69,6 +68,7 @@ class Inputs:
     latents: Latents | None
     shown: Cond
     found: Diagnosis | None = None
+    initial: Initial | None = None
 
 
 def distil_texts(config: Config) -> Path:
@@ -79,6 +79,8 @@ def distil_texts(config: Config) -> Path:
     teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
     torch.manual_seed(config.seed)
     networks = build_text_roles(config, teacher)
+    if inputs.initial is not None:
+        inputs.initial.give(networks[0])
     if config.dry_run:
         show(config, teacher, networks)
         return config.out
@@ -99,7 +101,8 @@ def distil_texts(config: Config) -> Path:
     average = learn(config, inputs, method, batches, accelerator)
     out = config.out / "student"
     if accelerator.is_main_process:
-        save(config, average, teacher, out, accelerator.num_processes)
+        with working("saving the student"):
+            save(config, average, teacher, out, accelerator.num_processes)
         print(f"student: {out}")
     return out
 
@@ -134,8 +137,9 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
         check_inputs(config, texts, source)
         check_rounding(config, source.denoiser)
+        initial = initial_weights(config, source)
         if not config.dry_run:
-            check_options(config.out, own_options(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
+            check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         texts = texts.some(source.fitting(texts.prompts, config.long_prompts, config.prompts))
         if (
             config.gan_weight
@@ -154,7 +158,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         teacher = source.asked(texts.prompts, config.negative)
     if latents is not None:
         latents = replace(latents, teacher=teacher).encoded(accelerator)
-    return Inputs(config, teacher, texts, latents, shown, found)
+    return Inputs(config, teacher, texts, latents, shown, found, initial)
 
 
 def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
@@ -166,7 +170,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
     if config.eval_every and source.size != JUDGED:
         raise ValueError(
             f"--eval-every asks the toy world's judge, who sees pictures of {JUDGED}; --teacher {config.teacher} "
-            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in TensorBoard."
+            f"draws {source.size}. Pass --eval-every 0 and look at the pictures in --out/samples."
         )
     if config.gan_weight:
         if not len(texts.images) and config.reals == "data":
@@ -187,7 +191,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
 def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
-    own = own_options(config, accelerator, hashes_of(inputs))
+    own = identity(config, accelerator, hashes_of(inputs))
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
     )
@@ -204,12 +208,6 @@ def pipeline_of(teacher: Teacher) -> Path:
     return teacher.source
 
 
-def own_options(config: Config, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Identity of the run; see :func:`command.identity`."""
-    own = identity(config, accelerator, inputs)
-    return {name: value for name, value in own.items() if name not in WATCHING}
-
-
 def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:
     """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
 
@@ -218,11 +216,12 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     Raises ``ValueError`` for what ``load_teacher`` refuses, a model without prompts, and a student.
     """
     half = config.precision == "bf16" and device.type != "cpu"
-    source = load_teacher(
-        config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
-        size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
-        variant=config.variant or None,
-    )  # fmt: skip
+    with working("loading the teacher"):
+        source = load_teacher(
+            config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
+            size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
+            variant=config.variant or None,
+        )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
     return source
@@ -244,12 +243,13 @@ def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
     return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
 
 
-def hashes_of(inputs: Inputs) -> dict[str, str]:
+def hashes_of(inputs: Inputs) -> dict[str, str | None]:
     """What a run reads, as inputs of :func:`command.identity`."""
     teacher, latents = inputs.teacher, inputs.latents
     return {
         "teacher": teacher.identity(), "prompts": inputs.texts.identity(),
         "data": "" if latents is None else latents.identity(),
+        "init_from": None if inputs.initial is None else inputs.initial.identity(),
     }  # fmt: skip
 
 

@@ -19,6 +19,9 @@ Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 - normals: 0 to 1 is -1 to 1, red to the right: nearest, and mirroring turns red over; black is none, and stays.
 """
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
+"""Where the curves of a run go."""
+
 Spacing = Literal["uniform", "trailing", "karras", "log-snr"]
 """uniform: even in the schedule's customary spacing, from the noisiest time to the cleanest.
 trailing: even in the customary spacing, with the clean image as the last point; diffusers' "trailing".

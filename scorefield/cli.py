@@ -90,18 +90,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = words[0] if words[0] in COMMANDS else " ".join(words[:2])
     if name not in COMMANDS:
         _refuse(words, [command for command in COMMANDS if command.split()[0] == words[0]])
-    command, words = COMMANDS[name], words[len(name.split()) :]
-    options = found(command.options)
-    description, default = options.__doc__, None
-    if command.presets:
-        presets = found(command.presets)
-        presets = presets(words) if callable(presets) else presets
-        words, default = choose(name, presets, words)
-        description = f"{description}\n\n{described(name, presets)}"
+    _run(name, COMMANDS[name], words[len(name.split()) :])
+
+
+def _run(name: str, command: Command, words: list[str]) -> None:
+    options, configuration = found(command.options), importlib.import_module("scorefield.commands.configuration")
+    description, default, values = [options.__doc__], None, dict[str, Any]()
+    try:
+        words, file = configuration.take_config(words)
+        if file is not None:
+            values = configuration.read_config(file, options)
+        if command.presets:
+            presets, given = found(command.presets), [*words, *(f"--{name}" for name, x in values.items() if x)]
+            presets = presets(given) if callable(presets) else presets
+            words, default = choose(name, presets, words, values.get("preset"))
+            description.append(described(name, presets))
+        if file is not None:
+            default = configuration.with_values(options, default, values)
+    except ValueError as error:
+        _say(str(error))
     run = found("scorefield.commands.command:run")
     run(
-        lambda config: found(command.main)(config), options, description, arguments=words,
-        prog=f"scorefield {name}", default=default, folders=found(command.folders) if command.folders else None,
+        lambda config: found(command.main)(config), options, "\n\n".join([*description, configuration.HELP]),
+        arguments=words, prog=f"scorefield {name}", default=default,
+        folders=found(command.folders) if command.folders else None,
     )  # fmt: skip
 
 
@@ -111,13 +123,23 @@ def found(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def choose(name: str, presets: Mapping[str, Callable[[], Any]], words: Sequence[str]) -> tuple[list[str], Any]:
-    """Return the words after the preset, and its values; those of the first preset where none is named.
+def choose(
+    name: str, presets: Mapping[str, Callable[[], Any]], words: Sequence[str], of_file: str | None = None
+) -> tuple[list[str], Any]:
+    """Return the words after the preset, and its values.
 
-    Exits with 2 for a first word that is no preset and no option.
+    Where none is named, it is that of the file of --config, or the first one. Exits with 2 for a first word that
+    is no preset and no option. Raises ``ValueError`` for a file of another preset, or of none that there is.
     """
+    if of_file is not None and of_file not in presets:
+        raise ValueError(f"the file of --config is of the preset {of_file!r}, which `scorefield {name}` lacks.")
     if not words or words[0].startswith("-"):
-        return list(words), next(iter(presets.values()))()
+        return list(words), (next(iter(presets.values())) if of_file is None else presets[of_file])()
+    if words[0] in presets and of_file not in (None, words[0]):
+        there = f"the preset {of_file}" if of_file else "no preset"
+        raise ValueError(
+            f"the file of --config is of {there}, and the command names {words[0]}. Leave one of them out."
+        )
     if words[0] not in presets:
         near = difflib.get_close_matches(words[0], presets, 1)
         hint = f" Did you mean {near[0]}?" if near else ""

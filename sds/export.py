@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from scorefield.atomic import whole_folder
+from scorefield.progress import working
 from scorefield.randomness import derived_generator
 from sds.exportable import Colour, Exportable, Rendered, check_colour
 from sds.extra import check_extra
@@ -108,17 +109,20 @@ def export(
     text = json.dumps(dict(facts or {}))  # what cannot be written is said before any work, too
     with _whole_export(folder) as temporary:
         check_encoder(temporary)
-        lattice = sample_lattice(scene, choices.resolution)
-        cameras = turntable_cameras(choices.num_views, elevations=(10.0, 40.0), distance=scene.distance)
-        rendered = scene.pictures(cameras, choices.view_size)
+        with working("density of the scene"):
+            lattice = sample_lattice(scene, choices.resolution)
+            cameras = turntable_cameras(choices.num_views, elevations=(10.0, 40.0), distance=scene.distance)
+            rendered = scene.pictures(cameras, choices.view_size)
         search = _search(scene, lattice, cameras, rendered, choices)
-        mesh, compared = _surface(scene, lattice, search.level, choices.min_part, cameras, rendered)
+        with working("colours of the mesh"):
+            mesh, compared = _surface(scene, lattice, search.level, choices.min_part, cameras, rendered)
         write_glb(mesh, temporary / "scene.glb")
         write_obj(mesh, temporary / "scene.obj")
         generator = generator or derived_generator(0, "points")
         points = surface_points(mesh, choices.num_points, generator=generator)
         write_ply(*points, temporary / "points.ply")
-        _write_turntables(scene, mesh, temporary, choices)
+        with working("turntables"):
+            _write_turntables(scene, mesh, temporary, choices)
         report = {"format": FORMAT, "facts": json.loads(text), **_describe(compared, search, mesh, choices)}
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scorefield.progress import progress
 from sds.exportable import Colour, Exportable, Rendered
 from sds.mesh import Lattice, Mesh, extract_mesh
 from sds.rasterise import rasterise
@@ -62,14 +63,15 @@ def choose_level(
         return -math.inf if mesh is None else psnr(pictures_of(mesh, scene, cameras, rendered).rgb, rendered.rgb)
 
     coarse = _even_ratios(*level_range(lattice), num_levels)
-    reached = {level: quality(level) for level in coarse}
+    reached = {level: quality(level) for level in progress(coarse, "levels of the mesh tried")}
     best = max(coarse, key=reached.__getitem__)
     if reached[best] == -math.inf:
         raise ValueError(_full_scene(lattice))
     at = coarse.index(best)
     below, above = coarse[max(at - 1, 0)], coarse[min(at + 1, num_levels - 1)]
     fine = _even_ratios(below, above, num_levels + 2)[1:-1]
-    reached |= {level: quality(level) for level in fine if level not in reached}
+    new = [level for level in fine if level not in reached]
+    reached |= {level: quality(level) for level in progress(new, "levels of the mesh tried more finely")}
     tried = tuple((level, reached[level]) for level in sorted(reached) if reached[level] > -math.inf)
     return LevelSearch(max(reached, key=reached.__getitem__), tried)
 

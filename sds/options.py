@@ -33,6 +33,9 @@ class Config(RunOptions):
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
     results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
+    free: ClassVar[tuple[str, ...]] = (
+        "preset", "long_prompts", "probe_every", "max_rollbacks", "mesh_resolution", "turntable_size",
+    )  # fmt: skip
 
     out: Path = Path("runs/scene")
     """Folder for checkpoints, TensorBoard logs, the scene and its export."""
@@ -134,6 +137,12 @@ class Config(RunOptions):
     """Cubes of the exported mesh along a side."""
     turntable_size: int = 128
     """Height and width of the exported videos."""
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """The length of the run, and rates that are constant."""
+        constant = self.learning_rate[0] == self.learning_rate[1]
+        return ("steps", "phi_lr", *(("learning_rate", "background_lr") if constant else ()))
 
 
 def dreamfusion() -> Config:

@@ -11,7 +11,6 @@ report.json. With --canvas images learn in place of a scene. Stopped runs resume
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,13 @@ from tqdm import tqdm
 
 from scorefield.atomic import whole_file
 from scorefield.models.teacher import Teacher
+from scorefield.progress import working
 from scorefield.training import checkpoint
 from scorefield.training.identity import identity
 from scorefield.training.loop import Phase
 from scorefield.training.ranks import check_same
-from scorefield.training.run import fit, open_log, resume, show_plan, start
+from scorefield.training.report import close_log, open_log
+from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
 from sds.checks import check_scene, export_choices
 from sds.export import export
@@ -51,6 +52,9 @@ from sds.parts import (
 from sds.probe import Probe
 from sds.scene import Scene
 
+RATES = {"scene": ("learning_rate", "background_lr"), "phi": ("phi_lr",)}
+"""Options that the learning rates of each phase are made from."""
+
 GUARD_EVERY = 10
 """Steps between looks at the opacity; every step that is about to be saved has one, too."""
 
@@ -59,12 +63,16 @@ def main(config: Config) -> Path:
     """Learn and export; returns the folder of the export, or the picture of a canvas."""
     check_scene(config)
     accelerator = start(config)
-    teacher = frozen_teacher(config, accelerator.device)
-    inputs = fingerprints(teacher, read_prompts(config, teacher))
+    with working("loading the teacher"):
+        teacher = frozen_teacher(config, accelerator.device)
+        inputs = fingerprints(teacher, read_prompts(config, teacher))
     teacher = teacher.without_text_encoders()  # before anything else can hold on to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
-    phases = task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
+    phases = [
+        replace(phase, lr_options=RATES[phase.name])
+        for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
+    ]
     if config.dry_run:
         roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
         show_plan(config, roles, {phase.name: config.steps for phase in phases})
@@ -133,9 +141,7 @@ def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, o
     fix = "Let --out be a folder that all machines share."
     check_same("the step to go back to", first, fix, accelerator)
     check_same("the number of rollbacks", num_rollbacks(phases[0].optimizer), fix, accelerator)
-    with suppress(OSError):
-        for tracker in accelerator.trackers:
-            tracker.finish()
+    close_log(accelerator)
     open_log(accelerator, first)
     return first
 
@@ -154,10 +160,10 @@ class Watcher:
         self.step, self.shown = step, torch.empty(0)
         figures: dict[str, float] = {}
         if self._due(step, self.config.log_every):
-            rate, rollbacks = self.optimizer.param_groups[0]["lr"], num_rollbacks(self.optimizer)
-            figures = {"scene/learning_rate": rate, "scene/rollbacks": rollbacks}
+            figures = {"scene/rollbacks": num_rollbacks(self.optimizer)}
         if self.config.probe_every and self._due(step, self.config.probe_every):
-            probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
+            with working("probe of the scene"):
+                probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
             figures |= probed
         return figures
 

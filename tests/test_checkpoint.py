@@ -277,3 +277,61 @@ def test_a_checkpoint_with_a_file_of_someone_else_stays(history):
     (folder / "step-000000004" / "thesis.txt").write_text("years of work")
     with refused(r"thesis\.txt, which no run wrote"):
         checkpoint.save(folder, 4, phases, CONFIG)
+
+
+def test_options_that_are_free_or_may_change_do_not_bind():
+    saved = {"steps": 5, "log": 1, "rate": 0.1, "width": 8, "free": ["log"], "may_change": ["steps", "rate"]}
+    wanted = {**saved, "steps": 9, "log": 2, "rate": 0.2}
+    assert checkpoint.differences(saved, wanted) == []
+    assert checkpoint.differences(saved, wanted, going_on=False) == ["rate", "steps"]
+    assert checkpoint.differences(saved, {**wanted, "width": 4}) == ["width"]
+    for side in (0, 1):  # a rate that is constant on one side only is another schedule
+        pair = [saved, wanted]
+        pair[side] = {**pair[side], "may_change": ["steps"]}
+        assert checkpoint.differences(*pair) == ["rate"]
+    old = {"steps": 5, "rate": 0.1, "width": 8, "offload": False}
+    assert checkpoint.differences(old, {**wanted, "free": ["log", "offload"]}) == [], "of an earlier version"
+    assert checkpoint.differences(old, wanted) == ["offload"]
+
+
+def scheduled(rate, steps, options=()):
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": [network.weight]}, {"params": [network.bias], "lr": 4 * rate}], rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / steps)
+    return Phase(
+        name="p", network=network, optimizer=optimizer, loss=lambda batch, rng: {}, lr_schedule=schedule,
+        lr_options=options,
+    )  # fmt: skip
+
+
+def rates(phase):
+    return [group["lr"] for group in phase.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(("now", "steps", "expected"), [
+    (0.1, 4, 0.05), (0.1, 8, 0.075), (0.2, 8, 0.15), (0.0, 8, 0.075),
+])  # fmt: skip
+def test_a_schedule_goes_on_as_that_of_the_new_total_and_a_changed_rate_is_taken(tmp_path, now, steps, expected):
+    before = scheduled(0.1, 4)
+    for _ in range(2):
+        before.optimizer.step()
+        before.lr_schedule.step()
+    checkpoint.save(tmp_path, 2, [before], {"rate": 0.1})
+    phase = scheduled(now, steps, ("rate",))
+    assert checkpoint.load(tmp_path, [phase], {"rate": now, "may_change": ["rate"]}) == 2
+    assert rates(phase) == pytest.approx([expected, 4 * expected])
+    phase.lr_schedule.step()
+    assert rates(phase)[0] == pytest.approx(expected - (now or 0.1) / steps)
+
+
+def test_rates_that_were_halved_on_the_way_stay_halved_to_the_last_bit(tmp_path):
+    before = scheduled(0.1, 7, ("rate",))
+    before.optimizer.step()
+    before.lr_schedule.step()
+    for group in before.optimizer.param_groups:
+        group.update({name: group[name] / 2 for name in ("lr", "initial_lr")})
+    before.lr_schedule.base_lrs = [rate / 2 for rate in before.lr_schedule.base_lrs]
+    checkpoint.save(tmp_path, 1, [before], {"rate": 0.1})
+    phase = scheduled(0.1, 7, ("rate",))
+    checkpoint.load(tmp_path, [phase], {"rate": 0.1})
+    assert rates(phase) == rates(before)

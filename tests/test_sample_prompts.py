@@ -1,7 +1,9 @@
 """train_scripts/sample.py with text-to-image models: any family of scorefield.models.teacher under prompts."""
 
 import dataclasses
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,15 @@ import torch
 from folders import pickle_weights
 from refusals import refused
 
+import controlnet.options as control_options
 import scorefield.commands.sample as sample
+from controlnet.tasks import load_task
 from scorefield import guided
 from scorefield.atomic import MARKER
 from scorefield.commands.options import Sample
+from scorefield.data.images import load_images
+from scorefield.data.options import DataOptions
+from scorefield.data.texts import read_texts
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import derived_generator
 from scorefield.sampling import ddpm, grid, initial_noise
@@ -68,7 +75,7 @@ def test_each_image_is_of_its_prompt_and_of_no_batch(folders, tmp_path, name):
 
 def test_pictures_lie_in_a_folder_per_prompt_and_a_grid_column(folders, tmp_path):
     out = sample.main(config_of(folders / "sd", tmp_path / "made"))
-    assert sorted(path.name for path in out.iterdir()) == [MARKER, "0000", "0001", "0002"]
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "0000", "0001", "0002", "metadata.jsonl"]
     with sample.Image.open(tmp_path / "made.grid.png") as picture:
         side = sample.Image.open(next(out.rglob("*.png"))).size[0]
         assert picture.size == (min(7, 9) * (side + 1) + 1, side + 2)
@@ -115,3 +122,41 @@ def test_pickles_only_if_asked(folders, folder, tmp_path):
     trusted = np.load(sample.main(dataclasses.replace(config, allow_pickle=True)))
     safe = np.load(sample.main(config_of(folders / "sd", tmp_path / "b.npz", num_images=2)))
     assert np.array_equal(trusted["images"], safe["images"])
+
+
+def test_one_picture_a_prompt_by_default_and_few_at_a_time(folders, tmp_path, monkeypatch):
+    made = np.load(sample.main(config_of(folders / "sd", tmp_path / "a.npz", num_images=None)))
+    assert made["labels"].tolist() == [0, 1, 2]
+    made = np.load(sample.main(config_of(folders / "sd", tmp_path / "a.npz", num_images=None, classes=(2,))))
+    assert made["labels"].tolist() == [2]
+    sizes = []
+    monkeypatch.setattr(sample, "batch_size_for", lambda size: sizes.append(size) or 2)
+    seen = []
+    draw_images = sample.draw_images
+    monkeypatch.setattr(
+        sample, "draw_images", lambda teacher, parts, *args, **options: draw_images(
+            teacher, (seen.append(len(part)) or part for part in parts), *args, **options
+        )
+    )  # fmt: skip
+    sample.main(config_of(folders / "sd", tmp_path / "a.npz", num_images=5, batch_size=0))
+    assert seen == [2, 2, 1]
+    assert sizes == [(16, 16)]
+
+
+def test_a_folder_of_pictures_is_data_for_control_and_prompts_for_distill(folders, tmp_path):
+    """With the prompt of each picture, however often it was asked for."""
+    out = sample.main(config_of(folders / "sd", tmp_path / "made", seed=4))
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert rows[4] == {"file_name": "0001/000004.png", "text": PROMPTS[1], "label": 1, "seed": 4, "steps": 3}
+    asked = tuple(PROMPTS[number % 3] for number in range(7))
+    texts = read_texts(str(out))
+    assert texts.prompts == asked
+    assert [Path(image.name).relative_to(out).as_posix() for image in texts.images] == [
+        row["file_name"] for row in rows
+    ]
+    options = control_options.TaskOptions(data=str(out), hint="canny")
+    task = load_task(options, (16, 16), 2)
+    assert len(task.training) + len(task.held_out) == 7
+    assert sorted(task.captions()) == sorted(asked)
+    labelled = load_images(DataOptions(data=str(out)))
+    assert labelled.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -11,6 +11,7 @@ import sds.checks as scene_checks
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
+from scorefield.training.checkpoint import differences
 from scorefield.training.identity import identity
 from sds import guards
 from sds.lora import low_rank_denoiser
@@ -64,10 +65,19 @@ def test_the_loss_is_what_the_flags_say(teacher):
     assert "camera" not in dict(again.network.named_children())
 
 
-def test_what_changes_no_number_does_not_bind_a_resume_and_all_that_is_read_of_a_teacher_does(teacher):
-    unbound = {"max_rollbacks": 9, "turntable_size": 64, "probe_every": 7, "mesh_resolution": 9}
-    own = [identity(replace(MUG, **some), Accelerator(cpu=True), {}) for some in ({}, unbound, {"draws": 9})]
-    assert own[0] == own[1] != own[2]
+def test_what_changes_no_number_does_not_bind_a_resume():
+    free = {"max_rollbacks": 9, "turntable_size": 64, "probe_every": 7, "mesh_resolution": 9}
+    first, *others = (
+        identity(replace(MUG, **changes), Accelerator(cpu=True), {})
+        for changes in ({}, free, {"steps": 9}, {"draws": 9}, {"learning_rate": (0.05, 0.05)})
+    )
+    assert [differences(first, own) for own in others] == [[], [], ["draws"], ["learning_rate"]]
+    assert differences(first, others[1], going_on=False) == ["steps"]
+    constant = [{**others[3], "learning_rate": [rate, rate]} for rate in (0.05, 0.01)]
+    assert not differences(*constant)
+
+
+def test_all_that_is_read_of_a_teacher_binds_a_resume(teacher):
     words = scenes.read_prompts(MUG, teacher)
     first = scenes.fingerprints(teacher, words)
     assert first == scenes.fingerprints(teacher, scenes.read_prompts(MUG, teacher))
@@ -103,7 +113,7 @@ def test_pictures_of_a_step_are_made_once_and_of_that_step():
     watcher = train_sds.Watcher(config, SimpleNamespace(method=lambda step: None), Eye(), optimizer)
     seen = [(sorted(watcher.figures(step)), float(watcher.pictures())) for step in range(1, 8)]
     logged, shown = zip(*seen, strict=True)
-    rate, probed = ["scene/learning_rate", "scene/rollbacks"], ["probe/residual"]
+    rate, probed = ["scene/rollbacks"], ["probe/residual"]
     assert list(logged) == [[], probed, rate, probed, [], [*probed, *rate], [*probed, *rate]]
     assert shown == (0, 1, 0, 1, 0, 1, 1)
     assert made == [

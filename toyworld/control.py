@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from controlnet.circles import HELD_OUT, Circles, colour_values
 from controlnet.evidence import Probe
@@ -16,6 +15,7 @@ from controlnet.scores import MASK_SCORES, colour_error, shading
 from controlnet.tasks import Made
 from scorefield.cache import content_key
 from scorefield.data.pictures import Kind
+from scorefield.progress import progress
 from toyworld import data as toyworld
 from toyworld.captions import parse
 from toyworld.circles import PALETTE
@@ -119,7 +119,7 @@ def choose_scenes(num_samples: int, *, held_out: bool) -> list[Scene]:
 def render_world(scenes: Sequence[Scene]) -> ToyWorld:
     """Scenes with their pictures: a minute for 5,000, and 40 kB each."""
     parts = []
-    for first in tqdm(range(0, len(scenes), 100), "renders", leave=False, disable=None):
+    for first in progress(range(0, len(scenes), 100), "renders, in hundreds"):
         rendering = render(scenes[first : first + 100])
         image = toyworld.as_bytes((rendering.rgb + 1) / 2)
         parts.append({"image": image, **toyworld.hint_images(rendering)})

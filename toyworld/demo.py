@@ -40,6 +40,7 @@ def main(config: Demo) -> Path:
         for part in (config, recipe, student_config(config, teacher_out / "teacher")):
             print(type(part).__module__, json.dumps(resolved(part), indent=2))
         return config.out
+    check_length(config, recipe.steps)
     resumed = any(checkpoint.steps(config.out / name / "checkpoints") for name in ("teacher", "student"))
     start = time.perf_counter()
     student_out = distil(student_config(config, train_teacher(recipe)))
@@ -68,6 +69,17 @@ def check(config: Demo) -> None:
             f"--student-iterations must be at least {every}, the student's first; got {config.student_iterations}."
         )
     check_out(config.out)
+
+
+def check_length(config: Demo, steps: int) -> None:
+    """Raise ``ValueError`` where ``--out`` holds a student of a teacher that would now be trained for longer."""
+    held = checkpoint.described(config.out / "teacher" / "checkpoints").get("steps", steps)
+    begun = any(checkpoint.steps(config.out / "student" / stage / "checkpoints") for stage in ("", "warm-up"))
+    if begun and held != steps:
+        raise ValueError(
+            f"--out {config.out} holds a student of a teacher of {held:,} steps; this command trains one of "
+            f"{steps:,}. Choose another --out."
+        )
 
 
 def teacher_config(config: Demo) -> TrainTeacher:

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from scorefield.atomic import whole_file
 from scorefield.files import read_json
@@ -27,6 +26,7 @@ from scorefield.models.pipeline import open_pipeline
 from scorefield.models.preflight import check_many_steps
 from scorefield.models.pretrained import INDEX, PartReader
 from scorefield.models.teacher import named_folder
+from scorefield.progress import progress
 from scorefield.randomness import derived_generator
 from scorefield.training.options import check_device, check_numbers, check_out
 from toyworld.captions import caption
@@ -118,7 +118,7 @@ def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
     """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
     made = []
     pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(prompts), config.batch_size), desc="pictures"):
+    for start in progress(range(0, len(prompts), config.batch_size), "pictures, in batches"):
         part = prompts[start : start + config.batch_size]
         generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
         answer = pipeline(

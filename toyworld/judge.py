@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm, trange
 
 from scorefield.atomic import whole_file
 from scorefield.files import load_json
 from scorefield.models.weights import check_finite
+from scorefield.progress import progress
 from scorefield.randomness import Rng, shuffled
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, describe
@@ -137,7 +137,7 @@ def train_judge(
         judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), learning_rate, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    for step in trange(steps, desc="judge", disable=None, leave=False):
+    for step in progress(range(steps), "steps of the judge", unit="step"):
         rng = Rng(seed, step, index=step)
         chosen = shuffled(num_images, batch_size, rng)
         logits = judge(augmented(as_pictures(images[chosen]), rng("augment")).to(device))
@@ -167,7 +167,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 def render_pictures(indices: range, seed: int) -> tuple[Tensor, list[Attributes]]:
     """Pictures (n, 3, 64, 64), as bytes, and what they show."""
     scenes = draw_scenes(indices, seed)
-    starts = tqdm(range(0, len(scenes), 500), desc="renders", disable=None, leave=False)
+    starts = progress(range(0, len(scenes), 500), "renders, in batches of 500")
     images = [as_bytes((render(scenes[start : start + 500]).rgb + 1) / 2) for start in starts]
     return torch.cat(images), [describe(scene) for scene in scenes]
 

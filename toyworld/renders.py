@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from scorefield.cache import Content, TensorCache, content_key
 from scorefield.data.texts import Texts
 from scorefield.models.prompts import default_cache_folder
+from scorefield.progress import progress
 from scorefield.randomness import Rng, derived_generator
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import draw_scenes
@@ -37,7 +37,7 @@ class World:
 
 def make_world(out: Path, num_images: int, seed: int) -> World:
     """Render the scenes, or read what an earlier call rendered, and write their captions."""
-    starts = tqdm(range(0, num_images, 1000), "renders")
+    starts = progress(range(0, num_images, 1000), "renders, in thousands")
     images = torch.cat([rendered(out, start, min(start + 1000, num_images), seed) for start in starts])
     described = [describe(scene) for scene in draw_scenes(range(num_images), seed)]
     tokenizer = make_tokenizer()

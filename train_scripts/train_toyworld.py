@@ -26,7 +26,7 @@ from scorefield.guidance import guided
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, sample
 from scorefield.times import uniform
-from scorefield.training.identity import check_earlier, identity, note_identity, resolved
+from scorefield.training.identity import binding, check_earlier, identity, note_identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.options import RunOptions, check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
@@ -100,8 +100,7 @@ def main(config: Config) -> Path:
         )
         show_plan(config, {"vae": vae, "text_encoder": text_encoder, "unet": unet}, updates, before)
         return config.out
-    watching = ("out", "dry_run", "log_every", "save_every")
-    own = {name: value for name, value in resolved(config).items() if name not in watching}
+    own = binding(config)
     check_earlier(config.out, config.results, own, config.out / "text-to-image" / "checkpoints")
     world = make_world(config.out, config.num_images, config.seed)
     vae = train_vae(config, world, Autoencoding(vae))

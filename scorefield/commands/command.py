@@ -19,6 +19,7 @@ import tyro
 
 from scorefield.atomic import is_full
 from scorefield.files import printable
+from scorefield.progress import working
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.lock import FolderLock
 from scorefield.training.options import RunOptions
@@ -65,7 +66,8 @@ def run(
             config = tyro.cli(options, prog=prog, args=words, description=description or None, **given)
             for folder in _out_of(config) if folders is None else folders(config):
                 hold(folder, held)
-            main(config)
+            with working(prog or "run"):  # so that no part of it is silent, whatever it is
+                main(config)
     except KeyboardInterrupt:
         if is_first_rank():
             print("\nstopped by Ctrl-C; the same command goes on from what is saved", file=sys.stderr)

@@ -32,10 +32,11 @@ class Sample:
     negative_prompt: str = ""
     """What guidance moves away from."""
     out: Path = Path("samples")
-    """Folder for PNG files, in a subfolder per class number, or a file that ends in .npz. Earlier samples are
-    replaced. The first hundred are shown in the picture <out>.grid.png, which lies beside."""
-    num_images: int = 100
-    """Images in all."""
+    """Folder for PNG files, in a subfolder per class number, with a metadata.jsonl of their prompts or labels, so
+    that it can be --data of other commands; or a file that ends in .npz. Earlier samples are replaced. The first
+    hundred are shown in the picture <out>.grid.png, which lies beside."""
+    num_images: int | None = None
+    """Images in all. None: one for each prompt, or 100 of a model without prompts."""
     classes: tuple[int, ...] = ()
     """Classes to make, in turn; none means all of them."""
     steps: int = 50
@@ -58,8 +59,8 @@ class Sample:
     """Read pickled weights of a diffusers model that has no safetensors. Only if you trust where it comes from."""
     variant: str = ""
     """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
-    batch_size: int = 250
-    """Images at a time and process."""
+    batch_size: int = 0
+    """Images at a time and process. 0: by their size, one of 1024 x 1024 pixels, 4 of 512 x 512, at most 250."""
     precision: Literal["no", "bf16"] = "no"
     """Autocast precision of the network; bf16 also loads the weights of a text-to-image model as such."""
     seed: int = 0
@@ -116,6 +117,8 @@ class TrainTeacher(RunOptions, DataOptions, EvalOptions):
     """Folder for checkpoints, TensorBoard logs and the finished teacher."""
     steps: int = 3000
     """Optimiser steps."""
+    init_from: str = ""
+    """Folder of a finished teacher whose weights this one starts from; it must be built alike."""
     learning_rate: float = 1e-3
     """Peak of AdamW's learning rate: 100 steps of warm-up, then cosine to zero."""
     network: Literal["mlp", "unet"] = "mlp"

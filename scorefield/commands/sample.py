@@ -7,10 +7,12 @@
 Image i depends on the seed and i alone: not on the batch size, nor on the number of processes.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from scorefield.atomic import foreign, whole_file, whole_folder
 from scorefield.commands.options import Sample
@@ -26,6 +27,7 @@ from scorefield.data.tables import TABLES
 from scorefield.data.texts import read_texts
 from scorefield.models.draw import draw as draw_images
 from scorefield.models.teacher import Teacher, load_teacher
+from scorefield.progress import Progress, working
 from scorefield.schedule import Schedule
 from scorefield.solvers import Plan, caution, plan
 from scorefield.training.options import check_numbers, check_out
@@ -34,26 +36,62 @@ from scorefield.training.ranks import check_launch
 
 def main(config: Sample) -> Path:
     """Sample, write, and return the folder or file."""
-    check_numbers(config, positive=("num_images", "steps", "batch_size"), not_negative=("guidance", "size"))
+    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
+    if config.num_images is not None:
+        check_numbers(config, positive=("num_images",))
     check_samples_out(config.out)
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
-    teacher = load(config, accelerator.device)
+    with working("loading the model"):
+        teacher = load(config, accelerator.device)
     teacher.guided(config.guidance)  # or it says why not
     labels = asked_labels(config, teacher)
     if not teacher.times and accelerator.is_main_process:
         report_plan(teacher.denoiser.schedule, plan_of(config, teacher))
     # With fewer images than ranks some have none.
-    own = torch.arange(config.num_images)[accelerator.process_index :: accelerator.num_processes]
-    parts = tqdm(own.split(config.batch_size), desc="images", disable=None)
+    own = torch.arange(len(labels))[accelerator.process_index :: accelerator.num_processes]
+    parts = own.split(config.batch_size or batch_size_for(teacher.size))
     with accelerator.autocast():
-        made = draw(config, teacher, parts, labels)
-    whole = join(made, config.num_images, accelerator)
+        made = draw(config, teacher, counted(parts), labels)
+    whole = join(made, len(labels), accelerator)
     if accelerator.is_main_process:
-        picture = write(whole, labels, config.out, columns=columns(teacher.num_classes if config.prompts else 0))
+        with working("writing the images"):
+            picture = write(
+                whole, labels, config.out, columns=columns(teacher.num_classes if config.prompts else 0),
+                facts=facts_of(config, teacher),
+            )  # fmt: skip
         print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
+
+
+def batch_size_for(size: tuple[int, int]) -> int:
+    """Return how many images of (height, width) are drawn at a time by default: a megapixel, at most 250.
+
+    >>> [batch_size_for((side, side)) for side in (8, 64, 256, 512, 1024, 2048)]
+    [250, 250, 16, 4, 1, 1]
+    """
+    return max(1, min(250, 2**20 // (size[0] * size[1])))
+
+
+def counted(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches, and show how many of their images are done."""
+    with Progress("images", sum(map(len, parts)), unit="image") as bar:
+        for part in parts:
+            yield part
+            bar.update(len(part))
+
+
+def facts_of(config: Sample, teacher: Teacher) -> Callable[[int], dict[str, Any]]:
+    """Return what metadata.jsonl says of the images of a label: prompt or class, seed and network calls."""
+    steps = len(teacher.times) or config.steps
+    prompts = () if teacher.listed is None else teacher.listed.prompts
+
+    def facts(label: int) -> dict[str, Any]:
+        text = {"text": prompts[label]} if prompts else {}
+        return {**text, "label": label, "seed": config.seed, "steps": steps}
+
+    return facts
 
 
 def load(config: Sample, device: torch.device) -> Teacher:
@@ -118,7 +156,8 @@ def asked_labels(config: Sample, teacher: Teacher) -> Tensor:
     classes = config.classes or tuple(range(max(1, teacher.num_classes)))
     if not all(0 <= label < max(1, teacher.num_classes) for label in classes):
         raise ValueError(f"--classes must lie in [0, {max(1, teacher.num_classes) - 1}]; got {classes}.")
-    return torch.tensor(classes)[torch.arange(config.num_images) % len(classes)]
+    number = config.num_images or (len(classes) if teacher.listed is not None else 100)
+    return torch.tensor(classes)[torch.arange(number) % len(classes)]
 
 
 def draw(config: Sample, teacher: Teacher, parts: Iterable[Tensor], labels: Tensor) -> Tensor:
@@ -149,10 +188,14 @@ def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
     return every.transpose(0, 1).flatten(0, 1)[:num_images].cpu()
 
 
-def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
-    """PNG files named by number and class, or one npz file of bytes: whole or not at all.
+def write(
+    images: Tensor, labels: Tensor, out: Path, columns: int = 10,
+    facts: Callable[[int], Mapping[str, Any]] = lambda label: {"label": label},
+) -> Path:  # fmt: skip
+    """Write PNG files named by number and class, and a metadata.jsonl; or one npz file of bytes.
 
-    Returns the picture of the first hundred, which lies beside: within the folder it would be one of the images.
+    It is there whole or not at all. Returns the picture of the first hundred, which lies beside: within the folder
+    it would be one of the images. ``facts`` are those of an image of some label.
     """
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     place = out.resolve()
@@ -161,9 +204,13 @@ def write(images: Tensor, labels: Tensor, out: Path, columns: int = 10) -> Path:
             np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
     else:
         with whole_folder(place) as folder:
+            rows = []
             for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-                (folder / f"{label:04d}").mkdir(exist_ok=True)
-                to_picture(image).save(folder / f"{label:04d}" / f"{number:06d}.png")
+                name = f"{label:04d}/{number:06d}.png"
+                (folder / name).parent.mkdir(exist_ok=True)
+                to_picture(image).save(folder / name)
+                rows.append(json.dumps({"file_name": name, **facts(label)}) + "\n")
+            (folder / "metadata.jsonl").write_text("".join(rows))
     overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
     picture = place.with_name(f"{place.name}.grid.png")
     with whole_file(picture) as temporary:

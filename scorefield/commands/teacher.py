@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scorefield import Karras, NetworkDenoiser, freeze
 from scorefield.cache import fingerprint
@@ -20,7 +21,7 @@ from scorefield.data.images import ImageSet, Labelled, load_images
 from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from scorefield.models.networks import build_network
-from scorefield.models.storage import save_denoiser
+from scorefield.models.storage import TIMES, load_denoiser, read_facts, save_denoiser
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, initial_noise, sample
@@ -28,13 +29,14 @@ from scorefield.times import log_normal
 from scorefield.training.evaluate import check_evaluation, watcher
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
-from scorefield.training.options import check_numbers, check_run
+from scorefield.training.options import check_init_from, check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 
 
 def main(config: TrainTeacher) -> Path:
     """Train and return the folder of the finished teacher."""
     check_run(config)
+    check_init_from(config.init_from, config.out)
     check_numbers(
         config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),
         shares=("dropout", "label_dropout", "ema_decay"),
@@ -44,7 +46,7 @@ def main(config: TrainTeacher) -> Path:
     check_evaluation(config, data)
     torch.manual_seed(config.seed)
     schedule = Karras(config.sigma_min, config.sigma_max)
-    network = build_network(facts).train()
+    network, begun_from = make_network(config, facts)
     if config.dry_run:
         average = freeze(copy.deepcopy(network))
         show_plan(config, {"teacher": network, "its average": average}, {"teacher": config.steps})
@@ -53,7 +55,8 @@ def main(config: TrainTeacher) -> Path:
     network = prepare(network, config, accelerator)
     phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts)
     assert phase.ema is not None
-    own = identity(config, accelerator, {"data": fingerprint([data.images, data.labels])})
+    inputs = {"data": fingerprint([data.images, data.labels]), "init_from": begun_from}
+    own = identity(config, accelerator, inputs)
     first = resume(config, [phase], accelerator, own)
 
     def batches(rng: Rng) -> Labelled:
@@ -89,6 +92,33 @@ def describe(config: TrainTeacher, data: ImageSet) -> dict[str, Any]:
         "num_classes": data.num_classes if data.num_classes > 1 else 0, "class_names": list(data.class_names),
         "sigma_data": sigma_data, "null_class": config.label_dropout > 0,
     }  # fmt: skip
+
+
+def make_network(config: TrainTeacher, facts: dict[str, Any]) -> tuple[nn.Module, str | None]:
+    """Return a network to train, and a hash of the weights that it starts from, if --init-from names any.
+
+    It is preconditioned for the data that those weights learned, unless --sigma-data says otherwise: ``facts`` are
+    changed. Raises ``ValueError`` for a folder of another network, or of a student.
+    """
+    if not config.init_from:
+        return build_network(facts).train(), None
+    folder = Path(config.init_from)
+    given = read_facts(folder)
+    if TIMES in given:
+        raise ValueError(f"--init-from {folder} is a student, which knows no other noise level. Pass a teacher.")
+    if config.sigma_data is None:
+        facts["sigma_data"] = given.get("sigma_data")
+    for name in ("network", "options", "shape", "num_classes", "sigma_data"):
+        there, here = (_without_dropout(one.get(name)) for one in (given, facts))
+        if there != here:
+            raise ValueError(f"--init-from {folder} is built otherwise: its {name} is {there}; here it is {here}.")
+    network = build_network(facts)
+    load_denoiser(folder, network)
+    return network.train(), fingerprint(network.state_dict().values())
+
+
+def _without_dropout(value: Any) -> Any:
+    return {key: x for key, x in value.items() if key != "dropout"} if isinstance(value, dict) else value
 
 
 def teacher_phase(config: TrainTeacher, denoiser: NetworkDenoiser, facts: dict[str, Any]) -> Phase:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from scorefield.data.arrays import check_class_numbers, check_values
 from scorefield.data.options import DataOptions
@@ -19,6 +18,7 @@ from scorefield.data.pictures import ROOM, as_floats, central, open_image, resiz
 from scorefield.data.rows import Columns, Listing, Row, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.files import warn
+from scorefield.progress import progress
 from scorefield.shipped import shipped
 
 DIGITS = ((1, 8, 8), 10)
@@ -120,7 +120,7 @@ def stored_size(resolution: int, crop: str) -> int:
 def _from_rows(listing: Listing, options: DataOptions) -> ImageSet:
     images, faults = list[Tensor](), label_faults(listing)
     resolution, mode = options.resolution or 0, {"grey": "L", "rgb": "RGB", "auto": ""}[options.channels]
-    for number, row in enumerate(tqdm(listing.rows, desc="images", disable=None, leave=False)):
+    for number, row in enumerate(progress(listing.rows, "images read")):
         try:
             if faults[number] or row.image is None:
                 raise ValueError(faults[number] or "names no picture.")

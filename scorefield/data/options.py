@@ -1,7 +1,7 @@
 """Options of commands that read images. Importing this module imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from scorefield.choices import OnBadData
 
@@ -9,6 +9,9 @@ from scorefield.choices import OnBadData
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Where the training images come from and how they are cut."""
+
+    free: ClassVar[tuple[str, ...]] = ("on_bad_data",)
+    """Options that bind no checkpoint: what is left of the data has a fingerprint."""
 
     data: str | None = None
     """Folder of images (class subfolders, metadata.jsonl or .csv with file_name and label, or neither; of train/

@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from scorefield.choices import OnBadData as OnBadData
 from scorefield.files import open_regular, warn
+from scorefield.progress import progress
 
 T = TypeVar("T")
 
@@ -275,4 +275,4 @@ def in_shares(
     share = -(-number // num_ranks)
     own = range(min(rank * share, number), min((rank + 1) * share, number))
     with ThreadPoolExecutor(THREADS) as pool:
-        return gather(list(tqdm(pool.map(judge, own), "checked", len(own), disable=None, leave=False)))
+        return gather(list(progress(pool.map(judge, own), "samples checked", len(own))))

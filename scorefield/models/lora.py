@@ -10,7 +10,7 @@ their gradients in one all-reduce.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
@@ -176,10 +176,31 @@ def adapter_weights(twin: Twin) -> dict[str, Tensor]:
     """
     weights = {}
     for name, parameter in twin.changes.items():
-        place = name.replace("/", ".").removeprefix("model.").replace(".default.", ".")
+        place = _place(name)
         value = parameter.detach() * (twin.scale if ".lora_B." in place else 1.0)
         weights[place] = value.contiguous().cpu()
     return weights
+
+
+def load_adapter_weights(twin: Twin, weights: Mapping[str, Tensor]) -> None:
+    """Give a twin the changes that :func:`adapter_weights` returned of another one of the same rank and layers.
+
+    Raises ``ValueError`` naming the first that does not fit.
+    """
+    own = {_place(name): (name, parameter) for name, parameter in twin.changes.items()}
+    if odd := sorted(own.keys() ^ weights.keys()):
+        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in own else 'of a layer that is not changed here'}.")
+    for place, (_, parameter) in own.items():
+        if weights[place].shape != parameter.shape:
+            there, here = tuple(weights[place].shape), tuple(parameter.shape)
+            raise ValueError(f"{place} is {there}; here it is {here}.")
+    with torch.no_grad():
+        for place, (_, parameter) in own.items():
+            parameter.copy_(weights[place] / (twin.scale if ".lora_B." in place else 1.0))
+
+
+def _place(name: str) -> str:
+    return name.replace("/", ".").removeprefix("model.").replace(".default.", ".")
 
 
 def merged(twin: Twin) -> nn.Module:

@@ -15,6 +15,7 @@ from scorefield.cache import Content, TensorCache
 from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
+from scorefield.progress import Progress
 
 Encode = Callable[[list[str]], Cond]
 """n prompts -> conditions of batch n, on any device."""
@@ -82,8 +83,11 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[str]) -> None:
         """Put prompts into the cache, a few at a time: the conditions of a long list need not fit into memory."""
         cache, unique = TensorCache(self.folder, self.identify()), list(dict.fromkeys(prompts))
-        for start in range(0, len(unique), BATCH):
-            cache.fetch(unique[start : start + BATCH], self._encode, BATCH)
+        with Progress("prompts encoded", len(unique), unit="prompt") as bar:
+            for start in range(0, len(unique), BATCH):
+                part = unique[start : start + BATCH]
+                cache.fetch(part, self._encode, BATCH)
+                bar.update(len(part))
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
         """Numbers of the prompts to use; none is encoded. One line on stderr names what is skipped or cut.

@@ -28,6 +28,7 @@ from scorefield.models.prompts import LongPrompts, PromptEncoder
 from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
 from scorefield.models.weights import check_fit
+from scorefield.progress import progress
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
 from scorefield.shipped import shipped, ships
@@ -167,7 +168,8 @@ class Teacher:
         """
         away, conds = self.negative(negative), {}
         if sum(value.nbytes for value in away.values()) * len(prompts) <= IN_MEMORY:
-            parts = [self.prompts(prompts[start : start + 250]) for start in range(0, len(prompts), 250)]
+            starts = progress(range(0, len(prompts), 250), "prompts read, in batches of 250")
+            parts = [self.prompts(prompts[start : start + 250]) for start in starts]
             conds = {name: torch.cat([part[name].cpu() for part in parts]) for name in away}
         elif isinstance(self.texts, PromptEncoder):
             self.texts.encode(prompts)

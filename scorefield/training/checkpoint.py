@@ -16,11 +16,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch.optim.lr_scheduler import LambdaLR
 
 from scorefield.atomic import foreign, whole_folder
+from scorefield.progress import working
 from scorefield.training.loop import Phase
 
 MANIFEST = "manifest.json"
+
+FREE, MAY_CHANGE = "free", "may_change"
+"""Entries of a run's config: the options that change no number of it, and those that may change on the way."""
 
 _NAME = re.compile(r"step-\d{9}")
 
@@ -45,7 +50,7 @@ def save(
         folder: holds this run's checkpoints.
         step: ``Report.step``.
         phases: as passed to ``train``.
-        config: JSON-able; :func:`load` refuses another one.
+        config: JSON-able; :func:`load` refuses another one, see :func:`differences`.
         keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
             from an earlier step, are removed. One that holds a file of someone else stays as it is.
         also: earlier steps whose checkpoints are kept, too, such as the best one.
@@ -61,7 +66,7 @@ def save(
     for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
         if _NAME.fullmatch(unfinished.name.removeprefix(".writing-")):
             shutil.rmtree(unfinished)
-    with whole_folder(final, is_own) as temporary:
+    with working(f"checkpoint of step {step:,}"), whole_folder(final, is_own) as temporary:
         _write(temporary, step, phases, config)
     others = [path for path in steps(folder) if path != final]
     earlier = [path for path in others if path < final]
@@ -107,7 +112,8 @@ def newest(folder: Path, before: int | None = None) -> Path | None:
     for path in reversed(steps(folder)):
         if before is not None and path.name >= f"step-{before:09d}":
             continue
-        damage = _damage(path)
+        with working(f"checking the checkpoint {path.name}"):
+            damage = _damage(path)
         if damage is None:
             return path
         warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it.", stacklevel=3)
@@ -117,13 +123,17 @@ def newest(folder: Path, before: int | None = None) -> Path | None:
 def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], before: int | None = None) -> int:
     """Restore the :func:`newest` whole checkpoint into ``phases`` and return its step; 0 if there is none.
 
+    A learning-rate schedule keeps its place, and gives the rate that the schedule of ``phases`` has there: that of
+    the new total, where --steps has changed. A phase whose ``lr_options`` have other values than in the
+    checkpoint goes on at the rates it was built with.
+
     Raises:
         ValueError: the checkpoint belongs to another config, naming the fields that differ, or to other phases.
     """
     path = newest(folder, before)
     if path is None:
         return 0
-    compare(path, config)
+    saved = compare(path, config)
     _check_networks(path, phases)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
     for phase in phases:
@@ -135,13 +145,43 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], befor
             phase.lr_schedule.load_state_dict(own["lr_schedule"])
         if phase.ema is not None:
             phase.ema.num_updates = own["ema_updates"]
+        _set_rates(phase, changed=bool(changed_rates(phase, saved, config)))
     return int(state["step"])
 
 
-def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` where the :func:`newest` checkpoint, if any, belongs to another config."""
+def changed_rates(phase: Phase, saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Return those ``lr_options`` of a phase whose values are not those of a checkpoint; 0 means as they were."""
+    wanted = _as_json(config)
+    return [name for name in phase.lr_options if wanted.get(name) and wanted[name] != saved.get(name)]
+
+
+def _set_rates(phase: Phase, changed: bool) -> None:
+    groups, schedule = phase.optimizer.param_groups, phase.lr_schedule
+    if changed:
+        for group, rate in zip(groups, phase.given_rates, strict=True):
+            group.update({name: rate for name in ("lr", "initial_lr") if name in group})
+        if schedule is not None:
+            schedule.base_lrs = list(phase.given_rates)
+    if isinstance(schedule, LambdaLR):
+        for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """Return the :func:`newest` checkpoint, if any. Raises ``ValueError`` where it belongs to another config."""
     if (path := newest(folder)) is not None:
         compare(path, config)
+    return path
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return the config of the newest checkpoint, whether it is whole or not; empty where there is none."""
+    for path in reversed(steps(folder)):
+        try:
+            return dict(json.loads((path / "config.json").read_text()))
+        except (OSError, ValueError):  # a damaged checkpoint is named when it is loaded
+            continue
+    return {}
 
 
 def _damage(path: Path) -> str | None:
@@ -169,15 +209,36 @@ def _check_networks(path: Path, phases: Sequence[Phase]) -> None:
         )
 
 
-def compare(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` where the checkpoint ``path`` belongs to another config, naming the fields."""
-    saved, wanted = json.loads((path / "config.json").read_text()), json.loads(json.dumps(config, default=str))
-    fields = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-    if fields:
+def compare(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the checkpoint ``path``. Raises ``ValueError``, naming the fields, if it is another."""
+    saved, wanted = dict(json.loads((path / "config.json").read_text())), _as_json(config)
+    if fields := differences(saved, wanted):
         listing = "; ".join(f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in fields)
         raise ValueError(
             f"checkpoint {path} belongs to another config ({listing}). Use that config, or another output folder."
         )
+    return saved
+
+
+def differences(saved: Mapping[str, Any], config: Mapping[str, Any], *, going_on: bool = True) -> list[str]:
+    """Return the names of the entries by which two configs are of different runs, sorted.
+
+    Args:
+        saved: of a checkpoint. An older version may have written it, without :data:`FREE` and :data:`MAY_CHANGE`.
+        config: of the run that is to begin or to go on.
+        going_on: leave out what both say may change on the way; if False, what came of them would differ.
+    """
+    wanted = _as_json(config)
+    ignored = {FREE, MAY_CHANGE, *wanted.get(FREE, ())}
+    if going_on:
+        may_change = wanted.get(MAY_CHANGE, ())
+        ignored |= set(may_change) & set(saved.get(MAY_CHANGE, may_change))
+    names = (saved.keys() | wanted.keys()) - ignored
+    return sorted(name for name in names if saved.get(name) != wanted.get(name))
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(config, default=str)))
 
 
 def _sha256(path: Path) -> str:

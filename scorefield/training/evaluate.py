@@ -17,6 +17,7 @@ from scorefield.data.images import ImageSet
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.draw import draw
 from scorefield.models.teacher import Teacher
+from scorefield.progress import progress
 from scorefield.training.features import Classifier, load_classifier
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.options import EvalOptions, check_numbers
@@ -85,8 +86,7 @@ def watcher(
     parts = torch.arange(config.eval_images).split(250)
     real, labels = marks(data, config.eval_images, max(1, model.num_classes))
     drawn = partial(draw, labels=labels, seed=config.seed, guidance=getattr(config, "guidance", 1.0))
-    bar = tqdm(parts, desc="teacher samples", disable=None, leave=False)
-    wanted = look(real if teacher is None else drawn(teacher, bar))
+    wanted = look(real if teacher is None else drawn(teacher, progress(parts, "samples of the teacher")))
     network = None
     if config.features is not None and data is not None:
         network = load_features(config.features, data).to(model.device)
@@ -95,7 +95,7 @@ def watcher(
     def watch(step: int) -> dict[str, float]:
         if step % config.eval_every and step != config.steps:
             return {}
-        images = drawn(model, parts)
+        images = drawn(model, progress(parts, "samples to evaluate"))
         seen = look(images)
         for alarm in alarms(seen, wanted):
             tqdm.write(f"alarm at step {step}: {alarm}", file=sys.stderr)

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
 
 from scorefield.atomic import whole_folder
 from scorefield.data.images import ImageSet
 from scorefield.files import check_regular, check_small, read_text
 from scorefield.models.weights import check_finite, check_fit
+from scorefield.progress import progress
 from scorefield.randomness import Rng, shuffled
 
 FORMAT = "scorefield-features-1"
@@ -81,7 +81,7 @@ def train_classifier(
         network = Classifier(facts).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
         decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-        for step in trange(steps, desc="classifier", disable=None, leave=False):
+        for step in progress(range(steps), "steps of the classifier", unit="step"):
             rng = Rng(seed, step, index=step)
             batch = data.batch(used[shuffled(len(used), batch_size, rng)], rng("augment"))
             images = _moved(batch.images, data.resolution // 8, rng("shift")).to(device)

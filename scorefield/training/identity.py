@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from scorefield.atomic import whole_file
 from scorefield.training import checkpoint
-from scorefield.training.options import RunOptions
+from scorefield.training.options import RunOptions, free_options
 from scorefield.training.ranks import check_same_fields
 
 IDENTITY = "identity.json"
 """In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
 
-PLACES = ("out", "data", "teacher", "prompts", "features", "cache")
+PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
@@ -61,7 +61,7 @@ def check_earlier(
         made_from = json.loads((out / IDENTITY).read_text())
     except (OSError, ValueError, RecursionError):
         made_from = None
-    if made_from != json.loads(json.dumps(own, default=str)):
+    if not isinstance(made_from, dict) or checkpoint.differences(made_from, own, going_on=False):
         raise ValueError(
             f"--out {out} holds {', '.join(held)} of another run, and no checkpoint: they would be replaced. Move "
             "them elsewhere, or choose another --out."
@@ -92,13 +92,19 @@ def resolved(config: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 
-def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What determines the numbers of a run: a checkpoint resumes only under the same.
+def identity(config: RunOptions, accelerator: Accelerator, inputs: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return what determines the numbers of a run: a checkpoint resumes only under the same.
 
-    ``inputs`` are fingerprints of what the run reads; they stand for the paths, which can be written in many ways.
+    Options that are free, or that may change on the way, are in it, and named as such; see
+    :func:`checkpoint.differences`. ``inputs`` are fingerprints of what the run reads; they stand for the paths,
+    which can be written in many ways.
     """
-    watching = {"log_every", "save_every", "eval_every", "eval_images", "features", "probe_every", "max_rollbacks"}
-    export = {"mesh_resolution", "turntable_size"}
-    ignored = {"out", "dry_run", "skip_teacher_check", "on_bad_data", "long_prompts", *watching, *export, *inputs}
-    fields = {name: value for name, value in resolved(config).items() if name not in ignored}
-    return {**fields, **inputs, "num_processes": accelerator.num_processes}
+    return {**binding(config, inputs), **inputs, "num_processes": accelerator.num_processes}
+
+
+def binding(config: RunOptions, inputs: Collection[str] = ()) -> dict[str, Any]:
+    """Return the options but for ``inputs`` and free paths, and which of them bind no checkpoint."""
+    free = free_options(config)
+    places = {*PLACES, *(name for name, value in vars(config).items() if isinstance(value, Path))}
+    fields = {name: x for name, x in resolved(config).items() if name not in inputs and name not in free & places}
+    return {**fields, checkpoint.FREE: sorted(free), checkpoint.MAY_CHANGE: sorted(config.may_change)}

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from scorefield.cache import Content, TensorCache, content_key, fingerprint
 from scorefield.data.pictures import as_floats, central, open_image
@@ -19,6 +18,7 @@ from scorefield.data.texts import Pictures
 from scorefield.models.codec import Codec
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import Teacher
+from scorefield.progress import Progress, working
 
 PIXELS = 2**20
 """Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
@@ -99,13 +99,16 @@ class Latents:
     def encoded(self, accelerator: Accelerator) -> "Latents":
         """The same with all that is not in the cache encoded, each rank an equal share."""
         own = range(accelerator.process_index, len(self.images), accelerator.num_processes)
-        for start in tqdm(range(0, len(own), self.batch_size), "latents", disable=None):
-            part = own[start : start + self.batch_size]
-            self.fetch(part, [self.digests[number] for number in part])
-        accelerator.wait_for_everyone()
-        if 4 * len(self.images) * torch.Size(self.teacher.shape).numel() > IN_MEMORY:
-            return self
-        return replace(self, kept=self.fetch(range(len(self.images)), self.digests))
+        with Progress("latents", len(own), unit="image") as bar:
+            for start in range(0, len(own), self.batch_size):
+                part = own[start : start + self.batch_size]
+                self.fetch(part, [self.digests[number] for number in part])
+                bar.update(len(part))
+        with working("reading the latents"):
+            accelerator.wait_for_everyone()
+            if 4 * len(self.images) * torch.Size(self.teacher.shape).numel() > IN_MEMORY:
+                return self
+            return replace(self, kept=self.fetch(range(len(self.images)), self.digests))
 
     def identity(self) -> str:
         """A hash of all images and of what encodes them."""

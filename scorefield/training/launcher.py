@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from scorefield.progress import is_first_rank as is_first_rank
+
 HONOURED = {
     *("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_NUM_PROCESSES", "ACCELERATE_CPU_AFFINITY"),
     *("ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DEBUG_RDV_FILE"),
@@ -72,11 +74,6 @@ def _of_precision(wanted: str, precision: str) -> str:
             f"--mixed_precision {precision}."
         )
     return f"training computes in float32 or bf16 only. Launch with --mixed_precision {precision}."
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all; known before there is an Accelerator."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def has_gpu() -> bool:

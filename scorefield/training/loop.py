@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ class Phase:
         every: it steps in each every-th iteration, at each ``Report.step`` that it divides.
         ema: ticked after each of its steps.
         lr_schedule: stepped after each of its steps; not prepared by Accelerate.
+        lr_options: the command's options that its learning rates are made from; a checkpoint of other values goes
+            on at the rates of this run.
+        given_rates: learning rate of each group of the optimizer, as it was built.
     """
 
     name: str
@@ -90,6 +93,20 @@ class Phase:
     every: int = 1
     ema: EMA | None = None
     lr_schedule: LRScheduler | None = None
+    lr_options: tuple[str, ...] = ()
+    given_rates: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rates = (float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups)
+        object.__setattr__(self, "given_rates", tuple(rates))
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each group of its optimizer now, by name; see :class:`Report`."""
+        groups = enumerate(self.optimizer.param_groups, 1)
+        return {
+            f"{self.name}/learning_rate{'' if number == 1 else f'_{number}'}": float(group["lr"])
+            for number, group in groups
+        }
 
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds of it, by file name: the network without its wrapper, and its average."""
@@ -109,11 +126,14 @@ class Report:
         step: iterations done, from 1: the number to log under and to resume from.
         phases: names of the phases that stepped.
         metrics: "phase/name" -> scalar tensor of this rank, averaged over micro-batches, on the device.
+        learning_rates: "phase/learning_rate" -> rate of the step; of the optimizer's second group
+            "phase/learning_rate_2", and so on.
     """
 
     step: int
     phases: tuple[str, ...]
     metrics: Mapping[str, Tensor]
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def read(self) -> dict[str, float]:
         """The metrics as numbers; waits for the device once, so not every step on a GPU."""
@@ -175,12 +195,11 @@ def train(
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)
-        for phase in due:
-            _update(phase)
+        rates = dict(item for phase in due for item in _update(phase).items())
         if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
             for name, network in (item for phase in phases for item in phase.networks().items()):
                 verify_weights(name, network, accelerator)
-        yield Report(step + 1, tuple(phase.name for phase in due), metrics)
+        yield Report(step + 1, tuple(phase.name for phase in due), metrics, rates)
 
 
 def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumulate: int) -> None:
@@ -242,13 +261,16 @@ def _frozen(networks: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _update(phase: Phase) -> None:
+def _update(phase: Phase) -> dict[str, float]:
+    # Returns the rates of this step.
+    rates = phase.learning_rates()
     phase.optimizer.step()
     phase.optimizer.zero_grad(set_to_none=True)
     if phase.lr_schedule is not None:
         phase.lr_schedule.step()
     if phase.ema is not None:
         phase.ema.update()
+    return rates
 
 
 class _FiniteWatch:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from scorefield.atomic import check_replaceable
+from scorefield.choices import Tracker
 from scorefield.training.launcher import check_launcher
 
 PROBE = ".writing-probe-"
@@ -24,9 +25,15 @@ class RunOptions:
     """What every training script can be told about its run.
 
     ``results`` are the folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
+
+    Every option binds a checkpoint, except those in the tuple ``free`` of its class and those in ``may_change``.
+    A group of options says so itself; :func:`free_options` joins the tuples of all groups.
     """
 
     results: ClassVar[tuple[str, ...]] = ()
+
+    free: ClassVar[tuple[str, ...]] = ("out", "report_to", "log_every", "save_every", "dry_run")
+    """Options that change no number of a run."""
 
     out: Path = Path("runs/run")
     """Folder for checkpoints, TensorBoard logs and the result."""
@@ -51,6 +58,9 @@ class RunOptions:
     """Largest norm of a network's gradient; a larger one is scaled down."""
     seed: int = 0
     """Of every random draw."""
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves and sample pictures go, one or several. tensorboard writes into --out/logs; wandb and trackio
+    must be installed. Pictures lie in --out/samples in any case."""
     log_every: int = 50
     """Iterations between scalars."""
     save_every: int = 1000
@@ -58,10 +68,17 @@ class RunOptions:
     dry_run: bool = False
     """Print the resolved config, parameters, bytes per role and steps, and stop."""
 
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Options that may have another value when a run goes on: its length, and rates that are constant."""
+        return ("steps",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """How a training is watched."""
+
+    free: ClassVar[tuple[str, ...]] = ("eval_every", "eval_images", "features")
 
     eval_every: int = 0
     """Iterations between evaluations of the averaged weights; 0 means never."""
@@ -69,6 +86,11 @@ class EvalOptions:
     """Images per evaluation."""
     features: Path | None = None
     """Folder of `scorefield features`: Fréchet distance and KID to the training data, best weights kept."""
+
+
+def free_options(config: Any) -> frozenset[str]:
+    """Return the options that change no number of a run: those that the classes of ``config`` name as ``free``."""
+    return frozenset(name for part in type(config).__mro__ for name in vars(part).get("free", ()))
 
 
 def check_out(out: Path) -> None:
@@ -114,6 +136,21 @@ def check_numbers(
             raise ValueError(f"{flag} must lie in [0, 2^63); got {value}.")
 
 
+def check_init_from(init_from: str, out: Path) -> None:
+    """Raise ``ValueError`` for an ``--init-from`` in ``--out``, which the run would replace."""
+    if init_from and Path(init_from).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--init-from {init_from} lies in --out {out}, which is written to. Pass another --out.")
+
+
+def check_trackers(report_to: Sequence[Tracker]) -> None:
+    """Raise ``ValueError`` for trackers that are not installed, and for none beside others."""
+    if "none" in report_to and len(set(report_to)) > 1:
+        raise ValueError(f"--report-to none stands alone; got {' '.join(report_to)}. Leave the others out.")
+    for name in report_to:
+        if name != "none" and find_spec(name) is None:
+            raise ValueError(f"--report-to {name} needs: pip install {name}. Or pass --report-to none.")
+
+
 def check_device(name: str) -> None:
     """Raise ``ValueError`` for a ``--device`` that torch does not know or that is not there."""
     import torch
@@ -136,6 +173,7 @@ def check_run(config: RunOptions) -> None:
     for name in config.results:
         if not Path(name).suffix:
             check_replaceable(config.out / name)
+    check_trackers(config.report_to)
     check_launcher(config.precision, config.accumulate)
     if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

@@ -4,11 +4,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +16,8 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from scorefield.atomic import whole_file
+from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, forget_best
@@ -28,13 +26,12 @@ from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
 from scorefield.training.options import RunOptions
 from scorefield.training.ranks import check_launch, check_same, check_same_fields
+from scorefield.training.report import as_grid, close_log, forget_samples, log, start_logging
 from scorefield.training.stopping import stop_signals
-
-T = TypeVar("T")
 
 
 def start(config: RunOptions) -> Accelerator:
-    """An Accelerator that will log to TensorBoard under ``--out``; writes nothing yet.
+    """Return an Accelerator that will log to the trackers of ``--report-to``; writes nothing yet.
 
     Raises ``ValueError`` for a launch that cannot work, see :func:`ranks.check_launch`, and for ranks that
     were given other options.
@@ -45,8 +42,9 @@ def start(config: RunOptions) -> Accelerator:
         torch.backends.cudnn.benchmark = False
     # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    trackers = [kind for kind in config.report_to if kind != "none"]
     accelerator = Accelerator(
-        mixed_precision=config.precision, log_with="tensorboard", project_dir=str(config.out),
+        mixed_precision=config.precision, log_with=trackers or None, project_dir=str(config.out),
         kwargs_handlers=[patience], gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
     check_launch(accelerator)
@@ -71,69 +69,58 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
     return prepared
 
 
-def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) -> None:
-    """Write the resolved config and open the TensorBoard log: the first files of a run."""
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole_file(out / "config.json") as temporary:
-            temporary.write_text(json.dumps(resolved(config), indent=2))
-    open_log(accelerator, first, out)
-
-
-def open_log(accelerator: Accelerator, first: int, out: Path | None = None) -> None:
-    """Open the TensorBoard log in ``out``; what an earlier run logged beyond step ``first`` is drawn again."""
-    accelerator.trackers = []
-    # Each stage of a run has a log of its own, since a new one hides the later steps of an old one.
-    place = Path() if out is None else Path(os.path.relpath(out, accelerator.project_dir))
-    try:
-        accelerator.init_trackers(str(place / "logs"), init_kwargs={"tensorboard": {"purge_step": first + 1}})
-    except OSError as error:
-        accelerator.trackers = []
-        tqdm.write(f"no TensorBoard log, the run goes on without: {error}", file=sys.stderr)
-
-
-def log(accelerator: Accelerator, step: int, scalars: Mapping[str, float], images: Tensor | None = None) -> None:
-    """Write scalars, and images (n, c, h, w) in [0, 1] as "samples". Curves are worth less than the run.
-
-    If the log is gone, since someone deleted its folder, another is opened.
-    """
-    try:
-        accelerator.log(dict(scalars), step=step)
-        if images is not None and accelerator.is_main_process:
-            for tracker in accelerator.trackers:
-                tracker.log_images({"samples": images.cpu().numpy()}, step=step, dataformats="NCHW")
-    except OSError as error:
-        tqdm.write(f"TensorBoard's log is lost at step {step}, the run goes on: {error}", file=sys.stderr)
-        open_log(accelerator, step)
-
-
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
-    """Load the newest checkpoint of the same :func:`command.identity`, say so, open the log; the first step.
+    """Load the newest checkpoint of the same :func:`identity`, say so, open the log; return the first step.
 
-    Raises ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+    Raises ``ValueError`` where ``--out`` belongs to another run or is past ``--steps``, or the ranks read other
+    inputs.
     """
-    check_identity(config, own, accelerator)
+    saved = check_identity(config, own, accelerator)
     first = checkpoint.load(config.out / "checkpoints", phases, own)
     fix = "Let --out be a folder that all machines share."
     check_same("the step to resume from", first, fix, accelerator)
     if accelerator.is_main_process:
         if first:
-            print(f"resumed from step {first}")
+            print("\n".join([f"resumed from step {first}", *changes(saved, own, phases)]))
         else:
             forget_best(config.out)
+            forget_samples(config.out)
         note_identity(config.out, own)
     start_logging(accelerator, config, config.out, first)
     return first
 
 
-def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Raise ``ValueError`` where ``--out`` belongs to another run, or the ranks read other inputs.
+def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Return the config of the checkpoint in ``--out``, if there is one.
 
     :func:`resume` does so; call it before work that is long.
+
+    Raises ``ValueError`` where ``--out`` belongs to another run or is past ``--steps``, or the ranks read other
+    inputs.
     """
     check_same_fields(own, "Let all of them read the same files.", accelerator)
     check_earlier(config.out, config.results, own)
-    checkpoint.check_config(config.out / "checkpoints", own)
+    newest = checkpoint.check_config(config.out / "checkpoints", own)
+    if newest is None:
+        return {}
+    if (step := int(newest.name.removeprefix("step-"))) > config.steps:
+        raise ValueError(
+            f"--steps {config.steps:,} ends before step {step:,}, which the run in {config.out} has reached. Pass "
+            f"--steps {step} or more, or another --out."
+        )
+    return checkpoint.compare(newest, own)
+
+
+def changes(saved: Mapping[str, Any], own: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]:
+    """Return in words what is otherwise than when a checkpoint was written: the number of steps, and rates."""
+    said = []
+    before, now = saved.get("steps", 0), own.get("steps", 0)
+    if before != now:
+        said.append(f"{before:,} steps before, {now:,} now: from here on all schedules are those of {now:,} steps")
+    for phase in phases:
+        for name in checkpoint.changed_rates(phase, saved, own):
+            said.append(f"--{name.replace('_', '-')} was {saved.get(name)}, and is {own[name]} from here on")
+    return said
 
 
 def fit(
@@ -198,42 +185,26 @@ def fit(
         sys.exit(128 + stop)
 
 
-def close_log(accelerator: Accelerator) -> None:
-    """Write what TensorBoard has not written yet; what is logged from here on belongs to no log."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers = []
-
-
-def progress(items: Iterable[T], name: str, total: int, accelerator: Accelerator, start: int = 0) -> "tqdm[T]":
-    """A progress bar on the main process; in a log file it refreshes only every 30 seconds."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    hidden = not accelerator.is_main_process or "TQDM_DISABLE" in os.environ
-    return tqdm(
-        items, desc=name, initial=start, total=total, mininterval=interval, maxinterval=interval, disable=hidden
-    )
-
-
 def follow(
     reports: Iterable[Report], accelerator: Accelerator, *, start: int, steps: int, log_every: int
 ) -> Iterator[Report]:
-    """Pass reports on, behind a progress bar; every ``log_every`` steps log the scalars to TensorBoard."""
-    bar = progress(reports, "steps", steps, accelerator, start)
+    """Pass reports on, and show how far they are; log scalars, rates and seconds a step every ``log_every``."""
     latest: dict[str, Tensor] = {}
-    for report in bar:
-        latest |= report.metrics
-        if report.step % log_every == 0 or report.step == steps:
-            values = Report(report.step, (), latest).read()
-            log(accelerator, report.step, values)
-            bar.set_postfix(
-                {key: f"{value:.3g}" for key, value in values.items() if key.endswith("/loss")}, refresh=False
-            )
-        yield report
-
-
-def as_grid(images: Tensor, columns: int) -> Tensor:
-    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
-    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
+    rates: dict[str, float] = {}
+    last, before = start, time.monotonic()
+    with Progress("steps", steps, start=start, unit="step") as bar:
+        for report in reports:
+            bar.update()
+            latest |= report.metrics
+            rates |= report.learning_rates
+            if report.step % log_every == 0 or report.step == steps:
+                values, now = Report(report.step, (), latest).read(), time.monotonic()
+                pace = {"run/seconds_per_step": (now - before) / max(1, report.step - last)}
+                log(accelerator, report.step, values | rates | pace)
+                losses = {key: value for key, value in values.items() if key.endswith("/loss")}
+                bar.note(", ".join(f"{key} {value:.3g}" for key, value in losses.items()))
+                last, before = report.step, now
+            yield report
 
 
 def cosine(optimizer: Optimizer, updates: int, warmup: int = 100, floor: float = 0.0) -> LambdaLR:

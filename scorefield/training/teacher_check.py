@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from scorefield import Cond
 from scorefield.diagnosis.check import Diagnosis, diagnose
 from scorefield.models.teacher import Teacher
+from scorefield.progress import working
 from scorefield.training.launcher import is_first_rank
 
 PICTURE = "teacher_check.png"
@@ -44,10 +45,11 @@ def check_teacher(
     generator = Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(device)
     start = time.perf_counter()
-    found = diagnose(
-        teacher.denoiser, None if x0 is None else x0.to(device), teacher.cond(labels.to(device)), null=null,
-        noise=noise, generator=generator, batch_size=batch_size, bounded=bounded,
-    )  # fmt: skip
+    with working("teacher check"):
+        found = diagnose(
+            teacher.denoiser, None if x0 is None else x0.to(device), teacher.cond(labels.to(device)), null=null,
+            noise=noise, generator=generator, batch_size=batch_size, bounded=bounded,
+        )  # fmt: skip
     speaks = is_first_rank()
     if speaks:
         print(describe(found, time.perf_counter() - start))
