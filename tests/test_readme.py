@@ -141,6 +141,15 @@ def test_named_files_exist(page):
         assert (ROOT / path).exists(), path
 
 
+def test_the_tests_that_reliability_names_exist():
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    file = ""
+    for named, test in re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", PAGES["docs/reliability.md"]):
+        file = named or file  # a test without a file is of the one that was named before it
+        if named or test:
+            assert f"def {test}" in tests[file], f"{file}::{test}"
+
+
 def test_every_page_is_in_the_navigation_and_read():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
