@@ -10,7 +10,7 @@ import tiny_pipelines as tiny
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_train_controlnet import SIZE, write_samples
+from test_controlnet_recipe import SIZE, write_samples
 
 import controlnet.options as control_options
 import controlnet.recipe as train_controlnet
