@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel
 from safetensors.torch import load_file
-from test_train_controlnet import SIZE, write_samples
+from test_controlnet_recipe import SIZE, write_samples
 
 import controlnet.initial as control_initial
 import controlnet.options as control_options
