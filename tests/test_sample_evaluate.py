@@ -256,7 +256,7 @@ def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
     ({"num_images": 121}, "--num-images 121 .* holds 120"), ({"device": "foo"}, "--device foo cannot be used"),
     ({"device": "meta"}, "--device meta cannot be used"),
     ({"device": f"cuda:{torch.cuda.device_count()}"}, "--device cuda:. cannot be used"),
-    ({"features": Path("no/features")}, r"folder of train_features\.py, or torch-fidelity's file"),
+    ({"features": Path("no/features")}, "folder of `scorefield features`, or torch-fidelity's file"),
     ({"out": Path("/dev/null/figures.json")}, "cannot write to --out"), ({"out": Path("/")}, "/ is a folder"),
 ])  # fmt: skip
 def test_figures_that_cannot_be_made_are_refused_before_any_computing(sets, monkeypatch, changes, message):
