@@ -43,7 +43,7 @@ def network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Modul
 
 
 def own_network(name: str) -> nn.Module:
-    """Return the network that the user's ``module:function`` builds: given as such, in a denoiser, or in a teacher.
+    """Return the network that the user's ``module:function`` builds, alone, in a denoiser or in a teacher.
 
     Raises ``ValueError`` for a function that fails, or returns anything else.
     """
