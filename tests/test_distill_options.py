@@ -255,16 +255,16 @@ def test_teacher_and_student_are_compared_within_the_ratio_range(listening, give
     assert ratios.max() < ends[1] * 1.01
 
 
-@pytest.mark.parametrize(("schedule", "changes", "refused"), [
+@pytest.mark.parametrize(("schedule", "changes", "stopped"), [
     (VariancePreserving.linear(), {"student_ratio": 0.0}, True), (VariancePreserving.linear(), {}, False),
     (VariancePreserving.linear(), {"student_ratio": 0.0, "precision": "no"}, False),
     (VariancePreserving.scaled_linear(), {"student_ratio": 0.0}, False),
 ])  # fmt: skip
-def test_an_eps_student_in_bf16_is_not_asked_where_rounding_is_all_it_would_show(schedule, changes, refused):
+def test_an_eps_student_in_bf16_is_not_asked_where_rounding_is_all_it_would_show(schedule, changes, stopped):
     denoiser = NetworkDenoiser(torch.nn.Linear(2, 2), schedule, "eps")
     config = replace(distill_options.auto(), precision="bf16")
     config = replace(config, **changes)
-    if refused:
+    if stopped:
         with refused(r"sigma / alpha = 157; 20 is the most.*--student-ratio 3.5"):
             roles.check_rounding(config, denoiser)
     else:
