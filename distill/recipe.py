@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from distill.data import data_identity, student_batches, student_data
+from distill.data import student_batches, student_data
 from distill.options import Config, check
 from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
 from distill.stages import Stages, distil
@@ -67,7 +67,7 @@ def distil_images(config: Config) -> Path:
     teacher.denoiser.network.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
     method = build_method(config, teacher, *networks)
-    batches = student_batches(config, teacher, data, accelerator.device)
+    batches = student_batches(config, teacher, data, accelerator.device, accelerator.num_processes)
 
     def watch(student: Student) -> Watch:
         sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
@@ -78,7 +78,7 @@ def distil_images(config: Config) -> Path:
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
-    inputs = {"data": data_identity(data), "teacher": teacher.identity()}
+    inputs = {"data": "none" if data is None else data.identity(), "teacher": teacher.identity()}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),

@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from controlnet.caching import Latents, Memory, share_prompts, share_work
 from controlnet.canny import Canny
 from controlnet.circles import Circles
-from controlnet.data import ControlBatches, read_ahead, replace_rows
+from controlnet.data import ControlBatches, replace_rows
 from controlnet.degraded import Blur
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Custom, Precomputed
 from controlnet.samples import load_pictures
 from scorefield.cache import TensorCache
-from scorefield.models.prompts import PromptEncoder
+from scorefield.models.prompts import PromptEncoder, share_prompts, share_work
 from scorefield.randomness import Rng
+from scorefield.training.latents import Latents, Memory
 
 
 def letters(prompts):
@@ -38,7 +38,7 @@ NULL = letters([""])
 def halve(images):
     """An autoencoder's posterior: means of 2 x 2 pixels, a deviation that depends on them."""
     mean = torch.nn.functional.avg_pool2d(images, 2)
-    return mean, 0.1 + mean.square()
+    return {"mean": mean, "std": 0.1 + mean.square()}
 
 
 def batches(samples=None, **changes):
@@ -252,7 +252,7 @@ def test_examples_are_plain_and_always_the_same():
     assert torch.allclose(made["images"][0], images, atol=1e-6)
     assert torch.allclose(made["hint"][0], (images + 1) / 2, atol=1e-6)
     assert equal(made["cond"], letters(["d sample", "h sample"]))
-    mean, std = halve(images[None])
+    mean, std = halve(images[None]).values()
     assert ((made["x0"][0] - mean).abs() / std).max() < 6
     assert torch.equal(loader.examples([7])["x0"][0], made["x0"][1])
 
@@ -407,7 +407,7 @@ def test_what_is_kept_is_the_posterior_not_a_sample(tmp_path):
     latents = Latents(halve, TensorCache(tmp_path, "halve"))
     loader = batches(Circles(16, 1), batch_size=1, latents=latents)
     x0 = torch.cat([loader(rng(epoch))["x0"] for epoch in range(400)])
-    mean, std = halve(Circles(16, 1).load(0)["image"][None] / 127.5 - 1)
+    mean, std = halve(Circles(16, 1).load(0)["image"][None] / 127.5 - 1).values()
     standard = (x0 - mean) / std
     assert abs(float(standard.mean())) < 4 / math.sqrt(standard.numel())
     assert abs(float(standard.std()) - 1) < 0.02
@@ -415,27 +415,35 @@ def test_what_is_kept_is_the_posterior_not_a_sample(tmp_path):
 
 
 def test_a_base_that_was_trained_on_means_gets_means():
-    loader = batches(Circles(16, 1), batch_size=1, latents=Latents(halve, sampled=False))
-    mean, _ = halve(Circles(16, 1).load(0)["image"][None] / 127.5 - 1)
+    loader = batches(Circles(16, 1), batch_size=1, latents=Latents(halve), sampled=False)
+    mean = halve(Circles(16, 1).load(0)["image"][None] / 127.5 - 1)["mean"]
     assert torch.equal(loader(rng(0))["x0"], mean)
     assert torch.equal(loader(rng(7))["x0"], mean)
 
 
-def test_the_cache_is_filled_before_training_and_by_all_ranks(tmp_path):
-    cache = TensorCache(tmp_path, "halve")
-    counts, loaders = [], []
-    for rank in range(3):
-        encode = Counting()
-        loader = batches(flip=True, latents=Latents(encode, cache, batch_size=4))
-        if rank < 2:
-            counts.append(loader.share_latents(rank=rank, num_ranks=3))
-            assert encode.images == counts[-1]
-        loaders.append((encode, loader))
-    assert counts == [40, 0]  # one after the other: the first does what nobody has come to
-    assert loaders[2][1].share_latents(rank=2, num_ranks=3) == 0
-    for index in range(10):
-        loaders[2][1](rng(index))
-    assert loaders[2][0].images == 0
+def test_what_is_drawn_first_is_encoded_by_its_rank_and_read_by_all(tmp_path):
+    """Two ranks that share an epoch encode each image once; then, with the batches exchanged, none at all."""
+    cache, encoders = TensorCache(tmp_path, "halve"), [Counting(), Counting()]
+    ranks = [batches(latents=Latents(encode, cache)) for encode in encoders]
+    for step in range(2):
+        for rank in range(2):
+            ranks[rank](rng(2 * step + rank))
+    assert [encode.images for encode in encoders] == [8, 8], "two batches of four each, of twenty samples"
+    ranks[0](rng(4))
+    for number in range(5):
+        ranks[1](rng(number))
+    assert [encode.images for encode in encoders] == [12, 8]
+
+
+def test_an_encoder_computes_in_its_own_precision_whatever_asks_for_latents(tmp_path):
+    """What is kept stays: entries that the first step asks for under autocast would be coarse for ever."""
+    network, name = torch.nn.Conv2d(3, 4, 2), ["x"]
+    latents = Latents(lambda images: {"mean": network(images)}, TensorCache(tmp_path, "conv"))
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = latents(name, lambda places: pixels[places])["mean"]
+    assert made.dtype == torch.float32
+    assert torch.equal(made, network(pixels / 127.5 - 1).detach())
 
 
 def test_an_edited_image_or_caption_is_another_entry_and_nothing_else_is(tmp_path):
@@ -460,11 +468,11 @@ def test_an_edited_image_or_caption_is_another_entry_and_nothing_else_is(tmp_pat
             latents=Latents(encode, TensorCache(tmp_path / "latents", "halve")),
         )  # fmt: skip
         share_prompts(encoder, [samples.caption(n) for n in range(4)])
-        loader.share_latents()
         expected = batches(
             samples, hints=[Canny()], batch_size=batch_size, prompt_drop=prompt_drop, latents=Latents(halve)
         )
-        assert equal(loader(rng(0)), expected(rng(0)))
+        for index in range(4 // batch_size):
+            assert equal(loader(rng(index)), expected(rng(index)))
         return encode.images, asked
 
     write(["a b", "c", "d", "e"], [1, 2, 3, 4])
@@ -594,7 +602,7 @@ def test_what_is_last_is_done_even_if_what_came_before_it_was_done():
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_reading_ahead_changes_nothing(num_ranks):
     settings = {"hints": [Canny()], "flip": True, "prompt_drop": 0.5, "latents": Latents(halve)}
-    plain, ahead = batches(**settings), read_ahead(batches(**settings), num_ranks)
+    plain, ahead = batches(**settings), batches(**settings).ahead(num_ranks)
     for index in (0, num_ranks, 2 * num_ranks, 7, 7 + num_ranks, 1, 1):  # a restart in between
         assert equal(ahead(rng(index)), plain(rng(index)))
     assert equal(ahead(rng(1, seed=5)), plain(rng(1, seed=5)))
@@ -604,7 +612,7 @@ def test_the_next_batch_is_loaded_meanwhile(monkeypatch):
     loader = batches()
     load, asked = ControlBatches.load, []
     monkeypatch.setattr(ControlBatches, "load", lambda self, *which: asked.append(which) or load(self, *which))
-    ahead = read_ahead(loader)
+    ahead = loader.ahead()
     ahead(rng(0))
     for _ in range(100):
         if len(asked) == 2:
@@ -622,7 +630,7 @@ def test_a_fault_met_while_reading_ahead_is_raised_with_its_batch():
                 raise ValueError("5.png cannot be read")
             return super().load(index)
 
-    ahead = read_ahead(batches(Failing(16, 8)))
+    ahead = batches(Failing(16, 8)).ahead()
     bad = next(n for n in range(2) if 5 in batches(Circles(16, 8)).load(n, 0).indices)
     if bad == 1:
         ahead(rng(0))
@@ -649,8 +657,6 @@ def test_random_crops_have_no_cache(tmp_path):
     latents = Latents(halve, TensorCache(tmp_path, "halve"))
     with pytest.raises(ValueError, match="latents of random crops cannot be kept"):
         batches(crop="random", latents=latents)
-    with pytest.raises(ValueError, match="there is no cache to fill"):
-        batches(latents=Latents(halve)).share_latents()
 
 
 def test_samples_too_small_for_a_batch_say_so():

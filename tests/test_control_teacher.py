@@ -4,13 +4,14 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
-from controlnet.caching import Latents, share_prompts
 from controlnet.canny import Canny
 from controlnet.circles import Circles
 from controlnet.data import ControlBatches
 from scorefield.cache import TensorCache
+from scorefield.models.prompts import share_prompts
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
+from scorefield.training.latents import Latents
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
@@ -26,13 +27,16 @@ def test_a_teachers_prompts_and_latents_in_batches(make, tmp_path):
             null=teacher.negative(), prompt_drop=0.5, latents=Latents(encode, kept),
         )  # fmt: skip
 
-    assert share_prompts(teacher.texts, [samples.caption(n) for n in range(6)]) == 6
-    assert batches(teacher.prompts, teacher.codec.posterior, cache).share_latents() == 12
-    plain = batches(teacher.prompts, teacher.codec.posterior, None)
+    def posterior(images):
+        return dict(zip(("mean", "std"), teacher.codec.posterior(images), strict=True))
 
     def forgotten(images):
         raise AssertionError("the autoencoder is not needed any more")
 
+    assert share_prompts(teacher.texts, [samples.caption(n) for n in range(6)]) == 6
+    plain, first = (batches(teacher.prompts, posterior, kept) for kept in (None, cache))
+    for epoch in range(4):
+        first(Rng(0, step=epoch, index=epoch))
     cached = batches(teacher.without_text_encoders().prompts, forgotten, cache)
     for epoch in range(4):
         a, b = plain(Rng(0, step=epoch, index=epoch)), cached(Rng(0, step=epoch, index=epoch))

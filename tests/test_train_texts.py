@@ -214,11 +214,11 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
     def refuse(*args, **options):
         raise AssertionError("encoded, or decoded, again")
 
-    monkeypatch.setattr(teachers.Teacher, "encode", refuse)
+    monkeypatch.setattr("scorefield.models.codec.Codec.encode", refuse)
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.encode_prompt", refuse)
-    monkeypatch.setattr("scorefield.training.latents.open_image", refuse)
-    for module in ("scorefield.models.teacher", "latents"):
-        monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
+    monkeypatch.setattr("distill.data.open_image", refuse)
+    monkeypatch.setattr("scorefield.models.teacher.IN_MEMORY", 0)
+    monkeypatch.setattr("distill.data.Memory", lambda: Memory(0))
     shown = {"validation_prompts": ("a red mug", "cone")}
     stored = train_dmd.main(config_of(root, tmp_path / "run", **shown))
     assert_equal(weights_of(stored), weights_of(finished["full"]))

@@ -430,7 +430,7 @@ def test_only_regular_files_are_opened(odd, tmp_path):
     with pytest.raises(ValueError, match="expected a regular file"):
         read_json(odd)
     with pytest.raises(ValueError, match="expected a regular file"):
-        File(odd).read()
+        File(str(odd)).read()
     with pytest.raises(ValueError, match="expected a regular file"):
         read_npz(odd)
     if not odd.is_dir():

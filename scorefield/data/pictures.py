@@ -57,6 +57,13 @@ def is_turned(data: bytes) -> bool:
         return file.getexif().get(ORIENTATION) in range(2, 9)
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of a picture as it lies by its Exif tag; read of its header alone."""
+    with Image.open(io.BytesIO(data)) as file:
+        width, height = file.size
+        return (width, height) if file.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
+
+
 def open_image(data: bytes) -> Image.Image:
     """A picture file as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8.
 

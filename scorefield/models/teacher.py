@@ -31,7 +31,7 @@ from scorefield.models.preflight import (
     check_shift,
 )
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
-from scorefield.models.prompts import LongPrompts, PromptEncoder
+from scorefield.models.prompts import LongPrompts, PromptEncoder, size_ids
 from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
 from scorefield.models.weights import check_fit
@@ -134,9 +134,8 @@ class Teacher:
         if self.texts is None:
             raise ValueError("this teacher takes no prompts: it is unconditional, or takes cond(labels).")
         cond = {name: value.to(self.device) for name, value in self.texts(prompts).items()}
-        if self.sized:  # original size, offset of the crop, target size (SDXL, arXiv 2307.01952, section 2.2)
-            ids = torch.tensor([[*self.size, 0, 0, *self.size]], dtype=torch.float32, device=self.device)
-            cond["time_ids"] = ids.repeat(len(prompts), 1)
+        if self.sized:
+            cond["time_ids"] = size_ids(self.size).to(self.device).repeat(len(prompts), 1)
         return cond
 
     def negative(self, prompt: str = "") -> Cond:

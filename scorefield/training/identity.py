@@ -99,6 +99,7 @@ def identity(config: Any, accelerator: Accelerator, inputs: Mapping[str, str]) -
     """
     watching = {"log_every", "save_every", "eval_every", "eval_images", "features", "probe_every", "max_rollbacks"}
     export = {"mesh_resolution", "turntable_size"}
-    ignored = {"out", "dry_run", "skip_teacher_check", "on_bad_data", "long_prompts", *watching, *export, *inputs}
+    handling = {"out", "dry_run", "skip_teacher_check", "on_bad_data", "long_prompts", "memory_limit"}
+    ignored = {*handling, *watching, *export, *inputs}
     fields = {name: value for name, value in resolved(config).items() if name not in ignored}
     return {**fields, **inputs, "num_processes": accelerator.num_processes}
