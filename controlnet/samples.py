@@ -18,7 +18,17 @@ from torch import Tensor
 
 from scorefield.cache import TensorCache, content_key
 from scorefield.data.buckets import Shape, filled, nearest_shape
-from scorefield.data.pictures import ROOM, Kind, check_kind, covering, is_turned, read_picture, resized, size_of
+from scorefield.data.pictures import (
+    ROOM,
+    Kind,
+    check_kind,
+    covering,
+    in_few_threads,
+    is_turned,
+    read_picture,
+    resized,
+    size_of,
+)
 from scorefield.data.rows import Columns, OnBadData, Row, in_shares, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.files import warn
@@ -89,8 +99,11 @@ class Pictures:
 
         Raises ``ValueError`` for a file that has changed into something unusable.
         """
-        row = self.rows[index]
-        pictures = _decoded(row, _contents(row, self.kinds), self.kinds, self.channels, self.convert)
+        contents = _contents(self.rows[index], self.kinds)
+        return in_few_threads(lambda: self._fitted(index, contents), *contents.values())
+
+    def _fitted(self, index: int, contents: Mapping[str, bytes]) -> dict[str, Tensor]:
+        pictures = _decoded(self.rows[index], contents, self.kinds, self.channels, self.convert)
         height, width = pictures["image"].shape[1:]
         fitting = covering(height, width, self._stored(index))
         return {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
@@ -147,26 +160,12 @@ def load_pictures(
     kinds: dict[str, Kind] = {"image": "image", **(maps or {})}
     _check_options(size, channels, on_bad_data, maps or {})
     listing = read_rows(data, Columns(image or "", text, tuple(maps or {})))
-    rows, verdicts = listing.rows, None
-    if cache is not None:
-        shapes = f" {list(buckets)}" if buckets else ""
-        verdicts = TensorCache(cache / "checked", f"2 {size} {channels} {convert} {sorted(kinds.items())}{shapes}")
-
-    def judge(number: int) -> Verdict:
-        row = rows[number]
-        try:
-            if row.fault or (text is not None and (fault := _caption_fault(row))):
-                raise ValueError(f"{row.name} {row.fault or fault}")
-            contents = _contents(row, kinds)
-            make = lambda _: [_facts(row, contents, kinds, size, channels, convert, buckets)]  # noqa: E731
-            key = content_key(*contents.values())
-            entry = (verdicts.fetch([key], make) if verdicts else make(None))[0]
-            shape = nearest_shape(size_of(contents["image"]), buckets) if buckets else None
-            return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]), shape=shape)
-        except ValueError as error:
-            return Verdict(fault=str(error))
-
-    found = in_shares(judge, len(rows), rank=rank, num_ranks=num_ranks, gather=gather)
+    rows, form = listing.rows, Form(kinds, size, channels, convert, text is not None, tuple(buckets))
+    verdicts = None if cache is None else TensorCache(cache / "checked", form.identity())
+    found = in_shares(
+        lambda number: judge(rows[number], form, verdicts), len(rows), rank=rank, num_ranks=num_ranks,
+        gather=gather,
+    )  # fmt: skip
     good = keep_good(listing, [verdict.fault for verdict in found], on_bad_data)
     if apart := [rows[number].name for number in good if found[number].apart]:
         warn(
@@ -177,6 +176,27 @@ def load_pictures(
         [rows[number] for number in good], [found[number].digest for number in good], size, kinds, channels,
         ROOM if crop == "random" else 1.0, convert, [shape for number in good if (shape := found[number].shape)],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What samples have to be: the arguments of :func:`load_pictures`."""
+
+    kinds: Mapping[str, Kind]
+    size: Shape
+    channels: int
+    convert: bool
+    captioned: bool
+    buckets: tuple[Shape, ...]
+
+    def identity(self) -> str:
+        """What a verdict about a sample's files depends on."""
+        shapes = f" {list(self.buckets)}" if self.buckets else ""
+        return f"2 {self.size} {self.channels} {self.convert} {sorted(self.kinds.items())}{shapes}"
+
+    def shape(self, shape: Shape) -> Shape:
+        """Height and width in which a picture of this height and width is trained on."""
+        return nearest_shape(shape, self.buckets) if self.buckets else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +210,20 @@ class Verdict:
     apart: bool = False
     fault: str = ""
     shape: Shape | None = None
+
+
+def judge(row: Row, form: Form, verdicts: TensorCache | None) -> Verdict:
+    """What is to be said of a sample; it is decoded unless a verdict about its files is there."""
+    try:
+        if row.fault or (form.captioned and (fault := _caption_fault(row))):
+            raise ValueError(f"{row.name} {row.fault or fault}")
+        contents = _contents(row, form.kinds)
+        make = lambda _: [in_few_threads(lambda: _facts(row, contents, form), *contents.values())]  # noqa: E731
+        entry = (verdicts.fetch([content_key(*contents.values())], make) if verdicts else make(None))[0]
+        shape = form.shape(size_of(contents["image"])) if form.buckets else None
+        return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]), shape=shape)
+    except ValueError as error:
+        return Verdict(fault=str(error))
 
 
 def _check_options(size: tuple[int, int], channels: int, on_bad_data: str, maps: Mapping[str, Kind]) -> None:
@@ -216,13 +250,10 @@ def _contents(row: Row, kinds: Mapping[str, Kind]) -> dict[str, bytes]:
     return contents
 
 
-def _facts(
-    row: Row, contents: Mapping[str, bytes], kinds: Mapping[str, Kind], size: tuple[int, int], channels: int,
-    convert: bool, buckets: Sequence[Shape],
-) -> dict[str, Tensor]:  # fmt: skip
+def _facts(row: Row, contents: Mapping[str, bytes], form: Form) -> dict[str, Tensor]:
     # What is kept of a sample that can be used.
-    height, width = _decoded(row, contents, kinds, channels, convert)["image"].shape[1:]
-    size = nearest_shape((height, width), buckets) if buckets else size
+    height, width = _decoded(row, contents, form.kinds, form.channels, form.convert)["image"].shape[1:]
+    size = form.shape((height, width))
     if max(size[0] / height, size[1] / width) > 2:
         raise ValueError(
             f"{row.name} is {width} x {height}, less than half of the {size[1]} x {size[0]} to train at."

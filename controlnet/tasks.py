@@ -134,7 +134,7 @@ def load_task(
     if ships("control", options.data):
         if buckets:
             raise ValueError(
-                f"--buckets is for pictures of several shapes; all of --data {options.data} are square."
+                f"--buckets is for pictures of several shapes; those of --data {options.data} are square."
             )
         made: Made = shipped(f"control {options.data}")(hint, size, options.num_samples, num_held_out)
         return Task(training=made.training, held_out=made.held_out, hint=hint, source=options.data, made=made)

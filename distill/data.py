@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from distill.options import Config
 from scorefield.cache import TensorCache, content_key, fingerprint
 from scorefield.data.images import DIGITS, ImageSet, load_images
-from scorefield.data.pictures import central, open_image
+from scorefield.data.pictures import read_central
 from scorefield.data.rows import in_shares
 from scorefield.data.texts import Pictures
 from scorefield.models.codec import Codec
@@ -117,7 +117,7 @@ class RealLatents:
             if tuple(image.shape[1:]) != self.size:
                 raise ValueError(f"are {tuple(image.shape[1:])}, the teacher's {self.size}.")
             return image
-        return central(open_image(image.read()).convert("RGB"), self.size)
+        return read_central(image.read(), "RGB", self.size)
 
     def judge(self, number: int) -> tuple[str, str]:
         """Hash of an image's file, and what is wrong with it; decoded only if it is not in the cache."""

@@ -217,8 +217,8 @@ def test_each_image_is_an_entry_that_is_made_and_read_when_its_turn_comes(teache
     assert not list(cache.rglob("*.safetensors")), "nothing is encoded before it is drawn"
     everything = whole(torch.arange(5))
     assert len(list(cache.rglob("*.safetensors"))) == 5
-    opened, open_image = [], latents.open_image
-    monkeypatch.setattr(latents, "open_image", lambda data: opened.append(data) or open_image(data))
+    opened, read = [], latents.read_central
+    monkeypatch.setattr(latents, "read_central", lambda data, *how: opened.append(data) or read(data, *how))
     stored = checked([*images[1:5], images[5]], teacher)
     assert set(opened) == {images[5].read()}
     chosen = torch.tensor([2, 0, 2])

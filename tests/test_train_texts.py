@@ -216,7 +216,7 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
 
     monkeypatch.setattr("scorefield.models.codec.Codec.encode", refuse)
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.encode_prompt", refuse)
-    monkeypatch.setattr("distill.data.open_image", refuse)
+    monkeypatch.setattr("distill.data.read_central", refuse)
     monkeypatch.setattr("scorefield.models.teacher.IN_MEMORY", 0)
     monkeypatch.setattr("distill.data.Memory", lambda: Memory(0))
     shown = {"validation_prompts": ("a red mug", "cone")}

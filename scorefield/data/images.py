@@ -1,7 +1,7 @@
 """Training images at ``--resolution``, from whatever ``--data`` names: in memory, or decoded when they are drawn.
 
-60,000 of 32 x 32 take 61 MB, a million of 64 x 64 in colour 12 GB. ``--memory-limit`` says how much is kept; all are
-decoded once before training, to meet what cannot be used.
+60,000 of 32 x 32 take 61 MB, a million of 64 x 64 in colour 12 GB. ``--memory-limit`` says how much is kept; all
+are decoded once before training, to meet what cannot be used.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from scorefield.cache import content_key
 from scorefield.data.ahead import read_ahead
 from scorefield.data.arrays import check_class_numbers, check_values
 from scorefield.data.options import DataOptions
-from scorefield.data.pictures import ROOM, as_floats, central, open_image, resized
+from scorefield.data.pictures import ROOM, as_floats, open_image, read_central, resized
 from scorefield.data.rows import Columns, Listing, Picture, Row, in_threads, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.randomness import Rng, shuffled
@@ -96,7 +96,7 @@ class ImageSet:
         return math.sqrt(max(0.0, squares - total * total / number) / max(1.0, number - 1))
 
     def pixels(self, chosen: Tensor) -> Tensor:
-        """(b, c, size, size) of the images with these numbers. Raises ``ValueError`` for a file spoilt meanwhile."""
+        """(b, c, size, size) of the images with these numbers. Raises ``ValueError`` for a spoilt file."""
         return torch.stack(list(in_threads(self._one, chosen.tolist()))) if self.unread else self.images[chosen]
 
     def _one(self, number: int) -> Tensor:
@@ -163,8 +163,8 @@ def stored_size(resolution: int, crop: str) -> int:
 
 
 def decoded(picture: Picture, mode: str, size: int, least: int = 1) -> Tensor:
-    """The central square of a picture file, resized: (c, size, size) of bytes. Raises as :func:`central` does."""
-    return central(open_image(picture.read()).convert(mode), (size, size), (least, least))
+    """The central square of a picture, resized: (c, size, size) of bytes. Raises as :func:`read_central` does."""
+    return read_central(picture.read(), mode, (size, size), (least, least))
 
 
 def _from_rows(listing: Listing, options: DataOptions) -> ImageSet:
