@@ -4,7 +4,7 @@
         samples=load_pictures("images/", (512, 512)), hints=[Canny()], size=(512, 512), batch_size=16,
         prompts=teacher.prompts, null=teacher.negative(), latents=latents, prompt_drop=0.5, device="cuda",
     )
-    for report in train([phase], read_ahead(batches, accelerator.num_processes), accelerator, steps=10_000): ...
+    for report in train([phase], batches.ahead(accelerator.num_processes), accelerator, steps=10_000): ...
 
 What happens to a sample follows from (seed, sample, epoch): on other ranks or after a restart it is the same.
 Prompts and hints are dropped here, when a batch is read, and never in a cache: a sample that lost its prompt in
@@ -12,20 +12,22 @@ this epoch has it in another.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from controlnet.caching import Latents, Memory, share_work
 from controlnet.hints import Hint, annotate, check_source, hint_generators
 from controlnet.samples import Samples
+from scorefield.data.ahead import read_ahead
+from scorefield.data.buckets import Buckets, Shape
 from scorefield.data.pictures import as_floats, as_values, choose_view
-from scorefield.data.rows import THREADS
+from scorefield.data.rows import in_threads
 from scorefield.denoiser import Cond
-from scorefield.randomness import Rng, shuffled
+from scorefield.models.prompts import told_size
+from scorefield.randomness import Rng, normal_like, shuffled
+from scorefield.training.latents import Latents, Memory
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,17 @@ class ControlBatches:
         batch_size: of a micro-batch.
         prompts: captions -> condition, batch n: ``Teacher.prompts``.
         null: the condition of a dropped prompt, batch 1: ``Teacher.negative()``.
-        latents: images to x0; None for a model of pixels.
+        latents: images to "mean" and "std" of their x0, of which one is drawn anew each time; None for a model of
+            pixels.
+        sampled: False for a base that was trained on the means: a weak KL term leaves large deviations in what the
+            decoder does not look at, and such a base has never seen them.
         prompt_drop: probability that a sample is trained on without its prompt (ControlNet: 0.5).
         hint_drop: probability that a hint is all zeros, for each hint by itself.
         flip: mirror half of the samples.
         crop: the middle of each sample, or a random part.
         device: of the batches.
         memory: for samples that were read.
+        buckets: shapes of the samples, in place of ``size``.
     """
 
     samples: Samples
@@ -72,13 +78,14 @@ class ControlBatches:
     prompts: Callable[[Sequence[str]], Cond]
     null: Cond
     latents: Latents | None = None
+    sampled: bool = True
     prompt_drop: float = 0.0
     hint_drop: float = 0.0
     flip: bool = False
     crop: Literal["center", "random"] = "center"
     device: torch.device | str = "cpu"
-    memory: Memory[int] = field(default_factory=lambda: Memory(2**30))
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS), init=False, repr=False)
+    memory: Memory[int] = field(default_factory=Memory)
+    buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         for hint in self.hints:
@@ -102,11 +109,18 @@ class ControlBatches:
         """
         return self.finish(self.load(rng.index, rng.seed), rng.seed)
 
+    def ahead(self, num_ranks: int = 1) -> Callable[[Rng], dict[str, Any]]:
+        """The same batches, the next of which is loaded in a thread meanwhile; see :func:`read_ahead`."""
+        return read_ahead(self.load, lambda loaded, rng: self.finish(loaded, rng.seed), num_ranks)
+
     def load(self, number: int, seed: int) -> Loaded:
         """Batch ``number`` from disk, cut and mirrored; on the CPU, and the slow part."""
-        position = number * self.batch_size + torch.arange(self.batch_size)
-        indices = shuffled(len(self.samples), self.batch_size, Rng(seed, step=0, index=number)).tolist()
-        epochs = (position // len(self.samples)).tolist()
+        if self.buckets is None:
+            position = number * self.batch_size + torch.arange(self.batch_size)
+            drawn = shuffled(len(self.samples), self.batch_size, Rng(seed, step=0, index=number))
+            indices, epochs = drawn.tolist(), (position // len(self.samples)).tolist()
+        else:
+            indices, epochs = (some.tolist() for some in self.buckets.draw(number, seed))
         generators = hint_generators(seed, indices, epochs, "view")
         mirrored = [self.flip and bool(torch.rand((), generator=generator) < 0.5) for generator in generators]
         return self._load(indices, epochs, mirrored, generators if self.crop == "random" else None)
@@ -125,20 +139,21 @@ class ControlBatches:
         prompts = dropped("drop prompt", self.prompt_drop)
         hints = [dropped(f"drop hint {n}", self.hint_drop)[:, None] for n in range(len(self.hints))]
         gone = torch.cat([drop.expand(-1, hint.channels) for drop, hint in zip(hints, self.hints, strict=True)], 1)
+        cond = replace_rows(batch["cond"], self.null, prompts)
         return {
             **batch,
             "hint": batch["hint"].masked_fill(gone[:, :, None, None], 0.0),
-            "cond": replace_rows(batch["cond"], self.null, prompts),
+            "cond": told_size(cond, self.size_of(loaded.indices[0])) if self.buckets else cond,
             "prompt_dropped": prompts,
             "hint_dropped": torch.cat(hints, 1),
         }
 
     @torch.no_grad()
     def examples(self, indices: Sequence[int], seed: int = 0) -> dict[str, Any]:
-        """These samples for looking at: their middle, not mirrored, nothing dropped; the same at each call.
+        """These samples, all of one shape, for looking at: their middle, not mirrored, nothing dropped.
 
         "x0", "hint" and "cond" as in training, and "images" (b, 3, height, width) in [-1, 1], which stay on the
-        CPU. Made ``batch_size`` at a time.
+        CPU; the same at each call. Made ``batch_size`` at a time.
         """
         parts = []
         for start in range(0, len(indices), self.batch_size):
@@ -148,26 +163,6 @@ class ControlBatches:
         made = {name: torch.cat([part[name] for part in parts]) for name in ("x0", "hint", "images")}
         cond = {name: torch.cat([part["cond"][name] for part in parts]) for name in parts[0]["cond"]}
         return {**made, "cond": cond}
-
-    def share_latents(self, *, rank: int = 0, num_ranks: int = 1) -> int:
-        """Encode all images that are not in the cache, mirrored ones too, with the other ranks.
-
-        Returns how many this rank encoded; the autoencoder is not needed for training afterwards. Raises
-        ``ValueError`` without a cache.
-        """
-        latents = self.latents
-        if latents is None or latents.cache is None:
-            raise ValueError("there is no cache to fill: pass latents=Latents(codec.posterior, TensorCache(...)).")
-
-        def store(some: list[tuple[int, bool]]) -> None:
-            images = [part["image"] for part in self._pool.map(lambda item: self._cut(*item), some)]
-            latents.moments([self._name(*item) for item in some], torch.stack(images).to(self.device))
-
-        return share_work(
-            [(index, mirrored) for index in range(len(self.samples)) for mirrored in sorted({False, self.flip})],
-            done=lambda item: latents.has(self._name(*item)), do=store, rank=rank, num_ranks=num_ranks,
-            batch_size=latents.batch_size, name="latents",
-        )  # fmt: skip
 
     def _undropped(self, loaded: Loaded, seed: int) -> dict[str, Any]:
         def generators(purpose: str) -> list[Generator]:
@@ -179,7 +174,9 @@ class ControlBatches:
         hint = annotate(self.hints, maps, [generators(f"hint {n}") for n in range(len(self.hints))])
         x0 = images
         if self.latents is not None:
-            x0 = self.latents(loaded.names, pictures["image"], generators("latent"))
+            kept = self.latents(loaded.names, lambda some: pictures["image"][some], self.device)
+            noise = normal_like(kept["mean"], generators("latent")) if self.sampled else None
+            x0 = kept["mean"] if noise is None else kept["mean"] + kept["std"] * noise
         cond = self.prompts([self.samples.caption(index) for index in loaded.indices])
         return {"x0": x0, "hint": hint, "cond": dict(cond), "images": images}
 
@@ -187,7 +184,8 @@ class ControlBatches:
         self, indices: list[int], epochs: list[int], mirrored: list[bool],
         generators: Sequence[Generator] | None = None,
     ) -> Loaded:  # fmt: skip
-        parts = list(self._pool.map(self._cut, indices, mirrored, generators or [None] * len(indices)))
+        cuts = zip(indices, mirrored, generators or [None] * len(indices), strict=True)
+        parts = list(in_threads(lambda cut: self._cut(*cut), cuts))
         names = [
             self._name(index, turned) for index, turned in zip(indices, mirrored, strict=True) if self.latents
         ]
@@ -200,11 +198,21 @@ class ControlBatches:
             sample = self.samples.load(index)
             self.memory.keep(index, sample)
         height, width = sample["image"].shape[1:]
-        view = choose_view(height, width, self.size, mirrored=mirrored, generator=generator)
+        view = choose_view(height, width, self.size_of(index), mirrored=mirrored, generator=generator)
         return {name: view.cut(picture, self.samples.kinds[name]) for name, picture in sample.items()}
 
     def _name(self, index: int, mirrored: bool) -> str:
-        return f"{self.samples.identity(index)} {self.size[0]}x{self.size[1]} mirrored={mirrored}"
+        height, width = self.size_of(index)
+        return f"{self.samples.identity(index)} {height}x{width} mirrored={mirrored}"
+
+    def size_of(self, index: int) -> Shape:
+        """Height and width at which a sample is trained on."""
+        return self.size if self.buckets is None else self.buckets.shape(index)
+
+    def alike(self, number: int) -> list[int]:
+        """The first few samples of one shape, the most frequent one."""
+        alike = torch.arange(len(self.samples)) if self.buckets is None else max(self.buckets.members, key=len)
+        return alike[:number].tolist()
 
 
 def replace_rows(cond: Cond, null: Cond, chosen: Tensor) -> dict[str, Tensor]:
@@ -226,23 +234,3 @@ def _stacked(pictures: list[Tensor]) -> Tensor:
     # Hint images of a folder may be grey here and coloured there.
     channels = max(len(picture) for picture in pictures)
     return torch.stack([picture.expand(channels, -1, -1) for picture in pictures])
-
-
-def read_ahead(batches: ControlBatches, num_ranks: int = 1) -> Callable[[Rng], dict[str, Any]]:
-    """The same batches, the next of which is loaded in a thread while one is trained on.
-
-    Args:
-        batches: loading must not depend on anything but number and seed.
-        num_ranks: a rank asks for each ``num_ranks``-th batch.
-    """
-    pool = ThreadPoolExecutor(1)
-    coming: dict[tuple[int, int], Future[Loaded]] = {}
-
-    def batch(rng: Rng) -> dict[str, Any]:
-        here, following = (rng.index, rng.seed), (rng.index + num_ranks, rng.seed)
-        future = coming.pop(here, None)
-        coming.clear()
-        coming[following] = pool.submit(batches.load, *following)
-        return batches.finish(future.result() if future else batches.load(*here), rng.seed)
-
-    return batch

@@ -34,6 +34,9 @@ class TaskOptions:
     """Of own data; empty: no captions."""
     size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
     """Pixels of a side to train at; 0: the teacher's own."""
+    buckets: bool = False
+    """Train on pictures in a few shapes of the area of --size, each picture in the nearest one, a batch in one;
+    judged are squares. For pictures of your own, and teachers whose networks take any size."""
     num_samples: int = 50_000
     """Of toyworld and circles."""
     crop: Literal["center", "random"] = "center"

@@ -10,6 +10,7 @@ diffusers. Stopped runs resume: run the same command again.
 
 import copy
 import json
+import math
 import tempfile
 import time
 from dataclasses import replace
@@ -22,25 +23,27 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
-from controlnet.caching import Latents, Memory, share_prompts
-from controlnet.data import ControlBatches, read_ahead
+from controlnet.data import ControlBatches
 from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.initial import start_from
 from controlnet.options import Config, check
+from controlnet.samples import Pictures
 from controlnet.tasks import Task, load_task
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.verdict import Evidence, EvidenceLog
 from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache, fingerprint
+from scorefield.data.buckets import Buckets, Shape, bucket_shapes
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
-from scorefield.models.prompts import PromptEncoder, default_cache_folder
+from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
 from scorefield.training.identity import identity
+from scorefield.training.latents import Latents, Memory
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
 
@@ -68,7 +71,7 @@ def main(config: Config) -> Path:
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None:
-        calibrate(adapter, batches.examples(range(min(CALIBRATE_BY, len(task.training))))["hint"])
+        calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser)
     assert phase.ema is not None
@@ -104,7 +107,7 @@ def main(config: Config) -> Path:
                 export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
 
     fit(
-        config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
+        config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
         watch=watch, all_watch=True, finish=finish,
     )  # fmt: skip
     return config.out / "controlnet"
@@ -119,7 +122,7 @@ def plan(config: Config) -> Path:
     freeze_base(config, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
     roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
-    before = f"{len(task.training):,} samples encoded, {len(task.held_out):,} held out"
+    before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
     show_plan(config, roles, {"adapter": config.steps}, before)
     return config.out
 
@@ -139,9 +142,22 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
         raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
     task = load_task(
         config, teacher.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
+        buckets=shapes_for(teacher) if config.buckets else (),
         fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
     )  # fmt: skip
     return teacher, task
+
+
+def shapes_for(teacher: Teacher) -> list[Shape]:
+    """The shapes of ``--buckets``: sides that the network can halve, and multiples of 64 from 512 pixels on."""
+    assert teacher.codec is not None
+    height, width = teacher.size
+    halvings = len(unet_of(teacher.denoiser).config.down_block_types) - 1
+    multiple = teacher.codec.factor * 2**halvings
+    multiple = math.lcm(multiple, 64) if height >= 512 else multiple
+    if height != width or height % multiple:
+        raise ValueError(f"--buckets needs a square --size, a multiple of {multiple}; got {height} x {width}.")
+    return bucket_shapes(height, multiple)
 
 
 def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:
@@ -161,7 +177,7 @@ def make_adapter(teacher: Teacher, task: Task) -> EncoderCopy:
 def make_batches(
     config: Config, teacher: Teacher, task: Task, accelerator: Accelerator
 ) -> tuple[ControlBatches, ControlBatches]:
-    """Those to train on, their latents encoded by all ranks together and kept, and those to judge by."""
+    """Those to train on, and those to judge by; their latents are kept."""
     codec, source = teacher.codec, teacher.source
     assert codec is not None
     on_means = source is not None and source.resolve() == Path(named_folder("toyworld")).resolve()
@@ -169,17 +185,25 @@ def make_batches(
     cache = None
     if isinstance(codec, Codec) and config.crop == "center" and config.cache:
         cache = TensorCache(config.cache / "latents", codec.identity())
-    latents = Latents(codec.posterior, cache, Memory(2**30), config.eval_batch_size, sampled=sampled)
+    latents = Latents(
+        lambda images: dict(zip(("mean", "std"), codec.posterior(images), strict=True)), cache, Memory(),
+        config.eval_batch_size,
+    )  # fmt: skip
+    samples, buckets = task.training, None
+    if config.buckets and isinstance(samples, Pictures):
+        samples = samples.in_full_buckets(config.batch_size)
+        buckets = Buckets(samples.shapes, config.batch_size)
     training, held_out = (
         ControlBatches(
             samples=samples, hints=[task.hint], size=teacher.size, batch_size=batch_size, prompts=teacher.prompts,
-            null=teacher.negative(), latents=latents, prompt_drop=config.prompt_drop, hint_drop=config.hint_drop,
-            flip=config.flip, crop=config.crop, device=accelerator.device,
+            null=teacher.negative(), latents=latents, sampled=sampled, prompt_drop=config.prompt_drop,
+            hint_drop=config.hint_drop, flip=config.flip, crop=config.crop, device=accelerator.device,
+            buckets=shapes,
         )
-        for samples, batch_size in ((task.training, config.batch_size), (task.held_out, config.eval_batch_size))
+        for samples, batch_size, shapes in (
+            (samples, config.batch_size, buckets), (task.held_out, config.eval_batch_size, None)
+        )
     )  # fmt: skip
-    if cache is not None:
-        training.share_latents(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     return training, held_out
 
 
@@ -232,7 +256,8 @@ def facts(
     """What a card says of the training."""
     sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
     return {
-        "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels",
+        "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels"
+        + (", in buckets of that area" if config.buckets else ""),
         "hints": f"{task.hint}, channels: {task.hint.channels}", "steps": config.steps,
         "batch": f"{images_per_step} images", "learning rate": config.learning_rate,
         "prompts dropped": config.prompt_drop, "hints dropped": config.hint_drop,

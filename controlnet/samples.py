@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from scorefield.cache import TensorCache, content_key
-from scorefield.data.pictures import ROOM, Kind, check_kind, covering, is_turned, read_picture, resized
+from scorefield.data.buckets import Shape, filled, nearest_shape
+from scorefield.data.pictures import (
+    ROOM,
+    Kind,
+    check_kind,
+    covering,
+    in_few_threads,
+    is_turned,
+    read_picture,
+    resized,
+    size_of,
+)
 from scorefield.data.rows import Columns, OnBadData, Row, in_shares, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.files import warn
@@ -58,6 +69,7 @@ class Pictures:
         channels: of the image, 1 or 3.
         room: factor by which stored pictures are larger than ``size``, for random crops.
         convert: unusual modes are converted.
+        shapes: height and width of views of each row, in place of ``size``; empty without buckets.
     """
 
     rows: Sequence[Row]
@@ -67,6 +79,7 @@ class Pictures:
     channels: int = 3
     room: float = 1.0
     convert: bool = False
+    shapes: Sequence[Shape] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,34 +91,49 @@ class Pictures:
 
     def identity(self, index: int) -> str:
         """What the image of :meth:`load` follows from."""
-        height, width = self._stored()
+        height, width = self._stored(index)
         return f"{self.digests[index]} {height}x{width} {self.channels} {self.convert}"
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Image and maps, (c, h, w) each, of one size that covers ``size``.
+        """Image and maps, (c, h, w) each, of one size that covers that of its views.
 
         Raises ``ValueError`` for a file that has changed into something unusable.
         """
-        row = self.rows[index]
-        pictures = _decoded(row, _contents(row, self.kinds), self.kinds, self.channels, self.convert)
+        contents = _contents(self.rows[index], self.kinds)
+        return in_few_threads(lambda: self._fitted(index, contents), *contents.values())
+
+    def _fitted(self, index: int, contents: Mapping[str, bytes]) -> dict[str, Tensor]:
+        pictures = _decoded(self.rows[index], contents, self.kinds, self.channels, self.convert)
         height, width = pictures["image"].shape[1:]
-        fitting = covering(height, width, self._stored())
+        fitting = covering(height, width, self._stored(index))
         return {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
 
     def some(self, numbers: Sequence[int]) -> "Pictures":
         """Those with these numbers."""
-        rows = [self.rows[number] for number in numbers]
-        return replace(self, rows=rows, digests=[self.digests[number] for number in numbers])
+        return replace(
+            self, rows=[self.rows[n] for n in numbers], digests=[self.digests[n] for n in numbers],
+            shapes=[self.shapes[n] for n in numbers if self.shapes],
+        )  # fmt: skip
 
-    def _stored(self) -> tuple[int, int]:
-        return round(self.size[0] * self.room), round(self.size[1] * self.room)
+    def in_full_buckets(self, batch_size: int) -> "Pictures":
+        """The same with the pictures of a shape that has no batch in the nearest one that has."""
+        return replace(self, shapes=filled(self.shapes, batch_size))
+
+    def in_one_shape(self) -> "Pictures":
+        """The same without buckets."""
+        return replace(self, shapes=())
+
+    def _stored(self, index: int) -> tuple[int, int]:
+        height, width = self.shapes[index] if self.shapes else self.size
+        return round(height * self.room), round(width * self.room)
 
 
 def load_pictures(
     data: Any, size: tuple[int, int], *, text: str | None = "text", image: str | None = None,
     maps: Mapping[str, Kind] | None = None, channels: int = 3, crop: Literal["center", "random"] = "center",
-    convert: bool = False, on_bad_data: OnBadData = "stop", cache: Path | None = None, rank: int = 0,
-    num_ranks: int = 1, gather: Callable[[list[Any]], list[Any]] = list,
+    convert: bool = False, on_bad_data: OnBadData = "stop", cache: Path | None = None,
+    buckets: Sequence[Shape] = (), rank: int = 0, num_ranks: int = 1,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Pictures:  # fmt: skip
     """Samples of a folder or a data set, all of them checked.
 
@@ -122,6 +150,7 @@ def load_pictures(
         on_bad_data: stop, or skip unusable samples: pictures missing, damaged, of another mode, smaller than half
             of ``size``, or of another size than their image; captions missing or empty.
         cache: folder in which verdicts are kept, under the hash of a sample's files: a second start decodes none.
+        buckets: shapes, each picture being cut to the nearest one in place of ``size``.
         rank: of this process.
         num_ranks: that share the work.
         gather: the lists of all ranks as one.
@@ -133,24 +162,12 @@ def load_pictures(
     kinds: dict[str, Kind] = {"image": "image", **(maps or {})}
     _check_options(size, channels, on_bad_data, maps or {})
     listing = read_rows(data, Columns(image or "", text, tuple(maps or {})))
-    rows, verdicts = listing.rows, None
-    if cache is not None:
-        verdicts = TensorCache(cache / "checked", f"2 {size} {channels} {convert} {sorted(kinds.items())}")
-
-    def judge(number: int) -> Verdict:
-        row = rows[number]
-        try:
-            if row.fault or (text is not None and (fault := _caption_fault(row))):
-                raise ValueError(f"{row.name} {row.fault or fault}")
-            contents = _contents(row, kinds)
-            make = lambda _: [_facts(row, contents, kinds, size, channels, convert)]  # noqa: E731
-            key = content_key(*contents.values())
-            entry = (verdicts.fetch([key], make) if verdicts else make(None))[0]
-            return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]))
-        except ValueError as error:
-            return Verdict(fault=str(error))
-
-    found = in_shares(judge, len(rows), rank=rank, num_ranks=num_ranks, gather=gather)
+    rows, form = listing.rows, Form(kinds, size, channels, convert, text is not None, tuple(buckets))
+    verdicts = None if cache is None else TensorCache(cache / "checked", form.identity())
+    found = in_shares(
+        lambda number: judge(rows[number], form, verdicts), len(rows), rank=rank, num_ranks=num_ranks,
+        gather=gather,
+    )  # fmt: skip
     good = keep_good(listing, [verdict.fault for verdict in found], on_bad_data)
     if apart := [rows[number].name for number in good if found[number].apart]:
         warn(
@@ -159,20 +176,56 @@ def load_pictures(
         )
     return Pictures(
         [rows[number] for number in good], [found[number].digest for number in good], size, kinds, channels,
-        ROOM if crop == "random" else 1.0, convert,
+        ROOM if crop == "random" else 1.0, convert, [shape for number in good if (shape := found[number].shape)],
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
+class Form:
+    """What samples have to be: the arguments of :func:`load_pictures`."""
+
+    kinds: Mapping[str, Kind]
+    size: Shape
+    channels: int
+    convert: bool
+    captioned: bool
+    buckets: tuple[Shape, ...]
+
+    def identity(self) -> str:
+        """What a verdict about a sample's files depends on."""
+        shapes = f" {list(self.buckets)}" if self.buckets else ""
+        return f"2 {self.size} {self.channels} {self.convert} {sorted(self.kinds.items())}{shapes}"
+
+    def shape(self, shape: Shape) -> Shape:
+        """Height and width in which a picture of this height and width is trained on."""
+        return nearest_shape(shape, self.buckets) if self.buckets else self.size
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What was found of a sample: the hash of its image's file, or why it cannot be used.
 
-    ``apart``: image and map are turned by their Exif tags, but not alike.
+    ``apart``: image and map are turned by their Exif tags, but not alike. ``shape``: of its bucket.
     """
 
     digest: str = ""
     apart: bool = False
     fault: str = ""
+    shape: Shape | None = None
+
+
+def judge(row: Row, form: Form, verdicts: TensorCache | None) -> Verdict:
+    """What is to be said of a sample; it is decoded unless a verdict about its files is there."""
+    try:
+        if row.fault or (form.captioned and (fault := _caption_fault(row))):
+            raise ValueError(f"{row.name} {row.fault or fault}")
+        contents = _contents(row, form.kinds)
+        make = lambda _: [in_few_threads(lambda: _facts(row, contents, form), *contents.values())]  # noqa: E731
+        entry = (verdicts.fetch([content_key(*contents.values())], make) if verdicts else make(None))[0]
+        shape = form.shape(size_of(contents["image"])) if form.buckets else None
+        return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]), shape=shape)
+    except ValueError as error:
+        return Verdict(fault=str(error))
 
 
 def _check_options(size: tuple[int, int], channels: int, on_bad_data: str, maps: Mapping[str, Kind]) -> None:
@@ -199,12 +252,10 @@ def _contents(row: Row, kinds: Mapping[str, Kind]) -> dict[str, bytes]:
     return contents
 
 
-def _facts(
-    row: Row, contents: Mapping[str, bytes], kinds: Mapping[str, Kind], size: tuple[int, int], channels: int,
-    convert: bool,
-) -> dict[str, Tensor]:  # fmt: skip
+def _facts(row: Row, contents: Mapping[str, bytes], form: Form) -> dict[str, Tensor]:
     # What is kept of a sample that can be used.
-    height, width = _decoded(row, contents, kinds, channels, convert)["image"].shape[1:]
+    height, width = _decoded(row, contents, form.kinds, form.channels, form.convert)["image"].shape[1:]
+    size = form.shape((height, width))
     if max(size[0] / height, size[1] / width) > 2:
         raise ValueError(
             f"{row.name} is {width} x {height}, less than half of the {size[1]} x {size[0]} to train at."

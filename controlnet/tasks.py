@@ -1,7 +1,7 @@
 """What an adapter is taught: samples, and the hint that is made of them."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -17,7 +17,8 @@ from controlnet.hints import Hint, Precomputed
 from controlnet.lines import LineArt, Scribble, SoftEdge
 from controlnet.options import TaskOptions
 from controlnet.samples import Pictures, Samples, load_pictures
-from scorefield.cache import content_key
+from scorefield.cache import Content, hash_of
+from scorefield.data.buckets import Shape
 from scorefield.data.pictures import PLAIN, Kind
 from scorefield.shipped import shipped, ships
 
@@ -72,12 +73,16 @@ class Task:
     def identity(self) -> str:
         """Hash of what is trained on: images, captions, and the files of a map."""
         maps = self.hint.source if isinstance(self.training, Pictures) and self.hint.source != "image" else ""
-        parts: list[str | bytes] = [repr(self.hint)]
-        for index in range(len(self.training)):
-            parts += [self.training.identity(index), self.training.caption(index)]
-            if maps and isinstance(self.training, Pictures):
-                parts.append(self.training.rows[index].maps[maps].read())
-        return content_key(*parts)[:16]
+
+        def parts() -> Iterator[Content]:
+            yield repr(self.hint)
+            for index in range(len(self.training)):
+                yield self.training.identity(index)
+                yield self.training.caption(index)
+                if maps and isinstance(self.training, Pictures):
+                    yield self.training.rows[index].maps[maps].read()
+
+        return hash_of(parts())[:16]
 
 
 def kind_of(options: TaskOptions) -> Kind:
@@ -112,19 +117,25 @@ def load_task(
     size: tuple[int, int],
     num_held_out: int,
     *,
+    buckets: Sequence[Shape] = (),
     rank: int = 0,
     num_ranks: int = 1,
     fitting: Callable[[Sequence[str]], Sequence[int]] | None = None,
 ) -> Task:
     """Samples for training and, apart from them, ``num_held_out`` for judging; all files are checked.
 
-    ``fitting`` says which captions are not too long.
+    ``fitting`` says which captions are not too long, ``buckets`` in which shapes pictures are trained on; they are
+    judged in ``size``.
 
     Raises ``ValueError`` for data that are not there, unusable, of another size than the toy world's pictures, or
     too few, and for a hint that they do not hold.
     """
     hint = make_hint(options)
     if ships("control", options.data):
+        if buckets:
+            raise ValueError(
+                f"--buckets is for pictures of several shapes; those of --data {options.data} are square."
+            )
         made: Made = shipped(f"control {options.data}")(hint, size, options.num_samples, num_held_out)
         return Task(training=made.training, held_out=made.held_out, hint=hint, source=options.data, made=made)
     if not options.data:
@@ -133,7 +144,7 @@ def load_task(
     pictures = load_pictures(
         options.data, size, text=options.text_column or None, image=options.image_column or None, maps=maps,
         crop=options.crop, convert=options.convert, on_bad_data=options.on_bad_data, cache=options.cache,
-        rank=rank, num_ranks=num_ranks, gather=gather_object,
+        buckets=buckets, rank=rank, num_ranks=num_ranks, gather=gather_object,
     )  # fmt: skip
     if fitting is not None:
         pictures = pictures.some(fitting([pictures.caption(index) for index in range(len(pictures))]))
@@ -168,4 +179,4 @@ def split(pictures: Pictures, num_held_out: int) -> tuple[Pictures, Pictures]:
         )
     held_out = set(sorted(first)[:num_held_out])
     training = [row for row, digest in enumerate(pictures.digests) if digest not in held_out]
-    return pictures.some(training), pictures.some([first[digest] for digest in sorted(held_out)])
+    return pictures.some(training), pictures.some([first[digest] for digest in sorted(held_out)]).in_one_shape()

@@ -1,15 +1,28 @@
 """The images that a distillation needs, and its batches: with real images, or with conditions alone."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Subset
 
 from distill.options import Config
-from scorefield.cache import fingerprint
+from scorefield.cache import TensorCache, content_key, fingerprint
 from scorefield.data.images import DIGITS, ImageSet, load_images
+from scorefield.data.pictures import read_central
+from scorefield.data.rows import in_shares
+from scorefield.data.texts import Pictures
+from scorefield.models.codec import Codec
+from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import Teacher
-from scorefield.randomness import Rng, shuffled
+from scorefield.randomness import Rng
+from scorefield.training.latents import Latents, Memory
+
+PIXELS = 2**20
+"""Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
 
 
 def student_data(config: Config, teacher: Teacher) -> ImageSet | None:
@@ -49,14 +62,9 @@ def check_data(data: ImageSet, teacher: Teacher) -> None:
 
 
 def student_batches(
-    config: Config, teacher: Teacher, data: ImageSet | None, device: torch.device
+    config: Config, teacher: Teacher, data: ImageSet | None, device: torch.device, num_ranks: int = 1
 ) -> Callable[[Rng], dict[str, Any]]:
     """What makes a batch from an ``Rng``: real images and their conditions; without images, classes at random."""
-
-    def real(rng: Rng) -> dict[str, Any]:
-        assert data is not None
-        batch = data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), device)
-        return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
 
     def conditions(rng: Rng) -> dict[str, Any]:
         labels = torch.randint(max(1, teacher.num_classes), (config.batch_size,), generator=rng("labels"))
@@ -64,9 +72,90 @@ def student_batches(
         real = {"real": torch.zeros(config.batch_size, *teacher.shape, device=device)} if config.gan_weight else {}
         return {"cond": teacher.cond(labels.to(device)), "size": config.batch_size, **real}
 
-    return conditions if data is None or config.reals == "teacher" else real
+    if data is None or config.reals == "teacher":
+        return conditions
+    images = data.batches(config.batch_size, device, num_ranks)
+
+    def real(rng: Rng) -> dict[str, Any]:
+        batch = images(rng)
+        return {"cond": teacher.cond(batch.labels), "real": batch.images, "size": len(batch.labels)}
+
+    return real
 
 
-def data_identity(data: ImageSet | None) -> str:
-    """A hash of the images and their labels, or that there are none."""
-    return "none" if data is None else fingerprint([data.images, data.labels])
+@dataclass(frozen=True, eq=False)
+class RealLatents:
+    """x0 of the images that belong to prompts.
+
+    Attributes:
+        images: read only where they were not encoded yet, or an entry of the cache was lost.
+        size: height and width that they are cut and resized to.
+        latents: an entry for each image, under the hash of its file.
+        device: of the encoder.
+        digests: those hashes, in the images' order.
+    """
+
+    images: Pictures
+    size: tuple[int, int]
+    latents: Latents
+    device: torch.device
+    digests: Sequence[str] = ()
+
+    def __call__(self, chosen: Tensor) -> Tensor:
+        """(b, c, h, w) of the images with these numbers, float32. Raises ``ValueError`` naming a bad image."""
+        numbers = chosen.tolist()
+
+        def pixels(places: list[int]) -> Tensor:
+            return torch.stack([self.pixels(numbers[place]) for place in places])
+
+        return self.latents([self.digests[number] for number in numbers], pixels, self.device)["latents"]
+
+    def pixels(self, number: int) -> Tensor:
+        """Bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
+        image = self.images[number]
+        if isinstance(image, Tensor):
+            if tuple(image.shape[1:]) != self.size:
+                raise ValueError(f"are {tuple(image.shape[1:])}, the teacher's {self.size}.")
+            return image
+        return read_central(image.read(), "RGB", self.size)
+
+    def judge(self, number: int) -> tuple[str, str]:
+        """Hash of an image's file, and what is wrong with it; decoded only if it is not in the cache."""
+        image = self.images[number]
+        try:
+            digest = content_key(image if isinstance(image, Tensor) else image.read())
+            if self.latents.cache is None or not self.latents.cache.path(digest).exists():
+                self.pixels(number)
+        except (OSError, ValueError) as error:  # a path with a null byte is no path
+            return "", f"{'the images' if isinstance(image, Tensor) else image.name} {error}"
+        return digest, ""
+
+    def some(self, numbers: Sequence[int]) -> "RealLatents":
+        """Of the images with these numbers."""
+        images: Any = Subset(self.images, numbers)  # type: ignore[arg-type]
+        return replace(self, images=images, digests=[self.digests[number] for number in numbers])
+
+    def identity(self) -> str:
+        """A hash of all images and of what encodes them."""
+        assert self.latents.cache is not None
+        return hashlib.sha256("\n".join([self.latents.cache.identity, *self.digests]).encode()).hexdigest()[:16]
+
+
+def check_images(
+    images: Pictures, teacher: Teacher, *, rank: int = 0, num_ranks: int = 1,
+    gather: Callable[[list[Any]], list[Any]] = list,
+) -> tuple[RealLatents, list[str]]:  # fmt: skip
+    """The images as latents, and what is wrong with each of them; the ranks share the work."""
+    codec = teacher.codec
+    assert isinstance(codec, Codec)
+    facts = torch.cat([codec.numbers, torch.tensor(teacher.size, dtype=torch.float32)])
+    if len(set(teacher.size)) > 1:  # entries of an earlier version were square
+        facts = torch.cat([facts, torch.ones(1)])
+    identity = fingerprint([*codec.vae.state_dict().values(), facts])
+    cache = TensorCache(default_cache_folder().parent / "latents", identity)
+    batch_size = max(1, PIXELS // (teacher.size[0] * teacher.size[1]))
+    # Of the teacher only its codec is held: its text encoders are freed before training.
+    latents = Latents(lambda x: {"latents": codec.encode(x).float()}, cache, Memory(), batch_size)
+    real = RealLatents(images, teacher.size, latents, teacher.device)
+    judged = in_shares(real.judge, len(images), rank=rank, num_ranks=num_ranks, gather=gather)
+    return replace(real, digests=[digest for digest, _ in judged]), [fault for _, fault in judged]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from distill.data import data_identity, student_batches, student_data
+from distill.data import student_batches, student_data
 from distill.initial import initial_weights
 from distill.options import Config, check
 from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
@@ -78,7 +78,7 @@ def distil_images(config: Config) -> Path:
     teacher.denoiser.network.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
     method = build_method(config, teacher, *networks)
-    batches = student_batches(config, teacher, data, accelerator.device)
+    batches = student_batches(config, teacher, data, accelerator.device, accelerator.num_processes)
 
     def watch(student: Student) -> Watch:
         sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
@@ -90,7 +90,8 @@ def distil_images(config: Config) -> Path:
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
     begun_from = None if initial is None else initial.identity()
-    inputs = {"data": data_identity(data), "teacher": teacher.identity(), "init_from": begun_from}
+    fingerprint = "none" if data is None else data.identity()
+    inputs = {"data": fingerprint, "teacher": teacher.identity(), "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),

@@ -1,15 +1,17 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from distill.adversarial import probe_bottleneck
+from distill.data import RealLatents, check_images
 from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import Initial, initial_weights
@@ -37,7 +39,6 @@ from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
 from scorefield.training.identity import check_options, identity
-from scorefield.training.latents import Latents, check_images
 from scorefield.training.run import prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
@@ -65,7 +66,7 @@ class Inputs:
     config: Config
     teacher: Teacher
     texts: Texts
-    latents: Latents | None
+    latents: RealLatents | None
     shown: Cond
     found: Diagnosis | None = None
     initial: Initial | None = None
@@ -88,7 +89,7 @@ def distil_texts(config: Config) -> Path:
 
     def batches(rng: Rng) -> dict[str, Any]:
         chosen = shuffled(len(texts.prompts), config.batch_size, rng)
-        real = {} if latents is None else {"real": latents(chosen).to(accelerator.device)}
+        real = {} if latents is None else {"real": latents(chosen)}
         if config.gan_weight and latents is None:  # those of the teacher pairs, which are not made yet
             real = {"real": torch.zeros(len(chosen), *teacher.shape, device=accelerator.device)}
         return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
@@ -107,7 +108,7 @@ def distil_texts(config: Config) -> Path:
     return out
 
 
-def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: Latents | None) -> Diagnosis:
+def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: RealLatents | None) -> Diagnosis:
     """Check the teacher on a few prompts and the latents of their images, or on its own; only these are encoded.
 
     Raises ``ValueError`` for a teacher that fails.
@@ -146,7 +147,10 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             and config.reals == "data"
             and not (config.dry_run and ships("prompts", config.prompts))
         ):
-            latents, faults = check_images(texts.images, source, accelerator)
+            latents, faults = check_images(
+                texts.images, source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+                gather=gather_object,
+            )  # fmt: skip
             good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
             texts, latents = texts.some(good), latents.some(good)
         found = None
@@ -156,8 +160,6 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             found = ask_teacher(config, source, texts, latents)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
         teacher = source.asked(texts.prompts, config.negative)
-    if latents is not None:
-        latents = replace(latents, teacher=teacher).encoded(accelerator)
     return Inputs(config, teacher, texts, latents, shown, found, initial)
 
 

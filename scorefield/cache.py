@@ -30,6 +30,11 @@ Entry = dict[str, Tensor]
 
 def content_key(*contents: Content) -> str:
     """sha256 of ``contents``, 64 hexadecimal digits; ("ab", "c") and ("a", "bc") differ, as do "1" and b"1"."""
+    return hash_of(contents)
+
+
+def hash_of(contents: Iterable[Content]) -> str:
+    """:func:`content_key` of contents that need not be in memory together."""
     digest = hashlib.sha256()
     for content in contents:
         if isinstance(content, Tensor):

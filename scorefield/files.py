@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -28,7 +28,7 @@ def check_regular(path: Path | str) -> None:
         raise ValueError(f"is {KINDS.get(stat.S_IFMT(mode), 'no file')}; expected a regular file.")
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """A regular file, opened to read bytes. Raises as :func:`check_regular` does."""
     check_regular(path)
     return open(path, "rb")

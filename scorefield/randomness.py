@@ -1,5 +1,6 @@
 """Randomness that is derived, not stored: a resumed run draws the same numbers, on any number of restarts."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,12 @@ def shuffled(num_items: int, batch_size: int, rng: Rng) -> Tensor:
     position = rng.index * batch_size + torch.arange(batch_size)
     chosen = torch.empty_like(position)
     for epoch in range(int(position[0]) // num_items, int(position[-1]) // num_items + 1):
-        order = torch.randperm(num_items, generator=derived_generator(rng.seed, "epoch", epoch))
         here = position // num_items == epoch
-        chosen[here] = order[position[here] % num_items]
+        chosen[here] = _order(num_items, rng.seed, epoch)[position[here] % num_items]
     return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _order(num_items: int, seed: int, epoch: int) -> Tensor:
+    # Of an epoch, kept: to shuffle a million items for each batch would take longer than to train on it.
+    return torch.randperm(num_items, generator=derived_generator(seed, "epoch", epoch))

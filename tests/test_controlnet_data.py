@@ -12,18 +12,18 @@ import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
-from controlnet.caching import Latents, Memory, share_prompts, share_work
 from controlnet.canny import Canny
 from controlnet.circles import Circles
-from controlnet.data import ControlBatches, read_ahead, replace_rows
+from controlnet.data import ControlBatches, replace_rows
 from controlnet.degraded import Blur
 from controlnet.geometry import Depth, Segmentation
 from controlnet.hints import Precomputed
 from controlnet.samples import load_pictures
 from scorefield.cache import TensorCache
-from scorefield.models.prompts import PromptEncoder
+from scorefield.models.prompts import PromptEncoder, share_prompts, share_work
 from scorefield.models.teacher import load_teacher
 from scorefield.randomness import Rng
+from scorefield.training.latents import Latents, Memory
 
 
 def letters(prompts):
@@ -42,7 +42,7 @@ class Posterior:
     def __call__(self, images):
         self.batches.append(len(images))
         mean = torch.nn.functional.avg_pool2d(images, 2)
-        return mean, 0.1 + mean.square()
+        return {"mean": mean, "std": 0.1 + mean.square()}
 
 
 halve = Posterior()
@@ -232,7 +232,7 @@ def test_examples_are_plain_always_the_same_and_made_a_batch_at_a_time():
     assert torch.allclose(made["images"][0], images, atol=1e-6)
     assert torch.allclose(made["hint"][0], (images + 1) / 2, atol=1e-6)
     assert equal(made["cond"], letters(["d sample", "h sample", "i sample"]))
-    mean, std = halve(images[None])
+    mean, std = halve(images[None]).values()
     assert ((made["x0"][0] - mean).abs() / std).max() < 6
     encode.batches.clear()
     batches(Numbered(), **settings | {"latents": Latents(encode, batch_size=3)}, batch_size=8).examples(range(5))
@@ -349,27 +349,39 @@ def test_what_is_kept_is_the_posterior_not_a_sample_and_means_may_be_asked_for(t
     one = Circles(16, 1)
     loader = batches(one, batch_size=1, latents=Latents(halve, TensorCache(tmp_path, "halve")))
     x0 = torch.cat([loader(rng(epoch))["x0"] for epoch in range(400)])
-    mean, std = halve(one.load(0)["image"][None] / 127.5 - 1)
+    mean, std = halve(one.load(0)["image"][None] / 127.5 - 1).values()
     standard = (x0 - mean) / std
     assert abs(float(standard.mean())) < 4 / math.sqrt(standard.numel())
     assert abs(float(standard.std()) - 1) < 0.02
     assert (standard.mean(0).abs() < 5 / 20).all()  # independent in every pixel and epoch
-    loader = batches(one, batch_size=1, latents=Latents(halve, sampled=False))
+    loader = batches(one, batch_size=1, latents=Latents(halve), sampled=False)
     assert torch.equal(loader(rng(0))["x0"], mean)
     assert torch.equal(loader(rng(7))["x0"], mean)
 
 
-def test_the_cache_is_filled_before_training_and_by_all_ranks(tmp_path):
-    counts = []
-    for rank in range(3):
-        encode = Posterior()
-        loader = batches(flip=True, latents=Latents(encode, TensorCache(tmp_path, "halve"), batch_size=4))
-        counts.append(loader.share_latents(rank=rank, num_ranks=3))
-        assert sum(encode.batches) == counts[-1]
-    assert counts == [40, 0, 0]  # one after the other: the first does what nobody has come to
-    for index in range(10):
-        loader(rng(index))
-    assert not encode.batches
+def test_what_is_drawn_first_is_encoded_by_its_rank_and_read_by_all(tmp_path):
+    """Two ranks that share an epoch encode each image once; then, with the batches exchanged, none at all."""
+    cache, encoders = TensorCache(tmp_path, "halve"), [Posterior(), Posterior()]
+    ranks = [batches(latents=Latents(encode, cache)) for encode in encoders]
+    for step in range(2):
+        for rank in range(2):
+            ranks[rank](rng(2 * step + rank))
+    assert [sum(encode.batches) for encode in encoders] == [8, 8], "two batches of four each, of twenty samples"
+    ranks[0](rng(4))
+    for number in range(5):
+        ranks[1](rng(number))
+    assert [sum(encode.batches) for encode in encoders] == [12, 8]
+
+
+def test_an_encoder_computes_in_its_own_precision_whatever_asks_for_latents(tmp_path):
+    """What is kept stays: entries that the first step asks for under autocast would be coarse for ever."""
+    network, name = torch.nn.Conv2d(3, 4, 2), ["x"]
+    latents = Latents(lambda images: {"mean": network(images)}, TensorCache(tmp_path, "conv"))
+    pixels = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = latents(name, lambda places: pixels[places])["mean"]
+    assert made.dtype == torch.float32
+    assert torch.equal(made, network(pixels / 127.5 - 1).detach())
 
 
 def test_an_edited_image_or_caption_is_another_entry_and_nothing_else_is(tmp_path):
@@ -383,8 +395,9 @@ def test_an_edited_image_or_caption_is_another_entry_and_nothing_else_is(tmp_pat
         latents = Latents(encode, TensorCache(tmp_path / "latents", "halve"))
         loader = batches(samples, prompts=encoder, latents=latents, **settings)
         share_prompts(encoder, [samples.caption(n) for n in range(4)])
-        loader.share_latents()
-        assert equal(loader(rng(0)), batches(samples, latents=Latents(halve), **settings)(rng(0)))
+        expected = batches(samples, latents=Latents(halve), **settings)
+        for index in range(4 // batch_size):
+            assert equal(loader(rng(index)), expected(rng(index)))
         return sum(encode.batches), asked
 
     first = ["a b", "c", "d", "e"]
@@ -471,7 +484,7 @@ def test_one_rank_does_all_in_batches_and_nothing_twice():
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_reading_ahead_changes_nothing(num_ranks):
-    plain, ahead = batches(**RANDOM), read_ahead(batches(**RANDOM), num_ranks)
+    plain, ahead = batches(**RANDOM), batches(**RANDOM).ahead(num_ranks)
     for index in (0, num_ranks, 2 * num_ranks, 7, 7 + num_ranks, 1, 1):  # a restart in between
         assert equal(ahead(rng(index)), plain(rng(index)))
     assert equal(ahead(rng(1, seed=5)), plain(rng(1, seed=5)))
@@ -480,7 +493,7 @@ def test_reading_ahead_changes_nothing(num_ranks):
 def test_the_next_batch_is_loaded_meanwhile(monkeypatch):
     load, asked = ControlBatches.load, []
     monkeypatch.setattr(ControlBatches, "load", lambda self, *which: asked.append(which) or load(self, *which))
-    ahead = read_ahead(batches())
+    ahead = batches().ahead()
     ahead(rng(0))
     for _ in range(100):
         if len(asked) == 2:
@@ -492,13 +505,15 @@ def test_the_next_batch_is_loaded_meanwhile(monkeypatch):
 
 
 def test_a_fault_met_while_reading_ahead_is_raised_with_its_batch():
+    bad = batches(Circles(16, 8)).load(1, 0).indices[0]
+
     class Failing(Circles):
         def load(self, index):
-            if index == batches(Circles(16, 8)).load(1, 0).indices[0]:
+            if index == bad:
                 raise ValueError("5.png cannot be read")
             return super().load(index)
 
-    ahead = read_ahead(batches(Failing(16, 8)))
+    ahead = batches(Failing(16, 8)).ahead()
     ahead(rng(0))
     with pytest.raises(ValueError, match=r"5\.png cannot be read"):
         ahead(rng(1))
@@ -518,8 +533,6 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_random_crops_have_no_cache_and_crops_fit(tmp_path):
     with pytest.raises(ValueError, match="latents of random crops cannot be kept"):
         batches(crop="random", latents=Latents(halve, TensorCache(tmp_path, "halve")))
-    with pytest.raises(ValueError, match="there is no cache to fill"):
-        batches(latents=Latents(halve)).share_latents()
     with pytest.raises(ValueError, match="16 x 16 has no part of 16 x 24"):
         batches(size=(16, 24), hints=[Blur()])(rng(0))
 
@@ -531,10 +544,14 @@ def test_prompts_and_latents_of_a_family_of_diffusers_in_batches(tmp_path):
     cache, samples = TensorCache(tmp_path / "latents", teacher.codec.identity()), Circles(16, 6)
     share_prompts(teacher.texts, [samples.caption(n) for n in range(6)])
     settings = {"hints": HINTS, "batch_size": 6, "flip": True, "null": teacher.negative(), "prompt_drop": 0.5}
-    encode = teacher.codec.posterior
+
+    def encode(images):
+        return dict(zip(("mean", "std"), teacher.codec.posterior(images), strict=True))
+
     plain = batches(samples, prompts=teacher.prompts, latents=Latents(encode), **settings)
     filled = batches(samples, prompts=teacher.prompts, latents=Latents(encode, cache), **settings)
-    assert filled.share_latents() == 12
+    for epoch in range(4):
+        filled(rng(epoch))
     without = teacher.without_text_encoders().prompts
     forgotten = Latents(lambda images: pytest.fail("the autoencoder is not needed any more"), cache)
     cached = batches(samples, prompts=without, latents=forgotten, **settings)

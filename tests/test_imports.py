@@ -87,7 +87,7 @@ FORBIDDEN = (
     *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
     *("skimage", "trimesh", "imageio_ffmpeg"),
 )
-CONTROL = {"caching", "canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
+CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {
     *("parts", "lora", "vsd", "looks", "learning", "guards", "probe", "recipe", "checks", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),

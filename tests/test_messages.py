@@ -155,7 +155,7 @@ def options_of(script: str) -> set[str]:
 
 NEVER_SAID = {
     # Options that are passed on by another name, or not at all.
-    "evaluate": {"data", "resolution", "channels"}, "sample": {"data", "num-prompts"},
+    "evaluate": {"data", "resolution", "channels", "memory-limit"}, "sample": {"data", "num-prompts"},
     "teacher": {"guidance"},
     # The toy world's judge sees one size.
     "toyworld evaluate": {"teacher-size"}, "toyworld students": {"teacher-size"},

@@ -14,13 +14,12 @@ import distill.options as distill_options
 import distill.recipe as train_dmd
 import scorefield.commands.teacher as train_teacher
 import scorefield.progress as shown
-from controlnet.caching import share_work
 from distill.pair_store import stored_pairs
 from distill.regression import make_pairs
 from scorefield import Karras
 from scorefield.commands.command import run
 from scorefield.commands.options import TrainTeacher
-from scorefield.models.prompts import PromptEncoder
+from scorefield.models.prompts import PromptEncoder, share_work
 from scorefield.progress import Progress, duration, progress, working
 from scorefield.sampling import grid
 from scorefield.training.options import RunOptions

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ import tiny_pipelines as tiny
 import torch
 from PIL import Image
 
+import distill.data as latents
 import scorefield.data.texts as texts
-import scorefield.training.latents as latents
+from scorefield.cache import TensorCache, content_key, fingerprint
 from scorefield.data.pictures import resized
 from scorefield.data.rows import Cell, File
 from scorefield.models import teacher as teachers
+from scorefield.models.codec import Codec
 from scorefield.models.prompts import PromptEncoder
+from scorefield.training.latents import Memory
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def test_prompts_are_read_whole(tmp_path, name, content, prompts):
 def test_the_first_few(tmp_path):
     assert read(tmp_path, "a.txt", "a\nb\nc\n", num=2).prompts == ("a", "b")
     found = read(tmp_path, "a.jsonl", '{"text": "a", "image": "a.png"}\n{"text": "b", "image": "b.png"}', num=1)
-    assert (found.prompts, list(found.images)) == (("a",), [File(tmp_path / "a.png")])
+    assert (found.prompts, list(found.images)) == (("a",), [File(str(tmp_path / "a.png"))])
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -191,94 +195,95 @@ def picture(path, number=0, size=(24, 20)):
 
 @pytest.fixture
 def images(tmp_path):
-    return [File(picture(tmp_path / f"{number}.png", number)) for number in range(6)]
+    return [File(str(picture(tmp_path / f"{number}.png", number))) for number in range(6)]
 
 
-def encoded(images, teacher, accelerator):
-    found, faults = latents.check_images(images, teacher, accelerator)
+def checked(images, teacher):
+    found, faults = latents.check_images(images, teacher)
     assert not any(faults)
-    return found.encoded(accelerator)
+    return found
 
 
-def test_the_latents_are_of_the_images_in_their_order(teacher, images, accelerator, tmp_path):
-    found = encoded(images, teacher, accelerator)
-    with Image.open(images[3].path) as file:
+def test_the_latents_are_of_the_images_in_their_order(teacher, images):
+    found = checked(images, teacher)
+    with Image.open(images[3].name) as file:
         cut = torch.from_numpy(np.array(file.crop((2, 0, 22, 20)))).permute(2, 0, 1)
     image = resized(cut, "image", (16, 16))[None].float() / 127.5 - 1
     torch.testing.assert_close(found(torch.tensor([3])), teacher.encode(image).detach(), rtol=1e-4, atol=1e-4)
     assert found(torch.tensor([0, 3, 0])).shape == (3, 4, 8, 8)
-    as_cells = encoded(
-        [Cell([{"x": {"bytes": file.read()}}], 0, "x", "") for file in images], teacher, accelerator
-    )
+    as_cells = checked([Cell([{"x": {"bytes": file.read()}}], 0, "x", "x") for file in images], teacher)
     assert as_cells.identity() == found.identity()
 
 
-def test_each_image_is_an_entry_that_is_read_when_its_turn_comes(teacher, images, accelerator, monkeypatch, cache):
+def test_each_image_is_an_entry_that_is_made_and_read_when_its_turn_comes(teacher, images, monkeypatch, cache):
     """A start with all images in the cache decodes none; another one more, or one less, is that one's business."""
-    whole = encoded(images[:5], teacher, accelerator)
+    whole = checked(images[:5], teacher)
+    assert not list(cache.rglob("*.safetensors")), "nothing is encoded before it is drawn"
+    everything = whole(torch.arange(5))
     assert len(list(cache.rglob("*.safetensors"))) == 5
-    opened, open_image = [], latents.open_image
-    monkeypatch.setattr(latents, "open_image", lambda data: opened.append(data) or open_image(data))
-    monkeypatch.setattr(latents, "IN_MEMORY", 0)
-    stored = encoded([*images[1:5], images[5]], teacher, accelerator)
+    opened, read = [], latents.read_central
+    monkeypatch.setattr(latents, "read_central", lambda data, *how: opened.append(data) or read(data, *how))
+    stored = checked([*images[1:5], images[5]], teacher)
     assert set(opened) == {images[5].read()}
-    assert stored.kept is None
     chosen = torch.tensor([2, 0, 2])
-    assert torch.equal(stored(chosen), whole(chosen + 1))
+    assert torch.equal(stored(chosen), everything[chosen + 1])
     assert stored.identity() != whole.identity()
     for file in cache.rglob("*.safetensors"):
         file.unlink()
-    torch.testing.assert_close(stored(chosen), whole(chosen + 1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(whole(torch.arange(5)), everything), "they are in memory"
+    assert len(opened) == 1
+    again = replace(stored, latents=replace(stored.latents, memory=Memory(0)))
+    torch.testing.assert_close(again(chosen), everything[chosen + 1], rtol=1e-4, atol=1e-5)
+    assert len(opened) == 3
 
 
-def test_the_autoencoder_sees_a_bounded_number_of_pixels(teacher, images, accelerator, monkeypatch):
+def test_the_autoencoder_sees_a_bounded_number_of_pixels(teacher, images, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        teachers.Teacher, "encode", lambda self, x: seen.append(len(x)) or torch.zeros(len(x), 4, 8, 8)
-    )
+    monkeypatch.setattr(Codec, "encode", lambda self, x: seen.append(len(x)) or torch.zeros(len(x), 4, 8, 8))
     monkeypatch.setattr(latents, "PIXELS", 2 * 16 * 16 + 5)
-    encoded(images[:5], teacher, accelerator)
+    checked(images[:5], teacher)(torch.arange(5))
     assert seen == [2, 2, 1]
 
 
-def test_ranks_share_the_work(teacher, images, accelerator, monkeypatch):
+def test_entries_of_earlier_versions_are_read(teacher, images, cache):
+    """Under the hash of a file and a fingerprint of autoencoder, scale and size, as they were always kept."""
+    codec = teacher.codec
+    facts = torch.tensor([codec.scaling, codec.shift, *teacher.size])
+    earlier = TensorCache(cache, fingerprint([*codec.vae.state_dict().values(), facts]))
+    earlier.store(content_key(images[0].read()), {"latents": torch.full((4, 8, 8), 7.0)})
+    assert checked(images[:1], teacher)(torch.tensor([0])).unique().tolist() == [7.0]
+
+
+def test_ranks_share_the_work(teacher, images):
     """Three ranks of five images; what each of them hands to the others is put together in order."""
-
-    class Rank:
-        num_processes = 3
-
-        def __init__(self, number):
-            self.process_index = number
-
-        def wait_for_everyone(self):
-            pass
-
-    alone, handed = encoded(images[:5], teacher, accelerator), []
+    alone, handed = checked(images[:5], teacher), []
     judged = [(digest, "") for digest in alone.digests]
-    monkeypatch.setattr(latents, "gather_object", lambda own: handed.append(own) or judged)
     for number in range(3):
-        assert encoded(images[:5], teacher, Rank(number)).identity() == alone.identity()
+        found, _ = latents.check_images(
+            images[:5], teacher, rank=number, num_ranks=3, gather=lambda own: handed.append(own) or judged
+        )
+        assert found.identity() == alone.identity()
     assert [len(own) for own in handed] == [2, 2, 1]
     assert [one for own in handed for one in own] == judged
 
 
-def test_images_that_cannot_be_used_are_named(teacher, images, tmp_path, accelerator, monkeypatch):
+def test_images_that_cannot_be_used_are_named(teacher, images, tmp_path, monkeypatch):
     (tmp_path / "no.png").write_text("hello")
     small = picture(tmp_path / "small.png", size=(4, 4))
-    bad = [*(File(tmp_path / name) for name in ("lost.png", "no.png", "0.png\0")), File(small)]
-    found, faults = latents.check_images([images[0], *bad, images[1]], teacher, accelerator)
+    bad = [*(File(str(tmp_path / name)) for name in ("lost.png", "no.png", "0.png\0")), File(str(small))]
+    found, faults = latents.check_images([images[0], *bad, images[1]], teacher)
     said = ["", "lost.png cannot be read", "no.png cannot be read as", "null byte", "smaller than half", ""]
     for fault, message in zip(faults, said, strict=True):
         assert message in fault
         assert bool(message) == bool(fault)
-    assert found.some([0, 5]).encoded(accelerator)(torch.tensor([0, 1])).shape == (2, 4, 8, 8)
-    _, faults = latents.check_images([torch.zeros(3, 20, 20, dtype=torch.uint8)], teacher, accelerator)
+    assert found.some([0, 5])(torch.tensor([0, 1])).shape == (2, 4, 8, 8)
+    _, faults = latents.check_images([torch.zeros(3, 20, 20, dtype=torch.uint8)], teacher)
     assert "are (20, 20), the teacher's (16, 16)" in faults[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    bomb = File(picture(tmp_path / "bomb.png", size=(40, 40)))
-    assert "exceeds limit" in latents.check_images([bomb], teacher, accelerator)[1][0]
+    bomb = File(str(picture(tmp_path / "bomb.png", size=(40, 40))))
+    assert "exceeds limit" in latents.check_images([bomb], teacher)[1][0]
 
 
 def test_a_row_of_a_data_set_may_hold_bytes(tmp_path):
     row = json.dumps({"prompt": "a", "image": {"path": "ok.png", "bytes": None}})
-    assert list(read(tmp_path, "a.jsonl", row).images) == [File(tmp_path / "ok.png")]
+    assert list(read(tmp_path, "a.jsonl", row).images) == [File(str(tmp_path / "ok.png"))]

@@ -42,6 +42,7 @@ from scorefield.commands.options import Sample
 from scorefield.models import teacher as teachers
 from scorefield.models.lora import shared_backbone
 from scorefield.randomness import derived_generator
+from scorefield.training.latents import Memory
 from scorefield.training.run import start
 from toyworld.options import EvaluateStudents
 
@@ -197,11 +198,11 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
     def refuse(*args, **options):
         raise AssertionError("encoded, or decoded, again")
 
-    monkeypatch.setattr(teachers.Teacher, "encode", refuse)
+    monkeypatch.setattr("scorefield.models.codec.Codec.encode", refuse)
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.encode_prompt", refuse)
-    monkeypatch.setattr("scorefield.training.latents.open_image", refuse)
-    for module in ("scorefield.models.teacher", "scorefield.training.latents"):
-        monkeypatch.setattr(sys.modules[module], "IN_MEMORY", 0)
+    monkeypatch.setattr("distill.data.read_central", refuse)
+    monkeypatch.setattr("scorefield.models.teacher.IN_MEMORY", 0)
+    monkeypatch.setattr("distill.data.Memory", lambda: Memory(0))
     shown = {"validation_prompts": ("a red mug", "cone")}
     stored = train_dmd.main(config_of(root, tmp_path / "run", **shown))
     assert_same(tensors(stored), tensors(finished["full"]))

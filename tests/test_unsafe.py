@@ -428,7 +428,7 @@ def test_only_regular_files_are_opened(kind, tmp_path):
         odd.symlink_to("/dev/zero")
     else:
         odd.mkdir()
-    for read in (read_regular, read_json, lambda path: File(path).read(), read_npz):
+    for read in (read_regular, read_json, lambda path: File(str(path)).read(), read_npz):
         with refused("expected a regular file"):
             read(odd)
     if kind != "folder":

@@ -18,12 +18,11 @@ from scorefield import Karras, NetworkDenoiser, freeze
 from scorefield.cache import fingerprint
 from scorefield.commands.options import TrainTeacher
 from scorefield.data.images import ImageSet, Labelled, load_images
-from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
 from scorefield.models.networks import build_network
 from scorefield.models.storage import TIMES, load_denoiser, read_facts, save_denoiser
 from scorefield.models.teacher import Teacher
-from scorefield.randomness import Rng, shuffled
+from scorefield.randomness import Rng
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.times import log_normal
 from scorefield.training.evaluate import check_evaluation, watcher
@@ -55,13 +54,9 @@ def main(config: TrainTeacher) -> Path:
     network = prepare(network, config, accelerator)
     phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts)
     assert phase.ema is not None
-    inputs = {"data": fingerprint([data.images, data.labels]), "init_from": begun_from}
-    own = identity(config, accelerator, inputs)
+    own = identity(config, accelerator, {"data": data.identity(), "init_from": begun_from})
     first = resume(config, [phase], accelerator, own)
-
-    def batches(rng: Rng) -> Labelled:
-        return data.batch(shuffled(len(data), config.batch_size, rng), rng("augment"), accelerator.device)
-
+    batches = data.batches(config.batch_size, accelerator.device, accelerator.num_processes)
     model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
     watch = watcher(config, model, data, teacher=None, save=lambda to: save_denoiser(model.denoiser, to, facts))
     fit(
@@ -82,7 +77,7 @@ def describe(config: TrainTeacher, data: ImageSet) -> dict[str, Any]:
         "channels": list(config.unet_channels), "layers": config.unet_layers, "patch": config.unet_patch,
         "dropout": config.dropout,
     }  # fmt: skip
-    sigma_data = config.sigma_data or round(float(as_floats(data.images[data.some(10_000)]).std()), 2)
+    sigma_data = config.sigma_data or round(data.spread(), 2)
     if not sigma_data > 0:
         raise ValueError(
             f"--sigma-data must be above 0; got {sigma_data}: the images of --data are all of one grey."

@@ -1,10 +1,12 @@
-"""Training images in memory: decoded once to ``--resolution``, as bytes, from whatever ``--data`` names.
+"""Training images at ``--resolution``, from whatever ``--data`` names: in memory, or decoded when they are drawn.
 
-60,000 of 32 x 32 take 61 MB, a million of 64 x 64 in colour 12 GB.
+60,000 of 32 x 32 take 61 MB, a million of 64 x 64 in colour 12 GB. ``--memory-limit`` says how much is kept; all
+are decoded once before training, to meet what cannot be used.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,16 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from scorefield.cache import content_key
+from scorefield.data.ahead import read_ahead
 from scorefield.data.arrays import check_class_numbers, check_values
 from scorefield.data.options import DataOptions
-from scorefield.data.pictures import ROOM, as_floats, central, open_image, resized
-from scorefield.data.rows import Columns, Listing, Row, keep_good
+from scorefield.data.pictures import ROOM, as_floats, open_image, read_central, resized
+from scorefield.data.rows import Columns, Listing, Picture, Row, in_threads, keep_good
 from scorefield.data.sources import read_rows
 from scorefield.files import warn
 from scorefield.progress import progress
+from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped
 
 DIGITS = ((1, 8, 8), 10)
@@ -35,14 +40,16 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in memory and how a batch is made of them.
+    """Images, and how a batch is made of them.
 
     Attributes:
-        images: (n, c, size, size), uint8 or floats in [-1, 1].
+        images: (k, c, size, size), uint8 or floats in [-1, 1]: the first of them, or all.
         labels: (n,) class numbers; all 0 if there is one class.
         class_names: one per class.
         resolution: of a batch; below ``size`` where crops are random.
         flip: mirror with probability one half.
+        unread: where the n - k further ones lie, which are decoded when they are drawn.
+        pixel_hash: of all n images, as bytes; empty where all are in memory.
     """
 
     images: Tensor
@@ -50,9 +57,11 @@ class ImageSet:
     class_names: tuple[str, ...]
     resolution: int
     flip: bool = False
+    unread: Sequence[Picture] = ()
+    pixel_hash: str = ""
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,6 +73,11 @@ class ImageSet:
         """Number of classes; 1 means unlabelled."""
         return len(self.class_names)
 
+    def identity(self) -> str:
+        """Return a hash of images and labels, the same wherever the images are kept."""
+        pixels = self.pixel_hash or hash_of_pixels(self.images)
+        return content_key(pixels, f"{self.images.dtype} {tuple(self.images.shape[1:])}", self.labels)[:16]
+
     def some(self, most: int) -> Tensor:
         """Numbers of all images in order, or, if there are more than ``most``, of that many, always the same.
 
@@ -73,9 +87,45 @@ class ImageSet:
             return torch.arange(len(self))
         return torch.randperm(len(self), generator=Generator().manual_seed(0))[:most]
 
+    def spread(self, most: int = 10_000) -> float:
+        """Standard deviation of the pixels of ``most`` images, in [-1, 1]."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in self.some(most).split(250):
+            pixels = as_floats(self.pixels(part)).double()
+            sums += torch.stack([torch.tensor(float(pixels.numel())), pixels.sum(), pixels.square().sum()])
+        number, total, squares = sums.tolist()
+        return math.sqrt(max(0.0, squares - total * total / number) / max(1.0, number - 1))
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """(b, c, size, size) of the images with these numbers. Raises ``ValueError`` for a spoilt file."""
+        return torch.stack(list(in_threads(self._one, chosen.tolist()))) if self.unread else self.images[chosen]
+
+    def _one(self, number: int) -> Tensor:
+        if number < len(self.images):
+            return self.images[number]
+        picture = self.unread[number - len(self.images)]
+        try:
+            return decoded(picture, "L" if self.images.shape[1] == 1 else "RGB", self.images.shape[-1])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{picture.name} {error} It has changed since the run began.") from error
+
     def batch(self, chosen: Tensor, generator: Generator, device: torch.device | str = "cpu") -> Labelled:
         """The chosen images, cropped, mirrored, in [-1, 1], and their labels."""
-        images = as_floats(self.images[chosen])
+        return self._cut(chosen, self.pixels(chosen), generator, device)
+
+    def batches(
+        self, batch_size: int, device: torch.device | str = "cpu", num_ranks: int = 1
+    ) -> Callable[[Rng], Labelled]:
+        """Return what makes batches of shuffled epochs from an ``Rng``, and reads the next one meanwhile."""
+
+        def load(number: int, seed: int) -> tuple[Tensor, Tensor]:
+            chosen = shuffled(len(self), batch_size, Rng(seed, step=0, index=number))
+            return chosen, self.pixels(chosen)
+
+        return read_ahead(load, lambda loaded, rng: self._cut(*loaded, rng("augment"), device), num_ranks)
+
+    def _cut(self, chosen: Tensor, pixels: Tensor, generator: Generator, device: torch.device | str) -> Labelled:
+        images = as_floats(pixels)
         room = images.shape[-1] - self.resolution
         if room:
             corners = torch.randint(0, room + 1, (len(chosen), 2), generator=generator)
@@ -96,6 +146,8 @@ def load_images(options: DataOptions, option: str = "--data") -> ImageSet:
     """
     if options.resolution is not None and not 1 <= options.resolution <= 4096:
         raise ValueError(f"--resolution must lie in [1, 4096]; got {options.resolution}.")
+    if not 0 <= options.memory_limit < math.inf:
+        raise ValueError(f"--memory-limit must be at least 0; got {options.memory_limit}.")
     if options.data is None:
         part: Labelled = shipped("images digits")()
         return _from_arrays(check_values(part.images.numpy(), "digits"), part.labels.numpy(), options)
@@ -117,22 +169,66 @@ def stored_size(resolution: int, crop: str) -> int:
     return resolution if crop == "center" else math.ceil(resolution * ROOM)
 
 
+def decoded(picture: Picture, mode: str, size: int, least: int = 1) -> Tensor:
+    """The central square of a picture, resized: (c, size, size) of bytes. Raises as :func:`read_central` does."""
+    return read_central(picture.read(), mode, (size, size), (least, least))
+
+
 def _from_rows(listing: Listing, options: DataOptions) -> ImageSet:
-    images, faults = list[Tensor](), label_faults(listing)
-    resolution, mode = options.resolution or 0, {"grey": "L", "rgb": "RGB", "auto": ""}[options.channels]
-    for number, row in enumerate(progress(listing.rows, "images read")):
+    rows, faults = listing.rows, label_faults(listing)
+    mode, resolution = _first_image(listing, faults, options)
+    side = stored_size(resolution, options.crop)
+    channels = 1 if mode == "L" else 3
+    most = int(options.memory_limit * 2**30) // (channels * side * side)
+    images = torch.empty(min(most, len(rows)), channels, side, side, dtype=torch.uint8)  # untouched, it takes none
+
+    def read(number: int) -> Tensor | str:
+        image = rows[number].image
         try:
-            if faults[number] or row.image is None:
+            if faults[number] or image is None:
                 raise ValueError(faults[number] or "names no picture.")
-            image = open_image(row.image.read())
-            mode, resolution = mode or image.mode, resolution or min(image.size)
-            side = stored_size(resolution, options.crop)
-            images.append(central(image.convert(mode), (side, side), (resolution, resolution)))
+            return decoded(image, mode, side, resolution)
         except (OSError, ValueError) as error:
-            faults[number] = f"{row.name} {error}"
+            return f"{rows[number].name} {error}"
+
+    num_good, digest = 0, hashlib.sha256()
+    found = progress(in_threads(read, range(len(rows))), "images read", len(rows))
+    for number, pixels in enumerate(found):
+        faults[number] = pixels if isinstance(pixels, str) else ""
+        if isinstance(pixels, Tensor):
+            if len(images) < len(rows):
+                digest.update(pixels.numpy().data)
+            if num_good < len(images):
+                images[num_good] = pixels
+            num_good += 1
     good = keep_good(listing, faults, options.on_bad_data)
-    labels, names = number_classes([listing.rows[number].label for number in good], listing.class_names)
-    return ImageSet(torch.stack(images), labels, names, resolution, options.flip)
+    labels, names = number_classes([rows[number].label for number in good], listing.class_names)
+    images = images[: len(good)]
+    unread = [image for number in good[len(images) :] if (image := rows[number].image)]
+    return ImageSet(images, labels, names, resolution, options.flip, unread, digest.hexdigest() if unread else "")
+
+
+def _first_image(listing: Listing, faults: Sequence[str], options: DataOptions) -> tuple[str, int]:
+    # Mode and resolution, of the first image that can be opened where the options leave them open.
+    mode, resolution = {"grey": "L", "rgb": "RGB", "auto": ""}[options.channels], options.resolution or 0
+    for row, fault in zip(listing.rows, faults, strict=True):
+        if mode and resolution:
+            break
+        try:
+            if row.image and not fault:
+                image = open_image(row.image.read())
+                mode, resolution = mode or image.mode, resolution or min(image.size)
+        except (OSError, ValueError):  # it is met again below
+            continue
+    return mode or "L", resolution or 1
+
+
+def hash_of_pixels(images: Tensor) -> str:
+    """Return the sha256 of images as bytes, one after the other."""
+    digest = hashlib.sha256()
+    for part in images.split(4096):
+        digest.update(part.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def label_faults(listing: Listing) -> list[str]:

@@ -10,7 +10,7 @@ from scorefield.choices import OnBadData
 class DataOptions:
     """Where the training images come from and how they are cut."""
 
-    free: ClassVar[tuple[str, ...]] = ("on_bad_data",)
+    free: ClassVar[tuple[str, ...]] = ("on_bad_data", "memory_limit")
     """Options that bind no checkpoint: what is left of the data has a fingerprint."""
 
     data: str | None = None
@@ -26,6 +26,9 @@ class DataOptions:
     """The square taken of each image: its centre, or a random one of 8/9 of the shorter side each time."""
     flip: bool = False
     """Mirror every image with probability one half."""
+    memory_limit: float = 0.5
+    """GiB of decoded images that each process keeps. The others of a larger set are decoded whenever they are
+    drawn, a batch ahead of the training. Changes no result."""
     on_bad_data: OnBadData = "stop"
     """What to do about samples that cannot be used: corrupt, smaller than half the resolution, without a label or
     an image that others have, no UTF-8."""

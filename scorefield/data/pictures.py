@@ -1,8 +1,11 @@
 """Picture files as tensors: read strictly, made to fit, cut and mirrored together, each as its kind demands."""
 
 import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from scorefield.choices import Kind as Kind
+
+T = TypeVar("T")
 
 ROOM = 9 / 8
 """Sides of what random crops are taken from, in units of the crop's."""
@@ -30,6 +35,13 @@ ORIENTATION = 0x0112
 """Exif tag that says how a picture is turned; 1 is upright."""
 
 
+LARGE = 2**22
+"""Pixels above which a picture is decoded in one of few threads: a pixel takes a dozen bytes meanwhile."""
+
+FEW = ThreadPoolExecutor(min(8, max(2, (os.cpu_count() or 1) // 4)))
+"""Those threads."""
+
+
 def check_kind(kind: str) -> None:
     """Raise ``ValueError`` unless ``kind`` is one of :data:`Kind`."""
     if kind not in get_args(Kind):
@@ -43,7 +55,8 @@ def _opened(data: bytes) -> tuple[str | None, Image.Image]:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
             what = "has an Exif block that cannot be read; save it without"
-            return file.format, ImageOps.exif_transpose(file)
+            ImageOps.exif_transpose(file, in_place=True)  # a copy of a photograph takes 50 MB
+            return file.format, file
     except UnidentifiedImageError as error:
         why = f"begins with {data[:12]!r}, as no format does that is known" if data else "is empty"
         raise ValueError(f"{what}: it {why}.") from error
@@ -55,6 +68,30 @@ def is_turned(data: bytes) -> bool:
     """Whether a picture's Exif tag says that it lies otherwise than its pixels do."""
     with Image.open(io.BytesIO(data)) as file:
         return file.getexif().get(ORIENTATION) in range(2, 9)
+
+
+def in_few_threads(decode: Callable[[], T], *files: bytes) -> T:
+    """Return what ``decode`` makes of picture files: here, or, of large ones, in one of few threads.
+
+    Much of what a thread has once needed stays its own.
+    """
+    return FEW.submit(decode).result() if sum(map(_num_pixels, files)) > LARGE else decode()
+
+
+def _num_pixels(data: bytes) -> int:
+    # By its header; 0 for what is no picture, of which whoever decodes it will tell.
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            return file.width * file.height
+    except Exception:
+        return 0
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of a picture as it lies by its Exif tag; read of its header alone."""
+    with Image.open(io.BytesIO(data)) as file:
+        width, height = file.size
+        return (width, height) if file.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -75,12 +112,17 @@ def _plain(kind: str | None, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         raise ValueError(f"holds 32-bit integers (mode {image.mode}); expected 8 or 16 bits, or floats in [0, 1].")
     if image.mode in ("1", "L"):
-        return image.convert("L")
+        return converted(image, "L")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return converted(image, "RGB")
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode of Pillow: itself, where it has that, and no copy."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _in_bytes(values: np.ndarray) -> Image.Image:
@@ -102,7 +144,16 @@ def central(image: Image.Image, size: tuple[int, int], least: tuple[int, int] | 
     height, width = round(size[0] * scale), round(size[1] * scale)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     # Cut first: the filter must not see beyond the part.
-    return resized(channels_first(np.asarray(image.crop((left, top, left + width, top + height)))), "image", size)
+    part = channels_first(np.asarray(image)[top : top + height, left : left + width])
+    return resized(part, "image", size)
+
+
+def read_central(data: bytes, mode: str, size: tuple[int, int], least: tuple[int, int] | None = None) -> Tensor:
+    """:func:`central` of a picture file in mode L or RGB.
+
+    Raises ``ValueError`` as :func:`open_image` and :func:`central` do.
+    """
+    return in_few_threads(lambda: central(converted(open_image(data), mode), size, least), data)
 
 
 def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, convert: bool = False) -> Tensor:
@@ -133,7 +184,7 @@ def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, conver
             )
         image = _plain(format_, image)
     grey = channels == 1 or (channels is None and image.mode in PLAIN[1])
-    return channels_first(np.asarray(image.convert("L" if grey else "RGB")))
+    return channels_first(np.asarray(converted(image, "L" if grey else "RGB")))
 
 
 def _describe(image: Image.Image, format_: str | None) -> str:
@@ -170,12 +221,15 @@ def resized(picture: Tensor, kind: Kind, size: tuple[int, int]) -> Tensor:
     """
     if tuple(picture.shape[-2:]) == size:
         return picture
+    if kind == "image":
+        # Channel by channel: as floats the three of a photograph would take 150 MB at once.
+        channels = (picture if picture.ndim == 4 else picture[None]).split(1, dim=1)
+        x = torch.cat([interpolate(one.float(), size, mode="bicubic", antialias=True) for one in channels], 1)
+        x = x.round().clamp(0, 255) if picture.dtype == torch.uint8 else x.clamp(-1, 1)
+        return x.reshape(*picture.shape[:-2], *size).to(picture.dtype)
     x = picture.double() if picture.dtype == torch.int64 else picture.float()
     x = x if x.ndim == 4 else x[None]
-    if kind == "image":
-        x = interpolate(x, size, mode="bicubic", antialias=True)
-        x = x.round().clamp(0, 255) if picture.dtype == torch.uint8 else x.clamp(-1, 1)
-    elif kind == "lines":
+    if kind == "lines":
         smaller = [min(side, wanted) for side, wanted in zip(x.shape[2:], size, strict=True)]
         x = interpolate(adaptive_max_pool2d(x, smaller), size, mode="nearest-exact")
     else:

@@ -2,8 +2,10 @@
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -15,6 +17,7 @@ from scorefield.choices import OnBadData as OnBadData
 from scorefield.files import open_regular, warn
 from scorefield.progress import progress
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 THREADS = 8
@@ -22,6 +25,9 @@ THREADS = 8
 
 LARGEST_PICTURE = 2**30
 """Bytes of a picture's file."""
+
+POOL = ThreadPoolExecutor(THREADS)
+"""Those threads, which are started when they are first needed."""
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("prompt", "text", "caption")
 
@@ -40,21 +46,16 @@ class Picture(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
-    """A file."""
+    """A file, under its path: a string, since a ``Path`` takes four times the memory."""
 
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
+    name: str
 
     def read(self) -> bytes:
         """Raises ``ValueError`` if there is no such file, or it is no regular one, or too large for a picture."""
         try:
-            with open_regular(self.path) as file:
+            with open_regular(self.name) as file:
                 if (size := os.fstat(file.fileno()).st_size) > LARGEST_PICTURE:
                     raise ValueError(f"has {size:,} bytes; expected a picture of at most {LARGEST_PICTURE:,}.")
                 return file.read()
@@ -62,19 +63,14 @@ class File:
             raise ValueError(f"cannot be read: {error.strerror}.") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
-    """A file in a tar archive, read where it lies."""
+    """A picture's file within another one, a tar archive or a table of ``datasets``, read where it lies."""
 
     archive: Path
-    member: str
+    name: str
     offset: int
     size: int
-
-    @property
-    def name(self) -> str:
-        """Archive and member."""
-        return f"{self.archive}/{self.member}"
 
     def read(self) -> bytes:
         """Raises ``ValueError`` for an archive that was cut."""
@@ -87,9 +83,9 @@ class Member:
         return content
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Cell:
-    """A picture in a table of ``datasets``, which reads it from its files when it is asked for.
+    """A picture in a table, which reads it from its files when it is asked for.
 
     ``folder``: where a path in the table begins.
     """
@@ -97,13 +93,8 @@ class Cell:
     table: Any
     number: int
     column: str
-    source: str
+    name: str
     folder: Path = Path()
-
-    @property
-    def name(self) -> str:
-        """Data set, row and column."""
-        return f"{self.source}[{self.number}] {self.column!r}"
 
     def read(self) -> bytes:
         """Raises ``ValueError`` for a cell that is no picture, or that the library cannot read."""
@@ -116,7 +107,7 @@ class Cell:
         return value if isinstance(value, bytes) else _picture(value, self.folder).read()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Pixels:
     """A picture (c, h, w) of an array: bytes, or floats in [-1, 1]."""
 
@@ -133,7 +124,11 @@ class Pixels:
         return content.getvalue()
 
 
-@dataclass(frozen=True, eq=False)
+NO_MAPS: Mapping[str, Picture] = {}
+"""Of all samples without maps; one object, since there may be millions."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Row:
     """One sample.
 
@@ -150,7 +145,7 @@ class Row:
     image: Picture | None = None
     caption: Any = None
     label: Any = None
-    maps: Mapping[str, Picture] = field(default_factory=dict)
+    maps: Mapping[str, Picture] = field(default_factory=lambda: NO_MAPS)
     fault: str = ""
 
 
@@ -202,7 +197,7 @@ def row_of(values: Any, columns: Columns, folder: Path, place: str) -> Row:
         found = {name: _named(values, (f"{name}_file_name", name), folder) for name in columns.maps}
     except ValueError as error:
         return Row(place, fault=str(error))
-    maps = {name: picture for name, picture in found.items() if picture is not None}
+    maps = {name: picture for name, picture in found.items() if picture is not None} or NO_MAPS
     caption, fault = next((values[key] for key in columns.texts if values.get(key) is not None), None), ""
     if missing := [name for name in columns.maps if name not in maps]:
         fault = (
@@ -210,7 +205,9 @@ def row_of(values: Any, columns: Columns, folder: Path, place: str) -> Row:
         )
     elif isinstance(caption, str):
         fault = half_character(caption)
-    return Row(place if image is None else image.name, image, caption, values.get("label"), maps, fault)
+    label = values.get("label")
+    label = sys.intern(label) if type(label) is str else label  # the same few names, over and over
+    return Row(place if image is None else image.name, image, caption, label, maps, fault)
 
 
 def _named(values: Mapping[str, Any], keys: Sequence[str], folder: Path) -> Picture | None:
@@ -225,7 +222,7 @@ def _picture(value: Any, folder: Path) -> Picture:
         return value
     if not isinstance(value, str) or not value:
         raise ValueError(f"has no image: expected the path of one; got {value!r}.")
-    return File(folder / value)
+    return File(os.fspath(folder / value))
 
 
 def half_character(text: str) -> str:
@@ -259,6 +256,17 @@ def keep_good(listing: Listing, faults: Sequence[str], on_bad_data: str) -> list
     return good
 
 
+def in_threads(do: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Yield ``do`` of each item, in order. Threads are a few items ahead, and never more: results may be large."""
+    coming = deque[Future[T]]()
+    for item in items:
+        coming.append(POOL.submit(do, item))
+        if len(coming) > 2 * THREADS:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
 def in_shares(
     judge: Callable[[int], T], number: int, *, rank: int = 0, num_ranks: int = 1,
     gather: Callable[[list[T]], list[T]] = list,
@@ -274,5 +282,4 @@ def in_shares(
     """
     share = -(-number // num_ranks)
     own = range(min(rank * share, number), min((rank + 1) * share, number))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return gather(list(progress(pool.map(judge, own), "samples checked", len(own))))
+    return gather(list(progress(in_threads(judge, own), "samples checked", len(own))))

@@ -10,10 +10,12 @@ file that is seen is used, or counted in ``Listing.note``; a row that cannot be 
 """
 
 import json
+import os
 import re
+import sys
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,7 @@ def _idx_rows(path: Path, files: Sequence[Path], passed: Counter[str] | None = N
         notes.append(f"{images.name} has no labels beside it, so all are of one class")
     for file in files:
         if file not in (images, labels):
-            passed["idx files of other parts" if "-ubyte" in file.name else _ending(file)] += 1
+            passed["idx files of other parts" if "-ubyte" in file.name else _kind(str(file))] += 1
     return _array_rows(path, *read_idx(images), "; ".join([*notes, *_counts(passed)]))
 
 
@@ -136,33 +138,35 @@ def _folder(path: Path, columns: Columns) -> Listing:
     passed = Counter[str]()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         for file in _walk(path, passed):
-            if file.suffix != ".arrow" and file.name not in SAVED:
-                passed[_ending(file)] += 1
+            if _ending(file) != ".arrow" and os.path.basename(file) not in SAVED:
+                passed[_kind(file)] += 1
             else:
-                check_data_file(file)
+                check_data_file(Path(file))
         data, note = loaded(str(path), lambda library: library.load_from_disk(str(path)))
         notes = [note] if note else []
         return replace(read_data_set(data, str(path), columns, path), note="; ".join([*notes, *_counts(passed)]))
     if is_idx(path):
-        return _idx_rows(path, _walk(path, passed), passed)
+        return _idx_rows(path, [Path(file) for file in _walk(path, passed)], passed)
     root, said = _training_part(path)
     files = _walk(root, passed)
-    best = {file.parent: file for name in reversed(METADATA) for file in files if file.name == name}
-    endings = {file.suffix.lower() for file in files}
+    named = [file for name in METADATA for file in files if os.path.basename(file) == name]
+    best = {os.path.dirname(file): file for file in reversed(named)}
+    endings = {_ending(file) for file in files}
     if not best and {".parquet"} < endings and endings & PICTURES:
-        best = {file: file for file in _train_files([f for f in files if f.suffix == ".parquet"], Counter())}
+        best = {file: file for file in _train_files([f for f in files if _ending(f) == ".parquet"], Counter())}
     if best:
-        listing = _metadata_rows(root, sorted(best.values()), files, columns, passed)
+        chosen = set(best.values())
+        listing = _metadata_rows(root, [file for file in files if file in chosen], files, columns, passed)
     elif endings & PICTURES:
         rows = _picture_rows(root, files, columns, passed)
         listing = Listing(str(path), rows)
         said += _empty_classes(root, {row.label for row in rows})
     else:
         ending = next((ending for ending in (".tar", *TABLES) if ending in endings), "")
-        chosen = _train_files([file for file in files if file.suffix.lower() == ending], passed)
-        passed.update(_ending(file) for file in files if file.suffix.lower() != ending or not ending)
+        used = _train_files([file for file in files if _ending(file) == ending], passed)
+        passed.update(_kind(file) for file in files if _ending(file) != ending or not ending)
         read = _shards if ending == ".tar" else read_tables
-        listing = read(path, chosen, columns) if ending else Listing(str(path), [])
+        listing = read(path, [Path(file) for file in used], columns) if ending else Listing(str(path), [])
     said += [listing.note] if listing.note else []
     return replace(listing, source=str(path), note="; ".join([*said, *_counts(passed)]))
 
@@ -172,9 +176,9 @@ def _counts(passed: Counter[str]) -> list[str]:
     return [f"passed over: {counts}"] if counts else []
 
 
-def _train_files(files: Sequence[Path], passed: Counter[str]) -> list[Path]:
+def _train_files(files: Sequence[str], passed: Counter[str]) -> list[str]:
     # Of train.csv and test.csv, or train-00000-of-00001.parquet and so on.
-    parts = {file: re.split(r"[-_.]", file.name.lower())[0] for file in files}
+    parts = {file: re.split(r"[-_.]", os.path.basename(file).lower())[0] for file in files}
     if "train" not in parts.values() or not set(parts.values()) <= SPLITS:
         return list(files)
     passed["files of other parts than train"] += sum(part != "train" for part in parts.values())
@@ -195,88 +199,113 @@ def _training_part(path: Path) -> tuple[Path, list[str]]:
     return path / "train", [f"train/ is used, and not {', '.join(others)}"] if others else []
 
 
-def _walk(root: Path, passed: Counter[str]) -> list[Path]:
-    # All files, those in linked folders too. Each folder is read once, and rather where it lies than by a link:
-    # links may lead in circles, to more paths than can be counted, and to the root of the file system.
-    found: list[Path] = []
-    links: list[Path] = []
-    known = {_identity(folder) for folder in root.resolve().parents}
-    left = [root]
+def _start(root: Path) -> str:
+    # How the paths of all files below a folder begin.
+    return "" if root == Path() else os.path.join(root, "")
+
+
+def _walk(root: Path, passed: Counter[str]) -> list[str]:
+    # Paths of all files, those in linked folders too. Each folder is read once, and rather where it lies than by a
+    # link: links may lead in circles, to more paths than can be counted, and to the root of the file system.
+    found, links, left = list[str](), list[str](), [_start(root)]
+    known = {_identity(os.fspath(folder)) for folder in root.resolve().parents}
     while left or links:
         folder = left.pop() if left else links.pop(0)
         if _identity(folder) in known:
             passed["links to folders that are read already, or hold all of this"] += 1
             continue
         known.add(_identity(folder))
-        for entry in sorted(folder.iterdir()):
-            if entry.name.startswith("."):
-                passed["hidden files or folders"] += entry.name != MARKER
-            elif entry.is_dir():
-                (links if entry.is_symlink() else left).append(entry)
+        with os.scandir(folder or ".") as entries:
+            inside = sorted((entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries)
+        for name, is_folder, is_link in inside:
+            if name.startswith("."):
+                passed["hidden files or folders"] += name != MARKER
+            elif is_folder:
+                (links if is_link else left).append(os.path.join(folder, name, ""))
             else:
-                found.append(entry)
-    return sorted(found)
+                found.append(folder + name)
+    return sorted(found, key=lambda file: file.replace(os.sep, "\0"))  # by the names on the path, one by one
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link in a circle is none, where the entry itself would raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder or ".")
     return status.st_dev, status.st_ino
 
 
-def _ending(file: Path) -> str:
-    if not file.exists():
+def _ending(file: str) -> str:
+    # Of its name, in small letters: ".png"; empty where there is none.
+    ending = os.path.splitext(file)[1].lower()
+    return ending if len(ending) > 1 else ""
+
+
+def _kind(file: str) -> str:
+    # What the note calls a file that is passed over.
+    if not os.path.exists(file):
         return "links to nothing"
-    return f"{file.suffix} files" if 0 < len(file.suffix) < 9 else "files without an ending"
+    ending = os.path.splitext(file)[1]
+    return f"{ending} files" if 1 < len(ending) < 9 else "files without an ending"
 
 
 def _metadata_rows(
-    root: Path, metadata: Sequence[Path], files: Sequence[Path], columns: Columns, passed: Counter[str]
+    root: Path, metadata: Sequence[str], files: Sequence[str], columns: Columns, passed: Counter[str]
 ) -> Listing:
-    parts = [read_tables(file, [file], columns) for file in metadata]
+    parts = [read_tables(Path(file), [Path(file)], columns) for file in metadata]
     rows = [row for part in parts for row in part.rows]
-    first = [_first_folder(row, root) for row in rows]
-    if "train" in first and set(first) <= SPLITS:
-        passed["rows of other parts than train/"] += sum(name != "train" for name in first)
-        rows = [row for row, name in zip(rows, first, strict=True) if name == "train"]
-    used = {one.path for row in rows for one in (row.image, *row.maps.values()) if isinstance(one, File)}
+    first = {_first_folder(row, root) for row in rows}
+    if "train" in first and first <= SPLITS:
+        chosen = [row for row in rows if _first_folder(row, root) == "train"]
+        passed["rows of other parts than train/"] += len(rows) - len(chosen)
+        rows = chosen
+    used = {one.name for row in rows for one in (row.image, *row.maps.values()) if isinstance(one, File)}
     for file in files:
-        if file.suffix.lower() in PICTURES and file not in used:
-            passed[f"pictures that no row of {metadata[0].name} uses"] += 1
-        elif file not in used and file not in metadata:
-            passed[_ending(file)] += 1
+        if file in used or file in metadata:
+            continue
+        pictured = _ending(file) in PICTURES
+        passed[f"pictures that no row of {Path(metadata[0]).name} uses" if pictured else _kind(file)] += 1
     return Listing(str(root), rows, parts[0].class_names)
 
 
 def _first_folder(row: Row, root: Path) -> str:
-    if not isinstance(row.image, File) or not row.image.path.is_relative_to(root):
-        return ""
-    return (*row.image.path.relative_to(root).parts, "")[0]
+    # Of the path of a row's picture, counted from ``root``.
+    start = _start(root)
+    inside = isinstance(row.image, File) and row.image.name.startswith(start)
+    return row.image.name[len(start) :].split(os.sep)[0] if row.image and inside else ""
 
 
-def _picture_rows(root: Path, files: Sequence[Path], columns: Columns, passed: Counter[str]) -> list[Row]:
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    stray = next((file for file in pictures if file.parent == root), None)
-    classes = {file.relative_to(root).parts[0] for file in pictures if file.parent != root}
-    if stray and classes:
-        raise ValueError(
-            f"{root} holds images beside class subfolders such as {min(classes)}: {stray.name}, for one. "
-            "Move them into their classes, or elsewhere."
-        )
-    texts = {file for file in files if file.suffix.lower() == ".txt"}
-    rows = []
+def _picture_rows(root: Path, files: Sequence[str], columns: Columns, passed: Counter[str]) -> list[Row]:
+    pictures = [file for file in files if _ending(file) in PICTURES]
+    stray, labels = None, list[str | None]()
     for file in pictures:
-        label = file.relative_to(root).parts[0] if classes else None
-        beside = file.with_suffix(".txt")
-        caption, fault = _beside(beside) if beside in texts and columns.text is not None else (None, "")
-        rows.append(Row(str(file), File(file), caption, label, fault=fault))
-        if columns.maps:
-            rows[-1] = replace(rows[-1], fault=f"has no {columns.maps[0]}, which a metadata.jsonl must name.")
-    captions = {file.with_suffix(".txt") for file in pictures} & texts
-    if columns.text is None and captions:
-        passed[".txt captions, which are not needed"] += len(captions)
+        folder, *deeper = file[len(_start(root)) :].split(os.sep)
+        stray = stray or (None if deeper else file)
+        labels.append(sys.intern(folder) if deeper else None)
+    if stray and any(labels):
+        raise ValueError(
+            f"{root} holds images beside class subfolders such as {min(label for label in labels if label)}: "
+            f"{os.path.basename(stray)}, for one. Move them into their classes, or elsewhere."
+        )
+    texts = {file for file in files if _ending(file) == ".txt"}
+    alone = set(texts)
+    missing = f"has no {columns.maps[0]}, which a metadata.jsonl must name." if columns.maps else ""
+    rows = []
+    for file, label in zip(pictures, labels, strict=True):
+        beside, caption, fault = f"{os.path.splitext(file)[0]}.txt", None, ""
+        if beside in texts and columns.text is not None:
+            caption, fault = _beside(Path(beside))
+        alone.discard(beside)
+        rows.append(Row(file, File(file), caption, label, fault=missing or fault))
+    if columns.text is None and alone != texts:
+        passed[".txt captions, which are not needed"] += len(texts) - len(alone)
     for file in files:
-        if file not in captions and file.suffix.lower() not in PICTURES:
-            passed[".txt files without a picture" if file in texts else _ending(file)] += 1
+        if file in texts and file in alone:
+            passed[".txt files without a picture"] += 1
+        elif file not in texts and _ending(file) not in PICTURES:
+            passed[_kind(file)] += 1
     return rows
 
 
@@ -313,30 +342,29 @@ def _shards(source: Path, shards: Sequence[Path], columns: Columns) -> Listing:
             folder, _, base = part.name.rpartition("/")
             key, _, kind = base.partition(".")
             if part.isreg() and not part.issparse() and key:
-                member = Member(shard, part.name, part.offset_data, part.size)
-                samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[kind.lower()] = member
+                member = Member(shard, f"{shard}/{part.name}", part.offset_data, part.size)
+                samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[sys.intern(kind.lower())] = member
             else:
                 passed["members that are no plain files"] += not part.isdir()
         rows += [_sample(f"{shard}/{key}", parts, columns, passed) for key, parts in samples.items()]
     return Listing(str(source), rows, note="; ".join(_counts(passed)))
 
 
-def _members(shard: Path) -> list[tarfile.TarInfo]:
+def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
     last = -1
-    found = []
     try:
         with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for part in archive:
                 if part.size < 0 or part.offset <= last:  # tarfile would go round in circles
                     raise ValueError(f"{part.name!r} says that it has {part.size} bytes")
                 last = part.offset
-                found.append(part)
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep a thousand bytes for each
+                yield part
     except Exception as error:  # of any kind: tarfile trusts the sizes and texts of its headers
         reason = str(error)[:200] or type(error).__name__
         raise ValueError(
             f"{shard} is no tar archive, is cut, or is compressed: {reason}. Store it without compression."
         ) from error
-    return found
 
 
 def _sample(name: str, parts: Mapping[str, Member], columns: Columns, passed: Counter[str]) -> Row:

@@ -4,14 +4,28 @@ import csv
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scorefield.data.rows import IMAGE_COLUMNS, Cell, Columns, Listing, Row, half_character, row_of
-from scorefield.files import check_regular, read_regular
+import numpy as np
+
+from scorefield.data.rows import (
+    IMAGE_COLUMNS,
+    Cell,
+    Columns,
+    File,
+    Listing,
+    Member,
+    Picture,
+    Row,
+    half_character,
+    row_of,
+)
+from scorefield.files import check_regular, open_regular
 
 TABLES = (".parquet", ".jsonl", ".csv", ".tsv", ".json", ".txt")
 """Endings of such files; of a folder without pictures those of the first that is there are read."""
@@ -45,10 +59,17 @@ def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listin
 
 def decoded(path: Path) -> str:
     """The text of a file. Bytes that are no UTF-8 become halves of characters, for :func:`text_fault` to find."""
-    content = read_regular(path)
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    with opened(path) as file:
+        return file.read()
+
+
+def opened(path: Path, newline: str = "\n") -> io.TextIOWrapper:
+    """A file of text, open to be read line by line. Raises ``ValueError`` for UTF-16."""
+    file = open_regular(path)
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        file.close()
         raise ValueError(f"{path} is UTF-16. Save it as UTF-8, such as: iconv -f UTF-16 -t UTF-8 {path.name}")
-    return content.decode("utf-8-sig", "surrogateescape")
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
 def text_fault(text: str, path: Path) -> str:
@@ -63,10 +84,11 @@ def text_fault(text: str, path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    # splitlines would also split at characters that a caption may hold, such as U+2028.
-    for number, line in enumerate(decoded(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line
+    # Only line feeds end a line: a caption may hold other separators, such as U+2028.
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
@@ -87,16 +109,17 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    table = csv.DictReader(io.StringIO(decoded(path), newline=""), delimiter=delimiter)
-    try:
-        for values in table:
-            known = {str(name): cell or None for name, cell in values.items() if name is not None}
-            fault = next((fault for cell in known.values() if cell and (fault := text_fault(cell, path))), "")
-            if None in values:
-                fault = f"has more cells than the header, which has {len(known)}."
-            yield f"{path}, line {table.line_num}", known, fault
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {table.line_num}: {error}.") from error
+    with opened(path, newline="") as file:
+        table = csv.DictReader(file, delimiter=delimiter)
+        try:
+            for values in table:
+                known = {str(name): cell or None for name, cell in values.items() if name is not None}
+                fault = next((fault for cell in known.values() if cell and (fault := text_fault(cell, path))), "")
+                if None in values:
+                    fault = f"has more cells than the header, which has {len(known)}."
+                yield f"{path}, line {table.line_num}", known, fault
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {table.line_num}: {error}.") from error
 
 
 def check_data_file(file: Path) -> None:
@@ -167,16 +190,64 @@ def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Lis
             data = data.cast_column(name, datasets.Image(decode=False))
         # Paths are few bytes, and are read at once; pictures one by one.
         large = [name for name in wanted if "string" not in str(getattr(data.features[name], "dtype", ""))]
-        table, empty = data.select_columns(large), {name: _nulls(data, name) for name in large}
         names = {*columns.texts, "label", *wanted} - set(large)
+        pictures = [_pictures(data, name, source, folder) for name in large]
         columns, rows = replace(columns, image=image), list[Row]()
-        for number, small in enumerate(_small(data, [name for name in data.features if name in names])):
-            held = [name for name in large if number not in empty[name]]
-            cells = {name: Cell(table, number, name, source, folder) for name in held}
-            values = {**small, **cells, **{key: cells[name] for key, name in maps.items() if name in cells}}
+        small = _small(data, [name for name in data.features if name in names])
+        for number, (values, *found) in enumerate(zip(small, *pictures, strict=True)):
+            cells = dict(zip(large, found, strict=True))
+            values = {**values, **cells, **{key: cells[name] for key, name in maps.items() if name in cells}}
             rows.append(row_of(values, columns, folder, f"{source}[{number}]"))
     labels = getattr(data.features.get("label"), "names", None)
     return Listing(source, rows, labels and tuple(labels))
+
+
+def _pictures(data: Any, column: str, source: str, folder: Path) -> Iterator[Picture | None]:
+    # The picture of each row, None where there is none. Pages that are mapped into memory would count as used.
+    names = (f"{source}[{number}] {column!r}" for number in range(len(data)))
+    places = None if data._indices is not None else _places(data.cache_files, column, len(data), folder)
+    if places is None:
+        table, empty = data.select_columns([column]), _nulls(data, column)
+        for number, name in enumerate(names):
+            yield None if number in empty else Cell(table, number, column, name, folder)
+        return
+    for file, offsets, valid, paths in places:
+        starts, sizes = offsets.tolist(), np.diff(offsets).tolist()
+        for number, there in enumerate(valid):
+            name = next(names)
+            yield Member(file, name, starts[number], sizes[number]) if there else paths.get(number)
+
+
+Places = tuple[Path, np.ndarray, list[bool], dict[int, Picture]]
+"""Of n cells: their arrow file, (n + 1,) offsets in it, whether each has bytes, and files that others name."""
+
+
+def _places(files: Sequence[Mapping[str, str]], column: str, num_rows: int, folder: Path) -> list[Places] | None:
+    # Where the bytes of a column lie in arrow files; None where that cannot be told, as of parts of a table.
+    import pyarrow as pa
+
+    found: list[Places] = []
+    for path in (Path(file["filename"]) for file in files):
+        with pa.memory_map(os.fspath(path)) as mapped:
+            start, size = mapped.read_buffer(1).address, mapped.size()
+            mapped.seek(0)
+            for batch in pa.ipc.open_stream(mapped):
+                cells, paths = batch.column(column), dict[int, Picture]()
+                if pa.types.is_struct(cells.type):  # as ``datasets`` keeps pictures
+                    parts = {kind.name: part for kind, part in zip(cells.type, cells.flatten(), strict=True)}
+                    cells, named = parts.get("bytes", cells), parts.get("path", pa.nulls(len(cells)))
+                    given = named.to_pylist() if cells.null_count else []
+                    paths = {number: File(os.fspath(folder / name)) for number, name in enumerate(given) if name}
+                if cells.type not in (pa.binary(), pa.large_binary()):
+                    return None
+                _, ends, content = cells.buffers()
+                width = np.int32 if cells.type == pa.binary() else np.int64
+                offsets = np.frombuffer(ends, width)[cells.offset :][: len(cells) + 1].astype(np.int64)
+                offsets += content.address - start if content else 0
+                if offsets[0] < 0 or offsets[-1] > size or (np.diff(offsets) < 0).any():
+                    return None
+                found.append((path, offsets, cells.is_valid().to_pylist(), paths))
+    return found if sum(len(valid) for _, _, valid, _ in found) == num_rows else None
 
 
 def _small(data: Any, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
 from scorefield.progress import Progress
+from scorefield.randomness import derived_generator
+
+Item = TypeVar("Item")
 
 Encode = Callable[[list[str]], Cond]
 """n prompts -> conditions of batch n, on any device."""
@@ -151,3 +154,66 @@ class PromptEncoder:
         surplus = self.load_surplus()
         cuts = [{CUT: torch.tensor(surplus(prompt))} for prompt in prompts]
         return [{**{name: value[row] for name, value in cond.items()}, **cuts[row]} for row in range(len(prompts))]
+
+
+def share_work(
+    items: Sequence[Item], *, done: Callable[[Item], bool], do: Callable[[list[Item]], object], rank: int = 0,
+    num_ranks: int = 1, batch_size: int = 16, name: str = "shared work",
+) -> int:  # fmt: skip
+    """Do what is not done yet, this rank's share first, then what is left of the others'.
+
+    When it returns, everything is stored. What others hold in their hands meanwhile may be done twice, about a
+    batch of each of them.
+
+    Args:
+        items: the same on all ranks.
+        done: cheap; whether any rank has stored an item.
+        do: stores some items; doing one twice must do no harm.
+        rank: of this process.
+        num_ranks: that share the work.
+        batch_size: most items at a time.
+        name: of the work, to show how far it is.
+
+    Returns:
+        Number of items that this rank did.
+    """
+    own = list(range(rank, len(items), num_ranks))
+    others = [number for number in range(len(items)) if number % num_ranks != rank]
+    # In an order of its own, lest two ranks that have finished take the same items at the same time.
+    order = torch.randperm(len(others), generator=derived_generator("share", rank)).tolist()
+    count = 0
+    with Progress(name, len(items)) as bar:
+        for part in (own, [others[i] for i in order]):
+            batch: list[Item] = []
+            for position, number in enumerate(part, 1):
+                if not done(items[number]):
+                    batch.append(items[number])
+                if batch and (len(batch) == batch_size or position == len(part)):
+                    do(batch)
+                    count, batch = count + len(batch), []
+                bar.update()
+    return count
+
+
+def share_prompts(texts: PromptEncoder, prompts: Sequence[str], *, rank: int = 0, num_ranks: int = 1) -> int:
+    """Encode all prompts that are not in the cache, with the other ranks; the number that this one encoded.
+
+    No text encoder is needed afterwards: ``Teacher.without_text_encoders`` frees them.
+    """
+    cache = TensorCache(texts.folder, texts.identify())
+    return share_work(
+        sorted(set(prompts)), done=cache.holds, do=texts, rank=rank,
+        num_ranks=num_ranks, name="prompts encoded",
+    )  # fmt: skip
+
+
+def told_size(cond: Cond, size: tuple[int, int]) -> Cond:
+    """Return the conditions for pictures of another height and width; the same where a model is not told of it."""
+    if "time_ids" not in cond:
+        return cond
+    return {**cond, "time_ids": size_ids(size).to(cond["time_ids"]).expand_as(cond["time_ids"])}
+
+
+def size_ids(size: tuple[int, int]) -> Tensor:
+    """(1, 6): original size, offset of the crop, target size, as SDXL is told them (arXiv 2307.01952, 2.2)."""
+    return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)

@@ -24,7 +24,7 @@ from scorefield.models.networks import DiffusersNetwork, Tokens, build_network, 
 from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
-from scorefield.models.prompts import LongPrompts, PromptEncoder
+from scorefield.models.prompts import LongPrompts, PromptEncoder, size_ids
 from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
 from scorefield.models.weights import check_fit
@@ -141,9 +141,8 @@ class Teacher:
         number = len(next(iter(cond.values())))
         if self.embedded is not None:
             cond["guidance"] = torch.full((number,), self.embedded, device=self.device)
-        if self.sized:  # original size, offset of the crop, target size (SDXL, arXiv 2307.01952, section 2.2)
-            ids = torch.tensor([[*self.size, 0, 0, *self.size]], dtype=torch.float32, device=self.device)
-            cond["time_ids"] = ids.repeat(number, 1)
+        if self.sized:
+            cond["time_ids"] = size_ids(self.size).to(self.device).repeat(number, 1)
         return cond
 
     def negative(self, prompt: str = "") -> Cond:

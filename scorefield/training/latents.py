@@ -1,130 +1,100 @@
-"""Real images as a latent teacher's x0: each is encoded once, kept on disk, and read when its turn comes."""
+"""Images as a latent model's x0: each is encoded when it is first drawn, and kept in memory and on disk.
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+So a training begins at once, and what it never draws is never encoded. An entry's name holds all that its tensors
+depend on: an edited image is another entry, and nothing else is made again.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import Subset
 
-from scorefield.cache import Content, TensorCache, content_key, fingerprint
-from scorefield.data.pictures import as_floats, central, open_image
-from scorefield.data.rows import in_shares
-from scorefield.data.texts import Pictures
-from scorefield.models.codec import Codec
-from scorefield.models.prompts import default_cache_folder
-from scorefield.models.teacher import Teacher
-from scorefield.progress import Progress, working
+from scorefield.cache import Content, Entry, TensorCache
+from scorefield.data.pictures import as_floats
 
-PIXELS = 2**20
-"""Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
+Key = TypeVar("Key", bound=Hashable)
 
-IN_MEMORY = 2**30
-"""Bytes of latents, or of encoded prompts, up to which all are kept in memory; more are read from the disk."""
+IN_MEMORY = 2**29
+"""Bytes of latents, or of samples that were read, up to which they are kept in memory."""
+
+
+class Memory(Generic[Key]):
+    """Tensors kept in memory while they fit: first come, first kept.
+
+    An epoch visits all samples alike, so whatever is pushed out for a newcomer would be missed just as soon.
+
+    Args:
+        limit: in bytes; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int = IN_MEMORY) -> None:
+        self.limit, self.used = limit, 0
+        self._kept: dict[Key, Entry] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> Entry | None:
+        """The tensors of ``key``, or None."""
+        return self._kept.get(key)
+
+    def keep(self, key: Key, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them if there is room."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with self._lock:
+            if key not in self._kept and self.used + size <= self.limit:
+                self._kept[key] = dict(tensors)
+                self.used += size
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """x0 of some images.
+    """What an autoencoder makes of images: encoded once each.
+
+        Latents(lambda images: {"latents": codec.encode(images)}, TensorCache(folder, codec.identity()))
 
     Attributes:
-        images: read, and encoded again, only where an entry of the cache was lost.
-        teacher: whose codec encodes them.
-        cache: an entry for each image, under the hash of its file.
-        digests: those hashes, in the images' order.
-        kept: (n, c, h, w) all of them, or None where they are too many.
+        encode: (b, 3, h, w) images in [-1, 1] to named tensors of batch b.
+        cache: of these tensors, its identity that of the encoder; None encodes every time.
+        memory: in front of the cache.
+        batch_size: most images encoded at a time.
     """
 
-    images: Pictures
-    teacher: Teacher
-    cache: TensorCache
-    digests: Sequence[str] = ()
-    kept: Tensor | None = None
+    encode: Callable[[Tensor], Mapping[str, Tensor]]
+    cache: TensorCache | None = None
+    memory: Memory[str] = field(default_factory=lambda: Memory(0))
+    batch_size: int = 16
 
-    def __call__(self, chosen: Tensor) -> Tensor:
-        """(b, c, h, w) of the images with these numbers, float32 on the CPU."""
-        if self.kept is not None:
-            return self.kept[chosen]
-        numbers = chosen.tolist()
-        return self.fetch(numbers, [self.digests[number] for number in numbers])
+    def __call__(
+        self, names: Sequence[str], pixels: Callable[[list[int]], Tensor], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The tensors of some images, batch b, on ``device``; encoded and stored if they are not there.
 
-    def fetch(self, numbers: Sequence[int], digests: Sequence[str]) -> Tensor:
-        """From the cache, of images with these numbers and hashes. Raises ``ValueError`` naming a bad image."""
-        places = dict(zip(digests, numbers, strict=True))
+        Args:
+            names: what identifies each image, whatever made it.
+            pixels: positions in ``names`` -> those images, uint8; asked of what nobody has encoded yet.
+            device: of the encoder.
+        """
+        if self.cache is None:
+            parts = [self._encode(part, device) for part in pixels(list(range(len(names)))).split(self.batch_size)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        known = {name: entry for name in names if (entry := self.memory.get(name)) is not None}
+        missing = [name for name in dict.fromkeys(names) if name not in known]
+        places: dict[Content, int] = {name: place for place, name in enumerate(names)}
 
-        def encode(contents: list[Content]) -> list[dict[str, Tensor]]:
-            pixels = torch.stack([self.pixels(places[str(digest)]) for digest in contents])
-            with torch.no_grad():
-                x0 = self.teacher.encode(as_floats(pixels.to(self.teacher.device)))
-            return [{"latents": row} for row in x0.float().cpu()]
+        def make(some: list[Content]) -> list[Entry]:
+            made = self._encode(pixels([places[name] for name in some]), device)
+            return [{name: rows[i] for name, rows in made.items()} for i in range(len(some))]
 
-        entries = self.cache.fetch(digests, encode, self.batch_size)
-        return torch.stack([entry["latents"] for entry in entries])
+        for name, entry in zip(missing, self.cache.fetch(missing, make, self.batch_size), strict=True):
+            self.memory.keep(name, entry)
+            known[name] = entry
+        rows = [known[name] for name in names]
+        return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    @property
-    def batch_size(self) -> int:
-        """Images that are encoded at a time."""
-        height, width = self.teacher.size
-        return max(1, PIXELS // (height * width))
-
-    def pixels(self, number: int) -> Tensor:
-        """Bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
-        image, size = self.images[number], self.teacher.size
-        if isinstance(image, Tensor):
-            if tuple(image.shape[1:]) != size:
-                raise ValueError(f"are {tuple(image.shape[1:])}, the teacher's {size}.")
-            return image
-        return central(open_image(image.read()).convert("RGB"), size)
-
-    def judge(self, number: int) -> tuple[str, str]:
-        """Hash of an image's file, and what is wrong with it; decoded only if it is not in the cache."""
-        image = self.images[number]
-        try:
-            digest = content_key(image if isinstance(image, Tensor) else image.read())
-            if not self.cache.path(digest).exists():
-                self.pixels(number)
-        except (OSError, ValueError) as error:  # a path with a null byte is no path
-            return "", f"{'the images' if isinstance(image, Tensor) else image.name} {error}"
-        return digest, ""
-
-    def some(self, numbers: Sequence[int]) -> "Latents":
-        """Of the images with these numbers."""
-        images: Any = Subset(self.images, numbers)  # type: ignore[arg-type]
-        return replace(self, images=images, digests=[self.digests[number] for number in numbers])
-
-    def encoded(self, accelerator: Accelerator) -> "Latents":
-        """The same with all that is not in the cache encoded, each rank an equal share."""
-        own = range(accelerator.process_index, len(self.images), accelerator.num_processes)
-        with Progress("latents", len(own), unit="image") as bar:
-            for start in range(0, len(own), self.batch_size):
-                part = own[start : start + self.batch_size]
-                self.fetch(part, [self.digests[number] for number in part])
-                bar.update(len(part))
-        with working("reading the latents"):
-            accelerator.wait_for_everyone()
-            if 4 * len(self.images) * torch.Size(self.teacher.shape).numel() > IN_MEMORY:
-                return self
-            return replace(self, kept=self.fetch(range(len(self.images)), self.digests))
-
-    def identity(self) -> str:
-        """A hash of all images and of what encodes them."""
-        return hashlib.sha256("\n".join([self.cache.identity, *self.digests]).encode()).hexdigest()[:16]
-
-
-def check_images(images: Pictures, teacher: Teacher, accelerator: Accelerator) -> tuple[Latents, list[str]]:
-    """The images as latents to be encoded, and what is wrong with each of them; the ranks share the work."""
-    assert isinstance(teacher.codec, Codec)
-    facts = torch.cat([teacher.codec.numbers, torch.tensor(teacher.size, dtype=torch.float32)])
-    if len(set(teacher.size)) > 1:  # entries of an earlier version were square
-        facts = torch.cat([facts, torch.ones(1)])
-    identity = fingerprint([*teacher.codec.vae.state_dict().values(), facts])
-    latents = Latents(images, teacher, TensorCache(default_cache_folder().parent / "latents", identity))
-    judged = in_shares(
-        latents.judge, len(images), rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        gather=gather_object,
-    )  # fmt: skip
-    return replace(latents, digests=[digest for digest, _ in judged]), [fault for _, fault in judged]
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        # In the encoder's own precision, whatever the step that asks computes in: what is stored stays.
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return dict(self.encode(as_floats(pixels.to(device))))
