@@ -184,7 +184,8 @@ class ControlBatches:
         self, indices: list[int], epochs: list[int], mirrored: list[bool],
         generators: Sequence[Generator] | None = None,
     ) -> Loaded:  # fmt: skip
-        cuts = zip(indices, mirrored, generators or [None] * len(indices), strict=True)
+        chance: Sequence[Generator | None] = generators or [None] * len(indices)
+        cuts = zip(indices, mirrored, chance, strict=True)
         parts = list(in_threads(lambda cut: self._cut(*cut), cuts))
         names = [
             self._name(index, turned) for index, turned in zip(indices, mirrored, strict=True) if self.latents

@@ -189,7 +189,7 @@ def test_shared_work_and_prompts_are_counted(seen, tmp_path):
     share_work(list(range(7)), done=lambda item: item < 3, do=lambda items: None, batch_size=2, name="latents")
     assert (seen["latents"].count, seen["latents"].total) == (7, 7)
     encoder = PromptEncoder(tmp_path, lambda: "one", lambda: lambda prompts: {"x": torch.zeros(len(prompts), 2)})
-    encoder.num_cut([f"prompt {number}" for number in range(40)])
+    encoder.encode([f"prompt {number}" for number in range(40)])
     assert (seen["prompts encoded"].count, seen["prompts encoded"].total) == (40, 40)
 
 
