@@ -25,9 +25,8 @@ from scorefield.schedule import VariancePreserving
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
-from sds.losses import Distillation, sds, vsd
-from sds.renders import distillation_loss
-from sds.vsd import VSD
+from sds.losses import VSD, Distillation, sds, vsd
+from sds.training import distillation_loss
 
 STD = 0.3
 SHARES = torch.tensor([0.1, 0.2, 0.3, 0.4])

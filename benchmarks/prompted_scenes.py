@@ -22,8 +22,8 @@ from torchvision.utils import save_image
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, best_ellipsoid, crop_psnrs, filled, ring, voxels
 
 from scorefield.atomic import whole_file
+from sds.export import load_scene
 from sds.field import Field, cone_blob
-from sds.finish import load_scene
 from sds.scene import Render, Scene, grid_scene
 from toyworld.captions import Attributes, parse
 from toyworld.judge import accuracies, load_judge

@@ -5,12 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from scorefield.training.options import check_numbers, check_run
+from sds.cameras import check_nerfstudio
 from sds.export import Export
-from sds.extra import check_extra
+from sds.files import check_encoder, check_installed
 from sds.options import Config
 from sds.parts import cameras_at, colour_of
-from sds.video import check_encoder
-from sds.views import check_nerfstudio
 
 
 def check_scene(config: Config) -> None:
@@ -31,7 +30,7 @@ def check_scene(config: Config) -> None:
     _check_views(config)
     for name in config.backdrops:
         colour_of(name)
-    check_extra("skimage", "trimesh", "imageio_ffmpeg")
+    check_installed("skimage", "trimesh", "imageio_ffmpeg")
     with TemporaryDirectory() as folder:
         check_encoder(Path(folder))
     export_choices(config)

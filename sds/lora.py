@@ -7,9 +7,7 @@ from torch import Generator, Tensor, nn
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.lora import ATTENTION, Twin
-
-CAMERA = "camera"
-"""The key of the camera in ``cond``: camera-to-world matrices, zeros are "no camera in particular"."""
+from sds.losses import CAMERA
 
 
 def low_rank_denoiser(

@@ -1,17 +1,180 @@
-"""Surfaces and points of a density: marching cubes on a lattice, closed, with a colour at every vertex."""
+"""A scene as plain functions, and the surface of its density: marching cubes, closed, with coloured vertices.
+
+The world has z up and the front of an object faces +x. Cameras are nerfstudio's and OpenGL's: x right, y up, z
+backwards, ``camera_to_world`` (3, 4) holding these axes and the position as columns.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from sds.exportable import CHUNK, Corner, Exportable
+Colour = tuple[float, float, float]
+"""RGB in [0, 1], in display values (sRGB)."""
+
+Corner = tuple[float, float, float]
+"""x, y and z in the world."""
+
+CHUNK = 1 << 18
+"""Points asked for at once: bounds memory, changes no result."""
+
 
 Query = Callable[[Tensor], Tensor]
+
+CHANNELS = (("rgb", 3), ("depth", 1), ("normals", 3), ("opacity", 1))
+
+
+class Pictures(Protocol):
+    """Pictures of b cameras, rows from the top; anything with these four tensors will do."""
+
+    @property
+    def rgb(self) -> Float[Tensor, "b 3 h w"]:
+        """In [-1, 1], in display values, before a background."""
+
+    @property
+    def depth(self) -> Float[Tensor, "b 1 h w"]:
+        """Distance from the camera along the ray in world units; counts only where opacity is above a half."""
+
+    @property
+    def normals(self) -> Float[Tensor, "b 3 h w"] | None:
+        """In world coordinates, outwards, of any length; counts only where there is opacity. Not None here."""
+
+    @property
+    def opacity(self) -> Float[Tensor, "b 1 h w"]:
+        """In [0, 1]: how much of the background is hidden."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """Pictures as :class:`Pictures` says, on the CPU."""
+
+    rgb: Tensor
+    depth: Tensor
+    normals: Tensor
+    opacity: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RadianceField:
+    """A scene as plain functions, called without gradient and in pieces.
+
+    Attributes:
+        density: (n,) of points (n, 3): per world unit, so that a segment of length d hides
+            1 - exp(-density d) of what is behind.
+        colour: (n, 3) in [0, 1] of points (n, 3): what a picture shows there. Albedo, if pictures are unlit.
+        render: pictures of cameras (b, 3, 4), ``size`` high and wide, with colours as of ``colour`` (no light that
+            a mesh cannot have) over the constant ``background``.
+        lower: corner of the box that holds the object, with the smallest x, y, z.
+        upper: corner with the largest.
+        field_of_view: vertical, in degrees, of ``render``; pixels are square, the principal point is the centre.
+        distance: from the origin at which the scene is looked at.
+        background: that ``render`` puts behind the scene.
+        device: where points and cameras are made.
+    """
+
+    density: Callable[[Tensor], Tensor]
+    colour: Callable[[Tensor], Tensor]
+    render: Callable[[Tensor, int], Pictures]
+    lower: Corner = (-1.0, -1.0, -1.0)
+    upper: Corner = (1.0, 1.0, 1.0)
+    field_of_view: float = 40.0
+    distance: float = 3.0
+    background: Colour = (1.0, 1.0, 1.0)
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        corners = (*self.lower, *self.upper)
+        if not all(map(math.isfinite, corners)) or any(
+            a >= b for a, b in zip(self.lower, self.upper, strict=True)
+        ):
+            raise ValueError(f"lower must be below upper on every axis; got {self.lower} and {self.upper}.")
+        if not 0 < self.field_of_view < 180:
+            raise ValueError(f"field_of_view must lie in (0, 180) degrees; got {self.field_of_view}.")
+        if not 0 < self.distance < math.inf:
+            raise ValueError(f"distance must be positive; got {self.distance}.")
+        check_colour("background", self.background)
+
+    @torch.no_grad()
+    def densities(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
+        """Float32 on the CPU. Raises ``ValueError`` for another shape, and for nan or inf."""
+        return _asked("density", self.density, points, (), self.device)
+
+    @torch.no_grad()
+    def colours(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+        """Float32 on the CPU. Raises ``ValueError`` for another shape, and for values outside [0, 1]."""
+        colours = _asked("colour", self.colour, points, (3,), self.device)
+        _check_range("colour", colours, 0.0, 1.0)
+        return colours.clamp(0, 1)
+
+    @torch.no_grad()
+    def pictures(self, camera_to_world: Float[Tensor, "b 3 4"], size: int, batch_size: int = 4) -> Rendered:
+        """Of any number of cameras. Raises ``ValueError`` for what is not a picture."""
+        parts = []
+        for cameras in camera_to_world.split(batch_size):
+            seen = self.render(cameras.to(self.device), size)
+            parts.append([_checked(seen, name, channels, len(cameras), size) for name, channels in CHANNELS])
+        return Rendered(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def check_colour(name: str, colour: Colour) -> None:
+    """Raise ``ValueError`` for what is no RGB in [0, 1]."""
+    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
+        raise ValueError(f"{name} must be three numbers in [0, 1]; got {colour}.")
+
+
+def _asked(
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    points: Tensor,
+    tail: tuple[int, ...],
+    device: torch.device | str,
+) -> Tensor:
+    parts = []
+    for chunk in points.split(CHUNK):
+        values = function(chunk.to(device))
+        if values.shape != (len(chunk), *tail):
+            expected, got = (len(chunk), *tail), tuple(values.shape)
+            raise ValueError(f"{name} of {len(chunk)} points must be of shape {expected}; got {got}.")
+        parts.append(values.to("cpu", torch.float32))
+    values = torch.cat(parts)
+    _check_finite(name, values)
+    return values
+
+
+def _checked(seen: Pictures, name: str, channels: int, batch: int, size: int) -> Tensor:
+    values = getattr(seen, name)
+    if values is None:
+        raise ValueError(f"the rendered {name} are missing; a turntable shows them. Render with {name}.")
+    expected = (batch, channels, size, size)
+    if values.shape != expected:
+        raise ValueError(f"{name} of {batch} pictures must be of shape {expected}; got {tuple(values.shape)}.")
+    values = values.to("cpu", torch.float32)
+    _check_finite(f"the rendered {name}", values)
+    if name in ("rgb", "opacity"):
+        low = -1.0 if name == "rgb" else 0.0
+        _check_range(f"the rendered {name}", values, low, 1.0)
+        return values.clamp(low, 1)
+    return values
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    wrong = int((~values.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"{name} is nan or inf in {wrong} of {values.numel()} values: the scene has diverged. Export an "
+            "earlier checkpoint, and train with a lower learning rate."
+        )
+
+
+def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
+    smallest, largest = float(values.min()), float(values.max())
+    if smallest < low - 1e-3 or largest > high + 1e-3:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {smallest:.4g} to {largest:.4g}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +226,7 @@ class Lattice:
         return torch.cat([self.values.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
 
 
-def sample_lattice(scene: Exportable, resolution: int = 128) -> Lattice:
+def sample_lattice(scene: RadianceField, resolution: int = 128) -> Lattice:
     """The density in the scene's box with ``resolution`` cubes along its longest side.
 
     Raises ``ValueError`` for a resolution below 2, and for a density that is not finite.
@@ -89,7 +252,7 @@ def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: fl
 
     Args:
         lattice: the density.
-        colours: (v, 3) of the vertices (v, 3), such as ``Exportable.colours``.
+        colours: (v, 3) of the vertices (v, 3), such as ``RadianceField.colours``.
         level: the density of the surface, positive.
         min_part: parts that fill less than this share of the largest part's volume are dropped: floaters. 0 keeps
             every part, 1 the largest alone. A part is what hangs together, by corners too, above the level.
@@ -122,7 +285,7 @@ def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.n
     return np.where((parts > 0) & (sizes < min_part * sizes.max())[parts], 0, values)
 
 
-def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8) -> Mesh:
+def recoloured(mesh: Mesh, scene: RadianceField, reach: float, num_samples: int = 8) -> Mesh:
     """The mesh with the colours that a ray sees which comes in along the normal, as pictures do.
 
     The colour just at the surface is poorly known: little of what a picture shows comes from there. For a field

@@ -15,10 +15,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from sds.cameras import Views, check_nerfstudio
 from sds.field import Blob, DenseGrid, Field, cone_blob, normalised, scaled_softplus
 from sds.regularisers import ray_distortion, ray_orientation
 from sds.shading import Shading, shaded
-from sds.views import Views, check_nerfstudio
 
 EMPTY = 1e-3
 """Pixels of less opacity have neither depth nor normal."""

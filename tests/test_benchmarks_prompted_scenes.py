@@ -7,8 +7,8 @@ import pytest
 import torch
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs
 
+from sds.export import save_scene
 from sds.field import Field
-from sds.finish import save_scene
 from sds.scene import grid_scene
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene

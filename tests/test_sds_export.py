@@ -16,10 +16,9 @@ from PIL import Image
 
 from scorefield.atomic import MARKER, whole_folder
 from sds import export as module
-from sds.export import FILES, Export, export
-from sds.level import compare, pictures_of, surface_at
+from sds.export import FILES, Export, compare, export, pictures_of, surface_at
+from sds.files import turntable_cameras
 from sds.mesh import recoloured, sample_lattice
-from sds.turntable import turntable_cameras
 
 SMALL = Export(resolution=24, num_levels=3, num_views=2, view_size=24, num_points=500, num_frames=5, size=26)
 
@@ -295,7 +294,7 @@ def test_scenes_are_asked_without_gradient_and_in_pieces(monkeypatch):
         calls.append((len(points), torch.is_grad_enabled()))
         return points[:, 0]
 
-    monkeypatch.setattr("sds.exportable.CHUNK", 100)
+    monkeypatch.setattr("sds.mesh.CHUNK", 100)
     found = Ball().scene(density=density).densities(torch.rand(250, 3))
     assert calls == [(100, False), (100, False), (50, False)]
     assert found.shape == (250,)

@@ -12,11 +12,23 @@ import torch
 import trimesh
 from PIL import Image
 
-from sds.exportable import Rendered
-from sds.formats import linear, write_glb, write_obj, write_ply, y_up
-from sds.mesh import Mesh
-from sds.turntable import colour_frames, contact_sheet, depth_frames, normal_frames, turntable_cameras
-from sds.video import check_encoder, write_gif, write_mp4, write_png
+from sds.files import (
+    check_encoder,
+    colour_frames,
+    contact_sheet,
+    depth_frames,
+    linear,
+    normal_frames,
+    turntable_cameras,
+    write_gif,
+    write_glb,
+    write_mp4,
+    write_obj,
+    write_ply,
+    write_png,
+    y_up,
+)
+from sds.mesh import Mesh, Rendered
 from toyworld.camera import orbit
 
 close = torch.testing.assert_close

@@ -12,8 +12,8 @@ from scorefield.guidance import guided
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import uniform
 from sds.canvas import Canvas
-from sds.editing import DDS
 from sds.losses import (
+    DDS,
     TIMES,
     alpha_sigma_squared,
     csd,
@@ -24,7 +24,7 @@ from sds.losses import (
     vsd,
     x0_reconstruction,
 )
-from sds.renders import distillation_loss
+from sds.training import distillation_loss
 
 close = torch.testing.assert_close
 

@@ -17,9 +17,8 @@ from scorefield.training.checkpoint import load, save
 from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
 from sds.lora import low_rank_denoiser
-from sds.losses import unit, vsd
-from sds.renders import distillation_loss
-from sds.vsd import VSD
+from sds.losses import VSD, unit, vsd
+from sds.training import distillation_loss
 
 B = 6
 NULL = {"class_labels": torch.tensor([2])}

@@ -1,0 +1,294 @@
+"""Meshes, points, turntables and videos as files that other programs open; each whole or not at all.
+
+The world's z is up and its front is +x. In glb and obj, y is up and the front is +z, as glTF 2.0 (section 3.4)
+has it; Blender turns that into its own front view. A point cloud keeps the world's coordinates.
+"""
+
+import errno
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from scorefield.atomic import whole_file
+from sds.mesh import Colour, Mesh, Rendered, check_colour
+
+PACKAGES = {"skimage": "scikit-image", "trimesh": "trimesh", "imageio_ffmpeg": "imageio-ffmpeg"}
+"""By the name they are imported under."""
+
+
+MATERIAL = {
+    "name": "vertex colours",
+    "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
+    "doubleSided": True,
+}
+"""Without one, viewers take glTF's default: metal, which is black where there is nothing to mirror."""
+
+Frames = Float[Tensor, "n 3 h w"]
+"""Pictures in [0, 1], in display values."""
+
+NEAR, FAR = 0.85, 0.15
+"""Brightness of the nearest and the farthest point of a turntable of distances: neither white nor black."""
+
+# Players guess the matrix of colours by the size of a picture unless it is named; and with the index in front, a
+# browser plays before it has loaded the whole file.
+OUTPUT = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-movflags", "+faststart"]
+
+
+def check_installed(*modules: str) -> None:
+    """Raise ``ValueError``, naming what to install, for modules of the extra ``nerf`` that are missing."""
+    missing = [PACKAGES[module] for module in modules if find_spec(module) is None]
+    if missing:
+        raise ValueError(f'this needs {" and ".join(missing)}. Install: pip install "scorefield[nerf]"')
+
+
+def y_up(vectors: Tensor) -> Tensor:
+    """Coordinates (n, 3) of the world in glTF's axes: up +z becomes +y, front +x becomes +z. A rotation."""
+    return vectors[:, [1, 2, 0]]
+
+
+def linear(colours: Tensor) -> Tensor:
+    """Display values in [0, 1] as linear light: the inverse of sRGB's transfer function (IEC 61966-2-1)."""
+    return torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+
+
+def write_glb(mesh: Mesh, path: Path) -> Path:
+    """A binary glTF 2.0 with normals and vertex colours, y up, rough and not metal.
+
+    COLOR_0 is linear light by the standard (section 3.7.2.1), here in float32: in 8 bits, dark colours would band.
+    """
+    check_installed("trimesh")
+    from trimesh.exchange.gltf import export_glb
+
+    found = _trimesh(mesh)
+    found.vertex_attributes["_LINEAR"] = linear(mesh.colours).numpy()
+    return _write(path, export_glb(found, include_normals=True, tree_postprocessor=_coloured))
+
+
+def _coloured(tree: dict[str, Any]) -> None:
+    # trimesh stores colours in 8 bits, but attributes of any other name as they are.
+    primitive = tree["meshes"][0]["primitives"][0]
+    primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_LINEAR")
+    primitive["material"] = 0
+    tree["materials"] = [MATERIAL]
+    for accessor in (primitive["indices"], *primitive["attributes"].values()):
+        view = tree["bufferViews"][tree["accessors"][accessor]["bufferView"]]
+        view["target"] = 34963 if accessor == primitive["indices"] else 34962  # ELEMENT_ARRAY_BUFFER, ARRAY_BUFFER
+
+
+def write_obj(mesh: Mesh, path: Path) -> Path:
+    """A Wavefront obj, y up, with normals; colours follow the coordinates of a vertex, in display values."""
+    check_installed("trimesh")
+    from trimesh.exchange.obj import export_obj
+
+    found = _trimesh(mesh)
+    found.visual.vertex_colors = _bytes(mesh.colours)
+    text = export_obj(found, include_normals=True, header="scorefield: y is up")
+    return _write(path, text.encode())
+
+
+def write_ply(points: Tensor, colours: Tensor, path: Path) -> Path:
+    """A binary ply of points (n, 3) in the world (z up) with colours (n, 3) in [0, 1], as bytes."""
+    check_installed("trimesh")
+    from trimesh import PointCloud
+
+    return _write(path, PointCloud(points.numpy(), colors=_bytes(colours)).export(file_type="ply"))
+
+
+def _trimesh(mesh: Mesh) -> Any:
+    from trimesh import Trimesh
+
+    return Trimesh(y_up(mesh.vertices).numpy(), mesh.faces.numpy(), process=False)
+
+
+def _bytes(colours: Tensor) -> Any:
+    return (colours * 255).round().to(torch.uint8).numpy()
+
+
+def _write(path: Path, content: bytes) -> Path:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def turntable_cameras(
+    num_views: int, *, elevations: Sequence[float] = (15.0,), distance: float = 3.0
+) -> Float[Tensor, "n 3 4"]:
+    """Cameras evenly round the origin, which they look at; the first is in front (+x), the next to its left.
+
+    Args:
+        num_views: on the whole circle.
+        elevations: of the cameras in degrees above the horizon, in turn.
+        distance: from the origin.
+
+    Raises:
+        ValueError: no views or elevations, an elevation beyond 90 degrees, a distance that is not positive.
+    """
+    possible = elevations and all(-90 <= elevation <= 90 for elevation in elevations)
+    if num_views < 1 or not possible or not 0 < distance < math.inf:
+        raise ValueError(
+            "a turntable needs num_views >= 1, elevations in [-90, 90] degrees and a positive distance; got "
+            f"{num_views}, {tuple(elevations)} and {distance}."
+        )
+    cameras = []
+    for number in range(num_views):
+        azimuth, elevation = 2 * math.pi * number / num_views, math.radians(elevations[number % len(elevations)])
+        (sin_a, cos_a), (sin_e, cos_e) = ((math.sin(x), math.cos(x)) for x in (azimuth, elevation))
+        back = (cos_e * cos_a, cos_e * sin_a, sin_e)
+        # The right axis is always horizontal, so straight above is no special case.
+        right, up = (-sin_a, cos_a, 0.0), (-sin_e * cos_a, -sin_e * sin_a, cos_e)
+        cameras.append(torch.tensor((right, up, back, [distance * axis for axis in back])).T)
+    return torch.stack(cameras)
+
+
+def colour_frames(pictures: Rendered, background: Colour, wanted: Colour | None = None) -> Frames:
+    """The pictures themselves, with ``wanted`` in place of the ``background`` that they have; None keeps it."""
+    rgb = (pictures.rgb + 1) / 2
+    if wanted is None:
+        return rgb
+    shift = _plain(wanted) - _plain(background)
+    return (rgb + (1 - pictures.opacity) * shift).clamp(0, 1)
+
+
+def depth_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
+    """Near is bright and far is dark, on one scale for all pictures, so that a video does not flicker.
+
+    The scale is that of pixels more than half opaque: of fog, the distance means nothing.
+    """
+    seen = pictures.depth[pictures.opacity > 0.5]
+    near, far = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 1.0)
+    share = ((pictures.depth - near) / max(far - near, 1e-6)).clamp(0, 1)
+    return _over((NEAR + (FAR - NEAR) * share).expand(-1, 3, -1, -1), pictures, background)
+
+
+def normal_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
+    """Normals n as colours (n + 1) / 2, in the world: red to the front (+x), green to +y, blue upwards (+z)."""
+    normals = torch.nn.functional.normalize(pictures.normals, dim=1)
+    return _over((normals + 1) / 2, pictures, background)
+
+
+def contact_sheet(rows: Sequence[Frames], *, gap: int = 2, background: Colour = (1.0, 1.0, 1.0)) -> Tensor:
+    """One picture (3, H, W) of rows of pictures, ``gap`` pixels apart and from the edge.
+
+    Raises ``ValueError`` for rows of different shapes, or none.
+    """
+    shapes = [tuple(row.shape) for row in rows]
+    if len(set(shapes)) != 1 or not len(rows[0]):
+        raise ValueError(f"rows must be pictures of one shape (n, 3, h, w); got {shapes}.")
+    num, _, height, width = rows[0].shape
+    sheet = _plain(background)[0].repeat(1, len(rows) * (height + gap) + gap, num * (width + gap) + gap)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            sheet[:, top : top + height, left : left + width] = picture
+    return sheet
+
+
+def _over(frames: Frames, pictures: Rendered, background: Colour) -> Frames:
+    return torch.lerp(_plain(background), frames, pictures.opacity)
+
+
+def _plain(colour: Colour) -> Tensor:
+    check_colour("background", colour)
+    return torch.tensor(colour).view(1, 3, 1, 1)
+
+
+def check_encoder(folder: Path) -> None:
+    """Try to write in ``folder``, and to encode two small frames there.
+
+    Raises:
+        ValueError: there is no encoder, or it does not work.
+        OSError: nothing can be written.
+    """
+    check_installed("imageio_ffmpeg")
+    trial = folder / "trial.mp4"
+    try:
+        trial.write_bytes(bytes(1 << 16))  # a full disk is not the encoder's fault
+        _try_encoder(trial)
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def _try_encoder(path: Path) -> None:
+    try:
+        write_mp4(torch.zeros(2, 3, 16, 16), path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"no video can be encoded here ({str(error).splitlines()[0]}). An ffmpeg with libx264 is needed: "
+            'pip install "scorefield[nerf]" brings one; IMAGEIO_FFMPEG_EXE, if set, names another.'
+        ) from error
+
+
+def write_mp4(frames: Frames, path: Path, *, fps: float = 24.0) -> Path:
+    """An H.264 video that browsers play; an odd height or width gets one more row or column, the last one again.
+
+    Raises:
+        ValueError: no frames, or a missing imageio-ffmpeg.
+        OSError: the encoder failed or the disk is full; nothing is left.
+    """
+    check_installed("imageio_ffmpeg")
+    from imageio_ffmpeg import write_frames
+
+    _check(frames, fps)
+    height, width = frames.shape[-2:]
+    even = torch.nn.functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    pixels = as_pixels(even)
+    with whole_file(path) as temporary:
+        writer = write_frames(
+            temporary, (pixels.shape[2], pixels.shape[1]), fps=fps, codec="libx264", quality=8, macro_block_size=2,
+            ffmpeg_log_level="error", output_params=OUTPUT,
+        )  # fmt: skip
+        writer.send(None)
+        for frame in pixels:
+            writer.send(frame.tobytes())
+        writer.close()
+        _check_whole(temporary, len(pixels))
+    return path
+
+
+def _check_whole(path: Path, num_frames: int) -> None:
+    # The encoder's own exit code is not looked at: on a full disk it leaves a torso and says nothing.
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        found = count_frames_and_secs(path)[0]
+    except RuntimeError:
+        found = 0
+    if found != num_frames:
+        raise OSError(errno.EIO, f"the video encoder wrote {found} of {num_frames} frames: the disk may be full")
+
+
+def write_gif(frames: Frames, path: Path, *, fps: float = 24.0) -> Path:
+    """An endless gif. Durations are in hundredths of a second; equal frames in a row become one longer frame.
+
+    Raises ``ValueError`` for no frames.
+    """
+    _check(frames, fps)
+    first, *others = [Image.fromarray(frame).quantize() for frame in as_pixels(frames)]
+    with whole_file(path) as temporary:
+        first.save(temporary, save_all=True, append_images=others, duration=max(round(100 / fps), 2) * 10, loop=0)
+    return path
+
+
+def write_png(picture: Tensor, path: Path) -> Path:
+    """One picture (3, h, w) in [0, 1]."""
+    with whole_file(path) as temporary:
+        Image.fromarray(as_pixels(picture[None])[0]).save(temporary)
+    return path
+
+
+def as_pixels(frames: Frames) -> Any:
+    """Frames as a numpy array (n, h, w, 3) of bytes."""
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _check(frames: Frames, fps: float) -> None:
+    shape = tuple(frames.shape)
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or not 0 < fps <= 100:
+        raise ValueError(f"a video needs frames (n, 3, h, w), n >= 1, and fps in (0, 100]; got {shape} and {fps}.")
