@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from controlnet.caching import Latents, Memory, share_work
-from controlnet.hints import Hint, annotate, check_source, hint_generators
+from controlnet.hints.hint import Hint, annotate, check_source, hint_generators
 from controlnet.samples import Samples
 from scorefield.data.pictures import as_floats, as_values, choose_view
 from scorefield.data.rows import THREADS

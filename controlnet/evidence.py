@@ -10,16 +10,19 @@ things do show it, on the same held-out samples, noise and seeds at each look:
 """
 
 import functools
+import json
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.scores import ERRORS, Score
+from scorefield.atomic import whole_file
 from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.gradient import TimeWeight, prediction_weight, weighted_error
 from scorefield.guidance import guided
@@ -168,7 +171,7 @@ def paired_gap(
 
 
 @dataclass(frozen=True)
-class Standing:
+class ControlScore:
     """A score between what it would be without control, and what it could be at best.
 
     Attributes:
@@ -243,11 +246,11 @@ class Validation:
 
         return self._all(draw)
 
-    def standings(self, images: Tensor) -> dict[str, Standing]:
+    def scores(self, images: Tensor) -> dict[str, ControlScore]:
         """What the judge says of ``images``, with floor and ceiling."""
         values, floor = _means(self.judge(images, self.probe)), _means(self.judge(images, self.probe.shuffled()))
         return {
-            name: Standing(value, floor[name], self.ceiling[name], error=name in self.errors)
+            name: ControlScore(value, floor[name], self.ceiling[name], error=name in self.errors)
             for name, value in values.items()
         }
 
@@ -270,3 +273,152 @@ class Validation:
 
 def _means(scores: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(values.double().mean()) for name, values in scores.items()}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One look at a training.
+
+    Attributes:
+        step: updates done.
+        gap: the paired loss gap.
+        scores: by name; the first is the one to watch.
+    """
+
+    step: int
+    gap: Gap
+    scores: Mapping[str, ControlScore]
+
+    @property
+    def relative(self) -> float:
+        """The watched score, 0 at its floor and 1 at its ceiling."""
+        return next(iter(self.scores.values())).relative
+
+    def shows(self, threshold: float = 0.5) -> bool:
+        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint."""
+        return self.relative >= threshold and self.gap.significant
+
+    def figures(self) -> dict[str, float]:
+        """Scalars to log."""
+        gap = {"gap": self.gap.value, "gap_error": self.gap.error, "residual_rms": self.gap.residual_rms}
+        scores = {
+            f"{name}{suffix}": value
+            for name, score in self.scores.items()
+            for suffix, value in (
+                ("", score.value), ("_floor", score.floor), ("_ceiling", score.ceiling),
+                ("_relative", score.relative),
+            )
+        }  # fmt: skip
+        return {f"control/{name}": value for name, value in {**gap, **scores}.items()}
+
+
+def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive: int = 2) -> int | None:
+    """The step at which control was learned, or None: the first of ``consecutive`` looks that show it.
+
+    ``threshold`` is that of :meth:`Evidence.shows`. A function of the record alone, so a resumed
+    run finds the same step. Raises ``ValueError`` for a threshold outside (0, 1] or no look at all.
+    """
+    if not 0 < threshold <= 1 or consecutive < 1:
+        raise ValueError(f"need 0 < threshold <= 1 and consecutive >= 1; got {threshold}, {consecutive}.")
+    run: list[int] = []
+    for look in history:
+        run = [*run, look.step] if look.shows(threshold) else []
+        if len(run) == consecutive:
+            return run[0]
+    return None
+
+
+def told(history: Sequence[Evidence], consecutive: int = 2) -> str:
+    """The event in words that go on from "control ", undecided where too little was seen."""
+    learned = learned_at(history, consecutive=consecutive)
+    if learned is not None:
+        return f"was learned at step {learned:,}"
+    if history and math.isnan(history[-1].relative):
+        return f"is undecided: {next(iter(history[-1].scores))} cannot tell, its ceiling is too near its floor"
+    if len(history) < consecutive or history[-1].shows():
+        return f"is undecided: too few looks to tell ({len(history)})"
+    return "was not learned by the criterion"
+
+
+def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int = 12_000) -> list[str]:
+    """Why control has not been learned, in words, most basic first; never empty.
+
+    Args:
+        look: the latest.
+        hints: (n, c, h, w), those of the probe.
+        images_seen: by the adapter so far: steps times batch, accumulation and ranks.
+        usual: images after which it may be expected; ControlNet took 3,000 to 7,000 updates of 4 images.
+    """
+    name, score = next(iter(look.scores.items()))
+    said = []
+    if float((hints - hints[:1]).abs().mean()) < 1e-3:
+        said.append("the hints of all samples are nearly alike: look at them, the annotator may see nothing.")
+    if math.isnan(score.relative):
+        said.append(
+            f"{name} cannot tell: real images reach {score.ceiling:.3f}, hints of other samples "
+            f"{score.floor:.3f}. Judge by another score, tolerance or annotator."
+        )
+    if look.gap.residual_rms < 1e-4:
+        said.append(
+            f"the adapter adds almost nothing (rms {look.gap.residual_rms:.1e}): the learning rate is too low, or "
+            "the optimiser does not hold its parameters."
+        )
+    elif look.gap.significant:
+        said.append(
+            f"the loss does use the hint (gap {look.gap.value:.2g} +- {look.gap.error:.1g}) but samples show it "
+            "too little: go on; try a higher learning rate, more prompt dropout, another guidance scale."
+        )
+    elif images_seen >= usual:
+        said.append(
+            "the right hint lowers the loss no more than another's: are hints cropped and flipped with their "
+            "images, is hint dropout too high, do prompts already say all that the hint says?"
+        )
+    if images_seen < usual:
+        said.append(
+            f"it is early: {images_seen:,} images seen, and control comes suddenly, often only after {usual:,}. "
+            "Larger batches (accumulate) bring it in fewer updates."
+        )
+    return said or ["no single cause stands out: raise the learning rate, or train on."]
+
+
+@dataclass(frozen=True)
+class EvidenceLog:
+    """All looks at a run, one JSON line each, so that a resumed run knows what came before.
+
+    Attributes:
+        path: of the file; created with the first line.
+        validation: what identifies samples, judge and sampler. Looks taken otherwise cannot be compared: they are
+            not read, and the next ``append`` removes them.
+    """
+
+    path: Path
+    validation: str = ""
+
+    def append(self, look: Evidence) -> Self:
+        """Write a look; a later one of the same or an earlier step replaces what followed."""
+        kept = [*self.read(before=look.step), look]
+        lines = "".join(json.dumps({**_as_json(one), "validation": self.validation}) + "\n" for one in kept)
+        with whole_file(self.path) as temporary:
+            temporary.write_text(lines)
+        return self
+
+    def read(self, before: float = math.inf) -> list[Evidence]:
+        """The looks at steps below ``before``. Raises ``ValueError`` for a file that holds anything else."""
+        if not self.path.is_file():
+            return []
+        try:
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            looks = [_from_json(line) for line in lines if line.get("validation", "") == self.validation]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path} is no record of evidence ({error!r}). Move it away.") from error
+        return [look for look in looks if look.step < before]
+
+
+def _as_json(look: Evidence) -> dict[str, Any]:
+    scores = {name: asdict(score) for name, score in look.scores.items()}
+    return {"step": look.step, "gap": asdict(look.gap), "scores": scores}
+
+
+def _from_json(line: Mapping[str, Any]) -> Evidence:
+    scores = {name: ControlScore(**value) for name, value in line["scores"].items()}
+    return Evidence(int(line["step"]), Gap(**line["gap"]), scores)

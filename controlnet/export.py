@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from controlnet.adapter import EncoderCopy
-from controlnet.evidence import Probe, Standing
-from controlnet.verdict import Evidence
+from controlnet.evidence import ControlScore, Evidence, Probe
 from scorefield.atomic import whole_folder
 from scorefield.denoiser import unwrap
 from scorefield.models.pretrained import PartReader, find_model
@@ -98,7 +97,7 @@ def model_card(
         base: the pipeline that the adapter belongs to.
         hint: what it follows, and how hints are made.
         look: the last evidence; None if none was taken.
-        event: whether control was learned: :func:`controlnet.verdict.told`.
+        event: whether control was learned: :func:`controlnet.evidence.told`.
         training: JSON-able facts: data, steps, batch, learning rate, seed.
         limits: what the figures do not show.
         licence: of the weights, for the hub's header; they are a copy of the base's, whose licence may bind them.
@@ -165,7 +164,7 @@ def _table(look: Evidence | None) -> str:
         return "No evidence was taken."
     rows = [
         f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {_relative(one)} |"
-        for name, one in look.standings.items()
+        for name, one in look.scores.items()
     ]
     gap = look.gap
     return "\n".join(
@@ -180,8 +179,8 @@ def _table(look: Evidence | None) -> str:
     )
 
 
-def _relative(standing: Standing) -> str:
-    return "cannot tell" if math.isnan(standing.relative) else f"{standing.relative:.2f}"
+def _relative(score: ControlScore) -> str:
+    return "cannot tell" if math.isnan(score.relative) else f"{score.relative:.2f}"
 
 
 def contact_sheet(probe: Probe, images: Tensor, columns: int = 16, *, most: int = 64, side: int = 256) -> Tensor:

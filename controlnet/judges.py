@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlnet.canny import Canny
 from controlnet.data import ControlBatches
-from controlnet.degraded import Inpaint
 from controlnet.evidence import Judge, Probe, hint_judge
-from controlnet.hints import Hint, hint_generators, unit
-from controlnet.lines import Scribble, SoftEdge
+from controlnet.hints.canny import Canny
+from controlnet.hints.degraded import Inpaint
+from controlnet.hints.edges import Scribble, SoftEdge
+from controlnet.hints.hint import Hint, hint_generators, unit
 from controlnet.scores import DENSE_SCORES, EDGE_SCORES, rmse, ssim
 from controlnet.tasks import Task
 

@@ -24,13 +24,12 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.caching import Latents, Memory, share_prompts
 from controlnet.data import ControlBatches, read_ahead
-from controlnet.evidence import Validation
+from controlnet.evidence import Evidence, EvidenceLog, Validation
 from controlnet.export import contact_sheet, model_card, save_adapter
 from controlnet.initial import start_from
 from controlnet.options import Config, check
 from controlnet.tasks import Task, load_task
 from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
-from controlnet.verdict import Evidence, EvidenceLog
 from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache, fingerprint
@@ -90,10 +89,10 @@ def main(config: Config) -> Path:
 
     def finish() -> None:
         indices = tested or looked
-        judged = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
+        final = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
         untouched.network.to(accelerator.device)
         report, look, images = make_report(
-            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+            task, final, averaged, untouched, log, indices, config.steps, accelerator
         )
         report |= {"seed": config.seed, "resumed": first > 0}
         if first == 0:  # what an earlier process took is not known
@@ -101,7 +100,7 @@ def main(config: Config) -> Path:
             report["cpu_seconds"] = round(time.process_time(), 1)
         if accelerator.is_main_process:
             with working("saving the adapter"):
-                export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
+                export(config, teacher, task, report, look, averaged, final, images, images_per_step)
 
     fit(
         config, [phase], read_ahead(batches, accelerator.num_processes), accelerator, own=own, first=first,
@@ -245,11 +244,11 @@ def facts(
 
 def export(
     config: Config, teacher: Teacher, task: Task, report: dict[str, Any], look: Evidence,
-    denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
+    denoiser: ControlledDenoiser, validation: Validation, images: Tensor, images_per_step: int,
 ) -> None:  # fmt: skip
     """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
     pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
-    asked = (judged.judge.__doc__ or "").partition("\n")[0]
+    asked = (validation.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
         base="toyworld/pipeline" if config.teacher == "toyworld" else config.teacher, hint=config.hint, look=look,
         event=report["event"], training=facts(config, teacher, task, report, denoiser, images_per_step),
@@ -259,7 +258,7 @@ def export(
         f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
         "differ.",
     )  # fmt: skip
-    sheet = contact_sheet(judged.probe, images)
+    sheet = contact_sheet(validation.probe, images)
     folder = config.out / "controlnet"
     unet = unet_of(denoiser.base) if config.unlocked else None
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)
@@ -267,8 +266,8 @@ def export(
         temporary.write_text(json.dumps(report, indent=2))
     with whole_file(config.out / "samples.png") as temporary:
         save_image(sheet, temporary)
-    name, standing = next(iter(look.standings.items()))
+    name, score = next(iter(look.scores.items()))
     print(
-        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"{name} {score.value:.3f}, floor {score.floor:.3f}, ceiling {score.ceiling:.3f}\n"
         f"control {report['event']}\nadapter: {folder}"
     )

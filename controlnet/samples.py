@@ -121,7 +121,7 @@ def load_pictures(
         convert: take pictures of unusual modes; see :func:`scorefield.data.pictures.read_picture`.
         on_bad_data: stop, or skip unusable samples: pictures missing, damaged, of another mode, smaller than half
             of ``size``, or of another size than their image; captions missing or empty.
-        cache: folder in which verdicts are kept, under the hash of a sample's files: a second start decodes none.
+        cache: folder in which findings are kept, under the hash of a sample's files: a second start decodes none.
         rank: of this process.
         num_ranks: that share the work.
         gather: the lists of all ranks as one.
@@ -133,11 +133,11 @@ def load_pictures(
     kinds: dict[str, Kind] = {"image": "image", **(maps or {})}
     _check_options(size, channels, on_bad_data, maps or {})
     listing = read_rows(data, Columns(image or "", text, tuple(maps or {})))
-    rows, verdicts = listing.rows, None
+    rows, known = listing.rows, None
     if cache is not None:
-        verdicts = TensorCache(cache / "checked", f"2 {size} {channels} {convert} {sorted(kinds.items())}")
+        known = TensorCache(cache / "checked", f"2 {size} {channels} {convert} {sorted(kinds.items())}")
 
-    def judge(number: int) -> Verdict:
+    def check(number: int) -> Finding:
         row = rows[number]
         try:
             if row.fault or (text is not None and (fault := _caption_fault(row))):
@@ -145,13 +145,13 @@ def load_pictures(
             contents = _contents(row, kinds)
             make = lambda _: [_facts(row, contents, kinds, size, channels, convert)]  # noqa: E731
             key = content_key(*contents.values())
-            entry = (verdicts.fetch([key], make) if verdicts else make(None))[0]
-            return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]))
+            entry = (known.fetch([key], make) if known else make(None))[0]
+            return Finding(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]))
         except ValueError as error:
-            return Verdict(fault=str(error))
+            return Finding(fault=str(error))
 
-    found = in_shares(judge, len(rows), rank=rank, num_ranks=num_ranks, gather=gather)
-    good = keep_good(listing, [verdict.fault for verdict in found], on_bad_data)
+    found = in_shares(check, len(rows), rank=rank, num_ranks=num_ranks, gather=gather)
+    good = keep_good(listing, [finding.fault for finding in found], on_bad_data)
     if apart := [rows[number].name for number in good if found[number].apart]:
         warn(
             f"{len(apart)} of {len(good)} images, such as {apart[0]}, are turned by their Exif tag and their maps "
@@ -164,7 +164,7 @@ def load_pictures(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What was found of a sample: the hash of its image's file, or why it cannot be used.
 
     ``apart``: image and map are turned by their Exif tags, but not alike.

@@ -9,12 +9,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from controlnet.canny import Canny
-from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
 from controlnet.evidence import Judge
-from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Hint, Precomputed
-from controlnet.lines import LineArt, Scribble, SoftEdge
+from controlnet.hints.canny import Canny
+from controlnet.hints.degraded import Blur, Inpaint, LowResolution, Palette, Tile
+from controlnet.hints.edges import LineArt, Scribble, SoftEdge
+from controlnet.hints.geometry import Depth, Segmentation
+from controlnet.hints.hint import Hint, Precomputed
 from controlnet.options import TaskOptions
 from controlnet.samples import Pictures, Samples, load_pictures
 from scorefield.cache import content_key

@@ -13,11 +13,19 @@ from tqdm import tqdm
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.data import ControlBatches
-from controlnet.evidence import Standing, Validation, paired_gap
+from controlnet.evidence import (
+    ControlScore,
+    Evidence,
+    EvidenceLog,
+    Validation,
+    learned_at,
+    likely_causes,
+    paired_gap,
+    told,
+)
 from controlnet.export import contact_sheet
 from controlnet.judges import make_judge, make_probe
 from controlnet.tasks import Task
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from scorefield.cache import content_key
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.teacher import Teacher
@@ -91,10 +99,10 @@ class ControlWatch:
         return figures
 
     def _say(self, look: Evidence, learned: int | None, new: bool) -> None:
-        name, standing = next(iter(look.standings.items()))
+        name, score = next(iter(look.scores.items()))
         said = [
-            f"step {look.step}: {name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling "
-            f"{standing.ceiling:.3f}; loss gap {look.gap.value:.2g} +- {look.gap.error:.1g}"
+            f"step {look.step}: {name} {score.value:.3f}, floor {score.floor:.3f}, ceiling "
+            f"{score.ceiling:.3f}; loss gap {look.gap.value:.2g} +- {look.gap.error:.1g}"
         ]
         if learned is not None and new:
             said.append(f"control learned at step {learned}")
@@ -114,7 +122,7 @@ def take_look(
     with working("loss gap of the hints"), accelerator.autocast():
         gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
         images = validation.images(denoiser)
-        return Evidence(step, gap, validation.standings(images)), images
+        return Evidence(step, gap, validation.scores(images)), images
 
 
 def make_report(
@@ -139,14 +147,14 @@ def make_report(
     look, images = take_look(step, validation, denoiser, accelerator)
     with accelerator.autocast():
         free_images = validation.images(base)
-    free = validation.standings(free_images)
+    free = validation.scores(free_images)
     history = log.read()
     report = {
         "step": step, "learned_at": learned_at(history), "event": told(history),
         "num_samples": len(validation.probe), "guidance": validation.guidance,
         "sampling_steps": validation.num_steps,
-        "scores": {name: in_full(standing) for name, standing in look.standings.items()},
-        "scores_without_control": {name: in_full(standing) for name, standing in free.items()},
+        "scores": {name: in_full(score) for name, score in look.scores.items()},
+        "scores_without_control": {name: in_full(score) for name, score in free.items()},
         "gap": {**asdict(look.gap), "value": look.gap.value},
     }  # fmt: skip
     if task.made is not None and (shown := task.made.accuracies(images, indices)):
@@ -155,7 +163,7 @@ def make_report(
     return report, look, images
 
 
-def in_full(standing: Standing) -> dict[str, float | None]:
+def in_full(score: ControlScore) -> dict[str, float | None]:
     """Value, floor, ceiling, and where the value stands between them; None if that says nothing."""
-    relative = None if math.isnan(standing.relative) else standing.relative
-    return {"value": standing.value, "floor": standing.floor, "ceiling": standing.ceiling, "relative": relative}
+    relative = None if math.isnan(score.relative) else score.relative
+    return {"value": score.value, "floor": score.floor, "ceiling": score.ceiling, "relative": relative}

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from controlnet.caching import Latents, Memory, share_prompts, share_work
-from controlnet.canny import Canny
 from controlnet.circles import Circles
 from controlnet.data import ControlBatches, read_ahead, replace_rows
-from controlnet.degraded import Blur
-from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Precomputed
+from controlnet.hints.canny import Canny
+from controlnet.hints.degraded import Blur
+from controlnet.hints.geometry import Depth, Segmentation
+from controlnet.hints.hint import Precomputed
 from controlnet.samples import load_pictures
 from scorefield.cache import TensorCache
 from scorefield.models.prompts import PromptEncoder

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from controlnet import canny as canny_module
-from controlnet import degraded, geometry, lines
-from controlnet.canny import ROUNDS, Canny, canny, track
-from controlnet.degraded import Blur, Inpaint, LowResolution, Palette, Tile
-from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Precomputed, annotate, check_source, hint_generators
-from controlnet.lines import LineArt, Scribble, SoftEdge, thicken
+from controlnet.hints import canny as canny_module
+from controlnet.hints import degraded, edges, geometry
+from controlnet.hints.canny import ROUNDS, Canny, canny, track
+from controlnet.hints.degraded import Blur, Inpaint, LowResolution, Palette, Tile
+from controlnet.hints.edges import LineArt, Scribble, SoftEdge, thicken
+from controlnet.hints.geometry import Depth, Segmentation
+from controlnet.hints.hint import Precomputed, annotate, check_source, hint_generators
 
 RANDOM = {
     "canny": Canny((20, 200), (200, 400)),
@@ -58,7 +58,7 @@ def inputs(hint, number):
 
 def test_all_kinds_of_hints_are_tested():
     known = {type(hint) for hint in HINTS.values()}
-    for module in (canny_module, degraded, geometry, lines):
+    for module in (canny_module, degraded, edges, geometry):
         for kind in vars(module).values():
             assert not isinstance(kind, type) or kind.__module__ != module.__name__ or kind in known
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import toyworld.control as control
-from controlnet.geometry import Depth, Segmentation
-from controlnet.hints import Precomputed
+from controlnet.hints.geometry import Depth, Segmentation
+from controlnet.hints.hint import Precomputed
 from controlnet.tasks import TaskOptions, load_task, make_hint
 from toyworld.control import choose_scenes, is_held_out
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES

@@ -5,8 +5,8 @@ import torch
 
 import controlnet.recipe as train_controlnet
 from controlnet.adapter import ControlledDenoiser
-from controlnet.canny import canny
 from controlnet.export import load_adapter
+from controlnet.hints.canny import canny
 from controlnet.scores import edge_f1
 from scorefield import guided, inject
 from scorefield.models.teacher import load_teacher

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from controlnet.circles import HELD_OUT, Circles, colour_values
 from controlnet.evidence import Probe
-from controlnet.hints import Hint, brightness, check_source
+from controlnet.hints.hint import Hint, brightness, check_source
 from controlnet.scores import MASK_SCORES, colour_error, shading
 from controlnet.tasks import Made
 from scorefield.cache import content_key

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 from torch.nn.functional import max_pool2d, pad
 
-from controlnet.hints import (
+from controlnet.hints.hint import (
     Hint,
     Hints,
     Images,
@@ -33,7 +33,7 @@ class SoftEdge:
     scale of 0 is the plain Sobel magnitude.
 
     Attributes:
-        scales: of the blurs before differentiating, as lengths of ``controlnet.hints``.
+        scales: of the blurs before differentiating, as lengths in ``hint.py``.
         gain: factor; natural edges are far weaker than 1.
         levels: number of values, from 0 to 1; 0 leaves them continuous.
     """
@@ -77,7 +77,7 @@ class LineArt:
     their median among those above 8 / 255, so that faint drawings count as much as bold ones.
 
     Attributes:
-        radius: standard deviation of the blur, a length of ``controlnet.hints``.
+        radius: standard deviation of the blur, a length as in ``hint.py``.
     """
 
     radius: Range = (6.0, 6.0)
@@ -103,8 +103,8 @@ class Scribble:
 
     Attributes:
         edges: what is drawn after: edges of a blurred image, 1 or 0.
-        smoothing: standard deviation of that blur, a length of ``controlnet.hints``.
-        thickness: of a stroke, a length of ``controlnet.hints``, at least one pixel (ControlNet 1.1: 1 to 24).
+        smoothing: standard deviation of that blur, a length as in ``hint.py``.
+        thickness: of a stroke, a length as in ``hint.py``, at least one pixel (ControlNet 1.1: 1 to 24).
     """
 
     edges: Hint

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Generator
 
-from controlnet.hints import Hints, Images, check_generators
+from controlnet.hints.hint import Hints, Images, check_generators
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
-from controlnet.hints import (
+from controlnet.hints.hint import (
     Hints,
     Images,
     Range,
@@ -97,7 +97,7 @@ class Blur:
     """The image through a Gaussian blur.
 
     Attributes:
-        sigma: standard deviation, a length of ``controlnet.hints``.
+        sigma: standard deviation, a length as in ``hint.py``.
         channels: of the image.
     """
 

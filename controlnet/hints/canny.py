@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from controlnet.hints import Hints, Images, Range, check_range, drawn
+from controlnet.hints.hint import Hints, Images, Range, check_range, drawn
 
 ROUNDS = 8
 """Rounds of edge tracking between two looks at whether anything changed: each look waits for the device."""

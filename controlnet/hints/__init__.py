@@ -1,0 +1,1 @@
+"""Hints: what an adapter looks at; :mod:`controlnet.hints.hint` says what one is."""
