@@ -44,20 +44,7 @@ def main(config: Config) -> Path:
 
 def distil_images(config: Config) -> Path:
     """Distil a teacher of images, of classes or of nothing in particular."""
-    with working("loading the teacher"):
-        teacher = load_teacher(
-            config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
-        )
-    if teacher.times:
-        raise ValueError(
-            f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
-        )
-    if teacher.codec is not None:
-        raise ValueError(
-            f"--teacher {config.teacher} draws {'prompts' if teacher.texts else 'classes in latents'}: "
-            + ("pass --prompts." if teacher.texts else "such models can be sampled, not distilled yet.")
-        )
-    teacher.guided(config.guidance)  # or it says why not
+    teacher = teacher_of_images(config)
     initial = initial_weights(config, teacher)
     data = student_data(config, teacher)
     check_evaluation(config, data)
@@ -107,6 +94,25 @@ def distil_images(config: Config) -> Path:
             save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
+
+
+def teacher_of_images(config: Config) -> Teacher:
+    """Return the teacher. Raises ``ValueError`` for a student, a model of latents, and guidance it cannot have."""
+    with working("loading the teacher"):
+        teacher = load_teacher(
+            config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
+        )
+    if teacher.times:
+        raise ValueError(
+            f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
+        )
+    if teacher.codec is not None:
+        raise ValueError(
+            f"--teacher {config.teacher} draws {'prompts' if teacher.texts else 'classes in latents'}: "
+            + ("pass --prompts." if teacher.texts else "such models can be sampled, not distilled yet.")
+        )
+    teacher.guided(config.guidance)
+    return teacher
 
 
 def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diagnosis:

@@ -94,24 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, command: Command, words: list[str]) -> None:
-    options, configuration = found(command.options), importlib.import_module("scorefield.commands.configuration")
-    description, default, values = [options.__doc__], None, dict[str, Any]()
+    options, default, values = found(command.options), None, dict[str, Any]()
+    description, place = [options.__doc__], "scorefield.commands.configuration"
     try:
-        words, file = configuration.take_config(words)
+        words, file = found(f"{place}:take_config")(words)
         if file is not None:
-            values = configuration.read_config(file, options)
+            values = found(f"{place}:read_config")(file, options)
         if command.presets:
             presets, given = found(command.presets), [*words, *(f"--{name}" for name, x in values.items() if x)]
             presets = presets(given) if callable(presets) else presets
             words, default = choose(name, presets, words, values.get("preset"))
             description.append(described(name, presets))
         if file is not None:
-            default = configuration.with_values(options, default, values)
+            default = found(f"{place}:with_values")(options, default, values)
     except ValueError as error:
         _say(str(error))
     run = found("scorefield.commands.command:run")
     run(
-        lambda config: found(command.main)(config), options, "\n\n".join([*description, configuration.HELP]),
+        lambda config: found(command.main)(config), options, "\n\n".join([*description, found(f"{place}:HELP")]),
         arguments=words, prog=f"scorefield {name}", default=default,
         folders=found(command.folders) if command.folders else None,
     )  # fmt: skip

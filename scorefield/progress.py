@@ -168,7 +168,7 @@ class _Heart:
                 self.ended.set()
 
     def run(self, ended: threading.Event) -> None:
-        while not ended.wait(min(1.0, EVERY / 5)):
+        while not ended.wait(EVERY / 20):
             with self.lock:
                 if ended.is_set() or not self.shown:
                     return
@@ -176,7 +176,7 @@ class _Heart:
                 if work.on_terminal:
                     work.beat()
                     self.said = time.monotonic()
-                elif time.monotonic() - self.said >= EVERY:
+                elif time.monotonic() - self.said > 0.95 * EVERY:
                     self.said = time.monotonic()
                     tqdm.write(work.line(), file=sys.stderr)
                     sys.stderr.flush()

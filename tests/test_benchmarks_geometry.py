@@ -61,6 +61,7 @@ def test_the_best_ellipsoid_of_an_ellipsoid_is_itself_and_a_hull_holds_its_solid
     close(radii, torch.tensor([0.6, 0.4, 0.3]), rtol=0, atol=0.03)
     assert overlap > 0.95
     assert yardsticks.best_ellipsoid(solid, points, sphere=True)[2] < 0.8
+    points = yardsticks.voxels(32)
     solid = occupancy("letter L", points).numpy()
     hull = yardsticks.hull("letter L", points)
     assert hull[solid].mean() > 0.99

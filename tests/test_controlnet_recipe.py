@@ -381,7 +381,7 @@ BAD = [
     (["toyworld-canny", "--recompute-levels", "1"], ["--recompute-levels", "--gradient-checkpointing"]),
     (["toyworld-canny", "--activation-budget", "0.5"], ["--activation-budget must lie in (0, 1]", "--compile"]),
     (["sd15-canny", "--recompute-levels", "-1"], ["--recompute-levels must be at least 0"]),
-    (["sd15"], ["no preset", "toyworld-canny", "Did you mean sd15-canny?"]),
+    (["sd15-cany"], ["no preset", "toyworld-canny", "Did you mean sd15-canny?"]),
 ]
 
 

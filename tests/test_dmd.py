@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_the_student_steps_once_for_so_many_fake_updates_five_unless_told(accele
 
 
 def test_phases_carry_their_ema_and_schedules():
-    dmd, parts = make_dmd(Karras()), [object() for _ in range(5)]
+    dmd, parts = make_dmd(Karras()), [SimpleNamespace(param_groups=[]) for _ in range(5)]
     student, fake = dmd.phases(parts[0], parts[1], student_ema=parts[2], student_lr=parts[3], fake_lr=parts[4])
     assert (student.optimizer, student.ema, student.lr_schedule) == (parts[0], parts[2], parts[3])
     assert (fake.optimizer, fake.ema, fake.lr_schedule) == (parts[1], None, parts[4])

@@ -10,7 +10,8 @@ from torch import nn
 
 from distill.student import Student, save_student
 from scorefield import GaussianMixture, Karras, VariancePreserving
-from scorefield.models.teacher import load_teacher, own_network
+from scorefield.models.saved_network import own_network
+from scorefield.models.teacher import load_teacher
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "teachers.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

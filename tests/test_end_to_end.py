@@ -158,8 +158,8 @@ def test_the_judge_knows_a_lost_mode_and_a_blur():
     assert judge(Truth(RectifiedFlow(), weights, std=0.3))[0] > 2
 
 
-FAST = [("vp", 1, False, 2000)]
-SLOW = [
+CASES = [
+    ("vp", 1, False, 2000),
     ("flow", 4, False, 1200),
     *((family, num_steps, False, 3000) for family in FAMILIES for num_steps in (1, 4)),
     *((family, 1, True, 6000) for family in FAMILIES),
@@ -168,10 +168,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "num_steps", "gan", "steps"),
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "num_steps", "gan", "steps"), CASES)
 def test_the_student_finds_every_mode_in_its_share(family, num_steps, gan, steps, accelerator):
     ratio, error = judge(distilled(FAMILIES[family], num_steps, gan, steps, accelerator))
     print(f"{family} {num_steps} step(s), GAN {gan}: {ratio:.2f} times the floor, shares within {error:.3f}")

@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import distill.recipe as train_dmd
+import scorefield.cli as cli
 import scorefield.commands.command as command
 import scorefield.commands.evaluate as evaluate
 import scorefield.commands.features as train_features
@@ -58,15 +58,14 @@ def run(script, **options):
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words = [word for word in words if word != "True"]
     AcceleratorState._reset_state(True)
-    argv, sys.argv, said = sys.argv, [script.__name__, *words], io.StringIO()
+    said, name = io.StringIO(), f"{script.__name__}:main"
+    (place,) = {one.options for one in cli.COMMANDS.values() if one.main == name}
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            command.run(script.main, script.Config, "")
+            command.run(script.main, cli.found(place), arguments=words)
         code = 0
     except SystemExit as stop:
         code = stop.code
-    finally:
-        sys.argv = argv
     return code, said.getvalue()
 
 

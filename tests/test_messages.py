@@ -53,15 +53,14 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def read_part(node: ast.AST) -> Part:
-    docs = {id(one.value) for one in ast.walk(node) if isinstance(one, ast.Expr)}
-    constants = [one for one in ast.walk(node) if isinstance(one, ast.Constant) and id(one) not in docs]
+def read_part(root: ast.AST) -> Part:
+    nodes = list(ast.walk(root))
+    docs = {id(one.value) for one in nodes if isinstance(one, ast.Expr)}
+    constants = [one for one in nodes if isinstance(one, ast.Constant) and id(one) not in docs]
     texts = [one.value for one in constants if isinstance(one.value, str)]
-    dotted = set()
-    for one in ast.walk(node):
-        if isinstance(one, ast.Attribute):
-            dotted.add((one.value.id if isinstance(one.value, ast.Name) else "", one.attr))
-    names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    behind = [one for one in nodes if isinstance(one, ast.Attribute)]
+    dotted = {(one.value.id if isinstance(one.value, ast.Name) else "", one.attr) for one in behind}
+    names = {one.id for one in nodes if isinstance(one, ast.Name)}
     said = {option for text in texts for option in OPTION.findall(text)}
     kinds = {text.split()[0] for text in texts if text.split()} if "shipped" in names else set()
     return Part(frozenset(said), frozenset(kinds), frozenset(names), frozenset(dotted))
@@ -119,6 +118,7 @@ def reached(script: str) -> list[Key]:
     start = tuple(COMMANDS[script].main.split(":")) if script in COMMANDS else (script, "main")
     modules, seen, left = read_all(), set(), [start]
     called: set[str] = set()
+    touched: set[str] = set()
     while left:
         module, name = left.pop()
         if (module, name) in seen or not name:
@@ -127,16 +127,19 @@ def reached(script: str) -> list[Key]:
         part = modules[module].parts[name]
         left += [key for one in part.names if (key := found(module, one))]
         left += [tuple(place.split(":")) for what, place in FUNCTIONS.items() if what.split()[0] in part.shipped]
+        new_calls = set()
         for before, behind in part.dotted:
             place = found(module, before) if before else None
             if place is not None and not place[1]:
                 left += [key for key in [found(place[0], behind)] if key]
             else:
-                called.add(behind)
-        touched = {one for one, _ in seen}
-        left += [
-            (one, full) for one in touched for method in called for full in modules[one].methods.get(method, ())
-        ]
+                new_calls.add(behind)
+        new_modules, new_calls = {module} - touched, new_calls - called
+        touched, called = touched | new_modules, called | new_calls
+        for one in touched:
+            methods = modules[one].methods
+            asked = methods.keys() & (called if one in new_modules else new_calls)
+            left += [(one, full) for method in asked for full in methods[method]]
     return sorted(seen)
 
 

@@ -1,5 +1,7 @@
 """What a user installs: a wheel that works alone, and a source archive whose tests run. Needs no network."""
 
+import ast
+import configparser
 import os
 import re
 import shutil
@@ -91,6 +93,25 @@ def test_the_wheel_says_what_it_is(wheel):
 def test_the_version_is_that_of_the_change_log():
     assert f"\n## {scorefield.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {scorefield.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_every_library_that_is_imported_is_a_requirement():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = config["options"]["install_requires"] + "\n".join(config["options.extras_require"].values())
+    known = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in listed.splitlines() if line}
+    called = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit_image", "sklearn": "scikit_learn",
+              "imageio_ffmpeg": "imageio"}  # fmt: skip
+    imported = set()
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    optional = {"bitsandbytes"}  # of --optimizer adamw8bit, whose message says what to install
+    foreign = imported - sys.stdlib_module_names - set(PACKAGES) - optional
+    assert {called.get(name, name) for name in foreign} <= known
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_a_folder_of_pictures_is_data_again_with_its_labels(models, tmp_path, ca
     config = Sample(teacher=models["teacher"], num_images=12, steps=2, classes=classes, out=tmp_path / "made")
     images = load_images(DataOptions(data=str(sample.main(config))))
     labels = sample.asked_labels(config, load_teacher(config.teacher))
-    assert images.labels.tolist() == labels.sort().values.tolist()
+    assert images.labels.tolist() == labels.tolist(), "in the order of metadata.jsonl"
     assert images.class_names == tuple(str(number) for number in range(int(labels.max()) + 1))
     with Image.open(tmp_path / "made.grid.png") as picture:
         assert (picture.mode, picture.size) == ("L", (91, 19))
@@ -256,7 +256,7 @@ def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
     ({"num_images": 121}, "--num-images 121 .* holds 120"), ({"device": "foo"}, "--device foo cannot be used"),
     ({"device": "meta"}, "--device meta cannot be used"),
     ({"device": f"cuda:{torch.cuda.device_count()}"}, "--device cuda:. cannot be used"),
-    ({"features": Path("no/features")}, r"folder of train_features\.py, or torch-fidelity's file"),
+    ({"features": Path("no/features")}, "folder of `scorefield features`, or torch-fidelity's file"),
     ({"out": Path("/dev/null/figures.json")}, "cannot write to --out"), ({"out": Path("/")}, "/ is a folder"),
 ])  # fmt: skip
 def test_figures_that_cannot_be_made_are_refused_before_any_computing(sets, monkeypatch, changes, message):

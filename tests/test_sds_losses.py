@@ -206,14 +206,16 @@ def test_an_edit_takes_what_the_prompts_differ_in_and_leaves_the_rest():
 def test_one_source_and_prompt_serve_the_whole_batch_in_one_call_and_others_are_named(exact_network, schedule):
     truth = GaussianMixture(MEANS, STDS, torch.ones(3), schedule, torch.arange(3))
     denoiser = NetworkDenoiser(exact_network(truth, "eps"), schedule)
-    teacher, x0, cond = guided(denoiser, 7.5, labels(NEGATIVE)), X.repeat(3, 1), labels(PROMPT, 6)
-    one = one_draw(DDS(teacher=teacher, source=X[:1], source_cond=labels(SOURCE)), x0, cond)
+    teacher, x0, cond = guided(denoiser, 7.5, labels(NEGATIVE)), X.repeat(6, 1), labels(PROMPT, 6)
+    one = one_draw(DDS(teacher=teacher, source=SOURCE_X[None], source_cond=labels(SOURCE)), x0, cond)
     assert [len(x) for x, _, _ in denoiser.network.calls] == [4 * 6]
-    close(one_draw(DDS(teacher=teacher, source=X[:1].repeat(6, 1), source_cond=labels(SOURCE, 6)), x0, cond), one)
+    close(
+        one_draw(DDS(teacher=teacher, source=SOURCE_X.repeat(6, 1), source_cond=labels(SOURCE, 6)), x0, cond), one
+    )
     for source, given, message in (
-        (X[:, :1], labels(SOURCE), r"source must be images like x0 \(6, 3\); got \(2, 1\)"),
+        (x0[:1, :1], labels(SOURCE), r"source must be images like x0 \(6, 3\); got \(1, 1\)"),
         (x0[:4], labels(SOURCE), r"cond\['source'\] must have batch 1 or 6; got \(4, 3\)"),
-        (X[:1], {"text": torch.zeros(1, 4)}, r"must have the keys of cond \['class_labels'\]; got \['text'\]"),
+        (x0[:1], {"text": torch.zeros(1, 4)}, r"must have the keys of cond \['class_labels'\]; got \['text'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             one_draw(DDS(teacher=teacher, source=source, source_cond=given), x0, cond)

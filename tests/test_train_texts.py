@@ -448,7 +448,7 @@ def test_bad_pictures_of_prompts_are_met_before_anything_is_encoded(root, tmp_pa
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     config = config_of(root, tmp_path / "run", prompts=str(tmp_path / "pairs.jsonl"))
     with monkeypatch.context() as patch:
-        patch.delattr("scorefield.models.prompts.PromptEncoder.num_cut")
+        patch.delattr("scorefield.models.prompts.PromptEncoder.encode")
         for dry in (True, False):
             with refused(r"1 of 6 samples of .*gone\.png cannot be read"):
                 train_dmd.main(replace(config, dry_run=dry))
@@ -484,7 +484,12 @@ def test_the_autoencoder_of_a_teacher_in_half_precision_is_not(root, monkeypatch
 
 
 def test_prompts_without_images_need_no_option_more(root, make_accelerator):
-    found = replace(distill_options.text(), teacher=str(root / "sd"), prompts=str(root / "prompts.txt"))
+    found = replace(
+        distill_options.text(),
+        teacher=str(root / "sd"),
+        prompts=str(root / "prompts.txt"),
+        skip_teacher_check=True,
+    )
     inputs = text_recipe.load_inputs(found, make_accelerator())
     assert inputs.teacher.num_classes == 6
     assert (inputs.config.gan_weight, inputs.latents) == (0.0, None)

@@ -147,6 +147,23 @@ def test_a_finished_run_is_found_finished_and_belongs_to_its_options(name, place
 
 
 @each
+def test_a_larger_number_of_steps_continues_a_finished_run_and_a_smaller_one_is_refused(
+    name, places, finished, tmp_path, capsys
+):
+    out = shutil.copytree(finished(name), tmp_path / "run")
+    capsys.readouterr()
+    run(name, places, out, steps=9)
+    said = capsys.readouterr().out
+    assert "resumed from step 6\n6 steps before, 9 now: from here on all schedules are those of 9 steps" in said
+    assert checkpoint.newest(out / "checkpoints").name == "step-000000009"
+    assert json.loads((out / "config.json").read_text())["steps"] == 9
+    before = contents(out)
+    with refused(r"--steps 8 ends before step 9, which the run in .* has reached\. Pass --steps 9 or more"):
+        run(name, places, out, steps=8)
+    assert contents(out) == before
+
+
+@each
 def test_a_users_file_in_a_result_is_named_at_the_start(name, places, finished, tmp_path):
     out = shutil.copytree(finished(name), tmp_path / "run")
     result = out / TRAINERS[name].result

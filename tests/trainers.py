@@ -82,8 +82,8 @@ TRAINERS = {
     "student": Trainer(distill.recipe.main, student, "student", {"ema_decay": 0.5}),
     "texts": Trainer(distill.recipe.main, texts, "student", {"student_lr": 0.5}),
     "lora": Trainer(distill.recipe.main, lora, "student", {"lora_alpha": 1.0}),
-    "canvas": Trainer(sds.recipe.main, canvas, "canvas.png", {"learning_rate": (0.1, 0.1)}),
-    "control": Trainer(controlnet.recipe.main, control, "controlnet", {"learning_rate": 0.5}),
+    "canvas": Trainer(sds.recipe.main, canvas, "canvas.png", {"draws": 3}),
+    "control": Trainer(controlnet.recipe.main, control, "controlnet", {"ema_decay": 0.5}),
 }
 
 

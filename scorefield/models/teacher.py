@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scorefield.cache import fingerprint
 from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser, freeze
 from scorefield.guidance import Norm, guided
 from scorefield.models.codec import Codec, Patches
 from scorefield.models.components import readable, reading
-from scorefield.models.networks import DiffusersNetwork, Tokens, build_network, check_sigma_data, preconditioned
+from scorefield.models.networks import DiffusersNetwork, Tokens, check_sigma_data, preconditioned
 from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
 from scorefield.models.prompts import LongPrompts, PromptEncoder, size_ids
-from scorefield.models.storage import DESCRIPTION, TIMES, WEIGHTS, describe_schedule, load_denoiser, read_facts
+from scorefield.models.saved_network import network_of
+from scorefield.models.storage import DESCRIPTION, TIMES, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
-from scorefield.models.weights import check_fit
 from scorefield.progress import progress
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
@@ -417,48 +417,9 @@ def _from_folder(folder: Path, file: str, network: str) -> Teacher:
             f"{folder} does not say its {', '.join(missing)}; was it written by `scorefield teacher`?"
         )
     return Teacher(
-        load_denoiser(folder, _network_of(folder, facts, network)), tuple(facts["shape"]), facts["num_classes"],
+        load_denoiser(folder, network_of(folder, facts, network)), tuple(facts["shape"]), facts["num_classes"],
         facts, tuple(facts.get(TIMES, ())), bool(facts.get("null_class", True)), source=folder,
     )  # fmt: skip
-
-
-def _network_of(folder: Path, facts: Mapping[str, Any], network: str) -> nn.Module:
-    if facts["network"] != "function":
-        if network:
-            raise ValueError(
-                f"--network is for students of a module:function; {folder} says how its network is built."
-            )
-        # Facts and weights may come from anywhere. A network that would fill the memory costs none on "meta".
-        with torch.device("meta"):
-            planned = build_network(facts)
-        check_fit(folder / WEIGHTS, planned)
-        return build_network(facts)
-    if network:
-        return own_network(network)
-    # A folder may come from anywhere. Its word for the function is repeated here, and never imported.
-    options = facts.get("options")
-    hint = str(options.get("name") if isinstance(options, dict) else None)[:80]
-    raise ValueError(
-        f"{folder} holds the weights of a network that its owner's code builds; it names {hint!r}, and what a "
-        "folder names is not run. If you have that code and trust it, pass --network module:function to "
-        "`scorefield sample` or `scorefield distill`: a function that returns the network, or the teacher, with "
-        "weights of any kind."
-    )
-
-
-def own_network(name: str) -> nn.Module:
-    """The network that the user's ``module:function`` builds: returned as such, in a denoiser, or in a teacher.
-
-    Raises ``ValueError`` for a function that fails, or returns anything else.
-    """
-    built = call(name)
-    built = built.denoiser if isinstance(built, Teacher) else built
-    built = built.network if isinstance(built, NetworkDenoiser) else built
-    if not isinstance(built, nn.Module):
-        raise ValueError(
-            f"--network {name} must return a network, a NetworkDenoiser or a Teacher; got {type(built).__name__}."
-        )
-    return built
 
 
 def _from_function(name: str) -> Teacher:
