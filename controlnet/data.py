@@ -23,7 +23,7 @@ from controlnet.samples import Samples
 from scorefield.data.ahead import read_ahead
 from scorefield.data.buckets import Buckets, Shape
 from scorefield.data.pictures import as_floats, as_values, choose_view
-from scorefield.data.rows import in_threads
+from scorefield.data.threads import in_threads
 from scorefield.denoiser import Cond
 from scorefield.models.prompts import told_size
 from scorefield.randomness import Rng, normal_like, shuffled

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from distill.options import Config
-from scorefield.cache import TensorCache, content_key, fingerprint
+from scorefield.cache import TensorCache, cache_folder, content_key, fingerprint
 from scorefield.data.images import DIGITS, ImageSet, load_images
 from scorefield.data.pictures import read_central
 from scorefield.data.rows import in_shares
 from scorefield.data.texts import Pictures
 from scorefield.models.codec import Codec
-from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.training.latents import Latents, Memory
@@ -152,7 +151,7 @@ def check_images(
     if len(set(teacher.size)) > 1:  # entries of an earlier version were square
         facts = torch.cat([facts, torch.ones(1)])
     identity = fingerprint([*codec.vae.state_dict().values(), facts])
-    cache = TensorCache(default_cache_folder().parent / "latents", identity)
+    cache = TensorCache(cache_folder() / "latents", identity)
     batch_size = max(1, PIXELS // (teacher.size[0] * teacher.size[1]))
     # Of the teacher only its codec is held: its text encoders are freed before training.
     latents = Latents(lambda x: {"latents": codec.encode(x).float()}, cache, Memory(), batch_size)

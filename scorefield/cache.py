@@ -5,6 +5,7 @@ image means another entry, and every other one stays valid. Nothing is ever remo
 """
 
 import hashlib
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,11 @@ Content = str | bytes | Tensor
 
 Entry = dict[str, Tensor]
 """Named tensors, on the CPU."""
+
+
+def cache_folder() -> Path:
+    """Where everything is kept unless a folder is named: ``~/.cache/scorefield``, or in $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scorefield"
 
 
 def content_key(*contents: Content) -> str:

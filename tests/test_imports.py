@@ -57,7 +57,7 @@ LIBRARIES = {
     "trimesh": ("sds/formats.py",),
     "imageio_ffmpeg": ("sds/video.py",),
     "kornia": ("sds/", "controlnet/", "toyworld/", "train_scripts/"),
-    "datasets": ("scorefield/data/tables.py",),
+    "datasets": ("scorefield/data/tables.py", "scorefield/data/parquet.py"),
 }  # fmt: skip
 
 # The core without these costs torch alone; these import accelerate or diffusers.

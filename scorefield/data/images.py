@@ -19,8 +19,9 @@ from scorefield.data.ahead import read_ahead
 from scorefield.data.arrays import check_class_numbers, check_values
 from scorefield.data.options import DataOptions
 from scorefield.data.pictures import ROOM, as_floats, open_image, read_central, resized
-from scorefield.data.rows import Columns, Listing, Picture, Row, in_threads, keep_good
+from scorefield.data.rows import Columns, Listing, Picture, Row, keep_good
 from scorefield.data.sources import read_rows
+from scorefield.data.threads import in_threads
 from scorefield.files import warn
 from scorefield.progress import progress
 from scorefield.randomness import Rng, shuffled

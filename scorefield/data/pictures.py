@@ -1,9 +1,7 @@
 """Picture files as tensors: read strictly, made to fit, cut and mirrored together, each as its kind demands."""
 
 import io
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
@@ -14,6 +12,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from scorefield.choices import Kind as Kind
+from scorefield.data.threads import FEW
 
 T = TypeVar("T")
 
@@ -37,9 +36,6 @@ ORIENTATION = 0x0112
 
 LARGE = 2**22
 """Pixels above which a picture is decoded in one of few threads: a pixel takes a dozen bytes meanwhile."""
-
-FEW = ThreadPoolExecutor(min(8, max(2, (os.cpu_count() or 1) // 4)))
-"""Those threads."""
 
 
 def check_kind(kind: str) -> None:
@@ -71,11 +67,8 @@ def is_turned(data: bytes) -> bool:
 
 
 def in_few_threads(decode: Callable[[], T], *files: bytes) -> T:
-    """Return what ``decode`` makes of picture files: here, or, of large ones, in one of few threads.
-
-    Much of what a thread has once needed stays its own.
-    """
-    return FEW.submit(decode).result() if sum(map(_num_pixels, files)) > LARGE else decode()
+    """Return what ``decode`` makes of picture files: here, or, of large ones, in one of few threads."""
+    return FEW.run(decode) if sum(map(_num_pixels, files)) > LARGE else decode()
 
 
 def _num_pixels(data: bytes) -> int:

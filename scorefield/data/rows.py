@@ -3,9 +3,7 @@
 import io
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -14,20 +12,14 @@ import numpy as np
 from PIL import Image
 
 from scorefield.choices import OnBadData as OnBadData
+from scorefield.data.threads import in_threads
 from scorefield.files import open_regular, warn
 from scorefield.progress import progress
 
-S = TypeVar("S")
 T = TypeVar("T")
-
-THREADS = 8
-"""That read files: Pillow decodes outside of Python's lock."""
 
 LARGEST_PICTURE = 2**30
 """Bytes of a picture's file."""
-
-POOL = ThreadPoolExecutor(THREADS)
-"""Those threads, which are started when they are first needed."""
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("prompt", "text", "caption")
 
@@ -254,17 +246,6 @@ def keep_good(listing: Listing, faults: Sequence[str], on_bad_data: str) -> list
     if said := [*said, *([listing.note] if listing.note else [])]:
         warn(f"{listing.source}: {'; '.join(said)}")
     return good
-
-
-def in_threads(do: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Yield ``do`` of each item, in order. Threads are a few items ahead, and never more: results may be large."""
-    coming = deque[Future[T]]()
-    for item in items:
-        coming.append(POOL.submit(do, item))
-        if len(coming) > 2 * THREADS:
-            yield coming.popleft().result()
-    while coming:
-        yield coming.popleft().result()
 
 
 def in_shares(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scorefield.data.parquet import read_parquet
 from scorefield.data.rows import (
     IMAGE_COLUMNS,
     Cell,
@@ -38,12 +39,10 @@ def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listin
     """
     ending = files[0].suffix.lower()
     if ending == ".parquet":
-        names = [str(file) for file in files]
         for file in files:
             check_data_file(file)
-        data, _ = loaded(
-            str(source), lambda library: library.load_dataset("parquet", data_files=names, split="train")
-        )
+        with reading_table(str(source)):
+            data = read_parquet(files)
         return read_data_set(data, str(source), columns, files[0].parent)
     rows: list[Row] = []
     for file in files:

@@ -1,7 +1,6 @@
 """Prompts as conditions: each is encoded once, kept on disk, and needs no text encoder afterwards."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from scorefield.cache import Content, TensorCache
+from scorefield.cache import Content, TensorCache, cache_folder
 from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
@@ -32,7 +31,7 @@ BATCH = 16
 
 def default_cache_folder() -> Path:
     """Where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``, or in $XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scorefield" / "prompts"
+    return cache_folder() / "prompts"
 
 
 @dataclass(frozen=True, eq=False)
