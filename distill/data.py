@@ -15,6 +15,7 @@ from scorefield.data.images import DIGITS, ImageSet, load_images
 from scorefield.data.pictures import read_central
 from scorefield.data.rows import in_shares
 from scorefield.data.texts import Pictures
+from scorefield.data.threads import in_threads
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
@@ -105,7 +106,7 @@ class RealLatents:
         numbers = chosen.tolist()
 
         def pixels(places: list[int]) -> Tensor:
-            return torch.stack([self.pixels(numbers[place]) for place in places])
+            return torch.stack(list(in_threads(self.pixels, [numbers[place] for place in places])))
 
         return self.latents([self.digests[number] for number in numbers], pixels, self.device)["latents"]
 

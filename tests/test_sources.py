@@ -182,6 +182,13 @@ def test_a_member_that_claims_more_than_its_archive_holds_is_cut(tmp_path):
         Member(tmp_path / "0.tar", "a.png", 60, 2**60).read()
 
 
+def test_a_member_too_large_for_a_picture_is_not_read(tmp_path):
+    put(tmp_path / "0.tar", b"")
+    os.truncate(tmp_path / "0.tar", 2**40)
+    with pytest.raises(ValueError, match=r"has 549,755,813,888 bytes; expected a picture of at most 1,073,741,824"):
+        Member(tmp_path / "0.tar", "a.png", 512, 2**39).read()
+
+
 @pytest.mark.parametrize("name", ["0.tar", "metadata.parquet", "rows.parquet"])
 def test_pipes_in_the_place_of_tables_and_shards_are_refused_at_once(tmp_path, name):
     put(tmp_path / "a.png") if name.startswith("meta") else None

@@ -13,11 +13,13 @@ import tracemalloc
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -293,6 +295,24 @@ def test_paths_and_plain_bytes_in_tables(tmp_path):
     rows = of(datasets.load_from_disk(str(tmp_path / "saved")), Columns(maps=("depth",))).rows
     assert [row.image.read() for row in rows] == [png(1), png(2)]
     assert [row.maps["depth"].read() for row in rows] == [png(3), png(4)]
+
+
+def test_a_data_set_that_was_downloaded_is_read_by_its_name_without_a_network(tmp_path, monkeypatch):
+    """As ``datasets`` keeps a set of the Hub: its pictures are read where they lie."""
+    pictured([png(number) for number in range(5)]).to_parquet(tmp_path / "train.parquet")
+    builder = Parquet(cache_dir=str(tmp_path / "hub"), dataset_name="set", hash="0" * 40,
+                      data_files={"train": str(tmp_path / "train.parquet")})  # fmt: skip
+    builder.download_and_prepare()
+    kept = tmp_path / "hub" / "someone___set" / "default" / "0.0.0"
+    kept.mkdir(parents=True)
+    os.rename(builder._output_dir, kept / ("0" * 40))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    for constants in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a network was asked"))
+    rows = read_rows("someone/set").rows
+    assert {type(row.image) for row in rows} == {Member}
+    assert [(row.caption, row.image.read()) for row in rows] == [(str(n), png(n)) for n in range(5)]
 
 
 # Parquet files, unpacked once

@@ -38,6 +38,11 @@ class Picture(Protocol):
         ...
 
 
+def _check_size(size: int) -> None:
+    if size > LARGEST_PICTURE:
+        raise ValueError(f"has {size:,} bytes; expected a picture of at most {LARGEST_PICTURE:,}.")
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """A file, under its path: a string, since a ``Path`` takes four times the memory."""
@@ -48,8 +53,7 @@ class File:
         """Raises ``ValueError`` if there is no such file, or it is no regular one, or too large for a picture."""
         try:
             with open_regular(self.name) as file:
-                if (size := os.fstat(file.fileno()).st_size) > LARGEST_PICTURE:
-                    raise ValueError(f"has {size:,} bytes; expected a picture of at most {LARGEST_PICTURE:,}.")
+                _check_size(os.fstat(file.fileno()).st_size)
                 return file.read()
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror}.") from error
@@ -65,14 +69,14 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """Raises ``ValueError`` for an archive that was cut."""
+        """Raises ``ValueError`` for an archive that was cut, and for a file that is too large for a picture."""
         with open_regular(self.archive) as file:
-            there = os.fstat(file.fileno()).st_size - self.offset
+            there = max(0, os.fstat(file.fileno()).st_size - self.offset)
+            if there < self.size:
+                raise ValueError(f"is cut: {there:,} of {self.size:,} bytes are there.")
+            _check_size(self.size)
             file.seek(self.offset)
-            content = file.read(min(self.size, max(there, 0)))
-        if len(content) != self.size:
-            raise ValueError(f"is cut: {len(content):,} of {self.size:,} bytes are there.")
-        return content
+            return file.read(self.size)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
