@@ -44,18 +44,24 @@ def place(request, tmp_path_factory):
     return folder
 
 
-def words_of(place, out, **changes):
-    options = {
-        "teacher": place / "model", "data": place / "data", "hint": "canny", "size": 16, "out": out, "steps": 8,
-        "batch-size": 2, "eval-every": 0, "eval-samples": 2, "test-samples": 0, "sampling-steps": 1,
-        "guidance": 1.0, "save-every": 2, "cache": place / "cache", "log-every": 1, "long-prompts": "cut",
-        **changes,
+def settings(place, out, **changes):
+    return {
+        "teacher": str(place / "model"), "data": str(place / "data"), "hint": "canny", "size": 16, "out": out,
+        "steps": 8, "batch_size": 2, "eval_every": 0, "eval_samples": 2, "test_samples": 0, "sampling_steps": 1,
+        "guidance": 1.0, "save_every": 2, "cache": place / "cache", "log_every": 1, "long_prompts": "cut",
+        "buckets": True, "calibrate": False, **changes,
     }  # fmt: skip
-    return [
-        "control",
-        "--buckets",
-        *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
-    ]
+
+
+def config_of(place, out, **changes):
+    return Config(**settings(place, out, **changes))
+
+
+def words_of(place, out, **changes):
+    flags = {name.replace("_", "-"): value for name, value in settings(place, out, **changes).items()}
+    told = {name: [f"--{name}", str(value)] for name, value in flags.items() if not isinstance(value, bool)}
+    switches = [f"--{'' if value else 'no-'}{name}" for name, value in flags.items() if isinstance(value, bool)]
+    return ["control", *switches, *(word for words in told.values() for word in words)]
 
 
 def noting(monkeypatch, note, most=100):
@@ -117,7 +123,7 @@ def test_batches_have_the_shapes_of_their_pictures_and_the_model_is_told(place, 
 
 def test_training_begins_before_all_latents_are_made(whole):
     _, seen, kept = whole
-    assert kept[0] <= 2, "those of the first batch"
+    assert kept[0] <= 2 + 2, "those of the first batch, and of the two samples that judge"
     assert len(seen) == 8
     assert kept == sorted(kept)
     assert kept[-1] >= 14, "each of an epoch once"
@@ -126,7 +132,7 @@ def test_training_begins_before_all_latents_are_made(whole):
 def test_a_run_of_the_same_pictures_encodes_none_again(place, whole, tmp_path, monkeypatch):
     calls, real = [], Codec.posterior
     monkeypatch.setattr(Codec, "posterior", lambda self, x: calls.append(len(x)) or real(self, x))
-    words = words_of(place, tmp_path / "again", **{"learning-rate": 3e-4})
+    words = words_of(place, tmp_path / "again", learning_rate=3e-4)
     before, seen = whole[1], {}
     noting(monkeypatch, lambda index, batch: seen.setdefault(index, numbers(batch)))
     run(words)
@@ -152,16 +158,6 @@ def test_a_killed_run_sees_the_same_numbers_and_ends_in_the_same_weights(
     run(words_of(place, tmp_path / "cut"))
     assert seen == before
     assert_same(tensors(out / "controlnet"), tensors(tmp_path / "cut" / "controlnet"))
-
-
-def config_of(place, out, **changes):
-    settings = {
-        "teacher": str(place / "model"), "data": str(place / "data"), "hint": "canny", "size": 16, "steps": 8,
-        "batch_size": 2, "eval_every": 0, "eval_samples": 2, "test_samples": 0, "sampling_steps": 1,
-        "guidance": 1.0, "save_every": 2, "cache": place / "cache", "log_every": 1, "long_prompts": "cut",
-        "buckets": True,
-    }  # fmt: skip
-    return Config(out=out, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -185,7 +185,9 @@ def test_a_member_that_claims_more_than_its_archive_holds_is_cut(tmp_path):
 def test_a_member_too_large_for_a_picture_is_not_read(tmp_path):
     put(tmp_path / "0.tar", b"")
     os.truncate(tmp_path / "0.tar", 2**40)
-    with pytest.raises(ValueError, match=r"has 549,755,813,888 bytes; expected a picture of at most 1,073,741,824"):
+    with pytest.raises(
+        ValueError, match=r"has 549,755,813,888 bytes; expected a picture of at most 1,073,741,824"
+    ):
         Member(tmp_path / "0.tar", "a.png", 512, 2**39).read()
 
 
