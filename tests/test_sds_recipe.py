@@ -177,7 +177,7 @@ BAD = [
     ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low lie below --t-high"),
     ({"t_high": (1.2, 0.5)}, "--t-high must lie in"),
     ({"anneal": (0.5, 0.2)}, "--anneal must rise"),
-    ({"guidance": (-1.0, 1.0)}, "--guidance must be two numbers"),
+    ({"guidance": (-1.0, 1.0)}, "--guidance must be at least 0"),
     ({"learning_rate": (0.0, 0.1)}, "--learning-rate"),
     ({"render_size": (4, 8)}, "--render-size must be whole numbers"),
     ({"render_size": (8.5, 8)}, "--render-size must be whole numbers"),
