@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from scorefield.atomic import foreign, whole_file, whole_folder
-from scorefield.commands.options import Sample
+from scorefield.commands.options import Sample, check_sample
 from scorefield.data.tables import TABLES
 from scorefield.data.texts import read_texts
 from scorefield.models.draw import draw as draw_images
@@ -30,15 +30,13 @@ from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import Progress, working
 from scorefield.schedule import Schedule
 from scorefield.solvers import Plan, caution, plan
-from scorefield.training.options import check_numbers, check_out
+from scorefield.training.options import check_out
 from scorefield.training.ranks import check_launch
 
 
 def main(config: Sample) -> Path:
     """Sample, write, and return the folder or file."""
-    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
-    if config.num_images is not None:
-        check_numbers(config, positive=("num_images",))
+    check_sample(config)
     check_samples_out(config.out)
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
