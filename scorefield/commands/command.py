@@ -6,6 +6,7 @@ Importing this module imports no torch: a typo is answered at once.
 """
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -20,12 +21,14 @@ import tyro
 from scorefield.atomic import is_full
 from scorefield.files import printable
 from scorefield.progress import working
-from scorefield.training.launcher import is_first_rank
+from scorefield.training.launcher import check_places, is_first_rank
 from scorefield.training.lock import FolderLock
 from scorefield.training.options import RunOptions
 from scorefield.training.refusal import Ranks, Refusal
 
 C = TypeVar("C")
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 RENAMED = {
     **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
@@ -58,9 +61,15 @@ def run(
     warnings.formatwarning = one_line
     words = sys.argv[1:] if arguments is None else list(arguments)
     held = ExitStack()
+    try:
+        check_places()
+    except ValueError as error:
+        say(str(error))
+        sys.exit(2)
     ranks = Ranks(partial(_follow, held))
     try:
         with held:
+            refuse_control(words)
             refuse_renamed(words)
             given: dict[str, Any] = {} if default is None else {"default": default}
             config = tyro.cli(options, prog=prog, args=words, description=description or None, **given)
@@ -126,6 +135,19 @@ def refuse_renamed(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if (flag := argument.partition("=")[0]) in RENAMED:
             raise ValueError(f"{flag} {RENAMED[flag]}")
+
+
+def refuse_control(arguments: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a word with characters that move a cursor: the parser prints words as they are.
+
+    They come with names of files that a shell put in. Line feeds and tabs, which a prompt may have, are let pass.
+    """
+    for argument in arguments:
+        if CONTROL.search(argument):
+            raise ValueError(
+                f"the word {argument[:80]!r} holds control characters. Leave them out; if a file is called so, "
+                "rename it, or name the folder it is in."
+            )
 
 
 def _out_of(config: Any) -> list[Path]:

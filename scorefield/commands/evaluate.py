@@ -20,6 +20,7 @@ from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 from scorefield.training.features import Classifier, inception, load_classifier
+from scorefield.training.launcher import check_alone
 from scorefield.training.options import check_device, check_numbers, check_out
 
 Network = Callable[[Tensor], Tensor]
@@ -52,6 +53,7 @@ def check(config: Evaluate) -> None:
     if config.num_images is not None and config.num_images < 2:
         raise ValueError(f"--num-images must be at least 2, for a spread; got {config.num_images}.")
     check_device(config.device)
+    check_alone("evaluate")
     if config.out is not None:
         check_out(config.out.parent)
         if config.out.is_dir():

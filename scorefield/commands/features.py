@@ -12,6 +12,7 @@ from scorefield.atomic import check_replaceable
 from scorefield.commands.options import TrainFeatures
 from scorefield.data.images import load_images
 from scorefield.training.features import save_classifier, train_classifier
+from scorefield.training.launcher import check_alone
 from scorefield.training.options import check_device, check_numbers, check_out
 
 
@@ -21,6 +22,7 @@ def main(config: TrainFeatures) -> Path:
     check_out(config.out)
     check_replaceable(config.out)
     check_device(config.device)
+    check_alone("features")
     data = load_images(config)
     if data.num_classes < 2 or len(data) < 20:
         raise ValueError(

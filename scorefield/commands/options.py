@@ -24,7 +24,8 @@ class Sample:
     folder names is never run."""
     prompts: tuple[str, ...] = ()
     """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class. One
-    that names a .txt, .jsonl, .csv, .parquet or .tar file stands for the prompts in it."""
+    that names a .txt, .jsonl, .csv, .parquet or .tar file, or a folder such as photos/, stands for the prompts
+    in it."""
     long_prompts: LongPrompts = "stop"
     """What to do about prompts that are longer than the text encoders read."""
     on_bad_data: OnBadData = "stop"

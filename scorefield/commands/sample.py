@@ -30,8 +30,10 @@ from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import Progress, working
 from scorefield.schedule import Schedule
 from scorefield.solvers import Plan, caution, plan
+from scorefield.training.identity import check_ranks
+from scorefield.training.launcher import check_drawing
 from scorefield.training.options import check_numbers, check_out
-from scorefield.training.ranks import check_launch
+from scorefield.training.ranks import check_launch, check_told_device
 
 
 def main(config: Sample) -> Path:
@@ -40,8 +42,11 @@ def main(config: Sample) -> Path:
     if config.num_images is not None:
         check_numbers(config, positive=("num_images",))
     check_samples_out(config.out)
+    check_drawing(config.precision)
+    check_told_device()
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
+    check_ranks(config, accelerator)
     with working("loading the model"):
         teacher = load(config, accelerator.device)
     teacher.guided(config.guidance)  # or it says why not
@@ -119,11 +124,34 @@ def load(config: Sample, device: torch.device) -> Teacher:
 
 
 def read_prompts(config: Sample) -> tuple[str, ...]:
-    """What ``--prompts`` say, or what the one file holds that they name. Raises ``ValueError`` for a bad one."""
-    file = Path(config.prompts[0]) if len(config.prompts) == 1 else Path()
-    if file.suffix.lower() not in (*TABLES, ".tar") or not file.exists():
-        return config.prompts
-    return read_texts(str(file), on_bad_data=config.on_bad_data).prompts
+    """What ``--prompts`` say, with what the files and folders hold that they name in the place of their names.
+
+    Raises ``ValueError`` for one that cannot be read, and for a name of a file that is not there.
+    """
+    prompts: list[str] = []
+    for prompt in config.prompts:
+        held = [prompt]
+        if names_a_source(prompt):
+            held = list(read_texts(prompt, on_bad_data=config.on_bad_data).prompts)
+        prompts += held
+    return tuple(prompts)
+
+
+def names_a_source(prompt: str) -> bool:
+    """Return True for a prompt that names a file or a folder of prompts.
+
+    A folder is named with a slash: the word cat is a prompt beside a folder of cats. Raises ``ValueError`` for one
+    word with the ending of such a file where there is none: nobody wants a picture of prompts.txt.
+    """
+    path, ending = Path(prompt), Path(prompt).suffix.lower() in (*TABLES, ".tar")
+    try:
+        if (ending and path.exists()) or ("/" in prompt and path.is_dir()):
+            return True
+    except (OSError, ValueError):  # a prompt may be longer than names are
+        return False
+    if ending and len(prompt.split()) == 1:
+        raise ValueError(f"--prompts {prompt}: no such file. Correct its name.")
+    return False
 
 
 def columns(count: int) -> int:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from scorefield.cache import Content, TensorCache
+from scorefield.cache import Content, Entry, TensorCache
 from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
@@ -45,6 +45,7 @@ class PromptEncoder:
         load: the text encoders; None once they were dropped.
         load_surplus: the tokenizers, which say how many tokens at the end of a prompt are not read.
         told: prompts that are cut and of which the user knows.
+        kept: what the folder could not take, such as of a home that is read-only; it outlives the text encoders.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class PromptEncoder:
     load: Callable[[], Encode] | None
     load_surplus: Callable[[], Callable[[str], int]] = lambda: lambda prompt: 0
     told: set[str] = field(default_factory=set, repr=False, compare=False)
+    kept: dict[Path, Entry] = field(default_factory=dict, repr=False, compare=False)
     _loaded: list[Encode] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
@@ -63,7 +65,7 @@ class PromptEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a non-empty list of strings; got {prompts!r}.")
-        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
+        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode, BATCH, self.kept)
         known = dict(zip(prompts, entries, strict=True))
         cut = {prompt: int(entry.get(CUT, 0)) for prompt, entry in known.items() if prompt not in self.told}
         if long := [prompt for prompt, number in cut.items() if number]:
@@ -86,7 +88,7 @@ class PromptEncoder:
         with Progress("prompts encoded", len(unique), unit="prompt") as bar:
             for start in range(0, len(unique), BATCH):
                 part = unique[start : start + BATCH]
-                cache.fetch(part, self._encode, BATCH)
+                cache.fetch(part, self._encode, BATCH, self.kept)
                 bar.update(len(part))
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:

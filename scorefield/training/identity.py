@@ -24,7 +24,7 @@ PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
 
 
-def check_ranks(config: RunOptions, accelerator: Accelerator) -> None:
+def check_ranks(config: Any, accelerator: Accelerator) -> None:
     """Raise ``ValueError`` on every rank where their options or their code differ; before any of them waits."""
     if accelerator.num_processes == 1:
         return
