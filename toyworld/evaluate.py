@@ -23,9 +23,9 @@ from scorefield.atomic import whole_file
 from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import readable
-from scorefield.models.pipeline import Pipeline, open_pipeline
+from scorefield.models.pipeline import open_pipeline
 from scorefield.models.preflight import check_last_time, check_many_steps
-from scorefield.models.pretrained import INDEX, PartReader, read_config, read_schedule
+from scorefield.models.pretrained import INDEX, PartReader, read_schedule
 from scorefield.models.teacher import named_folder
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator
@@ -53,6 +53,7 @@ def main(config: EvaluatePipeline) -> Path:
     pipeline = load_pipeline(
         config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant
     )
+    check_size(pipeline, config.teacher)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
     renders, attributes = render_pictures(asked, config.seed)
@@ -110,7 +111,7 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
     if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
         raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
-    check_size(parts)
+    parts.check((SIDE, SIDE))
     pipeline: Any = StableDiffusionPipeline(
         **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -118,15 +119,15 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     return pipeline.to(device)
 
 
-def check_size(parts: Pipeline) -> None:
-    """Raise ``ValueError`` unless a pipeline draws what the judge sees, or does not say what it draws."""
-    wanted = parts.check((SIDE, SIDE))
-    config = read_config(parts.family.network, parts.part(parts.family.part))
-    if config.get("sample_size") is not None and (shape := parts.check()) != wanted:
-        height, width = (side * SIDE // wanted[1] for side in shape[1:])
+def check_size(pipeline: Any, folder: str | Path) -> None:
+    """Raise ``ValueError`` for a pipeline that draws pictures of another size than the judge sees."""
+    own = pipeline.unet.config.sample_size  # of latents; none: it draws any
+    height, width = own if isinstance(own, list | tuple) else (own, own)
+    if own is not None and {height, width} != {SIDE // pipeline.vae_scale_factor}:
+        factor = pipeline.vae_scale_factor
         raise ValueError(
-            f"{parts.folder} draws pictures of {height} x {width} pixels, and the toy world's judge sees {SIDE} x "
-            f"{SIDE}. Pass a pipeline of that size."
+            f"--teacher {folder} draws pictures of {height * factor} x {width * factor} pixels, and the judge of "
+            f"the toy world sees {SIDE} x {SIDE}. Pass a pipeline of that size."
         )
 
 

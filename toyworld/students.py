@@ -28,7 +28,7 @@ from scorefield.models.weights import check_finite
 from scorefield.training.launcher import check_alone
 from scorefield.training.options import check_device, check_numbers, check_out
 from toyworld.bench import Bench, make_bench
-from toyworld.evaluate import check_teacher, draw, load_pipeline, load_scheduler
+from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler
 from toyworld.options import EvaluatePipeline, EvaluateStudents
 
 
@@ -83,6 +83,7 @@ def check(config: EvaluateStudents) -> None:
 def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
     pipeline = load_teacher(config)
+    check_size(pipeline, config.teacher)
     weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
