@@ -135,7 +135,7 @@ def test_words_that_move_a_cursor_never_reach_the_parser(capsys):
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
     assert r"the word '\x1b[2J' holds control characters" in said.err
-    command.refuse_control(["a red\nmug\t\r", "\udcff", "\u200d"])
+    command.refuse_control(["a red\nmug\t", "\udcff", "\u200d"])
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
@@ -235,6 +235,9 @@ def test_results_without_checkpoints_belong_to_the_run_that_made_them(tmp_path):
     (tmp_path / "teacher").mkdir()
     with refused("holds teacher of another run"):
         check_earlier(tmp_path, ("teacher",), own)
+    (tmp_path / "config.json").write_text("{}")  # such as of a model that lies here
+    with refused("holds config.json of another run"):
+        check_earlier(tmp_path, (), own)
     note_identity(tmp_path, own)
     check_earlier(tmp_path, ("teacher",), own)
     with refused("choose another --out"):

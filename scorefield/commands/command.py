@@ -24,7 +24,7 @@ from scorefield.progress import working
 from scorefield.training.launcher import check_places, is_first_rank
 from scorefield.training.lock import FolderLock
 from scorefield.training.options import RunOptions
-from scorefield.training.refusal import Ranks, Refusal
+from scorefield.training.refusal import BEGUN, Ranks, Refusal
 
 C = TypeVar("C")
 
@@ -103,17 +103,18 @@ def run(
 
 def _explained(error: Exception) -> tuple[str | None, int]:
     """What to say of an error, and the exit code; nothing to say of a fault of the program."""
+    refused = 1 if BEGUN in getattr(error, "__notes__", ()) else 2
     if is_full(error):
         return f"the disk is full, or its quota is used up: {error}. What was saved before is whole.", 1
     if isinstance(error, ValueError | OSError | FloatingPointError):
-        return str(error), 1 if isinstance(error, FloatingPointError) else 2
+        return str(error), 1 if isinstance(error, FloatingPointError) else refused
     # On a CPU torch has no class of its own for it.
     if (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
         or "allocate memory" in str(error)
     ):
-        return f"not enough memory: {error} Lower --batch-size or the size of the network.", 2
+        return f"not enough memory: {error} Lower --batch-size or the size of the network.", refused
     return None, 1
 
 

@@ -54,7 +54,8 @@ def check_earlier(
     """
     if checkpoint.steps(out / "checkpoints" if checkpoints is None else checkpoints):
         return
-    held = [name for name in results if (out / name).exists()]
+    known = (out / IDENTITY).exists()  # a run says what it is before it writes its config.json
+    held = [name for name in (*results, *([] if known else ["config.json"])) if (out / name).exists()]
     if not held:
         return
     try:
