@@ -1,6 +1,7 @@
 """Which options of ``scorefield sds`` cannot work: said before anything is loaded or written."""
 
 import math
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,8 @@ def check_scene(config: Config) -> None:
         raise ValueError(
             'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
         )
+    if os.path.isfile(config.prompt):
+        raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
     _check_ranges(config)
     if config.method == "csd" and config.rescale:
         raise ValueError(

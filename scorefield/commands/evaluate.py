@@ -18,6 +18,7 @@ from scorefield.atomic import whole_file
 from scorefield.commands.options import Evaluate
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
+from scorefield.files import load_json
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 from scorefield.training.features import Classifier, inception, load_classifier
 from scorefield.training.launcher import check_alone
@@ -58,6 +59,19 @@ def check(config: Evaluate) -> None:
         check_out(config.out.parent)
         if config.out.is_dir():
             raise ValueError(f"--out {config.out} is a folder; expected a file to write. Choose another --out.")
+        if config.out.exists() and not are_figures(config.out):
+            raise ValueError(
+                f"--out {config.out} is a file that no earlier evaluation wrote. Choose another --out."
+            )
+
+
+def are_figures(file: Path) -> bool:
+    """Return True for a file that an earlier call wrote."""
+    try:
+        held = load_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and {"features", "num_generated", "frechet_distance"} <= held.keys()
 
 
 def load_features(features: Path, device: str) -> tuple[Network, Classifier | None]:

@@ -10,6 +10,7 @@ Image i depends on the seed and i alone: not on the batch size, nor on the numbe
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ from scorefield.training.identity import check_ranks
 from scorefield.training.launcher import check_drawing
 from scorefield.training.options import check_numbers, check_out
 from scorefield.training.ranks import check_launch, check_told_device
+
+COMMENT = b"scorefield samples"
+"""Of an npz file that :func:`write` wrote: only such a one is replaced."""
+
+GRID = ".grid.png"
+"""What the name of the picture ends in that lies beside the samples."""
 
 
 def main(config: Sample) -> Path:
@@ -164,11 +171,17 @@ def check_samples_out(out: Path) -> None:
 
     Older samples are what :func:`write` left, unchanged, and nothing else.
     """
-    place = out.resolve()
+    try:
+        place = out.resolve()
+        place.with_name(f"{place.name}{GRID}").exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--out {out} cannot be written: {error}. Choose another --out.") from error
     check_out(place.parent)
     if out.suffix == ".npz":
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder; expected a file to write. Choose another --out.")
+        if place.exists() and not is_own_npz(place):
+            raise ValueError(f"--out {out} is a file that no earlier sampling wrote. Choose another --out.")
         return
     if place.exists() and (not place.is_dir() or os.path.ismount(place)):
         raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
@@ -177,6 +190,15 @@ def check_samples_out(out: Path) -> None:
             f"--out {out} holds {others[0][0]}, which is no earlier sample, or was changed since. Choose another "
             "--out."
         )
+
+
+def is_own_npz(path: Path) -> bool:
+    """Return True for an npz file as :func:`write` left it; numpy, which may have saved it again, keeps no comment."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == COMMENT
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def asked_labels(config: Sample, teacher: Teacher) -> Tensor:
@@ -230,6 +252,9 @@ def write(
     if out.suffix == ".npz":
         with whole_file(place) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+            file.flush()
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = COMMENT
     else:
         with whole_folder(place) as folder:
             rows = []
@@ -240,7 +265,7 @@ def write(
                 rows.append(json.dumps({"file_name": name, **facts(label)}) + "\n")
             (folder / "metadata.jsonl").write_text("".join(rows))
     overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
-    picture = place.with_name(f"{place.name}.grid.png")
+    picture = place.with_name(f"{place.name}{GRID}")
     with whole_file(picture) as temporary:
         to_picture(overview).save(temporary)
     return picture
