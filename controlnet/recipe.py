@@ -40,7 +40,7 @@ from scorefield.models.codec import Codec
 from scorefield.models.prompts import PromptEncoder, default_cache_folder
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
-from scorefield.training.identity import identity
+from scorefield.training.identity import check_options, identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
 
@@ -65,6 +65,8 @@ def main(config: Config) -> Path:
     teacher, task = load(config, accelerator)
     adapter = make_adapter(teacher, task)
     begun_from = start_from(config, teacher, adapter)
+    inputs = {"data": task.identity(), "init_from": begun_from}
+    check_options(config.out, identity(config, accelerator, {**inputs, "base": ""}), ("base",))
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None:
@@ -75,7 +77,7 @@ def main(config: Config) -> Path:
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
     base = fingerprint(teacher.denoiser.network.parameters())
-    own = identity(config, accelerator, {"data": task.identity(), "base": base, "init_from": begun_from})
+    own = identity(config, accelerator, {**inputs, "base": base})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)

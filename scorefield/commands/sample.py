@@ -193,7 +193,7 @@ def check_samples_out(out: Path) -> None:
 
 
 def is_own_npz(path: Path) -> bool:
-    """Return True for an npz file as :func:`write` left it; numpy, which may have saved it again, keeps no comment."""
+    """Return True for an npz file as :func:`write` left it; one that numpy saved again has lost its comment."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment == COMMENT
