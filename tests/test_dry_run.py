@@ -14,6 +14,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from trainers import TRAINERS, make_places
 
+import distill.text_recipe as text_recipe
 import scorefield.commands.sample as sample
 import toyworld.evaluate as evaluate_toyworld
 import toyworld.students as evaluate_students
@@ -124,6 +125,23 @@ def test_nothing_is_refused_behind_the_encoding_of_prompts(places, tmp_path, mon
         with refused(said):
             train("texts", places, model, tmp_path / "run", **plain, **{"dry_run": dry_run, **changes})
     assert encoded <= {""}, "the negative prompt alone tells the shape of all conditions"
+
+
+def test_the_check_of_a_teacher_encodes_a_few_prompts(places, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"mug {number}" for number in range(200)))
+    encoded, encode = set(), PromptEncoder._encode
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, some: encoded.update(some) or encode(self, some))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def failing(teacher, x0, labels, **options):
+        raise ValueError("it fails the check")
+
+    monkeypatch.setattr(text_recipe, "check_teacher", failing)
+    changes = {"prompts": str(tmp_path / "prompts.txt"), "gan_weight": 0.0, "skip_teacher_check": False}
+    with refused("it fails the check"):
+        train("texts", places, places.sd, tmp_path / "run", **changes)
+    assert 1 < len(encoded) <= 65
+    assert not (tmp_path / "run").exists()
 
 
 def times_of(folder):
