@@ -65,8 +65,7 @@ def main(config: Config) -> Path:
     teacher, task = load(config, accelerator)
     adapter = make_adapter(teacher, task)
     begun_from = start_from(config, teacher, adapter)
-    inputs = {"data": task.identity(), "init_from": begun_from}
-    check_options(config.out, identity(config, accelerator, {**inputs, "base": ""}), ("base",))
+    inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None:
@@ -76,8 +75,7 @@ def main(config: Config) -> Path:
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    base = fingerprint(teacher.denoiser.network.parameters())
-    own = identity(config, accelerator, {**inputs, "base": base})
+    own = identity(config, accelerator, {**inputs, "base": fingerprint(teacher.denoiser.network.parameters())})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -144,6 +142,15 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
         fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
     )  # fmt: skip
     return teacher, task
+
+
+def checked_inputs(
+    config: Config, task: Task, begun_from: str | None, accelerator: Accelerator
+) -> dict[str, str | None]:
+    """Return fingerprints of what is read. Raises ``ValueError`` where --out is of a run that read or did otherwise."""
+    inputs = {"data": task.identity(), "init_from": begun_from}
+    check_options(config.out, identity(config, accelerator, {**inputs, "base": ""}), ("base",))
+    return inputs
 
 
 def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:

@@ -61,11 +61,7 @@ def run(
     warnings.formatwarning = one_line
     words = sys.argv[1:] if arguments is None else list(arguments)
     held = ExitStack()
-    try:
-        check_places()
-    except ValueError as error:
-        say(str(error))
-        sys.exit(2)
+    _refuse_places()
     ranks = Ranks(partial(_follow, held))
     try:
         with held:
@@ -99,6 +95,15 @@ def run(
         sys.exit(code)
     finally:
         ranks.close()
+
+
+def _refuse_places() -> None:
+    # Before anything speaks as one of several ranks.
+    try:
+        check_places()
+    except ValueError as error:
+        say(str(error))
+        sys.exit(2)
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
