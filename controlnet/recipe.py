@@ -147,7 +147,7 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
 def checked_inputs(
     config: Config, task: Task, begun_from: str | None, accelerator: Accelerator
 ) -> dict[str, str | None]:
-    """Return fingerprints of what is read. Raises ``ValueError`` where --out is of a run that read or did otherwise."""
+    """Return fingerprints of what is read. Raises ``ValueError`` where --out is of another run."""
     inputs = {"data": task.identity(), "init_from": begun_from}
     check_options(config.out, identity(config, accelerator, {**inputs, "base": ""}), ("base",))
     return inputs
