@@ -83,11 +83,11 @@ def check_places(settings: Mapping[str, str] | None = None) -> None:
             )
     one = "Unset it for one process; start several with torchrun or accelerate launch."
     several = next((name for name in WORLDS if int(told.get(name, "1")) > 1), None)
-    name = "LOCAL_RANK" if "LOCAL_RANK" in told else several
+    asks = "LOCAL_RANK" if "LOCAL_RANK" in told else several
     found = "RANK" in told and "WORLD_SIZE" in told and told.get("MASTER_ADDR") and told.get("MASTER_PORT", "")
-    if name is not None and not (found and found.isdigit()):
+    if asks is not None and not (found and found.isdigit()):
         raise ValueError(
-            f"{name} is {told[name]} in the environment, without a RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, "
+            f"{asks} is {told[asks]} in the environment, without a RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, "
             f"by which processes find each other. {one}"
         )
     if int(told.get("RANK", "0")) >= (size := int(told.get("WORLD_SIZE", "1"))):
