@@ -8,58 +8,62 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from scorefield.choices import Kind, LongPrompts, OnBadData
-from scorefield.training.options import RunOptions, check_init_from, check_numbers, check_run
+from scorefield.training.options import LoadOptions, RunOptions, check_init_from, check_numbers, check_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What is learned, from what."""
+    """Training samples and their hints."""
 
     free: ClassVar[tuple[str, ...]] = ("num_samples", "on_bad_data", "long_prompts", "convert", "cache")
     """Options that bind no checkpoint: what is trained on has a fingerprint."""
 
     data: str = ""
-    """Folder of images with .txt captions, metadata.jsonl or .csv; jsonl, csv or parquet file, webdataset .tar, or
-    Hugging Face data set or its name; "toyworld" or "circles"."""
+    """A folder of images with .txt captions, metadata.jsonl or .csv; a jsonl, csv or parquet file; a webdataset
+    .tar; a Hugging Face dataset or its name; toyworld; or circles."""
     hint: str = "canny"
-    """canny, softedge, lineart, scribble, tile, lowres, blur, inpaint or palette, made of the image; or a map of
-    the samples: column depth_file_name for depth, or depth, normals, mask, edges (toyworld), outline (circles)."""
+    """What controls the image. Made from it: canny, softedge, lineart, scribble, tile, lowres, blur, inpaint,
+    palette. Or the name of a map of the samples, such as depth, which is read from the column depth_file_name.
+    toyworld has the maps depth, normals, mask and edges; circles has outline."""
     hint_kind: Kind | None = None
-    """What the maps of own data mean: how they are resized and mirrored. None: as their name is, or image."""
+    """What the maps of own data are, which decides how they are resized and mirrored. By default what their name
+    says, else image."""
     hint_channels: int = 0
-    """Of maps of own data, 1 or 3; 0: 3 for kinds image and normals, else 1. Of labels: how many there are."""
+    """Channels of the maps of own data, 1 or 3; for label maps the number of labels. 0 means 3 for images and
+    normals, else 1."""
     image_column: str = ""
-    """Of own data; empty: file_name, or the first column of images that is no map."""
+    """Column of the images. By default file_name, or the first column of images that is no map."""
     text_column: str = "text"
-    """Of own data; empty: no captions."""
-    size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
-    """Pixels of a side to train at; 0: the teacher's own."""
+    """Column of the captions. An empty name means no captions."""
+    size: int = 0
+    """Height and width to train at, in pixels. 0 means the teacher's own."""
     num_samples: int = 50_000
-    """Of toyworld and circles."""
+    """Number of samples of toyworld or circles."""
     crop: Literal["center", "random"] = "center"
-    """Which part of an image that is not square; latents of random crops cannot be kept."""
+    """Which square of an image is used. Latents of random crops cannot be cached."""
     flip: bool = False
-    """Mirror half of the samples."""
+    """Mirror each sample with probability 1/2."""
     latents: Literal["auto", "sampled", "mean"] = "auto"
-    """Of the autoencoder's posterior: draw from it, or take its mean; auto: as the teacher was trained, which
-    is on means for toyworld. Draws teach nothing to a model of means."""
+    """How latents come from the autoencoder's posterior. auto: as the teacher was trained, which for toyworld is
+    on means; a sample there is mostly noise."""
     prompt_drop: float = 0.5
     """Share of samples whose prompt is dropped, drawn anew in each epoch."""
     hint_drop: float = 0.0
     """Share of samples whose hint is dropped."""
     on_bad_data: OnBadData = "stop"
-    """What to do about samples that cannot be used: corrupt, too small, without caption or map, no UTF-8."""
+    """What to do about samples that cannot be used (damaged, too small, without a caption or map, not UTF-8):
+    stop, or skip them."""
     long_prompts: LongPrompts = "stop"
-    """What to do about captions that are longer than the text encoders read."""
+    """What to do about captions that are longer than the text encoders read: stop, skip them, or cut them."""
     convert: bool = False
-    """Take pictures with transparency, of 16 bits, or grey ones among coloured."""
+    """Accept images with transparency, with 16 bits, or in grey among coloured ones, and convert them."""
     cache: Path | None = None
-    """Folder of latents, prompts and what was checked; None: ~/.cache/scorefield."""
+    """Folder that keeps latents, encoded prompts and results of checks. By default ~/.cache/scorefield."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """How a training is watched and judged."""
+    """Proof of control: held-out samples are drawn with their own hint and with a mismatched one."""
 
     free: ClassVar[tuple[str, ...]] = (
         "eval_every", "eval_samples", "test_samples", "eval_batch_size", "sampling_steps", "guidance",
@@ -67,69 +71,75 @@ class WatchOptions:
     )  # fmt: skip
 
     eval_every: int = 500
-    """Iterations between looks at the averaged weights; 0: at the end only."""
+    """Iterations between two evaluations of the averaged weights. 0 means only at the end."""
     eval_samples: int = 64
-    """Held-out samples of each look."""
+    """Held-out samples of each evaluation."""
     test_samples: int = 0
-    """Further held-out samples, which the report is made of; 0: those of the looks."""
+    """Further held-out samples, for the final report. 0 means those of the evaluations."""
     eval_batch_size: int = 0
-    """Of them that are drawn, encoded and decoded at a time; 0: --batch-size, which fits since it trains."""
+    """Images that are drawn, encoded and decoded at a time. 0 means --batch-size."""
     sampling_steps: int = 20
-    """DDIM steps of their images."""
+    """DDIM steps per image."""
     guidance: float = 7.5
-    """Scale of classifier-free guidance of their images; 1 means none."""
+    """Scale of classifier-free guidance of these images. 1 means none."""
     warn_after: int = 0
-    """Iterations after which a warning names likely causes if control has not come; 0: half of --steps."""
+    """Iterations after which a warning names likely causes if control was not learned. 0 means half of --steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, TaskOptions, WatchOptions):
+class Adapter:
+    """The adapter and its optimizer."""
+
+    free: ClassVar[tuple[str, ...]] = ("licence",)
+
+    init_from: str = ""
+    """Folder of a finished adapter, or name of a ControlNet online, to start from."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (ControlNet: 1e-5, or 2e-6 with --unlocked). Small models need far more."""
+    new_factor: float = 1.0
+    """Factor on the learning rate of layers that are not copied: zero convolutions and the hint's embedding."""
+    calibrate: bool = True
+    """Scale the hint's embedding to unit strength on the first hints, so that control comes earlier. Not with
+    --init-from."""
+    warmup: int = 100
+    """Iterations of linear warm-up of the learning rate, at most a tenth of --steps."""
+    lr_floor: float = 1.0
+    """Last learning rate of a cosine, as a share of its peak. 1 means constant (ControlNet)."""
+    min_snr: float = 0.0
+    """Gamma of the min-SNR weighting of the loss. 0 means none (ControlNet)."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, which is evaluated and saved."""
+    unlocked: bool = False
+    """Train the teacher's decoder, too (sd_locked=False). It is saved beside the adapter."""
+    recompute_levels: int | None = None
+    """How many levels of resolution, from the finest, --gradient-checkpointing recomputes. By default all."""
+    activation_budget: float = 1.0
+    """Share of the activations that --compile keeps for the backward pass. It recomputes the others."""
+    licence: str = ""
+    """Licence of the finished adapter, for its model card, such as apache-2.0. The teacher's licence may bind
+    it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TaskOptions, Adapter, WatchOptions, LoadOptions, RunOptions):
     """Train a ControlNet, and prove that control was learned."""
+
+    results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
+    free: ClassVar[tuple[str, ...]] = ("preset", "teacher")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = ""
     teacher: str = ""
-    """The frozen model that the adapter is put on: folder or name of a text-to-image pipeline, folder of
-    train_circles.py, toyworld, which ships, or module:function, whose code is run."""
-    allow_pickle: bool = False
-    """Read pickled weights of a teacher that has no safetensors. Only if you trust where it comes from."""
-    variant: str = ""
-    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
-    init_from: str = ""
-    """Folder of a finished adapter, or name of a ControlNet online, whose weights this one starts from."""
-    results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
-    free: ClassVar[tuple[str, ...]] = ("preset", "teacher", "licence")
+    """The frozen model: name or folder of a diffusers text-to-image pipeline, folder of train_circles.py,
+    toyworld, the one that ships, or module:function, whose code is run."""
 
     out: Path = Path("runs/controlnet")
-    """Folder for checkpoints, TensorBoard logs, report.json and the finished adapter."""
+    """Folder for checkpoints, logs, samples, report.json and the finished adapter."""
     steps: int = 10_000
-    """Iterations in all."""
+    """Number of iterations."""
     batch_size: int = 4
     """Images per micro-batch and process."""
-    learning_rate: float = 1e-5
-    """Peak learning rate (ControlNet: 1e-5, and 2e-6 with --unlocked; small models want far more)."""
-    new_factor: float = 1.0
-    """Times the learning rate for what is no copy: zero convolutions and the hint's embedding."""
-    calibrate: bool = True
-    """Start the hint's embedding at unit strength over the first hints: control comes earlier (LOG.md). Not with
-    --init-from."""
-    warmup: int = 100
-    """Updates of linear warm-up, a tenth of --steps at most."""
-    lr_floor: float = 1.0
-    """Where a cosine of the learning rate ends, in units of its peak; 1: constant (ControlNet)."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient; a larger one is scaled down."""
-    min_snr: float = 0.0
-    """Gamma of min-SNR weighting of the loss; 0: none (ControlNet)."""
-    ema_decay: float = 0.999
-    """Of the averaged weights, which are judged and saved."""
-    unlocked: bool = False
-    """Train the teacher's decoder too (sd_locked=False); it is saved beside the adapter."""
-    recompute_levels: int | None = None
-    """Levels of resolution, from the finest, that --gradient-checkpointing recomputes; None: all."""
-    licence: str = ""
-    """Of the finished adapter, for its card, as hubs name it; it copies the teacher, whose licence may bind it."""
-    activation_budget: float = 1.0
-    """Share of activations that --compile keeps for the backward pass; torch chooses what it computes again."""
+    """Largest norm of the gradient. A larger gradient is scaled down to it."""
 
     @property
     def may_change(self) -> tuple[str, ...]:

@@ -11,133 +11,172 @@ import tyro
 from scorefield.choices import LongPrompts
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
-from scorefield.training.options import EvalOptions, RunOptions, check_init_from, check_numbers, check_run
+from scorefield.training.options import (
+    EvalOptions,
+    LoadOptions,
+    RunOptions,
+    check_init_from,
+    check_numbers,
+    check_run,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, DataOptions, EvalOptions):
-    """Distil a diffusion teacher into a one-step or few-step generator (DMD, DMD2)."""
+class Student:
+    """The student: where it starts from, and the timesteps it is asked at."""
+
+    init_from: str = ""
+    """Folder of a finished student to start from instead of the teacher. With --lora: folder of a LoRA."""
+    lora: bool = False
+    """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
+    lora_rank: int = 64
+    """Rank of both LoRAs."""
+    lora_alpha: float = 0.0
+    """peft's lora_alpha: a LoRA's output is scaled by alpha / rank. 0 means alpha = rank."""
+    times: tuple[float, ...] = ()
+    """Timesteps of the student, noisiest first. By default the first one is where sigma / alpha equals
+    --student-ratio, and the others are evenly spaced below it."""
+    student_ratio: float = 3.5
+    """Noise level sigma / alpha of the student's first timestep. 0 means the noisiest timestep, where a network
+    that predicts eps multiplies its errors by 1 / alpha: up to 157. Text-to-image flow models always start at the
+    noisiest timestep."""
+    ema_decay: float = 0.99
+    """Decay of the student's moving average, which is what is saved. 0 saves the student itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Distribution matching: student updates, and the fake score that follows the student."""
+
+    student_every: int = 5
+    """Updates of the fake score per update of the student (DMD2: 5)."""
+    ratio_range: tuple[float, float] = (0.15, 20.0)
+    """Lowest and highest noise level sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 %
+    of the timesteps, as in DMD."""
+    student_lr: float = 0.0
+    """Peak learning rate of the student. 0 means 1/25 of the warm-up's."""
+    fake_lr: float = 0.0
+    """Peak learning rate of the fake score. 0 means 2/5 of the warm-up's."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """How both rates go on after their warm-up. cosine: down to zero for the student and to a tenth for the fake
+    score. constant: they stay (DMD2)."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """Betas of AdamW. DMD2 uses 0 and 0.999 on ImageNet, 0.9 and 0.999 on Stable Diffusion."""
+    fake_warmup: int = 200
+    """Updates of the fake score on the student's images before the student's first update."""
+    alpha_in_gradient: bool = False
+    """Keep the factor alpha(t) of the gradient in the DMD paper, which DMD's code drops. EDM has alpha = 1."""
+    separate_guidance: bool = False
+    """Draw the noise levels of the guidance term separately, below that of the student's current step (decoupled
+    DMD). Has no effect at --guidance 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAN:
+    """The adversarial term of DMD2: a critic on features of the fake score."""
+
+    gan_weight: float | None = None
+    """Weight of the adversarial term in the student's loss. 0 means no critic. By default 0.03 if there are real
+    images and the network has a layer for the critic to read, else 0."""
+    critic_weight: float = 0.01
+    """Weight of the critic's loss beside the fake score's loss."""
+    reals: Literal["data", "teacher"] = "data"
+    """What the critic takes for real: the images of --data, or images that the teacher made, which need no
+    data."""
+    bottleneck: str | None = None
+    """Name of the submodule whose output the critic and the guard read. By default the network's own mid_block, or
+    the narrowest layer of one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """Regression on pairs of noise and teacher image: first alone, then beside the distribution matching."""
+
+    warmup_steps: int | None = None
+    """Steps of regression before the distribution matching. By default four times --steps, or 0 with
+    --init-from."""
+    warmup_lr: float = 0.0
+    """Peak learning rate of the warm-up. 0 means: find it in a range test of 50 steps, which is then undone."""
+    regression_loss: Literal["l1", "l2", "huber"] = "l1"
+    """Distance between the student's image and the teacher's."""
+    regression_weight: float = 1.0
+    """Weight of the regression beside the distribution matching. 0 means none after the warm-up."""
+    num_pairs: int = 0
+    """Number of pairs. 0 means one for every 20 that the warm-up reads, and at least 2,000."""
+    pair_steps: int = 16
+    """Teacher calls per pair."""
+    pair_sampler: Literal["auto", "ddim"] = "auto"
+    """Sampler of the pairs. auto chooses by schedule and number of calls, as `scorefield sample` does. ddim uses
+    evenly spaced timesteps, of which the last is nearly clean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """The guard: it compares the student with the teacher on held-out noise, and keeps the best weights."""
+
+    free: ClassVar[tuple[str, ...]] = ("skip_teacher_check",)
+
+    guard_images: int = 512
+    """Held-out pairs that the student is compared on, in features of the teacher's own network. A student that
+    drifts away goes back to the best weights at half the learning rates. 0 means no guard."""
+    guard_every: int = 100
+    """Iterations between two comparisons."""
+    max_setbacks: int = 3
+    """How often the student may go back. At the next drift the run ends with the best weights."""
+    skip_teacher_check: bool = False
+    """Skip the check of the teacher at the start, or train even though the check failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Prompts, for text-to-image teachers only."""
+
+    free: ClassVar[tuple[str, ...]] = ("long_prompts", "validation_prompts")
+
+    num_prompts: int = 0
+    """Use only the first so many prompts. 0 means all of them, or 4,000 of the toy world's."""
+    long_prompts: LongPrompts = "stop"
+    """What to do about prompts that are longer than the text encoders read: stop, skip them, or cut them."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts that are drawn every --save-every iterations. By default the first eight of --prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOptions, EvalOptions, RunOptions):
+    """Distil a diffusion teacher into a generator of one or a few steps (DMD, DMD2)."""
+
+    results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
+    free: ClassVar[tuple[str, ...]] = ("preset", "gradient_checkpointing", "offload")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "auto"
     teacher: str = "runs/teacher/teacher"
-    """Folder of `scorefield teacher`, folder of a diffusers UNet2DModel pipeline, or module:function, such as
-    mine:teacher for a function in mine.py, whose code is run. With --prompts: name or folder of a diffusers
-    text-to-image pipeline, or "toyworld", the one that ships."""
+    """The frozen model. A folder that `scorefield teacher` wrote, a folder of a diffusers UNet2DModel, or
+    module:function, such as mine:teacher for a function in mine.py, whose code is run. With --prompts: the name or
+    folder of a diffusers text-to-image pipeline, or toyworld, the one that ships."""
+    prompts: str = ""
+    """Prompts to learn, for text-to-image teachers. A text file with one prompt per line; a jsonl, csv or parquet
+    file or a data set with a column prompt, text or caption, and for the GAN term a column image or file_name; a
+    folder of images with .txt captions or metadata.jsonl; a webdataset .tar; or toyworld."""
+    num_steps: int = 1
+    """Steps of the student: 1, or a few, which are trained by backward simulation."""
+    guidance: float = 1.0
+    """Scale of the teacher's classifier-free guidance, which the student learns to include. 1 means none."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
+    size: int = 0
+    """Height and width of the teacher's images in pixels. 0 means the teacher's own."""
+
     network: str = ""
-    """For a --teacher that this script wrote from a module:function: the module:function that builds its network,
-    whose code is run. What a folder names is never run."""
-    init_from: str = ""
-    """Folder of a finished student, in whose weights this one starts instead of in its teacher's; with --lora that
-    of a LoRA."""
-    results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
-    free: ClassVar[tuple[str, ...]] = (
-        "preset", "skip_teacher_check", "long_prompts", "validation_prompts", "gradient_checkpointing", "offload",
-    )  # fmt: skip
+    """For a --teacher folder that was distilled from a module:function: the module:function that builds its
+    network, whose code is run. Code that a folder names is never run."""
 
     out: Path = Path("runs/student")
-    """Folder for checkpoints, TensorBoard logs and the finished student."""
+    """Folder for checkpoints, logs, samples and the finished student."""
     steps: int = 2000
-    """Iterations of the distribution matching at most: updates of the fake score. The student takes one in
-    --student-every. With --guard-images the run ends earlier where the student keeps drifting from its
-    teacher."""
-    student_every: int = 5
-    """Fake-score updates per student update, as in DMD2."""
-    num_steps: int = 1
-    """Steps of the student: 1, or a few with backward simulation."""
-    times: tuple[float, ...] = ()
-    """Timesteps of the student, noisiest first. Default: the first where sigma / alpha is --student-ratio, the
-    others evenly spaced below it."""
-    student_ratio: float = 3.5
-    """Noise level sigma / alpha of the student's first timestep. At the noisiest timestep a network that predicts
-    eps multiplies its errors by 1 / alpha, up to 157. 0 means the noisiest timestep all the same. A text-to-image
-    flow (Stable Diffusion 3) always starts from the noisiest."""
-    ratio_range: tuple[float, float] = (0.15, 20.0)
-    """Noise levels sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 % of the timesteps,
-    as in DMD."""
-    student_lr: float = 0.0
-    """Peak learning rate of the student. 0: a 25th of the warm-up's."""
-    fake_lr: float = 0.0
-    """Peak learning rate of the fake score. 0: four tenths of the warm-up's."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: a half cosine to zero, for the fake score to a tenth, or the peak to the end (DMD2)."""
-    betas: tuple[float, float] = (0.0, 0.99)
-    """Of AdamW. Without first-moment memory, as the gradient's direction changes under the student; DMD2 has
-    0 and 0.999 on ImageNet, 0.9 and 0.999 on Stable Diffusion."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance of the teacher; 1 means none."""
-    alpha_in_gradient: bool = False
-    """Keep the factor alpha(t) of the DMD paper's gradient, which its code drops. No difference for EDM."""
-    gan_weight: float | None = None
-    """Weight of the student's adversarial term. 0: the student never sees real images. Default: 0.03 where there
-    are real images and the network has a bottleneck to listen to, else 0."""
-    reals: Literal["data", "teacher"] = "data"
-    """What the GAN term takes for real: --data, or the images of the teacher pairs, which need no data."""
-    separate_guidance: bool = False
-    """Draw noise levels of its own for the guidance term, below that of a few-step student's current step
-    (decoupled DMD). No effect at --guidance 1."""
-    critic_weight: float = 0.01
-    """Weight of the critic's loss beside the fake score's."""
-    warmup_steps: int | None = None
-    """Steps of regression on teacher pairs before the distribution matching; 0 means none. Default: four times
-    --steps; none with --init-from."""
-    warmup_lr: float = 0.0
-    """Peak learning rate of the warm-up. 0: found by a range test of 50 steps, which is then undone."""
-    regression_loss: Literal["l1", "l2", "huber"] = "l1"
-    """Distance of a student's image from its teacher's in the regression on pairs."""
-    regression_weight: float = 1.0
-    """Weight of the regression on pairs beside the distribution matching; 0 means none."""
-    num_pairs: int = 0
-    """Teacher pairs for the regressions. 0: one for every 20 that the warm-up reads, at least 2,000."""
-    pair_steps: int = 16
-    """Network calls of each pair."""
-    pair_sampler: Literal["auto", "ddim"] = "auto"
-    """How pairs are sampled. auto: as `scorefield sample` does, by schedule and number of calls; ddim: DDIM at
-    evenly spaced timesteps, of which the last is nearly clean."""
-    fake_warmup: int = 200
-    """Updates of the fake score on the student's images before the student's first one."""
-    guard_images: int = 512
-    """Held-out teacher pairs that the student is compared with, in the teacher's own features: the best weights
-    are kept, and a student that drifts goes back to them at half the learning rates. 0 means no guard."""
-    guard_every: int = 100
-    """Iterations between two such comparisons."""
-    max_setbacks: int = 3
-    """Setbacks from which the run goes on; after the next one it ends with its best weights."""
-    ema_decay: float = 0.99
-    """Of the student's moving average, ticked on student updates; it is what is saved. 0: the student itself."""
-    allow_pickle: bool = False
-    """Read weights that are no safetensors. They can run code of whoever made them."""
-    variant: str = ""
-    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
-    bottleneck: str | None = None
-    """Submodule whose output critic and guard read. None: the network's own choice, its mid_block, or where one
-    pass of it is narrowest."""
-    skip_teacher_check: bool = False
-    """Do not ask the teacher about a few images before the training, and train with one that fails the check."""
+    """Updates of the fake score. The student takes one step in every --student-every of them. The run ends earlier
+    if the guard sees the student drift too often."""
     offload: bool = False
-    """Keep the optimisers' state in the computer's memory between their steps."""
-
-    # Text-to-image teachers
-    prompts: str = ""
-    """What the student learns to draw: a text file with a prompt a line; a jsonl, csv or parquet file, or a data
-    set, with "prompt" (or "text", "caption") and, for the GAN term, the path of an "image" (or "file_name"); a
-    folder of images with .txt captions or metadata.jsonl; webdataset .tar; or "toyworld". Given, the teacher is a
-    text-to-image pipeline."""
-    num_prompts: int = 0
-    """How many of them to use, the first; 0: all, 4,000 of the toy world's."""
-    long_prompts: LongPrompts = "stop"
-    """What to do about prompts that are longer than the text encoders read."""
-    negative: str = ""
-    """What guidance moves away from."""
-    teacher_size: int = 0
-    """Height and width of the teacher's images in pixels; 0 is its own."""
-    lora: bool = False
-    """Student and fake score are LoRAs on the teacher's one copy of the weights, in place of copies."""
-    lora_rank: int = 64
-    """Rank of both."""
-    lora_alpha: float = 0.0
-    """peft's lora_alpha: the changes are scaled by alpha / rank; 0 is the rank."""
-    validation_prompts: tuple[str, ...] = ()
-    """What is drawn every --save-every iterations; none: the first eight prompts."""
+    """Keep the optimizer states in CPU memory between their steps."""
 
     @property
     def may_change(self) -> tuple[str, ...]:
@@ -147,7 +186,7 @@ class Config(RunOptions, DataOptions, EvalOptions):
 
 
 TEXT_ONLY = (
-    "num_prompts", "long_prompts", "negative", "teacher_size", "lora", "lora_rank", "lora_alpha",
+    "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
     "validation_prompts",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "features")
@@ -164,7 +203,7 @@ def check(config: Config) -> None:
         config,
         positive=("student_every", "num_steps", "pair_steps", "lora_rank", "guard_every"),
         not_negative=(
-            "guidance", "critic_weight", "regression_weight", "num_prompts", "teacher_size", "lora_alpha",
+            "guidance", "critic_weight", "regression_weight", "num_prompts", "size", "lora_alpha",
             "eval_every", "num_pairs", "student_ratio", "fake_warmup", "guard_images", "max_setbacks",
             "student_lr", "fake_lr", "warmup_lr",
         ),
@@ -216,8 +255,8 @@ def check_texts(config: Config) -> None:
         raise ValueError("--compile is not for --lora, whose networks listen to one another's weights.")
     if any(not prompt.strip() for prompt in config.validation_prompts):
         raise ValueError(f"--validation-prompts must say something; got {list(config.validation_prompts)}.")
-    if config.negative and config.guidance == 1:
-        raise ValueError("--negative is what guidance moves away from: pass --guidance above 1, too.")
+    if config.negative_prompt and config.guidance == 1:
+        raise ValueError("--negative-prompt is what guidance moves away from: pass --guidance above 1, too.")
     if config.eval_every and config.eval_images < 2:
         raise ValueError(f"--eval-images must be at least 2; got {config.eval_images}.")
 

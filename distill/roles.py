@@ -253,7 +253,7 @@ def teacher_pairs(
     seed = config.seed if purpose == "pairs" else derived_generator(purpose, config.seed).initial_seed()
     wanted = PairsOf(
         teacher=identity, cond=cond, times=chosen.times, num=number, shape=teacher.shape, seed=seed,
-        guidance=config.guidance, negative=config.negative, precision=config.precision,
+        guidance=config.guidance, negative=config.negative_prompt, precision=config.precision,
         keep=keep, solver=chosen.solver,
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: Latents 
     """
     count = num_checked(source.shape)
     chosen = torch.randperm(len(texts.prompts), generator=torch.Generator().manual_seed(0))[:count]
-    teacher = source.asked(texts.some(chosen.tolist()).prompts, config.negative)
+    teacher = source.asked(texts.some(chosen.tolist()).prompts, config.negative_prompt)
     x0 = None if latents is None else latents(chosen)
     source.free_text_encoders()  # while the network is asked
     labels = torch.arange(count) % len(chosen)
@@ -134,7 +134,8 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     with tempfile.TemporaryDirectory() as nowhere:
         source = load_source(config, accelerator.device, Path(nowhere) if config.dry_run else None)
         latents = None
-        config = settled(config, source.asked([config.negative]), bool(len(texts.images)))  # any prompt would do
+        anything = source.asked([config.negative_prompt])  # whatever the prompt
+        config = settled(config, anything, bool(len(texts.images)))
         check_inputs(config, texts, source)
         check_rounding(config, source.denoiser)
         initial = initial_weights(config, source)
@@ -159,7 +160,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         elif not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:
             found = ask_teacher(config, source, texts, latents)
         shown = source.prompts(config.validation_prompts or texts.prompts[:8])
-        teacher = source.asked(texts.prompts, config.negative)
+        teacher = source.asked(texts.prompts, config.negative_prompt)
     if latents is not None:
         latents = replace(latents, teacher=teacher).encoded(accelerator)
     return Inputs(config, teacher, texts, latents, shown, found, initial)
@@ -188,7 +189,7 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
                 f"the images of --prompts {config.prompts} are {size}, the teacher's {source.size}. Pass "
                 "--gan-weight 0."
             )
-        negative = source.negative(config.negative)  # any one prompt would do
+        negative = source.negative(config.negative_prompt)  # any one prompt would do
         probe_bottleneck(source.denoiser, source.shape, negative, config.bottleneck)
 
 
@@ -223,7 +224,7 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     with working("loading the teacher"):
         source = load_teacher(
             config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
-            size=config.teacher_size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
+            size=config.size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
             variant=config.variant or None,
         )  # fmt: skip
     if source.texts is None:

@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 
@@ -24,6 +25,8 @@ class Command:
         main: module:function, options -> where the result is.
         presets: module:name of a mapping from names to functions that return options, or of a function of the
             command's words that returns one; empty for none. The first one is meant where none is named.
+        check: module:function, options -> None, which raises ``ValueError`` for values that cannot work. Its
+            module imports no torch, so that they are refused at once.
         folders: module:function, options -> folders that no other run may use; empty: --out of a training.
     """
 
@@ -31,49 +34,57 @@ class Command:
     options: str
     main: str
     presets: str = ""
+    check: str = ""
     folders: str = ""
 
 
 COMMANDS = {
     "demo": Command(
         "Train and distil a teacher of digits in minutes, and show the pictures.",
-        "toyworld.options:Demo", "toyworld.demo:main", folders="toyworld.options:demo_folders",
+        "toyworld.options:Demo", "toyworld.demo:main", check="toyworld.options:check_demo",
+        folders="toyworld.options:demo_folders",
     ),
     "teacher": Command(
         "Train a diffusion teacher of small images.",
         "scorefield.commands.options:TrainTeacher", "scorefield.commands.teacher:main",
+        check="scorefield.commands.options:check_teacher",
     ),
     "distill": Command(
         "Turn a teacher into a generator of one or a few steps (DMD, DMD2).",
         "distill.options:Config", "distill.recipe:main", presets="distill.options:presets_for",
+        check="distill.options:check",
     ),
     "sds": Command(
         "Turn a prompt into a 3D scene (SDS, CSD, VSD).",
-        "sds.options:Config", "sds.recipe:main", presets="sds.options:PRESETS",
+        "sds.options:Config", "sds.recipe:main", presets="sds.options:PRESETS", check="sds.options:check",
     ),
     "control": Command(
         "Teach a model to follow hints such as edges (ControlNet).",
         "controlnet.options:Config", "controlnet.recipe:main", presets="controlnet.options:PRESETS",
+        check="controlnet.options:check",
     ),
     "sample": Command(
         "Draw images from a teacher or a student.",
         "scorefield.commands.options:Sample", "scorefield.commands.sample:main",
+        check="scorefield.commands.options:check_sample",
     ),
     "features": Command(
         "Train a feature network on your own classes, for evaluate.",
         "scorefield.commands.options:TrainFeatures", "scorefield.commands.features:main",
+        check="scorefield.commands.options:check_features",
     ),
     "evaluate": Command(
         "Measure the distance between two sets of images (Fréchet distance, KID).",
         "scorefield.commands.options:Evaluate", "scorefield.commands.evaluate:main",
+        check="scorefield.commands.options:check_evaluate",
     ),
     "toyworld evaluate": Command(
         "Measure the pipeline that ships, or another one of the toy world.",
-        "toyworld.options:EvaluatePipeline", "toyworld.evaluate:main",
+        "toyworld.options:EvaluatePipeline", "toyworld.evaluate:main", check="toyworld.options:check_pipeline",
     ),
     "toyworld students": Command(
         "Measure students of the toy world's pipeline beside their teacher.",
-        "toyworld.options:EvaluateStudents", "toyworld.students:main",
+        "toyworld.options:EvaluateStudents", "toyworld.students:main", check="toyworld.options:check_students",
     ),
 }  # fmt: skip
 
@@ -111,10 +122,16 @@ def _run(name: str, command: Command, words: list[str]) -> None:
         _say(str(error))
     run = found("scorefield.commands.command:run")
     run(
-        lambda config: found(command.main)(config), options, "\n\n".join([*description, found(f"{place}:HELP")]),
+        partial(_checked, command), options, "\n\n".join([*description, found(f"{place}:HELP")]),
         arguments=words, prog=f"scorefield {name}", default=default,
         folders=found(command.folders) if command.folders else None,
     )  # fmt: skip
+
+
+def _checked(command: Command, config: Any) -> Any:
+    if command.check:
+        found(command.check)(config)
+    return found(command.main)(config)
 
 
 def found(place: str) -> Any:

@@ -1,142 +1,195 @@
 """Options of ``scorefield sds`` and its presets: numbers of papers, which PAPERS.md quotes, and our own."""
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from scorefield.training.options import RunOptions
+from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_run
 
 Pair = tuple[float, float]
 
 
+def ramp(text: str) -> Pair:
+    """Return the first and the last value that FIRST:LAST names; one number is both.
+
+    >>> ramp("50:20"), ramp("3")
+    ((50.0, 20.0), (3.0, 3.0))
+    """
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise ValueError(f"expected a number, or FIRST:LAST such as 50:20; got {text!r}") from None
+
+
+def shown(value: Pair) -> str:
+    """Return the text that :func:`ramp` reads."""
+    return f"{value[0]:g}" if value[0] == value[1] else f"{value[0]:g}:{value[1]:g}"
+
+
+Ramp = Annotated[
+    Pair,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="FIRST[:LAST]", instance_from_str=lambda words: ramp(words[0]),
+        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
+        str_from_instance=lambda value: [shown(value)],
+    ),
+]  # fmt: skip
+"""A value at the start of the run, and at its end."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions):
-    """Turn a prompt into a 3D scene by score distillation."""
+class Loss:
+    """The score distillation loss: weights, timesteps and noise."""
+
+    weight: Literal["sigma_squared", "unit", "alpha_sigma_squared", "noise_to_signal"] = "sigma_squared"
+    """Weight w(t) of the residual. For x0-reconstruction it weighs the difference of images."""
+    rescale: float = 0.0
+    """How far guided images are rescaled to the spread of unguided ones: 0 not at all, 1 fully (MVDream: 0.5)."""
+    t_low: Ramp = (0.02, 0.02)
+    """Smallest timestep, as a share of the schedule."""
+    t_high: Ramp = (0.98, 0.98)
+    """Largest timestep, as a share of the schedule."""
+    anneal: Pair = (0.0, 1.0)
+    """The part of the run, as two shares, over which timesteps, guidance and penalties move from their first value
+    to their last. Two equal shares mean a jump."""
+    draws: int = 1
+    """Noises and timesteps per render. They share one pass of the encoder."""
+    phi_lr: float = 1e-4
+    """VSD: learning rate of phi, the LoRA that follows the scene's renders."""
+    phi_rank: int = 4
+    """VSD: rank of phi."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The scene: what it is stored in, how it starts and learns."""
+
+    canvas: bool = False
+    """Learn --batch-size images instead of a scene, to see what a loss does."""
+    field: Literal["grid", "triplane", "hash", "frequency"] = "grid"
+    """Storage of density and colour. grid is the fastest on a CPU; hash has the finest detail."""
+    half_size: float = 0.9
+    """Half of the side of the cube that holds the scene."""
+    blob: Pair = (10.0, 0.5)
+    """Strength and radius of the blob that the scene starts with. Its raw density is strength (1 - r / radius)."""
+    initial: float = 0.0
+    """Raw density that is added everywhere in a grid at the start. -4 leaves a faint cloud, which is easier to
+    carve than a solid."""
+    num_samples: int = 48
+    """Points per ray."""
+    learning_rate: Ramp = (0.05, 0.05)
+    """Learning rate of the scene."""
+    background_lr: float = 1e-3
+    """Learning rate of the scene's background network. Only without --backdrops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cameras:
+    """Cameras, and what is behind and around the scene."""
+
+    render_size: Ramp = (64, 64)
+    """Height and width of the renders in pixels, before and after --grow-at."""
+    grow_at: float = 0.5
+    """Share of the run after which renders have their second size."""
+    distance: Pair = (1.0, 1.5)
+    """Smallest and largest distance of a camera from the origin."""
+    focal: Pair = (0.7, 1.35)
+    """Smallest and largest focal length, in image heights. 1.37 is a field of view of 40 degrees."""
+    elevation: Pair = (-10.0, 90.0)
+    """Lowest and highest elevation of a camera, in degrees."""
+    overhead: int = 0
+    """How many of the views take --overhead-elevation instead."""
+    overhead_elevation: Pair = (65.0, 90.0)
+    """Lowest and highest elevation of these views, in degrees."""
+    jitter: float = 1.0
+    """Share of DreamFusion's random shifts of camera, target and up direction."""
+    widen: float = 0.0
+    """Share of the run over which the views widen from the front to the whole circle."""
+    quarters: float = 1.0
+    """How much of each quarter of the circle (front, left, back, right) views come from at first, equally many
+    from each. Below 1 the view words are unambiguous while the scene finds its front."""
+    quarters_until: float = 0.5
+    """Share of the run after which views come from the whole circle."""
+    words: Literal["bins", "interpolated", "none"] = "bins"
+    """View words after the prompt, such as "front view": the nearest, a mixture of two, or none."""
+    backdrops: tuple[str, ...] = ()
+    """Colours to put behind the views and to name in the prompt, as in: white grey black. By default a learned
+    background, which random colours replace half of the time."""
+    shading: Literal["albedo", "dreamfusion"] = "albedo"
+    """albedo: plain colours. dreamfusion: after 1,000 steps mixed with lit and with textureless views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """Weights of penalties on the scene. 0 means none."""
+
+    opacity: Ramp = (0.0, 0.0)
+    """Opacity, which keeps the scene from filling all space."""
+    entropy: Ramp = (0.0, 0.0)
+    """Entropy of opacity, which makes it 0 or 1."""
+    orientation: Ramp = (0.0, 0.0)
+    """Normals that face away from the camera. A step then takes two to three times as long."""
+    distortion: Ramp = (0.0, 0.0)
+    """Matter that is spread out along a ray (mip-NeRF 360)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Figures while training, what happens to a lost scene, and the export."""
+
+    free: ClassVar[tuple[str, ...]] = ("probe_every", "max_rollbacks", "mesh_resolution", "turntable_size")
+
+    probe_every: int = 100
+    """Iterations between two measurements (residuals, gradients, balance of views) with pictures. 0 means
+    never."""
+    max_rollbacks: int = 4
+    """How often a scene that is lost may go back to its last checkpoint, at half of the learning rate."""
+    mesh_resolution: int = 128
+    """Cells of the exported mesh along a side."""
+    turntable_size: int = 128
+    """Height and width of the exported videos, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Loss, Scene, Cameras, Penalties, Watch, LoadOptions, RunOptions):
+    """Turn a prompt into a 3D scene by score distillation.
+
+    FIRST:LAST is a value at the start of the run and at its end; between them it moves in a straight line.
+    """
+
+    results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
+    free: ClassVar[tuple[str, ...]] = ("preset", "long_prompts")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "toyworld"
     prompt: Annotated[str, tyro.conf.Positional] = ""
     """What the scene shows, such as "a red mug"."""
-    negative: str = ""
+    teacher: str = "toyworld"
+    """The frozen model: name or folder of a diffusers text-to-image pipeline, or toyworld, the one that ships."""
+    method: Literal["sds", "csd", "vsd", "x0"] = "sds"
+    """Score distillation sampling, classifier score distillation, variational score distillation, or
+    x0-reconstruction."""
+    guidance: Ramp = (7.5, 7.5)
+    """Scale of classifier-free guidance. Papers that write cond + s (cond - uncond) call s what is s + 1 here."""
+    negative_prompt: str = ""
     """What guidance moves away from."""
     long_prompts: Literal["stop", "cut"] = "stop"
     """What to do about a prompt that, with its view words, is longer than the text encoders read."""
-    teacher: str = "toyworld"
-    """Name or folder of a diffusers text-to-image pipeline; "toyworld" is the one that ships with this package."""
-    teacher_size: int = 0
-    """Height and width of the teacher's images in pixels; 0 is its own."""
+    size: int = 0
+    """Height and width of the teacher's images in pixels. 0 means the teacher's own."""
     tiny_vae: str = ""
-    """Name or folder of an AutoencoderTiny to encode with: less than half of the cost of a step."""
-    allow_pickle: bool = False
-    """Read weights that are no safetensors. They can run code of whoever made them."""
-    variant: str = ""
-    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
-    results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
-    free: ClassVar[tuple[str, ...]] = (
-        "preset", "long_prompts", "probe_every", "max_rollbacks", "mesh_resolution", "turntable_size",
-    )  # fmt: skip
+    """Name or folder of an AutoencoderTiny to encode renders with, at less than half of a step's cost."""
 
     out: Path = Path("runs/scene")
-    """Folder for checkpoints, TensorBoard logs, the scene and its export."""
-
-    # The loss
-    method: Literal["sds", "csd", "vsd", "x0"] = "sds"
-    """Score distillation sampling, classifier score distillation, variational, or x0-reconstruction."""
-    weight: Literal["sigma_squared", "unit", "alpha_sigma_squared", "noise_to_signal"] = "sigma_squared"
-    """w(t) of the published residual, for x0-reconstruction of the difference of images."""
-    guidance: Pair = (7.5, 7.5)
-    """Scale of classifier-free guidance, from the first step to the last; a paper's s of cond + s (cond - uncond)
-    is s + 1 here."""
-    rescale: float = 0.0
-    """How far guided images are brought back to the spread of unguided ones (MVDream: 0.5)."""
-    t_low: Pair = (0.02, 0.02)
-    """Smallest time, as a share of the schedule, first and last."""
-    t_high: Pair = (0.98, 0.98)
-    """Largest time, first and last."""
-    anneal: Pair = (0.0, 1.0)
-    """Shares of the run between which times, guidance and penalties go from first to last; equal: at once."""
-    draws: int = 1
-    """Noises and times per render, all through one pass of the encoder."""
-    phi_lr: float = 1e-4
-    """Learning rate of VSD's phi."""
-    phi_rank: int = 4
-    """Rank of VSD's phi, a LoRA of the teacher."""
-
-    # The scene
-    canvas: bool = False
-    """Learn images in place of a scene: --batch-size of them, in the teacher's x0."""
-    field: Literal["grid", "triplane", "hash", "frequency"] = "grid"
-    """What density and colour are stored in; grid is the fastest on a CPU, hash has the finest detail."""
-    half_size: float = 0.9
-    """Of the cube that holds all matter."""
-    blob: Pair = (10.0, 0.5)
-    """Strength and radius of the matter that a scene starts with: strength (1 - r / radius), below 0 outside."""
-    initial: float = 0.0
-    """Raw density of a grid at the start, to which the blob is added; -4 leaves a faint cloud, which is carved
-    more easily than a solid."""
-    num_samples: int = 48
-    """Points on each ray."""
-    learning_rate: Pair = (0.05, 0.05)
-    """Of the scene, from the first step to the last, linear."""
-    background_lr: float = 1e-3
-    """Of the scene's own background, a network; only without --backdrops."""
+    """Folder for checkpoints, logs, samples, the scene and its export."""
     batch_size: int = 4
-    """Views per step and process; particles of a canvas."""
-
-    # What is looked at
-    size: Pair = (64, 64)
-    """Height of the renders in pixels, before and after --grow-at."""
-    grow_at: float = 0.5
-    """Share of the run after which renders have their second size."""
-    distance: Pair = (1.0, 1.5)
-    """Of the cameras from the origin."""
-    focal: Pair = (0.7, 1.35)
-    """Focal length over the height of the picture; 1.37 is a field of view of 40 degrees."""
-    elevation: Pair = (-10.0, 90.0)
-    """Of the cameras in degrees."""
-    overhead: int = 0
-    """How many of the views are from --overhead-elevation instead."""
-    overhead_elevation: Pair = (65.0, 90.0)
-    """Of these cameras."""
-    jitter: float = 1.0
-    """Share of DreamFusion's random shifts of camera, target and upward direction."""
-    widen: float = 0.0
-    """Share of the run in which the views widen from the front to their whole range."""
-    quarters: float = 1.0
-    """Share of the front, left, back and right quarters that views come from at first, an equal number from each;
-    all of it after --quarters-until. Below 1 the view words are clear while the scene finds its front."""
-    quarters_until: float = 0.5
-    """Share of the run after which views come from everywhere."""
-    words: Literal["bins", "interpolated", "none"] = "bins"
-    """View words after the prompt: the nearest, a mixture, or none."""
-    backdrops: tuple[str, ...] = ()
-    """Names of colours that views stand before, also named in the prompt, as in "white grey black". None: a
-    network, half of the time replaced by random colours."""
-    shading: Literal["albedo", "dreamfusion"] = "albedo"
-    """Albedo alone, or after 1,000 steps mixed with lit and textureless views."""
-
-    # What the teacher does not see
-    opacity: Pair = (0.0, 0.0)
-    """Weight of the opacity penalty, first and last."""
-    entropy: Pair = (0.0, 0.0)
-    """Weight of the entropy penalty, first and last."""
-    orientation: Pair = (0.0, 0.0)
-    """Weight of the orientation penalty, first and last; above 0 a step takes two to three times as long."""
-    distortion: Pair = (0.0, 0.0)
-    """Weight of the distortion penalty, first and last."""
-
-    # The run
+    """Views per step and process. With --canvas: images."""
     clip_norm: float = 1e9
-    """Largest norm of the scene's gradient; Adam does not mind its size."""
-    probe_every: int = 100
-    """Iterations between figures that mean something (residuals, gradients, balance) and pictures; 0: never."""
-    max_rollbacks: int = 4
-    """How often a scene that is lost goes back to its last checkpoint, at half of the learning rate."""
-    mesh_resolution: int = 128
-    """Cubes of the exported mesh along a side."""
-    turntable_size: int = 128
-    """Height and width of the exported videos."""
+    """Largest norm of the scene's gradient. A larger gradient is scaled down to it."""
 
     @property
     def may_change(self) -> tuple[str, ...]:
@@ -163,7 +216,7 @@ def prolificdreamer() -> Config:
     return Config(
         preset="prolificdreamer", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=25_000,
         batch_size=1, method="vsd", guidance=(7.5, 7.5), t_high=(0.98, 0.5), anneal=(0.2, 0.2), field="hash",
-        half_size=1.0, num_samples=96, learning_rate=(0.01, 0.01), phi_lr=1e-4, size=(64, 512), grow_at=0.2,
+        half_size=1.0, num_samples=96, learning_rate=(0.01, 0.01), phi_lr=1e-4, render_size=(64, 512), grow_at=0.2,
         entropy=(0.0, 0.0), precision="bf16", save_every=500, probe_every=250, mesh_resolution=256,
         turntable_size=256,
     )  # fmt: skip
@@ -177,10 +230,88 @@ def toyworld() -> Config:
     """
     return Config(
         preset="toyworld", steps=400, batch_size=5, draws=2, guidance=(2.0, 1.0), t_low=(0.3, 0.3),
-        t_high=(0.95, 0.5), learning_rate=(0.1, 0.003), blob=(3.0, 0.5), initial=-4.0, size=(32, 32),
+        t_high=(0.95, 0.5), learning_rate=(0.1, 0.003), blob=(3.0, 0.5), initial=-4.0, render_size=(32, 32),
         distance=(2.7, 3.0), focal=(1.3737387, 1.3737387), elevation=(15.0, 45.0), overhead=1, quarters=0.2,
         jitter=0.0, backdrops=("white", "grey", "black"), entropy=(0.0, 10.0), save_every=100, log_every=10,
     )  # fmt: skip
 
 
 PRESETS = {"toyworld": toyworld, "dreamfusion": dreamfusion, "prolificdreamer": prolificdreamer}
+
+
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for options that are out of range or contradict each other."""
+    _check_unread(config)
+    check_run(config)
+    if not config.prompt.strip():
+        raise ValueError(
+            'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
+        )
+    if os.path.isfile(config.prompt):
+        raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
+    _check_ranges(config)
+    if config.method == "csd" and config.rescale:
+        raise ValueError(
+            f"--rescale {config.rescale} is not for --method csd, which guides no image. Leave it out."
+        )
+    if not config.canvas:
+        _check_views(config)
+
+
+def _check_unread(config: Config) -> None:
+    """Options of all trainings that scenes have no use for."""
+    for name in ("compile", "gradient_checkpointing"):
+        if getattr(config, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for networks that are trained, not scenes. Leave it out."
+            )
+    if config.optimizer != "adamw":
+        raise ValueError(f"--optimizer {config.optimizer} is not for scenes, which learn by Adam. Leave it out.")
+
+
+def _check_ranges(config: Config) -> None:
+    check_numbers(
+        config, positive=("draws", "num_samples", "half_size", "mesh_resolution", "turntable_size", "phi_rank"),
+        not_negative=("rescale", "overhead", "jitter", "probe_every", "max_rollbacks", "size"),
+        rates=("background_lr", "phi_lr"),
+    )  # fmt: skip
+    for name, value in vars(config).items():
+        if any(
+            isinstance(part, float) and not math.isfinite(part)
+            for part in (value if isinstance(value, tuple) else ())
+        ):
+            raise ValueError(f"{_flag(name)} must be finite numbers; got {value}.")
+    for name in ("guidance", "opacity", "entropy", "orientation", "distortion", "learning_rate"):
+        if min(getattr(config, name)) < 0:
+            raise ValueError(f"{_flag(name)} must be at least 0; got {shown(getattr(config, name))}.")
+    for name in ("quarters", "quarters_until", "grow_at", "widen"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {getattr(config, name)}.")
+    for name in ("t_low", "t_high", "anneal"):
+        if not all(0 <= value <= 1 for value in getattr(config, name)):
+            raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {shown(getattr(config, name))}.")
+    if config.anneal[0] > config.anneal[1] or any(a > b for a, b in zip(config.t_low, config.t_high, strict=True)):
+        raise ValueError(
+            f"--anneal must rise, and --t-low lie below --t-high; got {config.anneal}, "
+            f"{shown(config.t_low)} and {shown(config.t_high)}."
+        )
+    if min(config.render_size) < 8 or any(value != round(value) for value in config.render_size):
+        raise ValueError(f"--render-size must be whole numbers of at least 8; got {shown(config.render_size)}.")
+    if not config.learning_rate[0] > 0:
+        raise ValueError(f"--learning-rate must begin above 0; got {shown(config.learning_rate)}.")
+    if not config.blob[1] > 0:
+        raise ValueError(f"--blob needs a radius above 0; got {config.blob}. --blob 0 0.5 is no blob.")
+
+
+def _check_views(config: Config) -> None:
+    if config.overhead >= config.batch_size:
+        raise ValueError(f"--overhead {config.overhead} must be below --batch-size {config.batch_size}.")
+    if config.quarters < 1 and ((config.batch_size - config.overhead) % 4 or config.widen):
+        raise ValueError(
+            "--quarters below 1 need --batch-size less --overhead to be a multiple of 4, and no --widen; got "
+            f"{config.batch_size}, {config.overhead} and {config.widen}."
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -63,7 +63,7 @@ def frozen_teacher(config: Config, device: torch.device) -> Teacher:
     half = config.precision == "bf16" and device.type != "cpu"
     return load_teacher(
         config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
-        size=config.teacher_size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
+        size=config.size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
         variant=config.variant or None,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
     if not config.canvas:
         asked = [words_of(config, name) for name in config.backdrops or (None,)]
     teacher.fitting(sum(asked, list[str]()), config.long_prompts, "the scene")
-    return [teacher.negative(config.negative), *map(teacher.prompts, asked)]
+    return [teacher.negative(config.negative_prompt), *map(teacher.prompts, asked)]
 
 
 def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
@@ -154,7 +154,7 @@ def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) 
         size=teacher.size,
         cameras=lambda step: cameras_at(config, step),
         backdrops=backdrops,
-        resolution=lambda step: int(config.size[step >= config.grow_at * config.steps]),
+        resolution=lambda step: int(config.render_size[step >= config.grow_at * config.steps]),
         weights=word_weights if config.words == "interpolated" else word_bins,
         penalties=lambda step: penalties_at(config, step),
         shading=schedule.draw if config.shading == "dreamfusion" else None,
@@ -187,7 +187,7 @@ def words_of(config: Config, backdrop: str | None) -> list[str]:
 
 def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillation]:
     """Step -> loss."""
-    negative, denoiser = teacher.negative(config.negative), teacher.denoiser
+    negative, denoiser = teacher.negative(config.negative_prompt), teacher.denoiser
     w = WEIGHTS[config.weight]
     phi = None
     if config.method == "vsd":
@@ -223,7 +223,7 @@ def time_embedding(network: Any) -> str:
 def build_probe(config: Config, task: SceneDistillation, teacher: Teacher) -> Probe:
     """Figures at fixed views: front, side, back and overhead before the first backdrop; or of all particles."""
     subject, method = task.subject, task.method(0)
-    negative = teacher.negative(config.negative)
+    negative = teacher.negative(config.negative_prompt)
     target: Denoiser = guided(teacher.denoiser, config.guidance[1], negative, rescale=config.rescale)
     if isinstance(method, VSD):
         target = Untold(target, method.phi_only)

@@ -44,7 +44,7 @@ def write(path, values):
 def test_the_config_of_a_run_gives_all_its_options_and_flags_override(parsed, tmp_path):
     config = replace(
         distill_options.toyworld_1step(), out=tmp_path / "run", betas=(0.5, 0.25), times=(712.0,), gan_weight=None,
-        features=None, validation_prompts=("a mug", "a chair"), lora=True, compile=True,
+        features=None, validation_prompts=("a mug", "a chair"), lora=True, deterministic=True,
     )  # fmt: skip
     file = write(tmp_path / "config.json", resolved(config))
     assert parsed("distill", "--config", file) == config
@@ -66,6 +66,23 @@ def test_a_file_of_a_few_values_stands_between_preset_and_flags(parsed, tmp_path
     assert parsed("distill", "--config", file) == replace(distill_options.digits(), steps=7)
     file = write(tmp_path / "texts.yml", "prompts: prompts.txt\n")
     assert parsed("distill", "--config", file).preset == "text", "as --prompts on the command line"
+
+
+def test_values_that_move_over_a_run_are_read_as_on_the_command_line(parsed, tmp_path):
+    file = write(
+        tmp_path / "ramps.yml", "prompt: a mug\nguidance: 50:20\nlearning_rate: 0.01\nt_high: [0.9, 0.5]\n"
+    )
+    scene = parsed("sds", "--config", file)
+    assert (scene.guidance, scene.learning_rate, scene.t_high) == ((50.0, 20.0), (0.01, 0.01), (0.9, 0.5))
+    assert parsed("sds", "toyworld", "a mug", "--guidance", "3:1", "--opacity", "2").guidance == (3.0, 1.0)
+
+
+def test_names_of_earlier_versions_are_read(parsed, tmp_path):
+    file = write(
+        tmp_path / "old.json", {"prompts": "p.txt", "negative": "blur", "teacher_size": 64, "guidance": 2.0}
+    )
+    options = parsed("distill", "--config", file)
+    assert (options.negative_prompt, options.size) == ("blur", 64)
 
 
 def test_what_a_command_needs_may_stand_in_the_file(parsed, tmp_path, capsys):

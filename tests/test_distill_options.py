@@ -62,7 +62,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
     ({"flip": True}, "--flip is for teachers of images"),
     ({"resolution": 7}, "--resolution is for"), ({"features": Path("gone")}, "--features is for"),
     ({"lora_rank": 3}, "--lora-rank is for LoRAs"), ({"lora_alpha": 3.0}, "--lora-alpha is for LoRAs"),
-    ({"negative": "dull", "guidance": 1.0}, "--negative is what guidance moves away from"),
+    ({"negative_prompt": "dull", "guidance": 1.0}, "--negative-prompt is what guidance moves away from"),
     ({"gan_weight": 0.1, "critic_weight": 0.0}, "--critic-weight 0 trains no critic"),
     ({"eval_every": -1}, "--eval-every must be at least 0"), ({"betas": (0.9, 1.0)}, "--betas must lie"),
     ({"eval_every": 2, "eval_images": 1}, "--eval-images must be at least 2"),

@@ -38,16 +38,14 @@ def places(tmp_path_factory, sd):
 
 def train(name, places, model, out, **changes):
     AcceleratorState._reset_state(True)
-    if name == "control" and "teacher_size" in changes:
-        changes["size"] = changes.pop("teacher_size")
     brief = {**BRIEF, "warmup_steps": 1} if name == "texts" else BRIEF
     options = TRAINERS[name].options(replace(places, sd=model))
     return TRAINERS[name].main(replace(options, out=out, **{**brief, **changes}))
 
 
-def draw(model, out, teacher_size=0, **changes):
+def draw(model, out, **changes):
     own = {"teacher": str(model), "prompts": ("a mug",), "out": out, "num_images": 2, "steps": 2}
-    return sample.main(Sample(**{**own, "size": teacher_size, **changes}))
+    return sample.main(Sample(**{**own, **changes}))
 
 
 def only_fp16(folder):
@@ -66,8 +64,8 @@ MODELS = {
     "nonsquare": (lambda folder: edit(folder / "unet" / "config.json", sample_size=[8, 12]), None, {}),
     "zero terminal SNR": (lambda folder: edit(folder / SCHEDULER, rescale_betas_zero_snr=True),
                           "set rescale_betas_zero_snr to false", None),
-    "no size": (lambda folder: edit(folder / "unet" / "config.json", sample_size=None), "Pass --teacher-size",
-                {"teacher_size": 16}),
+    "no size": (lambda folder: edit(folder / "unet" / "config.json", sample_size=None), "Pass --size",
+                {"size": 16}),
     "fp16": (only_fp16, r"variant fp16 only; got no --variant. Pass --variant", {"variant": "fp16"}),
     "pickles": (pickle_weights, "or pass --allow-pickle", {"allow_pickle": True}),
     "few steps": (few_steps, "few steps", None),

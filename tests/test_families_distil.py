@@ -50,7 +50,7 @@ def distilled(root, name, out, **changes):
         preset="text", teacher=str(pipeline_folder(root, name)), prompts=str(root / "prompts.txt"), out=out,
         **{"steps": 2, "student_every": 1, "batch_size": 2, "warmup_steps": 1, "num_pairs": 4, "pair_steps": 2,
            "guard_images": 64, "guard_every": 2, "fake_warmup": 1, "student_lr": 1e-2, "fake_lr": 1e-3,
-           "warmup_lr": 1e-2, "guidance": 2.0, "teacher_size": 32, "skip_teacher_check": True, "ema_decay": 0.0,
+           "warmup_lr": 1e-2, "guidance": 2.0, "size": 32, "skip_teacher_check": True, "ema_decay": 0.0,
            "max_setbacks": 9, "gan_weight": 0.0, **changes},
     )  # fmt: skip
     return distill.recipe.main(config)
@@ -153,7 +153,7 @@ def test_pictures_learn_from_every_family(root, tmp_path, name, method):
     AcceleratorState._reset_state(reset_partial_state=True)
     config = sds.options.Config(
         preset="dreamfusion", prompt="a mug", canvas=True, method=method, teacher=str(pipeline_folder(root, name)),
-        teacher_size=32, steps=2, batch_size=2, guidance=(2.0, 2.0), probe_every=1, out=tmp_path / "run",
+        size=32, steps=2, batch_size=2, guidance=(2.0, 2.0), probe_every=1, out=tmp_path / "run",
         learning_rate=(0.1, 0.1),
     )  # fmt: skip
     assert sds.recipe.main(config).is_file()

@@ -138,11 +138,11 @@ def assert_resumed(run, newest):
     assert said == [str(newest)], (said, newest, run.log.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "accumulate", "while_writing"),
     [
-        pytest.param(1, 1, False, marks=pytest.mark.slow), (1, 2, True),
-        pytest.param(2, 1, False, marks=pytest.mark.slow),
+        (1, 1, False), (1, 2, True), (2, 1, False)
     ],
 )  # fmt: skip
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, teacher, ranks, accumulate, while_writing):
@@ -156,7 +156,8 @@ def test_twelve_kills_of_two_ranks(tmp_path, teacher, accumulate, while_writing)
     assert check(tmp_path, teacher, 2, accumulate, kills=3, seed=1, while_writing=while_writing) == 3
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_first_and_the_rest_follows(tmp_path, teacher, ranks):
     """What a scheduler sends before it takes the machine away."""
     run = Run(tmp_path / "run", teacher, ranks, 1)
@@ -190,7 +191,7 @@ TEXTS = [
 ]  # fmt: skip
 SCENE = [
     "a red mug", "--teacher", "{root}/sd", "--long-prompts", "cut", "--steps", "6", "--batch-size", "2",
-    "--save-every", "2", "--log-every", "1", "--probe-every", "3", "--size", "8", "8", "--num-samples", "8",
+    "--save-every", "2", "--log-every", "1", "--probe-every", "3", "--render-size", "8", "8", "--num-samples", "8",
     "--quarters", "1", "--draws", "1", "--mesh-resolution", "12", "--turntable-size", "16",
 ]  # fmt: skip
 TRAINERS = {

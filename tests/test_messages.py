@@ -164,7 +164,7 @@ NEVER_SAID = {
     "evaluate": {"data", "resolution", "channels"}, "sample": {"data", "num-prompts"},
     "teacher": {"guidance"},
     # The toy world's judge sees one size.
-    "toyworld evaluate": {"teacher-size"}, "toyworld students": {"teacher-size"},
+    "toyworld evaluate": {"size"}, "toyworld students": {"size"},
     # The message says which commands have it.
     "sds": {"network"}, "control": {"network"},
 }  # fmt: skip

@@ -422,7 +422,7 @@ BUILDS = {
       for name in ("tiny_vae", "tiling", "slicing")),
     ("pixels", {"size": 9}, "size must be in multiples of 2 pixels; got 9 x 9"),
     ("timestep", {}, "embeds its classes as 'timestep'; expected class numbers"),
-    ("any size", {}, r"does not say the size of its images. Pass --teacher-size"),
+    ("any size", {}, r"does not say the size of its images. Pass --size"),
     ("sd3", {"size": 36}, "size must be at most 32 pixels here; got 36 x 36"),
     ("sd3", {"size": 30}, r"size must be in multiples of 4 pixels; got 30 x 30"),  # two latents are one patch
     *((f"sd3 {shift}", {}, "shift must be a number above 0, such as 3; got") for shift in (0, -1, None)),

@@ -23,7 +23,7 @@ import scorefield.commands.features as train_features
 import scorefield.commands.sample as sample
 import scorefield.commands.teacher as train_teacher
 from distill.student import Student, save_student
-from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
+from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher, check_evaluate
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
 from scorefield.models.teacher import load_teacher
@@ -127,12 +127,12 @@ def test_a_file_of_someone_else_is_kept_and_one_of_ours_replaced(models, tmp_pat
             sample.main(dataclasses.replace(config, out=tmp_path / name))
     own = tmp_path / "figures.json"
     figures = Evaluate(generated="a", reference="b", features=tmp_path, out=own, device="cpu")
-    evaluate.check(figures)
+    check_evaluate(figures)
     (tmp_path / "figures.json").write_text('{"features": "a", "num_generated": 1, "frechet_distance": 2}')
-    evaluate.check(figures)
+    check_evaluate(figures)
     (tmp_path / "figures.json").write_text('{"my": "work"}')
     with refused("that no earlier evaluation wrote"):
-        evaluate.check(figures)
+        check_evaluate(figures)
 
 
 @pytest.mark.parametrize("out", ["loop", "loop/x", "x" * 250, "x" * 250 + ".npz"])

@@ -271,7 +271,7 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         cli.main(["distill", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("toyworld-1step", "--student-every", "as in DMD2", "1 means none", "--dry-run"):
+    for words in ("toyworld-1step", "--student-every", "(DMD2: 5)", "1 means none", "--dry-run"):
         assert words in text
 
 

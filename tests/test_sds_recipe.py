@@ -24,7 +24,7 @@ from scorefield.gradient import ScoreGradient
 from sds import guards, views
 
 TINY = {
-    "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "size": (8, 8),
+    "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "render_size": (8, 8),
     "num_samples": 8, "save_every": 2, "log_every": 1, "probe_every": 3, "mesh_resolution": 12,
     "turntable_size": 16,
 }  # fmt: skip
@@ -172,16 +172,16 @@ def test_a_canvas_becomes_a_picture(tmp_path):
 BAD = [
     ({"prompt": "  "}, "the prompt is missing"),
     ({"prompt": __file__}, "is a file; a scene takes words"),
-    ({"teacher_size": 62}, "multiples of"),
+    ({"size": 62}, "multiples of"),
     ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"backdrops": ("whitish",)}, "names of colours"),
     ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low lie below --t-high"),
-    ({"t_high": (1.2, 0.5)}, "two shares"),
+    ({"t_high": (1.2, 0.5)}, "--t-high must lie in"),
     ({"anneal": (0.5, 0.2)}, "--anneal must rise"),
-    ({"guidance": (-1.0, 1.0)}, "--guidance must be two numbers"),
+    ({"guidance": (-1.0, 1.0)}, "--guidance must be at least 0"),
     ({"learning_rate": (0.0, 0.1)}, "--learning-rate"),
-    ({"size": (4, 8)}, "--size must be two whole numbers"),
-    ({"size": (8.5, 8)}, "--size must be two whole numbers"),
+    ({"render_size": (4, 8)}, "--render-size must be whole numbers"),
+    ({"render_size": (8.5, 8)}, "--render-size must be whole numbers"),
     ({"overhead": 2}, "--overhead 2 must be below --batch-size 2"),
     ({"draws": 0}, "--draws"),
     ({"quarters": 0.5}, "--quarters below 1 need"),

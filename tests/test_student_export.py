@@ -61,7 +61,7 @@ for name, job in json.load(open(sys.argv[1])).items():
         output_type="np",
     ).images
     answers[name] = images
-assert not any(module.split(".")[0] in ("score", "distill") for module in sys.modules)
+assert not any(module.split(".")[0] in ("scorefield", "distill") for module in sys.modules)
 np.savez(sys.argv[2], **answers)
 """
 

@@ -68,10 +68,10 @@ def test_stock_diffusers_draws_what_it_is_asked(tmp_path):
     asked = [
         Attributes("cone", "green", "white", "side"), Attributes("torus", "yellow", "black", "front"),
         Attributes("mug", "red", "white", "side"), Attributes("cube", "orange", "white", "front"),
-    ] * 3  # fmt: skip
+    ]  # fmt: skip
     pictures = drawn_by_diffusers([caption(one) for one in asked], tmp_path, steps=20)
     right = accuracies(load_judge(), pictures, asked)
-    assert pictures.shape == (12, 3, 64, 64)
+    assert pictures.shape == (4, 3, 64, 64)
     assert right["shape"] >= 0.75
     assert right["colour"] >= 0.75
 

@@ -178,7 +178,7 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
 
 def test_a_size_of_its_own_is_exported(root, tmp_path):
     """At 24 x 24 in place of 16 x 16; here the rates are measured, without pairs."""
-    changes = {"teacher_size": 24, "steps": 2, "warmup_steps": 0, "accumulate": 3, **PLAIN}
+    changes = {"size": 24, "steps": 2, "warmup_steps": 0, "accumulate": 3, **PLAIN}
     changes |= {"student_lr": 0.0, "fake_lr": 0.0, "warmup_lr": 0.0}
     out = train_dmd.main(config_of(root, tmp_path / "run", **changes))
     facts = read_student_facts(out)
@@ -413,7 +413,7 @@ def test_other_prompts_and_weights_that_mean_something_else_are_another_run(root
     ({"num_steps": 1001, "warmup_steps": 0, "student_ratio": 0.0}, "takes 1 to 1000 steps; got 1001"),
     ({"num_steps": 600, "warmup_steps": 0}, "at its last time 0 an LCMScheduler returns 1 x_t"),
     ({"num_prompts": -1}, "--num-prompts must be at least 0"),
-    ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"teacher_size": 15}, "multiples of"),
+    ({"bottleneck": "nowhere"}, "--bottleneck nowhere"), ({"size": 15}, "multiples of"),
     ({"eval_every": 2}, r"sees pictures of \(64, 64\); .* draws \(16, 16\)"),
     ({"num_prompts": 7}, "holds 6 prompts; got --num-prompts 7"),
 ])  # fmt: skip

@@ -89,7 +89,7 @@ def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int]
 def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     """Conditions of prompts of the toy world's pipeline."""
     teacher = load_teacher(
-        config.teacher, size=config.teacher_size or None, allow_pickle=config.allow_pickle,
+        config.teacher, size=config.size or None, allow_pickle=config.allow_pickle,
         variant=config.variant or None,
     )  # fmt: skip
     return teacher.prompts(prompts)

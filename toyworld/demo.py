@@ -28,10 +28,8 @@ from scorefield.models.teacher import load_teacher
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.training import checkpoint
 from scorefield.training.identity import resolved
-from scorefield.training.launcher import check_alone
-from scorefield.training.options import check_numbers, check_out
 from toyworld.digits import NUM_CLASSES, SHAPE, Judge
-from toyworld.options import Demo
+from toyworld.options import Demo, check_demo
 
 
 def main(config: Demo) -> Path:
@@ -63,16 +61,12 @@ def main(config: Demo) -> Path:
 
 def check(config: Demo) -> None:
     """Raise ``ValueError`` for anything that would fail later, before the first training."""
-    check_numbers(config, positive=("teacher_steps", "student_iterations", "sampling_steps"))
-    if config.num_images < 2 * NUM_CLASSES:
-        raise ValueError(f"--num-images must be at least {2 * NUM_CLASSES}; got {config.num_images}.")
+    check_demo(config)
     every = student_config(config, Path()).student_every
     if config.student_iterations < every:
         raise ValueError(
             f"--student-iterations must be at least {every}, the student's first; got {config.student_iterations}."
         )
-    check_out(config.out)
-    check_alone("demo")
 
 
 def check_length(config: Demo, steps: int) -> None:

@@ -29,12 +29,11 @@ from scorefield.models.pretrained import INDEX, PartReader, read_schedule
 from scorefield.models.teacher import named_folder
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator
-from scorefield.training.launcher import check_alone
-from scorefield.training.options import check_device, check_numbers, check_out
+from scorefield.training.options import check_device
 from toyworld.captions import caption
 from toyworld.data import HELD_OUT
 from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
-from toyworld.options import EvaluatePipeline
+from toyworld.options import EvaluatePipeline, check_pipeline
 
 SIDE = 64
 """Height and width of the pictures that the judge sees."""
@@ -42,12 +41,8 @@ SIDE = 64
 
 def main(config: EvaluatePipeline) -> Path:
     """Measure, print and write the figures."""
-    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
-    check_out(config.out)
+    check_pipeline(config)
     check_device(config.device)
-    check_alone("toyworld evaluate")
-    if min(config.num_prompts, config.num_renders) < 2:
-        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
     folder = Path(named_folder(config.teacher))
     check_teacher(folder)
     pipeline = load_pipeline(

@@ -25,11 +25,10 @@ from scorefield.models.pretrained import LORA_FACTS
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
-from scorefield.training.launcher import check_alone
-from scorefield.training.options import check_device, check_numbers, check_out
+from scorefield.training.options import check_device
 from toyworld.bench import Bench, make_bench
 from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler
-from toyworld.options import EvaluatePipeline, EvaluateStudents
+from toyworld.options import EvaluatePipeline, EvaluateStudents, check_students
 
 
 def main(config: EvaluateStudents) -> Path:
@@ -63,14 +62,8 @@ def main(config: EvaluateStudents) -> Path:
 
 def check(config: EvaluateStudents) -> None:
     """Raise ``ValueError`` for options that cannot work, before anything is drawn."""
-    check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
-    check_out(config.out)
+    check_students(config)
     check_device(config.device)
-    check_alone("toyworld students")
-    if min(config.num_prompts, config.num_renders) < 2:
-        raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
-    if not config.students:
-        raise ValueError("--students names no folder; pass at least one that `scorefield distill` wrote.")
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(

@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import tyro
-
 from scorefield.atomic import is_full
+from scorefield.commands.groups import parse
 from scorefield.files import printable
 from scorefield.progress import working
 from scorefield.training.launcher import check_places, is_first_rank
@@ -32,6 +31,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 RENAMED = {
     **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
+    "--negative": "is called --negative-prompt now. Pass --negative-prompt in its place.",
+    "--teacher-size": "is called --size now. Pass --size in its place; of renders it is --render-size.",
     "--prompt": 'is the word after the preset now: scorefield sds toyworld "a red mug".',
     "--preset": "is the first word now: scorefield distill toyworld-1step, scorefield sds toyworld.",
 }
@@ -67,8 +68,7 @@ def run(
         with held:
             refuse_control(words)
             refuse_renamed(words)
-            given: dict[str, Any] = {} if default is None else {"default": default}
-            config = tyro.cli(options, prog=prog, args=words, description=description or None, **given)
+            config = parse(options, words, prog=prog, description=description or options.__doc__, default=default)
             for folder in _out_of(config) if folders is None else folders(config):
                 hold(folder, held)
             with working(prog or "run"):  # so that no part of it is silent, whatever it is

@@ -5,6 +5,7 @@ Importing this module imports no torch: a misspelt option in a file is answered 
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ HELP = (
     "--config FILE takes the values of a JSON or YAML file for defaults, such as the config.json of an earlier "
     "run. Options that are given beside it count."
 )
+
+OLD_NAMES = {"negative": "negative_prompt", "teacher_size": "size"}
+"""Names that options had in earlier versions, and have in the config.json of runs of then."""
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
@@ -57,6 +61,7 @@ def read_config(file: Path, options: type) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(options)]
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        name = name if name in known else OLD_NAMES.get(name, name)
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]}?" if near else " --help lists the options."
@@ -89,8 +94,16 @@ def _content(file: Path) -> Any:
         raise ValueError(f"--config {file} cannot be read: {str(error).rstrip('.')}.") from error
     import yaml  # with Accelerate, which needs it, too
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes 50:20 for 50 minutes and 20 seconds; here it stays the text that it is."""
+
+    minutes = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+    Loader.yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", minutes), *found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {file} is no YAML: {' '.join(str(error).split())}.") from error
 
@@ -99,6 +112,12 @@ def _converted(kind: Any, value: Any) -> Any:
     # ``value`` as a field of type ``kind`` holds it; TypeError where it cannot.
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
+        readers = [one for one in inner[1:] if isinstance(one, tyro.constructors.PrimitiveConstructorSpec)]
+        if readers and isinstance(value, str | int | float) and not isinstance(value, bool):
+            try:
+                return readers[0].instance_from_str([str(value)])
+            except ValueError:
+                raise TypeError from None
         return _converted(inner[0], value)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:

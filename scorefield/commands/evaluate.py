@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from scorefield.atomic import whole_file
-from scorefield.commands.options import Evaluate
+from scorefield.commands.options import Evaluate, check_evaluate
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
-from scorefield.files import load_json
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
 from scorefield.training.features import Classifier, inception, load_classifier
-from scorefield.training.launcher import check_alone
-from scorefield.training.options import check_device, check_numbers, check_out
+from scorefield.training.options import check_device
 
 Network = Callable[[Tensor], Tensor]
 Channels = Literal["auto", "grey", "rgb"]
@@ -30,7 +28,8 @@ Channels = Literal["auto", "grey", "rgb"]
 
 def main(config: Evaluate) -> Path | None:
     """Measure, print and write the figures."""
-    check(config)
+    check_evaluate(config)
+    check_device(config.device)
     network, classifier = load_features(config.features, config.device)
     facts = classifier.facts if classifier else None
     channels: Channels = "auto"
@@ -46,32 +45,6 @@ def main(config: Evaluate) -> Path | None:
             temporary.write_text(json.dumps(figures, indent=2))
         print(f"figures in {config.out}")
     return config.out
-
-
-def check(config: Evaluate) -> None:
-    """Raise ``ValueError`` for options that cannot work, before anything is read or computed."""
-    check_numbers(config, positive=("batch_size",))
-    if config.num_images is not None and config.num_images < 2:
-        raise ValueError(f"--num-images must be at least 2, for a spread; got {config.num_images}.")
-    check_device(config.device)
-    check_alone("evaluate")
-    if config.out is not None:
-        check_out(config.out.parent)
-        if config.out.is_dir():
-            raise ValueError(f"--out {config.out} is a folder; expected a file to write. Choose another --out.")
-        if config.out.exists() and not are_figures(config.out):
-            raise ValueError(
-                f"--out {config.out} is a file that no earlier evaluation wrote. Choose another --out."
-            )
-
-
-def are_figures(file: Path) -> bool:
-    """Return True for a file that an earlier call wrote."""
-    try:
-        held = load_json(file)
-    except (OSError, ValueError):
-        return False
-    return isinstance(held, dict) and {"features", "num_generated", "frechet_distance"} <= held.keys()
 
 
 def load_features(features: Path, device: str) -> tuple[Network, Classifier | None]:

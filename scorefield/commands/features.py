@@ -8,21 +8,16 @@ figures are comparable only under the same features.
 
 from pathlib import Path
 
-from scorefield.atomic import check_replaceable
-from scorefield.commands.options import TrainFeatures
+from scorefield.commands.options import TrainFeatures, check_features
 from scorefield.data.images import load_images
 from scorefield.training.features import save_classifier, train_classifier
-from scorefield.training.launcher import check_alone
-from scorefield.training.options import check_device, check_numbers, check_out
+from scorefield.training.options import check_device
 
 
 def main(config: TrainFeatures) -> Path:
     """Train and return the folder of the classifier."""
-    check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
-    check_out(config.out)
-    check_replaceable(config.out)
+    check_features(config)
     check_device(config.device)
-    check_alone("features")
     data = load_images(config)
     if data.num_classes < 2 or len(data) < 20:
         raise ValueError(

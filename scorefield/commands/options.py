@@ -2,151 +2,213 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import tyro
-
+from scorefield.atomic import check_replaceable
 from scorefield.choices import LongPrompts, OnBadData, Solver, Spacing
 from scorefield.data.options import DataOptions
-from scorefield.training.launcher import default_device
-from scorefield.training.options import EvalOptions, RunOptions
+from scorefield.files import load_json
+from scorefield.training.launcher import check_alone, default_device
+from scorefield.training.options import (
+    EvalOptions,
+    LoadOptions,
+    RunOptions,
+    check_init_from,
+    check_numbers,
+    check_out,
+    check_run,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Sample a teacher or a student."""
+class Sampling:
+    """How a teacher is sampled. A student knows its own steps and has guidance built in."""
 
-    teacher: str
-    """What draws, teacher or student: a folder of `scorefield teacher` or `scorefield distill`, one of diffusers,
-    the name of a diffusers model online, toyworld, which ships, or module:function, whose code is run."""
-    network: str = ""
-    """For the student of a module:function: the module:function that builds its network, whose code is run. What a
-    folder names is never run."""
-    prompts: tuple[str, ...] = ()
-    """What a text-to-image model is asked for, in turn: image i shows prompt i modulo their number, its class. One
-    that names a .txt, .jsonl, .csv, .parquet or .tar file, or a folder such as photos/, stands for the prompts
-    in it."""
-    long_prompts: LongPrompts = "stop"
-    """What to do about prompts that are longer than the text encoders read."""
-    on_bad_data: OnBadData = "stop"
-    """Lines of a file of prompts that cannot be used: stop, or leave them out."""
+    steps: int = 50
+    """Network calls per image, whatever the sampler. Heun needs two per step: 17 calls are 9 steps."""
+    sampler: Literal["auto", Solver] = "auto"
+    """auto is unipc, or ddim in up to four calls of a plain DDPM. ddim beats heun below 15 calls of EDM or a plain
+    DDPM, and it beats heun, dpm++ and unipc below 50 calls on the uniform grid. ddpm adds noise and needs many
+    calls."""
+    grid: Literal["auto", Spacing] = "auto"
+    """Spacing of the timesteps. trailing: even timesteps, as in diffusers. karras, log-snr: even in a power of the
+    noise level, or in its logarithm. uniform: even timesteps that end at the nearly clean image, which wastes a
+    call. auto is log-snr for unipc and dpm++, karras for ddim, and trailing for flow models."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance. 1 means none; 7.5 is usual for Stable Diffusion."""
     negative_prompt: str = ""
     """What guidance moves away from."""
-    out: Path = Path("samples")
-    """Folder for PNG files, in a subfolder per class number, with a metadata.jsonl of their prompts or labels, so
-    that it can be --data of other commands; or a file that ends in .npz. Earlier samples are replaced. The first
-    hundred are shown in the picture <out>.grid.png, which lies beside."""
-    num_images: int | None = None
-    """Images in all. None: one for each prompt, or 100 of a model without prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Sampling, LoadOptions):
+    """Draw images from a teacher or a student."""
+
+    teacher: str
+    """What to draw from, a teacher or a student: a folder of `scorefield teacher` or `scorefield distill`, name or
+    folder of a diffusers model, toyworld, the one that ships, or module:function, whose code is run."""
+    prompts: tuple[str, ...] = ()
+    """Prompts for a text-to-image model. A name that ends in .txt, .jsonl, .csv, .parquet or .tar stands for the
+    prompts in that file, and that of a folder with a slash, such as photos/, for those in it. Image i shows prompt
+    i; if there are more images than prompts, they start again."""
     classes: tuple[int, ...] = ()
-    """Classes to make, in turn; none means all of them."""
-    steps: int = 50
-    """Network calls per image of a teacher, whatever the sampler. Heun pays two a step: 17 calls are 9 steps. A
-    student knows its own."""
-    sampler: Literal["auto", Solver] = "auto"
-    """Of a teacher. auto is unipc, or ddim in up to four calls of a plain DDPM. ddim beats heun below 15 calls of
-    EDM or a plain DDPM, and heun, dpm++ and unipc below 50 calls on the uniform grid. ddpm adds noise and wants
-    many calls."""
-    grid: Literal["auto", Spacing] = "auto"
-    """Times of a teacher's calls. trailing: even timesteps, as diffusers has it; karras, log-snr: even in a power,
-    or in the logarithm, of the noise level; uniform: even timesteps whose last is the nearly clean image, a wasted
-    call. auto suits the sampler: log-snr for unipc and dpm++, karras for ddim; trailing for flows."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance of a teacher; 1 means none, 7.5 is usual for Stable Diffusion. A student
-    has it built in."""
-    size: Annotated[int, tyro.conf.arg(aliases=("--teacher-size",))] = 0
-    """Height and width of a text-to-image model's pictures in pixels; 0 means its own."""
-    allow_pickle: bool = False
-    """Read pickled weights of a diffusers model that has no safetensors. Only if you trust where it comes from."""
-    variant: str = ""
-    """Of the weight files of a diffusers model that has no plain ones, such as fp16."""
-    batch_size: int = 0
-    """Images at a time and process. 0: by their size, one of 1024 x 1024 pixels, 4 of 512 x 512, at most 250."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast precision of the network; bf16 also loads the weights of a text-to-image model as such."""
+    """Classes to draw, in turn, from a model with classes. By default all of them."""
+    num_images: int | None = None
+    """Number of images. By default one per prompt, or 100 from a model without prompts."""
+    size: int = 0
+    """Height and width of a text-to-image model's images, in pixels. 0 means the model's own."""
     seed: int = 0
-    """Of all images: image i of a seed is always the same."""
+    """Seed of all images. Image i of a seed is always the same."""
+    out: Path = Path("samples")
+    """Folder for PNG files with a metadata.jsonl of their prompts or labels, which is itself valid --data; or a
+    file that ends in .npz. Earlier samples there are replaced. The first hundred are shown in <out>.grid.png."""
+    network: str = ""
+    """For a student of a module:function: the module:function that builds its network, whose code is run. Code
+    that a folder names is never run."""
+    batch_size: int = 0
+    """Images at a time and process. 0 means by their size: 1 of 1024 x 1024 pixels, 4 of 512 x 512, at most
+    250."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision. bf16 also loads the weights of a text-to-image model in bf16."""
+    long_prompts: LongPrompts = "stop"
+    """What to do about prompts that are longer than the text encoders read: stop, skip them, or cut them."""
+    on_bad_data: OnBadData = "stop"
+    """What to do about lines of a prompt file that cannot be used: stop, or skip them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure the distance between two sets of images."""
+    """Measure the distance between two sets of images: Fréchet distance and KID."""
 
     generated: str
-    """Folder, npz or idx file, or dataset: whatever --data takes."""
+    """The generated images: a folder, an npz or idx file, a dataset, or whatever else --data takes."""
     reference: str
-    """The same, of real images that nothing was trained on."""
+    """The real images, in the same forms. Nothing should have been trained on them."""
     features: Path
     """Folder of `scorefield features`, or the weights file of InceptionV3."""
-    on_bad_data: OnBadData = "stop"
-    """Images that cannot be used: stop, or leave them out."""
     num_images: int | None = None
-    """Images of each set, drawn at random but always the same; None: all."""
+    """Images of each set, drawn at random from a fixed seed. By default all."""
+    out: Path | None = None
+    """JSON file for the figures. They are printed in any case."""
+    on_bad_data: OnBadData = "stop"
+    """What to do about images that cannot be used: stop, or skip them."""
     batch_size: int = 500
     """Images at a time."""
-    out: Path | None = None
-    """JSON file for the figures, which are printed anyway."""
     device: str = default_device()
-    """Where to compute the features."""
+    """Where to compute, such as cpu or cuda."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFeatures(DataOptions):
-    """Train the feature network of `scorefield evaluate`."""
+    """Train a classifier on your own classes, whose features `scorefield evaluate` compares."""
 
     out: Path = Path("runs/features")
-    """Folder for weights and facts."""
+    """Folder for the weights and a description of them."""
     steps: int = 2000
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 2e-3
-    """Peak of a one-cycle schedule."""
+    """Peak of a one-cycle learning rate."""
     seed: int = 0
-    """Of the split into nine tenths and one tenth, the weights and the augmentation."""
+    """Seed of the weights, of the augmentation, and of the tenth of the images that is held out."""
     device: str = default_device()
-    """Where to train."""
+    """Where to train, such as cpu or cuda."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(RunOptions, DataOptions, EvalOptions):
-    """Train a diffusion teacher of small images, class-conditional where there are classes."""
+class Network:
+    """The network and its noise levels."""
 
-    results: ClassVar[tuple[str, ...]] = ("teacher", "best", "best.json")
-
-    out: Path = Path("runs/teacher")
-    """Folder for checkpoints, TensorBoard logs and the finished teacher."""
-    steps: int = 3000
-    """Optimiser steps."""
-    init_from: str = ""
-    """Folder of a finished teacher whose weights this one starts from; it must be built alike."""
-    learning_rate: float = 1e-3
-    """Peak of AdamW's learning rate: 100 steps of warm-up, then cosine to zero."""
     network: Literal["mlp", "unet"] = "mlp"
-    """A residual MLP for images of a few hundred pixels, or diffusers' UNet for larger ones."""
+    """mlp: a residual MLP, for images of a few hundred pixels. unet: diffusers' UNet2DModel, for larger ones."""
     width: int = 256
-    """Of the MLP: hidden width."""
+    """Hidden width of the MLP."""
     depth: int = 4
-    """Of the MLP: number of blocks."""
+    """Number of blocks of the MLP."""
     unet_channels: tuple[int, ...] = (64, 128)
-    """Of the UNet: channels at each resolution, halving from one to the next."""
+    """Channels of the UNet at each resolution; each is half of the one before."""
     unet_layers: int = 1
-    """Of the UNet: residual blocks at each resolution."""
+    """Residual blocks of the UNet at each resolution."""
     unet_patch: int = 2
-    """Of the UNet: pixels that become channels first; 1 is slower and finer."""
+    """Pixels along a side that the UNet merges into channels first. 1 is slower and finer."""
     dropout: float = 0.1
-    """In each block; 0 lets a few hundred images be memorised."""
+    """Dropout in each block. 0 lets the network memorise a few hundred images."""
     sigma_data: float | None = None
-    """Standard deviation of the data, for EDM preconditioning. None: measured."""
+    """Standard deviation of the data, for EDM's preconditioning. By default it is measured."""
     sigma_min: float = 0.02
-    """Lowest noise level; the digits have 17 grey levels, so less would model their quantisation."""
+    """Lowest noise level."""
     sigma_max: float = 20.0
-    """Highest noise level, where a one-step student will be asked."""
+    """Highest noise level."""
     noise_mean: float = -0.8
     """Mean of log sigma in training (EDM: -1.2)."""
     noise_std: float = 1.2
     """Standard deviation of log sigma in training (EDM: 1.2)."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null class, so that the teacher can be guided."""
+    """Share of labels that is replaced by "no class", so that the teacher can be guided."""
     ema_decay: float = 0.999
-    """Of the exponential moving average of the weights, which is what is saved."""
+    """Decay of the moving average of the weights, which is what is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(Network, DataOptions, EvalOptions, RunOptions):
+    """Train a diffusion teacher of small images, class-conditional if there are classes."""
+
+    results: ClassVar[tuple[str, ...]] = ("teacher", "best", "best.json")
+
+    out: Path = Path("runs/teacher")
+    """Folder for checkpoints, logs, samples and the finished teacher."""
+    steps: int = 3000
+    """Number of optimizer steps."""
+    init_from: str = ""
+    """Folder of a finished teacher to start from. Its network must be built alike."""
+    learning_rate: float = 1e-3
+    """Peak learning rate: 100 steps of warm-up, then a cosine to zero."""
+
+
+def check_sample(config: Sample) -> None:
+    """Raise ``ValueError`` for options that are out of range."""
+    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
+    if config.num_images is not None:
+        check_numbers(config, positive=("num_images",))
+
+
+def check_evaluate(config: Evaluate) -> None:
+    """Raise ``ValueError`` for options that cannot work, before anything is read or computed."""
+    check_numbers(config, positive=("batch_size",))
+    if config.num_images is not None and config.num_images < 2:
+        raise ValueError(f"--num-images must be at least 2, for a spread; got {config.num_images}.")
+    if config.out is not None:
+        check_out(config.out.parent)
+        if config.out.is_dir():
+            raise ValueError(f"--out {config.out} is a folder; expected a file to write. Choose another --out.")
+        if config.out.exists() and not are_figures(config.out):
+            raise ValueError(f"--out {config.out} holds what no earlier evaluation wrote. Choose another --out.")
+    check_alone("evaluate")
+
+
+def are_figures(file: Path) -> bool:
+    """Return True for a file that `scorefield evaluate` wrote."""
+    try:
+        held = load_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and {"features", "num_generated", "frechet_distance"} <= held.keys()
+
+
+def check_features(config: TrainFeatures) -> None:
+    """Raise ``ValueError`` for options that are out of range, or for an ``--out`` that may not be replaced."""
+    check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
+    check_out(config.out)
+    check_replaceable(config.out)
+    check_alone("features")
+
+
+def check_teacher(config: TrainTeacher) -> None:
+    """Raise ``ValueError`` for options that are out of range."""
+    check_run(config)
+    check_init_from(config.init_from, config.out)
+    check_numbers(
+        config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),
+        shares=("dropout", "label_dropout", "ema_decay"),
+    )  # fmt: skip

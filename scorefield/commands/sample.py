@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from scorefield.atomic import foreign, whole_file, whole_folder
-from scorefield.commands.options import Sample
+from scorefield.commands.options import Sample, check_sample
 from scorefield.data.tables import TABLES
 from scorefield.data.texts import read_texts
 from scorefield.models.draw import draw as draw_images
@@ -33,7 +33,7 @@ from scorefield.schedule import Schedule
 from scorefield.solvers import Plan, caution, plan
 from scorefield.training.identity import check_ranks
 from scorefield.training.launcher import check_drawing
-from scorefield.training.options import check_numbers, check_out
+from scorefield.training.options import check_out
 from scorefield.training.ranks import check_launch, check_told_device
 
 COMMENT = b"scorefield samples"
@@ -45,9 +45,7 @@ GRID = ".grid.png"
 
 def main(config: Sample) -> Path:
     """Sample, write, and return the folder or file."""
-    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
-    if config.num_images is not None:
-        check_numbers(config, positive=("num_images",))
+    check_sample(config)
     check_samples_out(config.out)
     check_drawing(config.precision)
     check_told_device()

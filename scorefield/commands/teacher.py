@@ -16,7 +16,7 @@ from torch import nn
 
 from scorefield import Karras, NetworkDenoiser, freeze
 from scorefield.cache import fingerprint
-from scorefield.commands.options import TrainTeacher
+from scorefield.commands.options import TrainTeacher, check_teacher
 from scorefield.data.images import ImageSet, Labelled, load_images
 from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, karras_weight, time_not_finite
@@ -29,18 +29,12 @@ from scorefield.times import log_normal
 from scorefield.training.evaluate import check_evaluation, watcher
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
-from scorefield.training.options import check_init_from, check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 
 
 def main(config: TrainTeacher) -> Path:
     """Train and return the folder of the finished teacher."""
-    check_run(config)
-    check_init_from(config.init_from, config.out)
-    check_numbers(
-        config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),
-        shares=("dropout", "label_dropout", "ema_decay"),
-    )  # fmt: skip
+    check_teacher(config)
     data = load_images(config)
     facts = describe(config, data)
     check_evaluation(config, data)

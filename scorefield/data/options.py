@@ -8,24 +8,24 @@ from scorefield.choices import OnBadData
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the training images come from and how they are cut."""
+    """Training images, and how they are cropped and resized."""
 
     free: ClassVar[tuple[str, ...]] = ("on_bad_data",)
     """Options that bind no checkpoint: what is left of the data has a fingerprint."""
 
     data: str | None = None
-    """Folder of images (class subfolders, metadata.jsonl or .csv with file_name and label, or neither; of train/
-    and test/ the former), npz file with images and labels, idx file or folder of them (MNIST family), webdataset
-    .tar, jsonl, csv or parquet file, or a Hugging Face dataset. None: the digits. Classes that are all numbers
-    keep them, other names are numbered in alphabetical order."""
+    """A folder of images, with class folders or with metadata.jsonl or .csv (columns file_name, label); an npz
+    file (images, labels); an idx file of the MNIST family, or their folder; a webdataset .tar; a jsonl, csv or
+    parquet file; or a Hugging Face dataset. By default handwritten digits. Class names are numbered in
+    alphabetical order, unless all of them are numbers."""
     resolution: int | None = None
-    """Height and width to train at. None: that of the first image."""
+    """Height and width to train at, in pixels. By default those of the first image."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
-    """Of the images; auto takes those of the first one."""
+    """Colours of the images. auto takes those of the first image."""
     crop: Literal["center", "random"] = "center"
-    """The square taken of each image: its centre, or a random one of 8/9 of the shorter side each time."""
+    """Which square of an image is used: the one in the center, or a random one of 8/9 of the shorter side."""
     flip: bool = False
-    """Mirror every image with probability one half."""
+    """Mirror each image with probability 1/2."""
     on_bad_data: OnBadData = "stop"
-    """What to do about samples that cannot be used: corrupt, smaller than half the resolution, without a label or
-    an image that others have, no UTF-8."""
+    """What to do about samples that cannot be used (damaged, too small, without a label or picture, not UTF-8):
+    stop, or skip them."""

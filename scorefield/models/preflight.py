@@ -151,7 +151,7 @@ def latent_shape(
         )
     sample = config.get("sample_size")
     if size is None and sample is None and usual is None:
-        raise ValueError("the model does not say the size of its images. Pass --teacher-size, in pixels.")
+        raise ValueError("the model does not say the size of its images. Pass --size, in pixels.")
     if size is None and sample is not None:
         height, width = (factor * side for side in _pair(sample))
     else:

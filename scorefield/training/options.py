@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from scorefield.atomic import check_replaceable
 from scorefield.choices import Tracker
-from scorefield.training.launcher import check_launcher
+from scorefield.training.launcher import check_launcher, has_gpu
 
 PROBE = ".writing-probe-"
 """How folders begin that are made only to see whether one can be."""
@@ -22,12 +22,11 @@ PROBE = ".writing-probe-"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What every training script can be told about its run.
-
-    ``results`` are the folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
+    """The run: its length, its folder, how it computes and what it logs.
 
     Every option binds a checkpoint, except those in the tuple ``free`` of its class and those in ``may_change``.
-    A group of options says so itself; :func:`free_options` joins the tuples of all groups.
+    A group of options says so itself; :func:`free_options` joins the tuples of all groups. ``results`` are the
+    folders and files in ``--out`` that a finished run leaves and a repeated one replaces.
     """
 
     results: ClassVar[tuple[str, ...]] = ()
@@ -36,37 +35,36 @@ class RunOptions:
     """Options that change no number of a run."""
 
     out: Path = Path("runs/run")
-    """Folder for checkpoints, TensorBoard logs and the result."""
+    """Folder for checkpoints, logs, samples and the result."""
     steps: int = 1000
-    """Iterations in all."""
+    """Number of iterations."""
     batch_size: int = 256
     """Images per micro-batch and process."""
     accumulate: int = 1
     """Micro-batches per iteration."""
-    precision: Literal["no", "bf16"] = "no"
-    """Autocast precision; weights that learn stay float32. Frozen ones may become bf16, too: those of a
-    text-to-image teacher on a GPU, those under a ControlNet."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW in its fused form, or with 8-bit moments (needs bitsandbytes and a GPU)."""
-    compile: bool = False
-    """Compile the networks with torch.compile: minutes at the start, faster steps. Not one with a critic."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third slower, far less memory. UNets only."""
-    deterministic: bool = False
-    """Deterministic kernels on a GPU, so that a resumed run is equal bit by bit. A CPU run always is."""
-    clip_norm: float = 10.0
-    """Largest norm of a network's gradient; a larger one is scaled down."""
     seed: int = 0
-    """Of every random draw."""
-    report_to: tuple[Tracker, ...] = ("tensorboard",)
-    """Where curves and sample pictures go, one or several. tensorboard writes into --out/logs; wandb and trackio
-    must be installed. Pictures lie in --out/samples in any case."""
+    """Seed of every random draw."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast precision. Trained weights stay float32. With bf16, frozen weights may be stored in bf16, too."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """Fused AdamW, or AdamW with 8-bit moments, which needs bitsandbytes and a GPU."""
+    clip_norm: float = 10.0
+    """Largest norm of a network's gradient. A larger gradient is scaled down to it."""
+    compile: bool = False
+    """Compile the networks with torch.compile: minutes at the start, then faster steps. Not with a critic."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    deterministic: bool = False
+    """Use deterministic kernels on a GPU, so that a resumed run is equal bit for bit. On a CPU it always is."""
     log_every: int = 50
-    """Iterations between scalars."""
+    """Iterations between two lines of the log."""
     save_every: int = 1000
-    """Iterations between checkpoints and sample grids."""
+    """Iterations between two checkpoints, and between two sample pictures in --out/samples."""
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves and pictures go, one or several. tensorboard writes to --out/logs; wandb and trackio need their
+    package."""
     dry_run: bool = False
-    """Print the resolved config, parameters, bytes per role and steps, and stop."""
+    """Check everything, print the resolved options, parameters and bytes per network, and stop."""
 
     @property
     def may_change(self) -> tuple[str, ...]:
@@ -76,16 +74,28 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How a training is watched."""
+    """Evaluation while training."""
 
     free: ClassVar[tuple[str, ...]] = ("eval_every", "eval_images", "features")
 
     eval_every: int = 0
-    """Iterations between evaluations of the averaged weights; 0 means never."""
+    """Iterations between two evaluations of the averaged weights. 0 means never."""
     eval_images: int = 500
-    """Images per evaluation."""
+    """Generated images per evaluation."""
     features: Path | None = None
-    """Folder of `scorefield features`: Fréchet distance and KID to the training data, best weights kept."""
+    """Folder of `scorefield features`, to measure Fréchet distance and KID to the data. The best weights are
+    kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Weight files of a diffusers model."""
+
+    allow_pickle: bool = False
+    """Read pickled weights where there are no safetensors. Pickles can run code: only if you trust their
+    source."""
+    variant: str = ""
+    """Variant of the weight files, such as fp16, for a model that has no others."""
 
 
 def free_options(config: Any) -> frozenset[str]:
@@ -166,8 +176,6 @@ def check_device(name: str) -> None:
 
 def check_run(config: RunOptions) -> None:
     """Raise ``ValueError`` for run options that cannot work, before anything is written."""
-    import torch
-
     check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
     check_out(config.out)
     for name in config.results:
@@ -175,5 +183,5 @@ def check_run(config: RunOptions) -> None:
             check_replaceable(config.out / name)
     check_trackers(config.report_to)
     check_launcher(config.precision, config.accumulate)
-    if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and torch.cuda.is_available()):
+    if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and has_gpu()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

@@ -1,0 +1,109 @@
+"""Options by subject: parsed as one flat class, shown in boxes, refused before torch is imported."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scorefield import cli
+from scorefield.commands.groups import group_of, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+def presets_of(command):
+    """The presets of a command by name."""
+    found = cli.found(cli.COMMANDS[command].presets)
+    return found(()) if callable(found) else found
+
+
+PRESETS = [(name, preset) for name, found in cli.COMMANDS.items() if found.presets for preset in presets_of(name)]
+
+WRONG = [
+    "distill --gan-weight -1", "distill --ratio-range 3 2", "distill --prompts p.txt --resolution 8",
+    "sds toyworld", "sds toyworld mug --guidance -1:2", "sds toyworld mug --overhead 9",
+    "sds toyworld mug --compile",
+    "control toyworld-canny --prompt-drop 2", "control", "sample --teacher toyworld --steps 0",
+    "sample --teacher toyworld --num-images -2", "teacher --dropout 1", "teacher --steps 0", "features --steps -1",
+    "evaluate --generated a --reference b --features c --num-images 1", "demo --num-images 3",
+    "toyworld evaluate --num-prompts 1", "toyworld students --students", "distill --no-such-flag",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What moves it."""
+
+    power: float = 1.0
+    """Of the engine, a text that is long enough to be broken over two lines of the source, and that says what it
+    means. It ends here."""
+    fuel: str | None = None
+    """Any."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Car(Engine):
+    """A car."""
+
+    name: str
+    """Its name."""
+    power: float = 2.0
+    seats: tuple[int, ...] = (2, 3)
+    """People in each row."""
+
+
+def test_the_options_are_those_of_the_flat_class():
+    assert parse(Car, ["--name", "a"], prog=None, description=None) == Car(name="a")
+    words = ["--fuel", "oil", "--seats", "1", "--name", "b", "--power", "3"]
+    assert parse(Car, words, prog=None, description=None) == Car(name="b", fuel="oil", seats=(1,), power=3.0)
+    usual = Car(name="c", seats=(4,), fuel="gas")
+    assert parse(Car, ["--power", "5"], prog=None, description=None, default=usual) == dataclasses.replace(
+        usual, power=5.0
+    )
+    assert [group_of(Car, name) for name in ("power", "fuel", "name", "seats")] == [Engine, Engine, Car, Car]
+
+
+@pytest.mark.parametrize(("command", "preset"), PRESETS)
+def test_every_preset_survives_the_parser(command, preset):
+    options, default = cli.found(cli.COMMANDS[command].options), presets_of(command)[preset]()
+    parsed = parse(options, ["--out", "elsewhere"], prog=None, description=None, default=default)
+    assert parsed == dataclasses.replace(default, out=Path("elsewhere"))
+
+
+def test_help_has_a_box_for_each_group_and_wraps_its_texts_to_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "240")
+    with pytest.raises(SystemExit) as stop:
+        parse(Car, ["--help"], prog="car", description=None)
+    assert stop.value.code == 0
+    own, _, engine = capsys.readouterr().out.partition("engine options")
+    assert all(words in own for words in ("--name STR", "(required)", "--seats")), own
+    assert "--power" not in own.partition("options")[2]
+    assert all(words in engine for words in ("What moves it.", "--power FLOAT", "(default: 2.0)", "--fuel STR")), (
+        engine
+    )
+    assert "source, and that says what it means. It ends here." in engine, "no break of the source is left"
+    assert "None" not in own + engine
+
+
+def test_wrong_values_are_refused_before_torch_is_imported(tmp_path):
+    program = (
+        "import sys\n"
+        "from scorefield.cli import main\n"
+        f"for line in {WRONG!r}:\n"
+        "    try:\n"
+        "        main(line.split())\n"
+        "        code = 0\n"
+        "    except SystemExit as stop:\n"
+        "        code = stop.code\n"
+        "    assert code == 2, (line, code)\n"
+        "    assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys(), line\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    assert result.stderr.count("error: ") >= len(WRONG) - 1
