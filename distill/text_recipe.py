@@ -152,7 +152,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             texts, latents = texts.some(good), latents.some(good)
         found = None
         if not config.dry_run and (accelerator.num_processes > 1 or config.out.exists()):
-            known = source.asked([config.negative], config.negative)  # any one prompt would do
+            known = source.asked([config.negative_prompt], config.negative_prompt)  # any one prompt would do
             early = Inputs(config, known, texts, latents, {}, initial=initial)
             check_identity(config, identity(config, accelerator, hashes_of(early)), accelerator)
         if config.dry_run:

@@ -131,7 +131,7 @@ def test_a_file_of_someone_else_is_kept_and_one_of_ours_replaced(models, tmp_pat
     (tmp_path / "figures.json").write_text('{"features": "a", "num_generated": 1, "frechet_distance": 2}')
     check_evaluate(figures)
     (tmp_path / "figures.json").write_text('{"my": "work"}')
-    with refused("that no earlier evaluation wrote"):
+    with refused("what no earlier evaluation wrote"):
         check_evaluate(figures)
 
 
