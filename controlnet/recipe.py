@@ -42,7 +42,7 @@ from scorefield.models.codec import Codec
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
-from scorefield.training.identity import identity
+from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
@@ -68,6 +68,7 @@ def main(config: Config) -> Path:
     teacher, task = load(config, accelerator)
     adapter = make_adapter(teacher, task)
     begun_from = start_from(config, teacher, adapter)
+    inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None:
@@ -77,8 +78,7 @@ def main(config: Config) -> Path:
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    base = fingerprint(teacher.denoiser.network.parameters())
-    own = identity(config, accelerator, {"data": task.identity(), "base": base, "init_from": begun_from})
+    own = identity(config, accelerator, {**inputs, "base": fingerprint(teacher.denoiser.network.parameters())})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -158,6 +158,15 @@ def shapes_for(teacher: Teacher) -> list[Shape]:
     if height != width or height % multiple:
         raise ValueError(f"--buckets needs a square --size, a multiple of {multiple}; got {height} x {width}.")
     return bucket_shapes(height, multiple)
+
+
+def checked_inputs(
+    config: Config, task: Task, begun_from: str | None, accelerator: Accelerator
+) -> dict[str, str | None]:
+    """Return fingerprints of what is read. Raises ``ValueError`` where --out is of another run."""
+    inputs = {"data": task.identity(), "init_from": begun_from}
+    check_options(config.out, identity(config, accelerator, {**inputs, "base": ""}), ("base",))
+    return inputs
 
 
 def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:

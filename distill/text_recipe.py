@@ -39,7 +39,7 @@ from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
 from scorefield.training.identity import check_options, identity
-from scorefield.training.run import prepare, show_plan, start
+from scorefield.training.run import check_identity, prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 INPUTS = ("teacher", "prompts", "data", "init_from")
@@ -155,6 +155,10 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             good = keep_good(Listing(config.prompts, ()), faults, config.on_bad_data)
             texts, latents = texts.some(good), latents.some(good)
         found = None
+        if not config.dry_run and (accelerator.num_processes > 1 or config.out.exists()):
+            known = source.asked([config.negative_prompt], config.negative_prompt)  # any one prompt would do
+            early = Inputs(config, known, texts, latents, {}, initial=initial)
+            check_identity(config, identity(config, accelerator, hashes_of(early)), accelerator)
         if config.dry_run:
             texts, latents = Texts(texts.prompts[:1]), None
         elif not config.skip_teacher_check and checkpoint.newest(config.out / "checkpoints") is None:

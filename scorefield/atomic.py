@@ -1,13 +1,14 @@
 """Folders and files that appear whole or not at all, and that never replace what someone else wrote."""
 
 import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ MARKER = ".scorefield.json"
 FORMAT = "scorefield-folder-1"
 SAMPLE = 2**19
 DAY = 86_400.0
+_NUMBERS = itertools.count()
 
 
 @contextmanager
@@ -27,7 +29,8 @@ def whole_folder(final: Path, own: Callable[[str], bool] | None = None) -> Itera
 
     A link is followed: the folder that it leads to is replaced. A kill within the block leaves ``.writing-...``
     beside, which the next call removes. Replacing a folder takes two renames: a kill just between them leaves the
-    older one as ``.replaced-...``, which the next call puts back.
+    older one as ``.replaced-...``, which the next call puts back. Processes that write one folder at once do not
+    disturb each other: one of them is last.
 
     Args:
         final: not there, empty, or a folder that an earlier call wrote.
@@ -38,31 +41,51 @@ def whole_folder(final: Path, own: Callable[[str], bool] | None = None) -> Itera
         ValueError: ``final`` is a file, or holds files that no call wrote, or that were changed since.
     """
     final = Path(os.path.realpath(final))
-    temporary, replaced = (final.with_name(f".{what}-{final.name}") for what in ("writing", "replaced"))
-    if replaced.exists() and not final.exists():
-        os.replace(replaced, final)
-    check_replaceable(final, own)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    replaced = final.with_name(f".replaced-{_short(final.name)}")
+    with _alone_in(final.parent):
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+        check_replaceable(final, own)
+    clear_unfinished(final.parent, re.escape(_short(final.name)))
+    temporary = final.parent / unfinished_name(final.name)
+    temporary.mkdir()
     try:
         yield temporary
         if own is None:
             _write_marker(temporary)
         _flush_to_disk(temporary)
-        shutil.rmtree(replaced, ignore_errors=True)
-        check_replaceable(final, own)  # again: the block may have taken hours
-        if final.exists():
-            os.replace(final, replaced)
-        try:
-            os.replace(temporary, final)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, final)
-            raise
-        _sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with _alone_in(final.parent):
+            _replace(temporary, final, replaced, own)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, final: Path, replaced: Path, own: Callable[[str], bool] | None) -> None:
+    shutil.rmtree(replaced, ignore_errors=True)
+    check_replaceable(final, own)  # again: the block may have taken hours
+    if final.exists():
+        os.replace(final, replaced)
+    try:
+        os.replace(temporary, final)
+    except BaseException:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    # Between two renames a folder is not there, and another process would take it for what a kill has left.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_replaceable(folder: Path, own: Callable[[str], bool] | None = None) -> None:
@@ -145,9 +168,8 @@ def whole_file(final: Path, unfinished: Path | None = None) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     place = final.parent if unfinished is None else unfinished
     place.mkdir(parents=True, exist_ok=True)
-    _clear(place, ".+" if unfinished else re.escape(final.name))
-    own = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    temporary = place / f".writing-{own}-{final.name}"
+    clear_unfinished(place, ".+" if unfinished else re.escape(_short(final.name)))
+    temporary = place / unfinished_name(final.name)
     try:
         yield temporary
         if unfinished is None:
@@ -174,8 +196,23 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _clear(place: Path, names: str) -> None:
-    # A writer on another machine may be at work: its file is left for a day.
+def unfinished_name(name: str) -> str:
+    """Return a name to write a file or folder under, which says who writes it and is given once."""
+    return f".writing-{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}-{_short(name)}"
+
+
+def _short(name: str) -> str:
+    # A file system's names have at most 255 bytes, and one that may be written must be one that may be begun.
+    if len(os.fsencode(name)) <= 100:
+        return name
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix[:8]
+
+
+def clear_unfinished(place: Path, names: str) -> None:
+    """Remove what killed writers left in a folder of files and folders whose names match a regular expression.
+
+    A writer on another machine may be at work: what it writes is left for a day.
+    """
     pattern = re.compile(rf"\.writing-(?:(.+)-)?(\d+)-\d+-{names}")
     for path in place.iterdir():
         if (found := pattern.fullmatch(path.name)) is None:
@@ -183,7 +220,10 @@ def _clear(place: Path, names: str) -> None:
         with suppress(OSError):
             dead = found[1] == socket.gethostname() and not _runs(int(found[2]))
             if dead or time.time() - path.stat().st_mtime > DAY:
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def _runs(process: int) -> bool:

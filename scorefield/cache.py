@@ -97,19 +97,22 @@ class TensorCache:
 
     def fetch(
         self, contents: Sequence[Content], make: Callable[[list[Content]], Sequence[Mapping[str, Tensor]]],
-        batch_size: int = 16,
+        batch_size: int = 16, kept: dict[Path, Entry] | None = None,
     ) -> list[Entry]:  # fmt: skip
         """One entry per content, in order; those that are missing are made and stored, each once.
 
-        A folder that cannot be written costs a warning, and the entries are made again next time.
+        A folder that cannot be written costs a warning, and the entries are made again next time, unless they are
+        ``kept``.
 
         Args:
             contents: may repeat.
             make: gets at most ``batch_size`` contents and returns the tensors of each.
             batch_size: contents per call of ``make``. What was stored stays if a later call fails.
+            kept: entries that could not be written, by the files that they lack: looked at first, and added to.
         """
         paths = [self.path(content) for content in contents]
-        found = {path: _read(path) for path in dict.fromkeys(paths)}
+        kept = {} if kept is None else kept
+        found = {path: kept[path] if path in kept else _read(path) for path in dict.fromkeys(paths)}
         missing = [
             content for path, content in dict(zip(paths, contents, strict=True)).items() if found[path] is None
         ]
@@ -120,6 +123,8 @@ class TensorCache:
                 path = self.path(content)
                 found[path] = entry = _entry(tensors)
                 failed = failed or not self._try_to_write(path, entry)
+                if failed:
+                    kept[path] = entry
         return [dict(found[path] or {}) for path in paths]
 
     def _try_to_write(self, path: Path, entry: Entry) -> bool:

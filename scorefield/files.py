@@ -97,5 +97,5 @@ def printable(text: str) -> str:
 
 def warn(message: str) -> None:
     """Print a warning in one line on stderr, in the first process of a run only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if not os.environ.get("RANK", "").strip("0"):
         print(f"warning: {printable(message)}", file=sys.stderr)

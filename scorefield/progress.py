@@ -137,7 +137,7 @@ def duration(seconds: float) -> str:
 
 def is_first_rank() -> bool:
     """Whether this process speaks for all; known before there is an Accelerator."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not os.environ.get("RANK", "").strip("0")
 
 
 def _speaks() -> bool:

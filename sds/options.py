@@ -1,6 +1,7 @@
 """Options of ``scorefield sds`` and its presets: numbers of papers, which PAPERS.md quotes, and our own."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -246,6 +247,8 @@ def check(config: Config) -> None:
         raise ValueError(
             'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
         )
+    if os.path.isfile(config.prompt):
+        raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
     _check_ranges(config)
     if config.method == "csd" and config.rescale:
         raise ValueError(

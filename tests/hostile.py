@@ -144,6 +144,8 @@ def campaign(cases, one):
     numbers = [int(os.environ["CASE"])] if "CASE" in os.environ else range(cases)
     with little_memory():
         for number in numbers:
+            if number % 50 == 0:
+                print(f"case {number}: {codes}, {len(faults)} faults", file=sys.stderr, flush=True)
             try:
                 code = one(number)
                 codes[code] = codes.get(code, 0) + 1

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from refusals import refused
@@ -132,6 +133,34 @@ def test_what_killed_writers_left_is_removed(tmp_path):
         os.utime(tmp_path / name, (0, 0))
     write_file(tmp_path / "a.txt", "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.txt"])
+    for name in (f".writing-{here}-{killed.pid}-0-x", f".writing-{here}-{os.getppid()}-0-x"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    write(tmp_path / "x", "whole")
+    kept.append(f".writing-{here}-{os.getppid()}-0-x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.txt", "x"])
+
+
+def test_two_that_write_one_folder_at_once_do_not_disturb_each_other(tmp_path):
+    with whole_folder(tmp_path / "x") as first:
+        (first / "a.txt").write_text("first")
+        write(tmp_path / "x", "second")
+        assert (tmp_path / "x" / "a.txt").read_text() == "second"
+        (first / "b.txt").write_text("first")
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [MARKER, "a.txt", "b.txt"]
+    assert (tmp_path / "x" / "a.txt").read_text() == "first"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write(tmp_path / "x", str(number)), range(64)))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "模" * 85, "x" * 251 + ".npz"])
+def test_a_name_that_can_be_written_can_be_begun(tmp_path, name):
+    for text in ("one", "two"):
+        write(tmp_path / name, text)
+    assert (tmp_path / name / "a.txt").read_text() == "two"
+    shutil.rmtree(tmp_path / name)
+    write_file(tmp_path / name, "three")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_contents_are_made_in_batches_and_those_before_a_failure_stay(cache, enc
     assert all(cache.load(c) for c in "abcd")
 
 
+def test_what_a_folder_cannot_take_is_kept_by_whoever_asked(tmp_path, encoder):
+    (tmp_path / "file").write_text("")
+    cache, kept = TensorCache(tmp_path / "file" / "cache", "encoder 1"), {}
+    with pytest.warns(UserWarning, match="cannot be written"):
+        cache.fetch(["ab", "a"], encoder, kept=kept)
+    assert [int(row["length"]) for row in cache.fetch(["a", "ab"], encoder, kept=kept)] == [1, 2]
+    assert encoder.calls == [["ab", "a"]]
+
+
 def test_a_changed_content_leaves_every_other_entry_alone(cache, encoder):
     cache.fetch(["a red mug", "a blue mug"], encoder)
     before = files(cache)

@@ -21,12 +21,17 @@ import hostile_data
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
+from diffusers import ControlNetModel
 from hostile import CASES, Guard, campaign, listing, mutated, options_of, run, spoilt
 from PIL import Image
 
 import scorefield.commands.teacher as train_teacher
+from distill.export import export_pipeline, lcm_times
+from distill.student import Student
+from scorefield.atomic import MARKER
 from scorefield.commands.options import TrainTeacher
 from scorefield.files import printable
+from scorefield.models.teacher import load_teacher
 from scorefield.training.features import Classifier, Facts, save_classifier
 
 pytestmark = pytest.mark.slow
@@ -50,6 +55,10 @@ def models(tmp_path_factory):
     teacher = train_teacher.main(TrainTeacher(out=root / "run", steps=2, batch_size=8, width=16, depth=1))
     shutil.copytree(teacher, root / "ours")
     shutil.rmtree(root / "run")
+    known = load_teacher(root / "sd")
+    export_pipeline(Student(known.denoiser, lcm_times(known.denoiser.schedule, 2)), root / "sd", root / "student")
+    ControlNetModel.from_unet(tiny.sd().unet, conditioning_channels=1).save_pretrained(root / "adapter")
+    save_classifier(Classifier(Facts(1, 8, 10)), root / "features")
     for folder in root.iterdir():
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
             (place / "payload.py").write_text("raise SystemError('imported')")
@@ -58,7 +67,7 @@ def models(tmp_path_factory):
 
 def mutate_text(file, chance):
     data = file.read_bytes()
-    if chance.random() < 0.2:
+    if chance.random() < 0.2 or file.suffix == ".txt":
         file.write_bytes(spoilt(data, chance))
     else:
         file.write_text(json.dumps(mutated(json.loads(data), chance), ensure_ascii=True))
@@ -81,10 +90,20 @@ def mutate_header(file, chance):
     file.write_bytes(struct.pack("<Q", length) + header + rest)
 
 
-def model_commands(root, out, kind):
+def model_commands(root, out, kind, models, inputs):
+    """Command lines that read the folder ``root / "model"`` of a kind."""
     model, dry = str(root / "model"), ["--dry-run", "--out", str(out)]
     draw = ["--teacher", model, "--num-images", "1", "--steps", "2", "--out", str(out / "made.npz")]
     teach = ["--teacher", model, "--skip-teacher-check", *dry]
+    npz = str(inputs / "images.npz")
+    if kind == "features":
+        judge = ["--generated", npz, "--reference", npz, "--features", model, "--device", "cpu"]
+        return [("evaluate", [*judge, "--out", str(out / "made.json")])]
+    if kind == "adapter":
+        hints = ["--data", str(inputs / "data"), "--hint", "canny", "--eval-samples", "2"]
+        return [("control", ["--teacher", str(models / "sd"), *hints, "--init-from", model, *dry])]
+    if kind == "student":
+        return [("sample", [*draw, "--prompts", "a mug"])]
     if kind in ("pixels", "ours"):
         return [("sample", draw), ("distill", [*teach, "--gan-weight", "0"])]
     learn = ["dreamfusion", "a", "--precision", "no", "--canvas", "--teacher", model, *dry]
@@ -94,12 +113,12 @@ def model_commands(root, out, kind):
     ]  # fmt: skip
 
 
-def test_folders_of_models(models, guard, tmp_path, monkeypatch):
+def test_folders_of_models(models, inputs, guard, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "prompts.txt").write_text("a mug\na chair\n")
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    kinds = ["sd", "sd", "sd", "sd3", "pixels", "ours", "ours"]
+    kinds = ["sd", "sd", "sd", "sd3", "pixels", "ours", "ours", "student", "features", "adapter"]
     monkeypatch.chdir(tmp_path)
 
     def start(kind):
@@ -109,18 +128,19 @@ def test_folders_of_models(models, guard, tmp_path, monkeypatch):
 
     for kind in sorted(set(kinds)):
         start(kind)
-        for script, words in model_commands(tmp_path, tmp_path / "out", kind):
+        for script, words in model_commands(tmp_path, tmp_path / "out", kind, models, inputs):
             assert run(script, words)[0] == 0, "what is not spoilt works"
 
     def one(number):
         chance = random.Random(number)
         kind = chance.choice(kinds)
         start(kind)
-        files = sorted((tmp_path / "model").rglob("*.json")) + sorted((tmp_path / "model").rglob("*.safetensors"))
-        file = chance.choice([file for file in files if file.name != ".scorefield.json"])
-        (mutate_text if file.suffix == ".json" else mutate_header)(file, chance)
+        endings = (".json", ".safetensors", ".txt")
+        files = [file for file in sorted((tmp_path / "model").rglob("*")) if file.suffix in endings]
+        file = chance.choice([file for file in files if file.name != MARKER])
+        (mutate_header if file.suffix == ".safetensors" else mutate_text)(file, chance)
         (tmp_path / "out").mkdir()
-        script, words = chance.choice(model_commands(tmp_path, tmp_path / "out", kind))
+        script, words = chance.choice(model_commands(tmp_path, tmp_path / "out", kind, models, inputs))
         before, said = listing(tmp_path / "model"), ""
         with guard.watching(tmp_path / "model", tmp_path / "out", cache, "/tmp/tmp", "/proc/", "/dev/shm"):
             code, said = run(script, words)
@@ -129,7 +149,7 @@ def test_folders_of_models(models, guard, tmp_path, monkeypatch):
         assert not found, f"{about} {found}"
         assert listing(tmp_path / "model") == before, about
         assert code in (0, 2), about
-        if code == 2 or script != "sample":
+        if code == 2 or script not in ("sample", "evaluate"):
             assert listing(tmp_path / "out") == [], about
         if code == 2:
             assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, about

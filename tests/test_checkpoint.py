@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import socket
+import subprocess
 import warnings
 
 import pytest
@@ -238,9 +240,10 @@ def test_a_folder_without_checkpoints_means_a_start_from_zero(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert load_quietly(tmp_path, phases) == load_quietly(tmp_path / "missing", phases) == 0
     assert_same(state_of(phases), before)
-    (
-        tmp_path / ".writing-step-000000017"
-    ).mkdir()  # of a kill on SIGTERM, under whose odd name nobody writes again
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    # Of a kill on SIGTERM, under whose odd name nobody writes again.
+    (tmp_path / f".writing-{socket.gethostname()}-{killed.pid}-0-step-000000017").mkdir()
     checkpoint.save(tmp_path, 20, phases, {})
     assert names_in(tmp_path) == ["notes.txt", "step-000000020"]
 

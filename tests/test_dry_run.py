@@ -14,6 +14,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from trainers import TRAINERS, make_places
 
+import distill.text_recipe as text_recipe
 import scorefield.commands.sample as sample
 import toyworld.evaluate as evaluate_toyworld
 import toyworld.students as evaluate_students
@@ -99,6 +100,7 @@ def test_what_a_dry_run_accepts_starts_and_what_it_refuses_has_a_remedy(
 @pytest.mark.parametrize(("changes", "said"), [
     ({"precision": "bf16", "student_ratio": 0.0}, "rounding of bf16"), ({"bottleneck": "nowhere"}, "--bottleneck"),
     ({"warmup_steps": 2}, r"belongs to another config \(warmup_steps: 1 there, 2 now\)"),
+    ({"prompts": "others"}, r"belongs to another config \(prompts: "),
     ({"prompts": "long"}, "1 of 3 prompts of .* are longer than the text encoders read"),
 ])  # fmt: skip
 def test_nothing_is_refused_behind_the_encoding_of_prompts(places, tmp_path, monkeypatch, changes, said):
@@ -108,15 +110,36 @@ def test_nothing_is_refused_behind_the_encoding_of_prompts(places, tmp_path, mon
         tiny.sd(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).save_pretrained(model)
     elif "warmup_steps" in changes:
         train("texts", places, model, tmp_path / "run", **plain)
+    elif changes.get("prompts") == "others":
+        train("texts", places, model, tmp_path / "run", **plain)
+        changes["prompts"] = str(tmp_path / "prompts.txt")
+        (tmp_path / "prompts.txt").write_text("a mug\na cone\n")
     elif "prompts" in changes:
         changes["prompts"] = str(tmp_path / "prompts.txt")
         (tmp_path / "prompts.txt").write_text("a mug\na cone\n" + "far too long for this\n")
     encoded, encode = set(), PromptEncoder._encode
     monkeypatch.setattr(PromptEncoder, "_encode", lambda self, some: encoded.update(some) or encode(self, some))
-    for dry_run in (True, False) if "prompts" in changes else (False,):
+    for dry_run in (True, False) if "longer" in said else (False,):
         with refused(said):
             train("texts", places, model, tmp_path / "run", **plain, **{"dry_run": dry_run, **changes})
     assert encoded <= {""}, "the negative prompt alone tells the shape of all conditions"
+
+
+def test_the_check_of_a_teacher_encodes_a_few_prompts(places, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"mug {number}" for number in range(200)))
+    encoded, encode = set(), PromptEncoder._encode
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, some: encoded.update(some) or encode(self, some))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def failing(teacher, x0, labels, **options):
+        raise ValueError("it fails the check")
+
+    monkeypatch.setattr(text_recipe, "check_teacher", failing)
+    changes = {"prompts": str(tmp_path / "prompts.txt"), "gan_weight": 0.0, "skip_teacher_check": False}
+    with refused("it fails the check"):
+        train("texts", places, places.sd, tmp_path / "run", **changes)
+    assert 1 < len(encoded) <= 65
+    assert not (tmp_path / "run").exists()
 
 
 def times_of(folder):

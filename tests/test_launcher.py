@@ -13,15 +13,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import scorefield.commands.command as command
+import scorefield.commands.evaluate as evaluate
+import scorefield.commands.features as features
+import scorefield.commands.sample as sample
 import scorefield.training.identity as starting
+import toyworld.demo as demo
+import toyworld.evaluate
+import toyworld.students
+from scorefield.commands.options import Evaluate, Sample, TrainFeatures
 from scorefield.denoiser import NetworkDenoiser, unwrap
 from scorefield.schedule import RectifiedFlow
 from scorefield.training import ranks
 from scorefield.training.identity import check_earlier, check_ranks, code_hash, note_identity
-from scorefield.training.launcher import check_launcher
+from scorefield.training.launcher import PLACES, check_drawing, check_launcher, check_places
 from scorefield.training.loop import EMA
 from scorefield.training.options import RunOptions, check_run
 from scorefield.training.ranks import is_ddp
+from scorefield.training.run import start
+from toyworld.options import Demo, EvaluatePipeline, EvaluateStudents
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +67,75 @@ def test_settings_that_would_change_the_run_are_refused(name, value, message):
 )  # fmt: skip
 def test_settings_that_agree_are_honoured(settings, precision, accumulate):
     check_launcher(precision, accumulate, {**PLAIN, **settings})
+
+
+@pytest.mark.parametrize(("told", "said"), [
+    ({"RANK": ""}, "RANK is ''"), ({"RANK": "abc"}, "RANK is 'abc'"), ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'"),
+    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"), ({"RANK": "1"}, "RANK is 1 of 1 processes"),
+    ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0 in the environment, without"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 in the environment, without"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2"), ({"PMI_SIZE": "4"}, "PMI_SIZE is 4"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "tcp://a"}, "WORLD_SIZE is 2"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2 of 2"),
+])  # fmt: skip
+def test_a_place_among_processes_that_says_nothing_is_refused_by_every_command(told, said, monkeypatch, capsys):
+    for name in (*PLACES, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    check_places()
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(lambda config: None, RunOptions, arguments=["--dry-run"])
+    assert stopped.value.code == 2
+    words = capsys.readouterr().err
+    assert said in words
+    assert words.count("\n") == 1
+
+
+def test_ranks_that_a_launcher_has_placed_are_let_pass():
+    for rank in "01":
+        check_places({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    check_places({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1", "MASTER_PORT": "tcp://a"})
+
+
+@pytest.mark.parametrize("name", ["MIXED_PRECISION", "USE_FSDP", "USE_DEEPSPEED", "TORCH_DEVICE"])
+def test_samples_are_drawn_as_their_command_says(name, monkeypatch, tmp_path):
+    value = {"MIXED_PRECISION": "bf16", "TORCH_DEVICE": "nonsense"}.get(name, "true")
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with refused(f"the launcher sets ACCELERATE_{name}={value}: "):
+        sample.main(Sample(teacher="nowhere", out=tmp_path / "out"))
+    check_drawing("bf16", {**PLAIN, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "EAGER"})
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:77"])
+def test_a_device_of_the_launcher_that_is_not_here_is_refused(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", device)
+    with refused(f"the launcher sets ACCELERATE_TORCH_DEVICE={device}: device must be one that is here"):
+        start(RunOptions(out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("main", "config"), [
+    (evaluate.main, Evaluate(generated="a", reference="b", features=Path("c"), device="cpu")),
+    (features.main, TrainFeatures(device="cpu")), (demo.main, Demo()),
+    (toyworld.evaluate.main, EvaluatePipeline(device="cpu")),
+    (toyworld.students.main, EvaluateStudents(students=(Path("a"),), device="cpu")),
+])  # fmt: skip
+def test_commands_of_one_process_say_so_to_a_launcher(main, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    with refused("works in one process, and a launcher has started 2"):
+        main(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_move_a_cursor_never_reach_the_parser(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.run(lambda config: None, RunOptions, arguments=["--report-to", "\x1b[2J"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert r"the word '\x1b[2J' holds control characters" in said.err
+    command.refuse_control(["a red\nmug\t", "\udcff", "\u200d"])
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
@@ -157,6 +235,9 @@ def test_results_without_checkpoints_belong_to_the_run_that_made_them(tmp_path):
     (tmp_path / "teacher").mkdir()
     with refused("holds teacher of another run"):
         check_earlier(tmp_path, ("teacher",), own)
+    (tmp_path / "config.json").write_text("{}")  # such as of a model that lies here
+    with refused("holds config.json of another run"):
+        check_earlier(tmp_path, (), own)
     note_identity(tmp_path, own)
     check_earlier(tmp_path, ("teacher",), own)
     with refused("choose another --out"):

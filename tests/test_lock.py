@@ -62,7 +62,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_writes_nothing(holder, tm
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before == [NAME]
     start(tmp_path / "run", done.append, "--dry-run")  # which is free, as is another folder
     start(tmp_path / "other", done.append)
-    monkeypatch.setenv("RANK", "1")  # only the first rank locks
+    monkeypatch.setattr("scorefield.commands.command.is_first_rank", lambda: False)  # it alone locks
     start(tmp_path / "run", done.append)
     assert [config.out.name for config in done] == ["run", "other", "run"]
 

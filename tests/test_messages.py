@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import tyro
 
 import scorefield.cli as cli
 from scorefield.shipped import FUNCTIONS
@@ -148,6 +149,8 @@ def options_of(script: str) -> set[str]:
     hints = typing.get_type_hints(config, include_extras=True)
     names = set()
     for field in dataclasses.fields(config):
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            continue  # a word, and no option
         flag = field.name.replace("_", "-")
         names |= {flag, f"no-{flag}"} if hints[field.name] is bool else {flag}
         for extra in getattr(hints[field.name], "__metadata__", ()):

@@ -23,7 +23,7 @@ import scorefield.commands.features as train_features
 import scorefield.commands.sample as sample
 import scorefield.commands.teacher as train_teacher
 from distill.student import Student, save_student
-from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher
+from scorefield.commands.options import Evaluate, Sample, TrainFeatures, TrainTeacher, check_evaluate
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
 from scorefield.models.teacher import load_teacher
@@ -113,6 +113,33 @@ def test_sampling_again_replaces_the_older_samples_whole(models, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         sample.main(config)
     assert sorted(path.relative_to(config.out).as_posix() for path in config.out.rglob("*.png")) == files
+
+
+def test_a_file_of_someone_else_is_kept_and_one_of_ours_replaced(models, tmp_path):
+    config = Sample(teacher=models["teacher"], num_images=2, steps=2, out=tmp_path / "a.npz")
+    before = np.load(sample.main(config))["images"]
+    assert np.array_equal(np.load(sample.main(config))["images"], before)
+    with np.load(config.out) as held:
+        np.savez(tmp_path / "mine.npz", thesis=np.arange(3), **held)
+    (tmp_path / "other.npz").write_text("mine")
+    for name in ("mine.npz", "other.npz"):
+        with refused("that no earlier sampling wrote"):
+            sample.main(dataclasses.replace(config, out=tmp_path / name))
+    own = tmp_path / "figures.json"
+    figures = Evaluate(generated="a", reference="b", features=tmp_path, out=own, device="cpu")
+    check_evaluate(figures)
+    (tmp_path / "figures.json").write_text('{"features": "a", "num_generated": 1, "frechet_distance": 2}')
+    check_evaluate(figures)
+    (tmp_path / "figures.json").write_text('{"my": "work"}')
+    with refused("what no earlier evaluation wrote"):
+        check_evaluate(figures)
+
+
+@pytest.mark.parametrize("out", ["loop", "loop/x", "x" * 250, "x" * 250 + ".npz"])
+def test_a_place_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, out):
+    (tmp_path / "loop").symlink_to("loop")
+    with refused("--out .* cannot be written: .* Choose another --out"):
+        sample.main(Sample(teacher="nowhere", out=tmp_path / out))
 
 
 @pytest.mark.parametrize("other", ["notes.txt", "cat/000001.png", "0001/1.png", "0001/a.txt", "grid.png", None])

@@ -84,14 +84,24 @@ def test_pictures_lie_in_a_folder_per_prompt_and_a_grid_column(folders, tmp_path
     assert sample.columns(11) == 10
 
 
-def test_one_prompt_that_names_a_file_stands_for_what_is_in_it(tmp_path):
+def test_prompts_that_name_files_or_folders_stand_for_what_is_in_them(tmp_path, monkeypatch):
     (tmp_path / "p.csv").write_bytes(b"prompt,x\na mug,1\nthe cat\x92s,2\n")
     asked = config_of("m", tmp_path, prompts=(str(tmp_path / "p.csv"),))
     with refused(r"p\.csv, line 3 is not UTF-8: byte 0x92"):
         sample.read_prompts(asked)
     assert sample.read_prompts(replace(asked, on_bad_data="skip")) == ("a mug",)
-    for words in (("p.csv", "a mug"), ("a cone.txt",), (str(tmp_path),)):
-        assert sample.read_prompts(replace(asked, prompts=words)) == words
+    (tmp_path / "q.txt").write_text("a tree\na sea\n")
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}')
+    monkeypatch.chdir(tmp_path)
+    for words, read in (
+        (("q.txt", "a mug", "q.txt"), ("a tree", "a sea", "a mug", "a tree", "a sea")),
+        (("cats/",), ("a cat",)), (("cats",), ("cats",)), (("page 7 of a.txt",), ("page 7 of a.txt",)),
+        (("x/" * 3000,), ("x/" * 3000,)), (("a mug and/or a cone",), ("a mug and/or a cone",)),
+    ):  # fmt: skip
+        assert sample.read_prompts(replace(asked, prompts=words)) == read
+    with refused("--prompts q.text.txt: no such file"):
+        sample.read_prompts(replace(asked, prompts=("a mug", "q.text.txt")))
 
 
 def test_a_size_of_its_own_and_bf16(folders, tmp_path):

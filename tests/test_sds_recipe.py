@@ -171,6 +171,7 @@ def test_a_canvas_becomes_a_picture(tmp_path):
 
 BAD = [
     ({"prompt": "  "}, "the prompt is missing"),
+    ({"prompt": __file__}, "is a file; a scene takes words"),
     ({"size": 62}, "multiples of"),
     ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"backdrops": ("whitish",)}, "names of colours"),

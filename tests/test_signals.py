@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -51,6 +52,20 @@ def test_each_signal_saves_and_has_its_own_exit_code(monkeypatch, tmp_path, numb
         signal.signal(number, before)
     assert stopped.value.code == code
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000003"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a picture is gone"), OSError(5, "no such device"), MemoryError()])
+def test_what_fails_once_a_training_has_begun_was_not_refused(error, capsys):
+    for begun, code in ((False, 2), (True, 1)):
+
+        def main(config, begun=begun):
+            with stopping.stop_signals(Accelerator(cpu=True)) if begun else nullcontext():
+                raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            command.run(main, RunOptions, arguments=[], folders=lambda config: [])
+        assert stopped.value.code == code
+        assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch, tmp_path):

@@ -246,6 +246,9 @@ def test_a_path_in_a_typed_column_begins_in_the_folder_of_its_file(tmp_path):
     rows.to_parquet(tmp_path / "data" / "rows.parquet")
     (row,) = read_rows(tmp_path / "data" / "rows.parquet").rows
     assert row.image.read() == content(3)
+    (tmp_path / "data" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"names .*data/a\.png, which cannot be read: No such file"):
+        row.image.read()
 
 
 def shard(path, members):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import train_toyworld
+from diffusers import StableDiffusionPipeline
+from folders import edit
+from refusals import refused
 from safetensors.torch import load_file
 
 import toyworld.evaluate as evaluate_toyworld
@@ -199,6 +202,19 @@ def test_renders_that_are_damaged_or_of_another_renderer_are_made_again(tmp_path
     monkeypatch.setattr(captioned, "render", lambda scenes: replace(draw(scenes), rgb=-draw(scenes).rgb))
     assert not torch.equal(captioned.rendered(tmp_path, 0, 2, 0), first)
     captioned._renderer.cache_clear()
+
+
+def test_the_evaluation_refuses_pipelines_of_another_world_before_it_draws(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", None)
+    config = EvaluatePipeline(teacher=str(folder), out=tmp_path / "x", num_prompts=2, num_renders=2, device="cpu")
+    with refused("draws pictures of 16 x 16 pixels, and the judge of the toy world sees 64 x 64"):
+        evaluate_toyworld.main(config)
+    edit(folder / "unet" / "config.json", sample_size=None)
+    with refused("captions of the toy world are longer than this pipeline's text encoder reads, .* tokens of 16"):
+        evaluate_toyworld.main(config)
+    edit(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    with refused("zero terminal SNR"):
+        evaluate_toyworld.main(config)
 
 
 def test_the_evaluation_refuses_what_it_cannot_measure(trained, tmp_path):

@@ -196,6 +196,17 @@ def test_options_that_all_trainers_have_are_refused_before_anything_is_written(
     assert {"steps", "seed", "out"} <= {field.name for field in fields(TRAINERS[name].options(places))}
 
 
+@pytest.mark.parametrize("name", ["canvas", "texts", "control"])
+def test_a_home_that_cannot_be_written_is_done_without(name, places, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    options = TRAINERS[name].options(places)
+    with pytest.warns(UserWarning, match="cannot be written"):
+        run(name, places, tmp_path / "run", steps=max(2, getattr(options, "student_every", 1)))
+    assert (tmp_path / "run" / TRAINERS[name].result).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
 def test_a_result_may_be_a_link_and_features_never_replace_another_folder(places, finished, tmp_path):
     out = shutil.copytree(finished("teacher"), tmp_path / "run")
     (out / "teacher").rename(tmp_path / "elsewhere")

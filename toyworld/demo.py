@@ -21,6 +21,7 @@ from distill.options import digits
 from distill.recipe import main as distil
 from distill.student import Student
 from scorefield import NetworkDenoiser
+from scorefield.atomic import whole_file
 from scorefield.commands.options import TrainTeacher
 from scorefield.commands.teacher import main as train_teacher
 from scorefield.models.teacher import load_teacher
@@ -51,7 +52,8 @@ def main(config: Demo) -> Path:
     # A second call finds the trainings done, or goes on with them: its seconds are not those of the job.
     report |= {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "seed": config.seed}
     path = config.out / "report.json"
-    path.write_text(json.dumps(report, indent=2))
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
     draw(images, judge.labels, config.out / "samples.png")
     show(report, config.out)
     return path
@@ -150,7 +152,8 @@ def draw(images: dict[str, Tensor], labels: Tensor, path: Path, columns: int = 2
             pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             tile = Image.fromarray(255 - pixels.numpy()).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + column * cell, top + caption))
-    sheet.save(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, "png")
 
 
 def show(report: dict[str, Any], out: Path) -> None:

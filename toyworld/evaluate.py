@@ -7,6 +7,7 @@ what came out. Its parts are read strictly: no pickles, no code, nothing missing
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import readable
 from scorefield.models.pipeline import open_pipeline
-from scorefield.models.preflight import check_many_steps
-from scorefield.models.pretrained import INDEX, PartReader
+from scorefield.models.preflight import check_last_time, check_many_steps
+from scorefield.models.pretrained import INDEX, PartReader, read_schedule
 from scorefield.models.teacher import named_folder
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator
@@ -34,17 +35,20 @@ from toyworld.data import HELD_OUT
 from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
 from toyworld.options import EvaluatePipeline, check_pipeline
 
+SIDE = 64
+"""Height and width of the pictures that the judge sees."""
+
 
 def main(config: EvaluatePipeline) -> Path:
     """Measure, print and write the figures."""
     check_pipeline(config)
     check_device(config.device)
     folder = Path(named_folder(config.teacher))
-    if (folder / INDEX).is_file():
-        check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    check_teacher(folder)
     pipeline = load_pipeline(
         config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant
     )
+    check_size(pipeline, config.teacher)
     judge = load_judge()
     asked = range(HELD_OUT, HELD_OUT + config.num_prompts)
     renders, attributes = render_pictures(asked, config.seed)
@@ -81,6 +85,15 @@ def main(config: EvaluatePipeline) -> Path:
 
 
 @readable
+def check_teacher(folder: Path) -> None:
+    """Raise ``ValueError`` for a pipeline that knows few noise levels, or whose noisiest one says nothing."""
+    if (folder / INDEX).is_file():
+        settings = read_json(folder / "scheduler" / "scheduler_config.json")
+        check_many_steps(settings, folder)
+        check_last_time(*read_schedule(settings), folder)
+
+
+@readable
 def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
     """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
 
@@ -93,12 +106,36 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
     if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
         raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
-    parts.check((64, 64))  # which the judge sees
+    parts.check((SIDE, SIDE))
     pipeline: Any = StableDiffusionPipeline(
         **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return pipeline.to(device)
+
+
+def check_size(pipeline: Any, folder: str | Path) -> None:
+    """Raise ``ValueError`` for a pipeline that draws pictures of another size than the judge sees."""
+    own = pipeline.unet.config.sample_size  # of latents; none: it draws any
+    height, width = own if isinstance(own, list | tuple) else (own, own)
+    if own is not None and {height, width} != {SIDE // pipeline.vae_scale_factor}:
+        factor = pipeline.vae_scale_factor
+        raise ValueError(
+            f"--teacher {folder} draws pictures of {height * factor} x {width * factor} pixels, and the judge of "
+            f"the toy world sees {SIDE} x {SIDE}. Pass a pipeline of that size."
+        )
+
+
+def check_captions(prompts: Sequence[str], tokenizer: Any) -> None:
+    """Raise ``ValueError`` for a text encoder that reads less than the captions of the toy world."""
+    lengths = [len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts]
+    most = tokenizer.model_max_length
+    if max(lengths) > most:
+        first = prompts[lengths.index(max(lengths))]
+        raise ValueError(
+            f"the captions of the toy world are longer than this pipeline's text encoder reads, such as {first!r} "
+            f"with {max(lengths)} tokens of {most}. Pass a pipeline that was trained on them."
+        )
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -114,13 +151,15 @@ def load_scheduler(folder: Path) -> Any:
 def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
     """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
     made = []
+    check_captions(prompts, pipeline.tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     for start in progress(range(0, len(prompts), config.batch_size), "pictures, in batches"):
         part = prompts[start : start + config.batch_size]
         generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
         answer = pipeline(
-            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators
-        )
+            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators,
+            height=SIDE, width=SIDE,
+        )  # fmt: skip
         made += [pil_to_tensor(image) for image in answer.images]
     return as_pictures(torch.stack(made))
 

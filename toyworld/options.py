@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from scorefield.training.launcher import default_device
+from scorefield.training.launcher import check_alone, default_device
 from scorefield.training.options import LoadOptions, check_numbers, check_out
 
 NUM_DIGITS = 10
@@ -85,6 +85,7 @@ def check_demo(config: Demo) -> None:
     if config.num_images < 2 * NUM_DIGITS:
         raise ValueError(f"--num-images must be at least {2 * NUM_DIGITS}; got {config.num_images}.")
     check_out(config.out)
+    check_alone("demo")
 
 
 def check_measuring(config: Measuring) -> None:
@@ -92,6 +93,7 @@ def check_measuring(config: Measuring) -> None:
     check_numbers(config, positive=("num_prompts", "num_renders", "guidance", "steps", "batch_size"))
     if min(config.num_prompts, config.num_renders) < 2:
         raise ValueError("--num-prompts and --num-renders must be at least 2: distances need a covariance.")
+    check_alone("toyworld")
 
 
 def check_pipeline(config: EvaluatePipeline) -> None:

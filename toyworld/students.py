@@ -19,16 +19,15 @@ from torchvision.utils import make_grid
 
 from distill.export import LORA, read_student_facts
 from scorefield.atomic import whole_file
-from scorefield.cache import TensorCache, fingerprint
-from scorefield.files import check_regular, read_json
-from scorefield.models.preflight import check_many_steps
+from scorefield.cache import Content, Entry, TensorCache, fingerprint
+from scorefield.files import check_regular
 from scorefield.models.pretrained import LORA_FACTS
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
 from scorefield.training.options import check_device
 from toyworld.bench import Bench, make_bench
-from toyworld.evaluate import draw, load_pipeline, load_scheduler
+from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler
 from toyworld.options import EvaluatePipeline, EvaluateStudents, check_students
 
 
@@ -71,21 +70,22 @@ def check(config: EvaluateStudents) -> None:
                 f"--students {folder} is no folder that `scorefield distill` wrote for a text-to-image teacher, "
                 "or another program saved it again."
             )
-    folder = Path(named_folder(config.teacher))
-    check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    check_teacher(Path(named_folder(config.teacher)))
 
 
 def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
     pipeline = load_teacher(config)
+    check_size(pipeline, config.teacher)
     weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
-    entry = cache.load(key)
-    if entry is None:
+
+    def make(keys: list[Content]) -> list[Entry]:
         made = draw(drawing(config, config.steps, config.guidance), pipeline, bench.prompts)
-        entry = cache.store(key, {"pictures": ((made + 1) * 127.5).round().to(torch.uint8)})
-    return entry["pictures"].float() / 127.5 - 1
+        return [{"pictures": ((made + 1) * 127.5).round().to(torch.uint8)}]
+
+    return cache.fetch([key], make)[0]["pictures"].float() / 127.5 - 1
 
 
 def load_teacher(config: EvaluateStudents) -> Any:

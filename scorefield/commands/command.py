@@ -6,6 +6,7 @@ Importing this module imports no torch: a typo is answered at once.
 """
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -19,12 +20,14 @@ from scorefield.atomic import is_full
 from scorefield.commands.groups import parse
 from scorefield.files import printable
 from scorefield.progress import working
-from scorefield.training.launcher import is_first_rank
+from scorefield.training.launcher import check_places, is_first_rank
 from scorefield.training.lock import FolderLock
 from scorefield.training.options import RunOptions
-from scorefield.training.refusal import Ranks, Refusal
+from scorefield.training.refusal import BEGUN, Ranks, Refusal
 
 C = TypeVar("C")
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 RENAMED = {
     **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
@@ -59,9 +62,11 @@ def run(
     warnings.formatwarning = one_line
     words = sys.argv[1:] if arguments is None else list(arguments)
     held = ExitStack()
+    _refuse_places()
     ranks = Ranks(partial(_follow, held))
     try:
         with held:
+            refuse_control(words)
             refuse_renamed(words)
             config = parse(options, words, prog=prog, description=description or options.__doc__, default=default)
             for folder in _out_of(config) if folders is None else folders(config):
@@ -92,19 +97,29 @@ def run(
         ranks.close()
 
 
+def _refuse_places() -> None:
+    # Before anything speaks as one of several ranks.
+    try:
+        check_places()
+    except ValueError as error:
+        say(str(error))
+        sys.exit(2)
+
+
 def _explained(error: Exception) -> tuple[str | None, int]:
     """What to say of an error, and the exit code; nothing to say of a fault of the program."""
+    refused = 1 if BEGUN in getattr(error, "__notes__", ()) else 2
     if is_full(error):
         return f"the disk is full, or its quota is used up: {error}. What was saved before is whole.", 1
     if isinstance(error, ValueError | OSError | FloatingPointError):
-        return str(error), 1 if isinstance(error, FloatingPointError) else 2
+        return str(error), 1 if isinstance(error, FloatingPointError) else refused
     # On a CPU torch has no class of its own for it.
     if (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
         or "allocate memory" in str(error)
     ):
-        return f"not enough memory: {error} Lower --batch-size or the size of the network.", 2
+        return f"not enough memory: {error} Lower --batch-size or the size of the network.", refused
     return None, 1
 
 
@@ -126,6 +141,19 @@ def refuse_renamed(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if (flag := argument.partition("=")[0]) in RENAMED:
             raise ValueError(f"{flag} {RENAMED[flag]}")
+
+
+def refuse_control(arguments: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a word with characters that move a cursor: the parser prints words as they are.
+
+    They come with names of files that a shell put in. Line feeds and tabs, which a prompt may have, are let pass.
+    """
+    for argument in arguments:
+        if CONTROL.search(argument):
+            raise ValueError(
+                f"the word {argument[:80]!r} holds control characters. Leave them out; if a file is called so, "
+                "rename it, or name the folder it is in."
+            )
 
 
 def _out_of(config: Any) -> list[Path]:

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from scorefield.atomic import check_replaceable
 from scorefield.choices import LongPrompts, OnBadData, Solver, Spacing
 from scorefield.data.options import DataOptions
-from scorefield.training.launcher import default_device
+from scorefield.files import load_json
+from scorefield.training.launcher import check_alone, default_device
 from scorefield.training.options import (
     EvalOptions,
     LoadOptions,
@@ -48,7 +49,8 @@ class Sample(Sampling, LoadOptions):
     folder of a diffusers model, toyworld, the one that ships, or module:function, whose code is run."""
     prompts: tuple[str, ...] = ()
     """Prompts for a text-to-image model. A name that ends in .txt, .jsonl, .csv, .parquet or .tar stands for the
-    prompts in that file. Image i shows prompt i; if there are more images than prompts, they start again."""
+    prompts in that file, and that of a folder with a slash, such as photos/, for those in it. Image i shows prompt
+    i; if there are more images than prompts, they start again."""
     classes: tuple[int, ...] = ()
     """Classes to draw, in turn, from a model with classes. By default all of them."""
     num_images: int | None = None
@@ -180,6 +182,18 @@ def check_evaluate(config: Evaluate) -> None:
         check_out(config.out.parent)
         if config.out.is_dir():
             raise ValueError(f"--out {config.out} is a folder; expected a file to write. Choose another --out.")
+        if config.out.exists() and not are_figures(config.out):
+            raise ValueError(f"--out {config.out} holds what no earlier evaluation wrote. Choose another --out.")
+    check_alone("evaluate")
+
+
+def are_figures(file: Path) -> bool:
+    """Return True for a file that `scorefield evaluate` wrote."""
+    try:
+        held = load_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and {"features", "num_generated", "frechet_distance"} <= held.keys()
 
 
 def check_features(config: TrainFeatures) -> None:
@@ -187,6 +201,7 @@ def check_features(config: TrainFeatures) -> None:
     check_numbers(config, positive=("steps", "batch_size"), rates=("learning_rate",))
     check_out(config.out)
     check_replaceable(config.out)
+    check_alone("features")
 
 
 def check_teacher(config: TrainTeacher) -> None:

@@ -10,6 +10,7 @@ Image i depends on the seed and i alone: not on the batch size, nor on the numbe
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,27 @@ from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import Progress, working
 from scorefield.schedule import Schedule
 from scorefield.solvers import Plan, caution, plan
+from scorefield.training.identity import check_ranks
+from scorefield.training.launcher import check_drawing
 from scorefield.training.options import check_out
-from scorefield.training.ranks import check_launch
+from scorefield.training.ranks import check_launch, check_told_device
+
+COMMENT = b"scorefield samples"
+"""Of an npz file that :func:`write` wrote: only such a one is replaced."""
+
+GRID = ".grid.png"
+"""What the name of the picture ends in that lies beside the samples."""
 
 
 def main(config: Sample) -> Path:
     """Sample, write, and return the folder or file."""
     check_sample(config)
     check_samples_out(config.out)
+    check_drawing(config.precision)
+    check_told_device()
     accelerator = Accelerator(mixed_precision=config.precision)
     check_launch(accelerator)
+    check_ranks(config, accelerator)
     with working("loading the model"):
         teacher = load(config, accelerator.device)
     teacher.guided(config.guidance)  # or it says why not
@@ -117,11 +129,34 @@ def load(config: Sample, device: torch.device) -> Teacher:
 
 
 def read_prompts(config: Sample) -> tuple[str, ...]:
-    """What ``--prompts`` say, or what the one file holds that they name. Raises ``ValueError`` for a bad one."""
-    file = Path(config.prompts[0]) if len(config.prompts) == 1 else Path()
-    if file.suffix.lower() not in (*TABLES, ".tar") or not file.exists():
-        return config.prompts
-    return read_texts(str(file), on_bad_data=config.on_bad_data).prompts
+    """What ``--prompts`` say, with what the files and folders hold that they name in the place of their names.
+
+    Raises ``ValueError`` for one that cannot be read, and for a name of a file that is not there.
+    """
+    prompts: list[str] = []
+    for prompt in config.prompts:
+        held = [prompt]
+        if names_a_source(prompt):
+            held = list(read_texts(prompt, on_bad_data=config.on_bad_data).prompts)
+        prompts += held
+    return tuple(prompts)
+
+
+def names_a_source(prompt: str) -> bool:
+    """Return True for a prompt that names a file or a folder of prompts.
+
+    A folder is named with a slash: the word cat is a prompt beside a folder of cats. Raises ``ValueError`` for one
+    word with the ending of such a file where there is none: nobody wants a picture of prompts.txt.
+    """
+    path, ending = Path(prompt), Path(prompt).suffix.lower() in (*TABLES, ".tar")
+    try:
+        if (ending and path.exists()) or ("/" in prompt and path.is_dir()):
+            return True
+    except (OSError, ValueError):  # a prompt may be longer than names are
+        return False
+    if ending and len(prompt.split()) == 1:
+        raise ValueError(f"--prompts {prompt}: no such file. Correct its name.")
+    return False
 
 
 def columns(count: int) -> int:
@@ -134,11 +169,17 @@ def check_samples_out(out: Path) -> None:
 
     Older samples are what :func:`write` left, unchanged, and nothing else.
     """
-    place = out.resolve()
+    try:
+        place = out.resolve()
+        place.with_name(f"{place.name}{GRID}").exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--out {out} cannot be written: {error}. Choose another --out.") from error
     check_out(place.parent)
     if out.suffix == ".npz":
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder; expected a file to write. Choose another --out.")
+        if place.exists() and not is_own_npz(place):
+            raise ValueError(f"--out {out} is a file that no earlier sampling wrote. Choose another --out.")
         return
     if place.exists() and (not place.is_dir() or os.path.ismount(place)):
         raise ValueError(f"--out {out} is a file or a mounted disk; expected a folder that can be replaced.")
@@ -147,6 +188,15 @@ def check_samples_out(out: Path) -> None:
             f"--out {out} holds {others[0][0]}, which is no earlier sample, or was changed since. Choose another "
             "--out."
         )
+
+
+def is_own_npz(path: Path) -> bool:
+    """Return True for an npz file as :func:`write` left it; one that numpy saved again has lost its comment."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == COMMENT
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def asked_labels(config: Sample, teacher: Teacher) -> Tensor:
@@ -200,6 +250,9 @@ def write(
     if out.suffix == ".npz":
         with whole_file(place) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+            file.flush()
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = COMMENT
     else:
         with whole_folder(place) as folder:
             rows = []
@@ -210,7 +263,7 @@ def write(
                 rows.append(json.dumps({"file_name": name, **facts(label)}) + "\n")
             (folder / "metadata.jsonl").write_text("".join(rows))
     overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
-    picture = place.with_name(f"{place.name}.grid.png")
+    picture = place.with_name(f"{place.name}{GRID}")
     with whole_file(picture) as temporary:
         to_picture(overview).save(temporary)
     return picture

@@ -100,7 +100,13 @@ class Cell:
             raise ValueError(f"cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        return value if isinstance(value, bytes) else _picture(value, self.folder).read()
+        if isinstance(value, bytes):
+            return value
+        picture = _picture(value, self.folder)
+        try:
+            return picture.read()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"names {picture.name}, which {error}") from error
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -156,6 +156,8 @@ def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
     """
     import datasets
 
+    # It would tell a server of each load, of a local file's too, and wait for it.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     with reading_table(source):
         data = load(datasets)
         if not isinstance(data, datasets.DatasetDict):

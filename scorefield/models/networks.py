@@ -256,11 +256,12 @@ class DiffusersNetwork(nn.Module):
 def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
     """Return what a submodule of ``network`` returned, as activations of the image.
 
-    Outputs of a transformer's block become (b, d, h, w); the first item of any other output is taken as it is.
+    Outputs of a transformer's block become (b, d, h, w); the first tensor of any other output is taken as it is.
+    The last block of Stable Diffusion 3 returns None in the place of its text.
     """
     known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
     tokens = next((one for one in known if isinstance(one, Tokens)), None)
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    first: Tensor = output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
     if tokens is None or first.ndim != 3:
         return first
     return tokens.image(output, x_t)

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from scorefield.cache import Content, TensorCache, cache_folder
+from scorefield.cache import Content, Entry, TensorCache, cache_folder
 from scorefield.choices import LongPrompts as LongPrompts
 from scorefield.denoiser import Cond
 from scorefield.files import warn
@@ -47,6 +47,7 @@ class PromptEncoder:
         load: the text encoders; None once they were dropped.
         load_surplus: the tokenizers, which say how many tokens at the end of a prompt are not read.
         told: prompts that are cut and of which the user knows.
+        kept: what the folder could not take, such as of a home that is read-only; it outlives the text encoders.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class PromptEncoder:
     load: Callable[[], Encode] | None
     load_surplus: Callable[[], Callable[[str], int]] = lambda: lambda prompt: 0
     told: set[str] = field(default_factory=set, repr=False, compare=False)
+    kept: dict[Path, Entry] = field(default_factory=dict, repr=False, compare=False)
     _loaded: list[Encode] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
@@ -65,7 +67,7 @@ class PromptEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a non-empty list of strings; got {prompts!r}.")
-        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode)
+        entries = TensorCache(self.folder, self.identify()).fetch(prompts, self._encode, BATCH, self.kept)
         known = dict(zip(prompts, entries, strict=True))
         cut = {prompt: int(entry.get(CUT, 0)) for prompt, entry in known.items() if prompt not in self.told}
         if long := [prompt for prompt, number in cut.items() if number]:
@@ -88,7 +90,7 @@ class PromptEncoder:
         with Progress("prompts encoded", len(unique), unit="prompt") as bar:
             for start in range(0, len(unique), BATCH):
                 part = unique[start : start + BATCH]
-                cache.fetch(part, self._encode, BATCH)
+                cache.fetch(part, self._encode, BATCH, self.kept)
                 bar.update(len(part))
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:

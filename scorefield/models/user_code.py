@@ -28,6 +28,8 @@ def user_function(name: str) -> Callable[[], Any]:
         raise ValueError(f"expected module:function, such as mine:teacher for mine.py; got {name!r}.")
     try:
         found = getattr(_module(module), function)
+    except SystemExit as error:
+        raise ValueError(f"{name}: its module ends the program where it should only define things.") from error
     except (ImportError, AttributeError, ValueError, OSError, SyntaxError) as error:
         raise ValueError(f"{name}: no such function, or its module fails ({error}).") from error
     if not callable(found):
@@ -36,10 +38,21 @@ def user_function(name: str) -> Callable[[], Any]:
 
 
 def call(name: str) -> Any:
-    """What the function returns. Raises ``ValueError`` as :func:`user_function` does, and if the call fails."""
+    """What the function returns. Raises ``ValueError`` as :func:`user_function` does, and if the call fails.
+
+    Other exceptions are faults of the user's code, which needs their traceback.
+    """
     function = user_function(name)
     try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{name} must be a function that is called without arguments ({error}).") from error
+    except ValueError:  # some builtins do not say
+        pass
+    try:
         return function()
+    except SystemExit as error:
+        raise ValueError(f"{name} ends the program; expected a function that returns a model.") from error
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ValueError(f"{name} fails: {error}") from error
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.lr_scheduler import LambdaLR
 
-from scorefield.atomic import foreign, whole_folder
+from scorefield.atomic import clear_unfinished, foreign, whole_folder
 from scorefield.progress import working
 from scorefield.training.loop import Phase
 
@@ -63,9 +63,8 @@ def save(
         raise ValueError(f"keep must be at least 1; got {keep}: this checkpoint would be thrown away.")
     check_finite(step, phases)
     final = folder / f"step-{step:09d}"
-    for unfinished in folder.glob(".writing-step-*"):  # of a run that was killed at another step
-        if _NAME.fullmatch(unfinished.name.removeprefix(".writing-")):
-            shutil.rmtree(unfinished)
+    if folder.is_dir():
+        clear_unfinished(folder, _NAME.pattern)  # of a run that was killed at another step
     with working(f"checkpoint of step {step:,}"), whole_folder(final, is_own) as temporary:
         _write(temporary, step, phases, config)
     others = [path for path in steps(folder) if path != final]

@@ -24,7 +24,7 @@ PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
 
 
-def check_ranks(config: RunOptions, accelerator: Accelerator) -> None:
+def check_ranks(config: Any, accelerator: Accelerator) -> None:
     """Raise ``ValueError`` on every rank where their options or their code differ; before any of them waits."""
     if accelerator.num_processes == 1:
         return
@@ -54,7 +54,8 @@ def check_earlier(
     """
     if checkpoint.steps(out / "checkpoints" if checkpoints is None else checkpoints):
         return
-    held = [name for name in results if (out / name).exists()]
+    known = (out / IDENTITY).exists()  # a run says what it is before it writes its config.json
+    held = [name for name in (*results, *([] if known else ["config.json"])) if (out / name).exists()]
     if not held:
         return
     try:

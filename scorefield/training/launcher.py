@@ -26,6 +26,15 @@ IDLE = (
 OFF = ("", "0", "no", "off", "false", "n", "f", "none")
 """Values of a switch that is off, in lower case."""
 
+PLACES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "MV2_COMM_WORLD_SIZE",
+)
+"""Whole numbers by which Accelerate, or torch, learns which process this is."""
+
+WORLDS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""How many processes there are."""
+
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -40,6 +49,58 @@ def check_launcher(precision: str, accumulate: int, settings: Mapping[str, str] 
     for name, value in sorted((os.environ if settings is None else settings).items()):
         if name.startswith("ACCELERATE_") and (refusal := _refusal(name, value.strip(), precision, accumulate)):
             raise ValueError(f"the launcher sets {name}={value}: {refusal}")
+
+
+def check_drawing(precision: str, settings: Mapping[str, str] | None = None) -> None:
+    """Raise ``ValueError`` for a launcher's setting by which images would be drawn otherwise than asked for.
+
+    Of those of a training most do nothing here: no network is prepared, compiled or stepped.
+    """
+    told = os.environ if settings is None else settings
+    for name in ("ACCELERATE_MIXED_PRECISION", *SHARDING):
+        value = told.get(name, "").strip()
+        if value.lower() in (*OFF, precision):
+            continue
+        if name in SHARDING:
+            raise ValueError(
+                f"the launcher sets {name}={value}: it shards one network, which drawing does not do. Launch with "
+                "--multi_gpu."
+            )
+        raise ValueError(f"the launcher sets {name}={value}: {_of_precision(value.lower(), precision)}")
+
+
+def check_places(settings: Mapping[str, str] | None = None) -> None:
+    """Raise ``ValueError`` for a launcher's word on this process's place among others that says nothing.
+
+    Launchers set RANK and the like; so do machines of a queue, and leave them empty, or set half of them.
+    """
+    told = os.environ if settings is None else settings
+    for name in PLACES:
+        if name in told and not (told[name].isascii() and told[name].isdigit()):
+            raise ValueError(
+                f"{name} is {told[name]!r} in the environment; expected a whole number. Unset it, or start with "
+                "torchrun or accelerate launch, which set it."
+            )
+    one = "Unset it for one process; start several with torchrun or accelerate launch."
+    several = next((name for name in WORLDS if int(told.get(name, "1")) > 1), None)
+    asks = "LOCAL_RANK" if "LOCAL_RANK" in told else several
+    found = "RANK" in told and "WORLD_SIZE" in told and told.get("MASTER_ADDR") and told.get("MASTER_PORT", "")
+    if asks is not None and not (found and found.isdigit()):
+        raise ValueError(
+            f"{asks} is {told[asks]} in the environment, without a RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, "
+            f"by which processes find each other. {one}"
+        )
+    if int(told.get("RANK", "0")) >= (size := int(told.get("WORLD_SIZE", "1"))):
+        raise ValueError(f"RANK is {told['RANK']} of {size} processes, which are numbered from 0. {one}")
+
+
+def check_alone(command: str) -> None:
+    """Raise ``ValueError`` where a launcher has started several processes of a command that works in one."""
+    if (number := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"scorefield {command} works in one process, and a launcher has started {number}, which would all do "
+            "the same and write to one place. Start it without a launcher."
+        )
 
 
 def _refusal(name: str, value: str, precision: str, accumulate: int) -> str | None:
@@ -73,7 +134,7 @@ def _of_precision(wanted: str, precision: str) -> str:
             f"it contradicts --precision {precision}. Pass --precision {wanted}, or launch with "
             f"--mixed_precision {precision}."
         )
-    return f"training computes in float32 or bf16 only. Launch with --mixed_precision {precision}."
+    return f"this program computes in float32 or bf16 only. Launch with --mixed_precision {precision}."
 
 
 def has_gpu() -> bool:

@@ -15,6 +15,8 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scorefield.models.preflight import check_device
+
 
 @contextmanager
 def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Accelerator) -> Iterator[None]:
@@ -24,6 +26,15 @@ def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Acceler
             for network in networks:
                 stack.enter_context(accelerator.no_sync(network))
         yield
+
+
+def check_told_device() -> None:
+    """Raise ``ValueError`` for a device of the launcher that torch does not know, or that is not here."""
+    if told := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        try:
+            check_device(told)
+        except ValueError as error:
+            raise ValueError(f"the launcher sets ACCELERATE_TORCH_DEVICE={told}: {error}") from error
 
 
 def check_launch(accelerator: Accelerator) -> None:

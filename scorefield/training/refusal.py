@@ -15,6 +15,9 @@ from typing import Any
 PATIENCE = 20.0
 """Seconds that ranks wait for one another to have heard."""
 
+BEGUN = "the run had begun"
+"""Note of an error in a training: its input was not refused, and the run failed."""
+
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -25,7 +25,7 @@ from scorefield.training.identity import check_earlier, check_ranks, note_identi
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
 from scorefield.training.options import RunOptions
-from scorefield.training.ranks import check_launch, check_same, check_same_fields
+from scorefield.training.ranks import check_launch, check_same, check_same_fields, check_told_device
 from scorefield.training.report import as_grid, close_log, forget_samples, log, start_logging
 from scorefield.training.stopping import stop_signals
 
@@ -40,6 +40,7 @@ def start(config: RunOptions) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    check_told_device()
     # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     trackers = [kind for kind in config.report_to if kind != "none"]

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from scorefield.training.launcher import is_first_rank
+from scorefield.training.refusal import BEGUN
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -53,6 +54,7 @@ def stop_signals(accelerator: Accelerator) -> Iterator[Callable[[int], int]]:
         yield answer
     except Exception as error:
         if not asked:
+            error.add_note(BEGUN)
             raise
         tqdm.write(
             f"asked to end by {signal.Signals(asked[0]).name}, in a step that is not saved: {error}",
