@@ -92,6 +92,11 @@ class Adapter:
 
     free: ClassVar[tuple[str, ...]] = ("licence",)
 
+    adapter: Literal["controlnet", "lora"] = "controlnet"
+    """controlnet: a trained copy of the first layers beside the teacher. lora: a control LoRA, low-rank changes of a
+    FLUX.1 teacher's own layers, of which the first takes the hint as further channels."""
+    lora_rank: int = 64
+    """Rank of a control LoRA."""
     init_from: str = ""
     """Folder of a finished adapter, or name of a ControlNet online, to start from."""
     learning_rate: float = 1e-5
@@ -112,7 +117,8 @@ class Adapter:
     unlocked: bool = False
     """Train the teacher's decoder, too (sd_locked=False). It is saved beside the adapter."""
     recompute_levels: int | None = None
-    """How many levels of resolution, from the finest, --gradient-checkpointing recomputes. By default all."""
+    """How many levels of resolution, from the finest, --gradient-checkpointing recomputes. By default all. For
+    UNets."""
     activation_budget: float = 1.0
     """Share of the activations that --compile keeps for the backward pass. It recomputes the others."""
     licence: str = ""
@@ -211,7 +217,7 @@ def check(config: Config) -> None:
     check_init_from(config.init_from, config.out)
     check_watch(config)
     check_numbers(
-        config, positive=("new_factor",), rates=("learning_rate",),
+        config, positive=("new_factor", "lora_rank"), rates=("learning_rate",),
         not_negative=("warmup", "min_snr", "hint_channels"), shares=("ema_decay",),
     )  # fmt: skip
     for name, value in {"prompt-drop": config.prompt_drop, "hint-drop": config.hint_drop}.items():
@@ -223,6 +229,10 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--activation-budget must lie in (0, 1], and 1 without --compile; got {config.activation_budget}."
         )
+    if config.adapter == "lora" and config.unlocked:
+        raise ValueError("--unlocked trains the decoder beside a ControlNet. Leave out --adapter lora.")
+    if config.adapter == "controlnet" and config.lora_rank != Config.lora_rank:
+        raise ValueError("--lora-rank is of a control LoRA: pass --adapter lora, too.")
     if (levels := config.recompute_levels) is not None and (levels < 0 or not config.gradient_checkpointing):
         raise ValueError(
             f"--recompute-levels must be at least 0, and None without --gradient-checkpointing; got {levels}."

@@ -24,12 +24,12 @@ from scorefield.files import read_json
 from scorefield.models.codec import read_codec_config
 from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
 from scorefield.models.families import family_of, has_part, parts_of
-from scorefield.models.lora import Twin, adapter_weights, merged
+from scorefield.models.lora import LORA_FILE, Twin, adapter_weights, merged
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
 from scorefield.schedule import Schedule, VariancePreserving
 
-LORA = "pytorch_lora_weights.safetensors"
+LORA = LORA_FILE
 """Name of the file that ``load_lora_weights`` looks for."""
 
 

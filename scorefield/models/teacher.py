@@ -370,7 +370,7 @@ def _from_pipeline(
     if not family.latent:
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
     tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
-    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora))
+    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora, family.control))
     texts, negatives = None, None
     if family.encoder is not None:
         texts = pipeline.prompts(model, cache)

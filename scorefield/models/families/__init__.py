@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scorefield.guidance import Norm
+from scorefield.models.controls import Control
 from scorefield.models.networks import Call, plain_call
 from scorefield.models.preflight import flow_shift
 from scorefield.models.prompts import Encode
@@ -67,6 +68,7 @@ class Family:
         norm: how guidance keeps the length of predictions.
         embedded: the scale of guidance that a network is told whose config has guidance_embeds.
         shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
+        control: its ControlNet, where it is a transformer and diffusers has one.
     """
 
     pipeline: str
@@ -94,6 +96,7 @@ class Family:
     norm: Norm = "none"
     embedded: float = 3.5
     shift: Callable[[Mapping[str, Any], int], float] = flow_shift
+    control: Control | None = None
 
     def token_side(self, config: Mapping[str, Any]) -> int:
         """Return how many latents along a side the network takes as one token, by its config."""
@@ -176,9 +179,26 @@ def in_chat(most: int, **template: bool) -> Surplus:
     return surplus
 
 
+def _control(family: Family) -> str:
+    """Return how models of a family are controlled, in words."""
+    if family.control is None:
+        return "ControlNetModel" if family.network.__name__ == "UNet2DConditionModel" else "none"
+    lora = f", LoRA for {family.control.lora_pipeline}" if family.control.widened else ""
+    return family.control.model.__name__ + lora
+
+
 def table() -> str:
     """Return all families as a table in Markdown: docs/families.md holds it."""
-    head = ["pipeline", "network", "predicts", "texts", "guidance", "critic and guard read", "default size"]
+    head = [
+        "pipeline",
+        "network",
+        "predicts",
+        "texts",
+        "guidance",
+        "critic and guard read",
+        "control",
+        "default size",
+    ]
     rows = [head, ["---"] * len(head)]
     for module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         family = _family(module)
@@ -189,6 +209,6 @@ def table() -> str:
             f"`{family.pipeline}`", family.network.__name__, "flow" if family.flow else "as its scheduler says",
             texts or ("classes" if family.classes else "none"), guidance[family.norm],
             "its middle block" if "UNet" in family.network.__name__ else read,
-            "{} x {}".format(*family.size) if family.size else "its config's",
+            _control(family), "{} x {}".format(*family.size) if family.size else "its config's",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

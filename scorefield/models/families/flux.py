@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from scorefield.denoiser import Cond
+from scorefield.models.controls import HINT, RESIDUAL, SINGLE, Control, copy_blocks, numbered, take_numbered
 from scorefield.models.families import JOINT, Family, Parts, beyond
 from scorefield.models.prompts import Encode
 
@@ -33,14 +34,43 @@ def positions(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
-    """Ask the transformer about packed latents, at t in [0, 1]."""
+    """Ask the transformer about packed latents, at t in [0, 1]; those of a hint are further channels."""
+    height, width = x_t.shape[2:]
+    tokens = [pack(x_t), *([pack(given.pop(HINT))] if HINT in given else [])]
+    double, single = take_numbered(given, RESIDUAL), take_numbered(given, SINGLE)
+    if double or single:
+        given["controlnet_block_samples"] = list(double.values()) or None
+        given["controlnet_single_block_samples"] = list(single.values()) or None
+    prediction: Tensor = model(torch.cat(tokens, 2), **_told(x_t, t, given))[0]
+    return unpack(prediction, height, width)
+
+
+def _told(x_t: Tensor, t: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the conditions with time and positions, as transformer and ControlNet take them."""
     height, width = x_t.shape[2:]
     texts = x_t.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-    prediction: Tensor = model(
-        pack(x_t), timestep=(t / 1000).to(x_t.dtype), txt_ids=texts, return_dict=False,
-        img_ids=positions(height // 2, width // 2, x_t), **given,
-    )[0]  # fmt: skip
-    return unpack(prediction, height, width)
+    images = positions(height // 2, width // 2, x_t)
+    time = (t / 1000).to(x_t.dtype)
+    return {**given, "timestep": time, "img_ids": images, "txt_ids": texts, "return_dict": False}
+
+
+def make_control(transformer: Any) -> Any:
+    """Return a ControlNet of the first blocks, 4 of two streams and 10 of one at most, as diffusers has it."""
+    double, single = (
+        len(blocks) for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks)
+    )
+    return copy_blocks(
+        FluxControlNetModel, transformer, num_layers=min(4, double), num_single_layers=min(10, single)
+    )
+
+
+def call_control(
+    model: Any, transformer: Any, x_t: Tensor, t: Tensor, hint: Tensor, given: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Ask the ControlNet about packed latents."""
+    del transformer
+    double, single = model(pack(x_t), controlnet_cond=pack(hint), **_told(x_t, t, given))
+    return numbered(RESIDUAL, double) | numbered(SINGLE, single)
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
@@ -66,4 +96,8 @@ FAMILY = Family(
     {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
     encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, packing=2, size=(1024, 1024),
     surplus=beyond(tokenizer_2=T5_LENGTH),
+    control=Control(
+        FluxControlNetModel, "FluxControlNetPipeline", make_control, call_control, prompt_only=True,
+        widened="x_embedder", lora_pipeline="FluxControlPipeline",
+    ),
 )  # fmt: skip
