@@ -198,8 +198,9 @@ class ControlledDenoiser:
     def with_hint(self, hint: Tensor) -> Self:
         """The same for other hints, which adapters of transformers encode."""
         adapter = unwrap(self.adapter)
-        is_latent = isinstance(adapter, TransformerCopy | ControlLoRA)
-        return replace(self, hint=adapter.prepare(hint) if is_latent else hint)
+        if isinstance(adapter, TransformerCopy | ControlLoRA):
+            hint = adapter.prepare(hint)
+        return replace(self, hint=hint)
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The expected clean image. Raises ``ValueError`` without a hint, or if it does not fit the batch."""

@@ -29,8 +29,8 @@ from scorefield.sampling import ddim, sample
 
 SIZE, STEPS = 32, 3
 PROMPTS = ["a red mug", "two blue chairs"]
-NAMES = ("flux", "sd3", "qwen_image", "z_image", "sana")
-MAKERS = {**tiny.FAMILIES, "sd3": tiny_pipelines.sd3}
+NAMES = ("flux", "sd3", "sd35", "qwen_image", "z_image", "sana")
+MAKERS = {**tiny.FAMILIES, "sd3": tiny_pipelines.sd3, "sana": lambda: tiny.sana(layers=2)}
 
 
 def sure(pipeline):

@@ -263,7 +263,8 @@ def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
     """
     known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
     tokens = next((one for one in known if isinstance(one, Tokens)), None)
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    parts = (output,) if isinstance(output, Tensor) else output
+    first: Tensor = next(part for part in parts if part is not None)  # SD3's last block returns no text
     if tokens is None or first.ndim != 3:
         return first
     return tokens.image(output, x_t)
