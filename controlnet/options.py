@@ -193,9 +193,22 @@ def sdxl_canny() -> Config:
     )  # fmt: skip
 
 
+def flux_control_lora_canny() -> Config:
+    """A control LoRA of FLUX.1-dev, with the numbers of diffusers' example for such LoRAs. Never run here.
+
+    Those are rank, rate, batch, accumulation, length and precision of examples/flux-control/README.md, which has
+    AdamW in 8 bits (--optimizer adamw8bit), no warm-up and no average.
+    """
+    return Config(
+        preset="flux-control-lora-canny", teacher="black-forest-labs/FLUX.1-dev", data="images", adapter="lora",
+        lora_rank=64, steps=5000, batch_size=1, accumulate=4, learning_rate=1e-4, warmup=0, prompt_drop=0.0,
+        ema_decay=0.0, precision="bf16", gradient_checkpointing=True, guidance=3.5, test_samples=64,
+    )  # fmt: skip
+
+
 PRESETS: Mapping[str, Callable[[], Config]] = {
     "": Config, "circles": circles, "toyworld-canny": toyworld_canny, "toyworld-depth": toyworld_depth,
-    "sd15-canny": sd15_canny, "sdxl-canny": sdxl_canny,
+    "sd15-canny": sd15_canny, "sdxl-canny": sdxl_canny, "flux-control-lora-canny": flux_control_lora_canny,
 }  # fmt: skip
 """Settings by name; PAPERS.md puts those of the papers beside them."""
 
