@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from scorefield.denoiser import Cond
 from scorefield.models.controls import HINT, RESIDUAL, SINGLE, Control, copy_blocks, numbered, take_numbered
 from scorefield.models.families import JOINT, Family, Parts, beyond
+from scorefield.models.lora_keys import fused
 from scorefield.models.prompts import Encode
 
 T5_LENGTH = 512
@@ -91,11 +92,27 @@ MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 LAYERS = (*JOINT, *MLP, "proj_mlp", "proj_out")
 """Layers that its LoRAs change."""
 
+DOUBLE, ONE = "transformer_blocks", "single_transformer_blocks"
+
+KOHYA = {
+    **{f"{DOUBLE}.attn.to_{one}": "double_blocks.img_attn_qkv" for one in "qkv"},
+    **{f"{DOUBLE}.attn.add_{one}_proj": "double_blocks.txt_attn_qkv" for one in "qkv"},
+    f"{DOUBLE}.attn.to_out.0": "double_blocks.img_attn_proj",
+    f"{DOUBLE}.attn.to_add_out": "double_blocks.txt_attn_proj",
+    **{f"{DOUBLE}.{own}.net.{end}": f"double_blocks.{theirs}_mlp_{end[0]}"
+       for own, theirs in (("ff", "img"), ("ff_context", "txt")) for end in ("0.proj", "2")},
+    **{f"{ONE}.attn.to_{one}": "single_blocks.linear1" for one in "qkv"},
+    f"{ONE}.proj_mlp": "single_blocks.linear1",
+    f"{ONE}.proj_out": "single_blocks.linear2",
+    "proj_out": "final_layer_linear",
+}  # fmt: skip
+"""Names of its layers to those of its makers."""
+
 FAMILY = Family(
     "FluxPipeline", "transformer", FluxTransformer2DModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
     encoder=encoder, flow=True, blocks="transformer_blocks", call=call, lora=LAYERS, packing=2, size=(1024, 1024),
-    surplus=beyond(tokenizer_2=T5_LENGTH),
+    surplus=beyond(tokenizer_2=T5_LENGTH), kohya=lambda layers: fused(layers, KOHYA),
     control=Control(
         FluxControlNetModel, "FluxControlNetPipeline", make_control, call_control, prompt_only=True,
         widened="x_embedder", lora_pipeline="FluxControlPipeline",

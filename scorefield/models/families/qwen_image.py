@@ -12,6 +12,7 @@ from scorefield.denoiser import Cond
 from scorefield.models.controls import RESIDUAL, Control, copy_blocks, numbered, take_numbered
 from scorefield.models.families import JOINT, Family, Parts, num_tokens
 from scorefield.models.families.flux import pack, unpack
+from scorefield.models.lora_keys import underscored
 from scorefield.models.prompts import Encode
 
 LENGTH = 512
@@ -83,7 +84,7 @@ FAMILY = Family(
     {"text_encoder": Qwen2_5_VLForConditionalGeneration}, encoder=encoder, surplus=surplus,
     flow=True,
     blocks="transformer_blocks", call=call, lora=LAYERS, packing=2,
-    size=(1024, 1024), norm="token", bounded=False,
+    size=(1024, 1024), norm="token", bounded=False, kohya=underscored,
     control=Control(
         QwenImageControlNetModel, "QwenImageControlNetPipeline", make_control, call_control, prompt_only=True
     ),

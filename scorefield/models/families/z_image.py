@@ -10,6 +10,7 @@ from transformers import Qwen3Model
 from scorefield.denoiser import Cond
 from scorefield.models.controls import RESIDUAL, Control, numbered, take_numbered
 from scorefield.models.families import ATTENTION, Family, Parts, in_chat
+from scorefield.models.lora_keys import fused
 from scorefield.models.prompts import Encode
 
 LENGTH = 512
@@ -98,14 +99,26 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
     return encode
 
 
+BLOCKS = ("layers", "noise_refiner", "context_refiner")
+
 LAYERS = (*ATTENTION, "w1", "w2", "w3")
 """Layers that its LoRAs change."""
+
+ATTENTION_OF_MAKERS = dict.fromkeys(("to_q", "to_k", "to_v"), "qkv") | {"to_out.0": "out"}
+
+KOHYA = {
+    **{f"{blocks}.attention.{own}": f"{blocks}.attention.{theirs}" for blocks in BLOCKS
+       for own, theirs in ATTENTION_OF_MAKERS.items()},
+    **{f"{blocks}.feed_forward.{own}": f"{blocks}.feed_forward.{own}" for blocks in BLOCKS
+       for own in ("w1", "w2", "w3")},
+}  # fmt: skip
+"""Names of its layers to those of its makers."""
 
 FAMILY = Family(
     "ZImagePipeline", "transformer", ZImageTransformer2DModel, {"text_encoder": Qwen3Model}, encoder=encoder,
     surplus=in_chat(LENGTH, enable_thinking=True),
     flow=True, blocks="layers", image_first=True, call=call, lora=LAYERS, size=(1024, 1024), patch=2,
-    bounded=False,
+    bounded=False, kohya=lambda layers: fused(layers, KOHYA),
     control=Control(
         ZImageControlNetModel, "ZImageControlNetPipeline", make_control, call_control, borrowed=BORROWED
     ),
