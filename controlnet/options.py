@@ -93,8 +93,8 @@ class Adapter:
     free: ClassVar[tuple[str, ...]] = ("licence",)
 
     adapter: Literal["controlnet", "lora"] = "controlnet"
-    """controlnet: a trained copy of the first layers beside the teacher. lora: a control LoRA, low-rank changes of a
-    FLUX.1 teacher's own layers, of which the first takes the hint as further channels."""
+    """controlnet: a trained copy of the first layers beside the teacher. lora: a control LoRA, low-rank changes of
+    a FLUX.1 teacher's own layers, of which the first takes the hint as further channels."""
     lora_rank: int = 64
     """Rank of a control LoRA."""
     init_from: str = ""

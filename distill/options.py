@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -386,67 +386,54 @@ LORA_OF_DMD2: dict[str, Any] = {
 
 
 def flux_4step_lora() -> Config:
-    """FLUX.1-dev in four steps. Never run here. Needs images for the GAN term: --prompts.
+    """FLUX.1-dev in four steps, never run here; needs images for the GAN term: --prompts.
 
-    Guidance, GAN term, size, batch and length are FastGen's (NVIDIA, ``Flux/config_dmd2.py``), which trains all
-    weights at 1e-5; rates and LoRA are those of DMD2's SDXL LoRA.
+    Guidance, GAN term, size, batch and length are FastGen's (NVIDIA); rates and LoRA are DMD2's of SDXL.
     """
     return Config(
         preset="flux-4step-lora", **PAPER, **LORA_OF_DMD2, teacher="black-forest-labs/FLUX.1-dev",
-        out=Path("runs/flux-4step-lora"), steps=5000, batch_size=2, guidance=3.5, gan_weight=0.03,
-        size=512,
+        out=Path("runs/flux-4step-lora"), steps=5000, batch_size=2, guidance=3.5, gan_weight=0.03, size=512,
     )  # fmt: skip
 
 
 def qwen_image_4step_lora() -> Config:
-    """Qwen-Image in four steps. Never run here. Needs images for the GAN term: --prompts.
-
-    As :func:`flux_4step_lora`, with the guidance of FastGen's ``QwenImage/config_dmd2.py``.
-    """
-    return Config(
-        preset="qwen-image-4step-lora", **PAPER, **LORA_OF_DMD2, teacher="Qwen/Qwen-Image",
-        out=Path("runs/qwen-image-4step-lora"), steps=5000, batch_size=2, guidance=4.0, gan_weight=0.03,
-        size=512,
+    """The same for Qwen-Image, with the guidance of FastGen's ``QwenImage/config_dmd2.py``. Never run here."""
+    return replace(
+        flux_4step_lora(), preset="qwen-image-4step-lora", teacher="Qwen/Qwen-Image", guidance=4.0,
+        out=Path("runs/qwen-image-4step-lora"),
     )  # fmt: skip
 
 
 def z_image_4step_lora() -> Config:
-    """Z-Image in four steps. Never run here.
+    """The same for Z-Image without a GAN term, under its pipeline's guidance, which is 6 here. Never run here.
 
-    Its makers distilled it with noise levels of their own for the guidance term (arXiv 2511.22677), and tell no
-    numbers. Guidance is that of its pipeline, 5, which is 6 here; what else it needs is of DMD2's SDXL LoRA and
-    of FastGen's Qwen-Image.
+    As its makers did, noise levels of the guidance term are drawn separately (arXiv 2511.22677).
     """
-    return Config(
-        preset="z-image-4step-lora", **PAPER, **LORA_OF_DMD2, teacher="Tongyi-MAI/Z-Image",
-        out=Path("runs/z-image-4step-lora"), steps=5000, batch_size=2, guidance=6.0, separate_guidance=True,
-        gan_weight=0.0, size=512,
+    return replace(
+        flux_4step_lora(), preset="z-image-4step-lora", teacher="Tongyi-MAI/Z-Image", guidance=6.0,
+        separate_guidance=True, gan_weight=0.0, out=Path("runs/z-image-4step-lora"),
     )  # fmt: skip
 
 
 def sd35_4step_lora() -> Config:
-    """Stable Diffusion 3.5 medium in four steps. Never run here.
+    """The same for Stable Diffusion 3.5 medium without a GAN term, at its own size. Never run here.
 
-    Guidance 4 is SenseFlow's (arXiv 2506.00523, its code), which trains all weights at 1e-6 and says that plain
-    DMD hardly converges on this model; rates and LoRA are those of DMD2's SDXL LoRA.
+    Guidance 4 is SenseFlow's (arXiv 2506.00523), which says that plain DMD hardly converges on this model.
     """
-    return Config(
-        preset="sd35-4step-lora", **PAPER, **LORA_OF_DMD2, teacher="stabilityai/stable-diffusion-3.5-medium",
-        out=Path("runs/sd35-4step-lora"), steps=5000, batch_size=2, guidance=4.0, gan_weight=0.0,
+    return replace(
+        flux_4step_lora(), preset="sd35-4step-lora", teacher="stabilityai/stable-diffusion-3.5-medium",
+        guidance=4.0, gan_weight=0.0, size=0, out=Path("runs/sd35-4step-lora"),
     )  # fmt: skip
 
 
 def sana_1step() -> Config:
-    """Sana 1.6B in one step, all weights. Never run here.
+    """DMD2's one-step recipe for Sana 1.6B, under its pipeline's guidance. Never run here.
 
-    Nothing is published about DMD on Sana; its makers' one-step model is of another method (SANA-Sprint, arXiv
-    2503.09641). Guidance is that of its pipeline, all else DMD2's one-step student of Stable Diffusion 1.5.
+    Nothing is published about DMD on Sana; its makers' one-step model is of another method (arXiv 2503.09641).
     """
-    return Config(
-        preset="sana-1step", **PAPER, teacher="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-        out=Path("runs/sana-1step"), steps=40_000, batch_size=32, student_every=10, student_lr=1e-5, fake_lr=1e-5,
-        lr_schedule="constant", betas=(0.9, 0.999), guidance=4.5, gan_weight=0.0, warmup_steps=0, ema_decay=0.0,
-        precision="bf16", gradient_checkpointing=True,
+    return replace(
+        sd15_1step(), preset="sana-1step", teacher="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        guidance=4.5, out=Path("runs/sana-1step"),
     )  # fmt: skip
 
 
