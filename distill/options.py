@@ -382,7 +382,7 @@ LORA_OF_DMD2: dict[str, Any] = {
     "num_steps": 4, "critic_weight": 1e-2, "warmup_steps": 0, "ema_decay": 0.0, "lora": True, "lora_rank": 64,
     "lora_alpha": 8.0, "precision": "bf16", "gradient_checkpointing": True,
 }  # fmt: skip
-"""DMD2's four-step LoRA of SDXL, for teachers of which nothing else is published about LoRAs."""
+"""DMD2's four-step LoRA of SDXL: nothing is published about LoRAs of flow transformers."""
 
 
 def flux_4step_lora() -> Config:
@@ -398,17 +398,14 @@ def flux_4step_lora() -> Config:
 
 def qwen_image_4step_lora() -> Config:
     """The same for Qwen-Image, with the guidance of FastGen's ``QwenImage/config_dmd2.py``. Never run here."""
+    out = Path("runs/qwen-image-4step-lora")
     return replace(
-        flux_4step_lora(), preset="qwen-image-4step-lora", teacher="Qwen/Qwen-Image", guidance=4.0,
-        out=Path("runs/qwen-image-4step-lora"),
-    )  # fmt: skip
+        flux_4step_lora(), preset="qwen-image-4step-lora", teacher="Qwen/Qwen-Image", guidance=4.0, out=out
+    )
 
 
 def z_image_4step_lora() -> Config:
-    """The same for Z-Image without a GAN term, under its pipeline's guidance, which is 6 here. Never run here.
-
-    As its makers did, noise levels of the guidance term are drawn separately (arXiv 2511.22677).
-    """
+    """The same for Z-Image, without GAN term, its guidance decoupled (arXiv 2511.22677). Never run here."""
     return replace(
         flux_4step_lora(), preset="z-image-4step-lora", teacher="Tongyi-MAI/Z-Image", guidance=6.0,
         separate_guidance=True, gan_weight=0.0, out=Path("runs/z-image-4step-lora"),
