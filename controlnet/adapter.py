@@ -6,7 +6,8 @@
 
 An adapter is any module called as ``adapter(x_t, t, hint, **cond)`` that returns further conditions for the base:
 ``down_residual_0`` to n, finest first, and ``mid_residual``. ControlNet (Zhang et al. 2023, arXiv 2302.05543) is
-one such; a lighter one need not know anything else.
+one such; a lighter one need not know anything else. Those of transformers are in
+:mod:`controlnet.transformers`.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from controlnet.transformers import ControlLoRA, TransformerCopy
 from scorefield.denoiser import Cond, NetworkDenoiser, unwrap
+from scorefield.models.controls import HINT
 from scorefield.models.networks import DiffusersNetwork, model_arguments
 from scorefield.schedule import Images, PerSample, Schedule
 
@@ -193,16 +196,35 @@ class ControlledDenoiser:
         return self.base.schedule
 
     def with_hint(self, hint: Tensor) -> Self:
-        """The same for other hints."""
+        """The same for other hints, which adapters of transformers encode."""
+        adapter = unwrap(self.adapter)
+        if isinstance(adapter, TransformerCopy | ControlLoRA):
+            hint = adapter.prepare(hint)
         return replace(self, hint=hint)
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
         """The expected clean image. Raises ``ValueError`` without a hint, or if it does not fit the batch."""
-        return self.base(x_t, t, {**cond, **self.residuals(x_t, t, cond)})
+        return self.with_residuals(x_t, t, cond)[0]
+
+    def with_residuals(self, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, Cond]:
+        """The expected clean image, and what the adapter added to the base's layers: nothing, if it is a LoRA."""
+        if not isinstance(unwrap(self.adapter), ControlLoRA):
+            residuals = self.residuals(x_t, t, cond)
+            return self.base(x_t, t, {**cond, **residuals}), residuals
+        if self.guess or self.scale != 1:
+            raise ValueError("a control LoRA has neither guess mode nor a scale other than 1.")
+        hint, _ = self._hint_and_first(len(x_t))
+        return replace(self.base, network=self.adapter)(x_t, t, {**cond, HINT: hint.to(x_t.device)}), {}
 
     def residuals(self, x_t: Images, t: PerSample, cond: Cond) -> Cond:
         """What the adapter adds to the base, scaled."""
         hint, first = self._hint_and_first(len(x_t))
+        if first == 0 and self._is_guided(x_t):
+            # As its pipeline does: asked for the prompts, which come last, and added under the negative ones too.
+            n = len(x_t) // 2
+            positive = {name: value[n:] for name, value in cond.items()}
+            added = self.residuals(x_t[n:], t[n:], positive)
+            return {name: torch.cat([value, value]) for name, value in added.items()}
         time = self.base.time_scale * t.to(torch.promote_types(x_t.dtype, torch.float32))
         own = {name: value[first:] for name, value in cond.items()}
         values = self.adapter(x_t[first:], time[first:], hint.to(x_t.device), **own)
@@ -216,6 +238,13 @@ class ControlledDenoiser:
             name: torch.cat([torch.zeros_like(value[:1]).expand(first, *value.shape[1:]), value])
             for name, value in scaled.items()
         }
+
+    def _is_guided(self, x_t: Tensor) -> bool:
+        """Whether a batch is that of guidance, the same images twice, and the adapter wants the prompts alone."""
+        n = 0 if self.hint is None else len(self.hint)
+        adapter = unwrap(self.adapter)
+        wants = isinstance(adapter, TransformerCopy) and adapter.prompt_only
+        return wants and len(x_t) == 2 * n and torch.equal(x_t[:n], x_t[n:])
 
     def unwrapped(self) -> Self:
         """The same without DDP wrappers, for calls that are not part of the adapter's own training step."""

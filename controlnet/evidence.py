@@ -20,9 +20,9 @@ from torch import Tensor
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.scores import ERRORS, Score
-from scorefield.denoiser import Cond, NetworkDenoiser
+from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser
 from scorefield.gradient import TimeWeight, prediction_weight, weighted_error
-from scorefield.guidance import guided
+from scorefield.guidance import Norm, guided
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.sampling import grid, initial_noise, sample
@@ -108,7 +108,8 @@ class Gap:
         right: mean loss under the right hints.
         shuffled: mean loss under those of other samples.
         error: standard error of the mean of the paired differences.
-        residual_rms: of what the adapter adds to the base; 0 for a fresh one.
+        residual_rms: of what the adapter adds to the base, or of the change of x0 by a control LoRA; 0 for a
+            fresh one.
     """
 
     right: float
@@ -154,9 +155,10 @@ def paired_gap(
         x_t, cond = schedule.diffuse(x0, noise, t), {name: value[rows] for name, value in probe.cond.items()}
         columns = []
         for hint in hints:
-            residuals = denoiser.with_hint(hint[rows]).residuals(x_t, t, cond)
-            prediction = denoiser.base(x_t, t, {**cond, **residuals})
+            prediction, residuals = denoiser.with_hint(hint[rows]).with_residuals(x_t, t, cond)
             columns.append(weighted_error(prediction, x0, t, schedule, weight).double())
+        if not residuals:  # of a control LoRA, which changes the layers themselves
+            residuals = {"x0": prediction - denoiser.base(x_t, t, cond)}
         square = torch.stack([value.float().square().flatten(1).mean(1) for value in residuals.values()])
         return torch.stack([*columns, square.mean(0).double()], 1)
 
@@ -208,7 +210,10 @@ class Validation:
         encode: images to x0, for the ceiling.
         guidance: scale; 1 is none.
         negative: condition that guidance moves away from, batch 1.
+        norm: how guidance keeps the length of predictions.
+        told: the network is told the scale of guidance, in place of classifier-free guidance (FLUX.1-dev).
         num_steps: of DDIM.
+        shift: of the noise levels of its times.
         seed: of the initial noise.
         batch_size: images per pass.
         share: splits drawing and round trips over ranks, which must then ask for all of them together.
@@ -221,7 +226,10 @@ class Validation:
     encode: Callable[[Tensor], Tensor] = torch.clone
     guidance: float = 1.0
     negative: Cond = field(default_factory=dict)
+    norm: Norm = "none"
+    told: bool = False
     num_steps: int = 20
+    shift: float = 1.0
     seed: int = 0
     batch_size: int = 16
     share: Share = alone
@@ -230,7 +238,7 @@ class Validation:
     def images(self, denoiser: ControlledDenoiser | NetworkDenoiser) -> Tensor:
         """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare base."""
         denoiser, probe = denoiser.unwrapped(), self.probe
-        times = grid(denoiser.schedule, self.num_steps, spacing="uniform")
+        times = grid(denoiser.schedule, self.num_steps, shift=self.shift, spacing="uniform")
 
         def draw(rows: Tensor) -> Tensor:
             seeds = [derived_generator(self.seed, "validation", row) for row in rows.tolist()]
@@ -239,9 +247,14 @@ class Validation:
             model = denoiser
             if isinstance(model, ControlledDenoiser):
                 model = model.with_hint(probe.hint[rows])
-            return self.decode(sample(guided(model, self.guidance, self.negative), x_t, cond, times=times))
+            return self.decode(sample(self._guided(model), x_t, cond, times=times))
 
         return self._all(draw)
+
+    def _guided(self, model: Denoiser) -> Denoiser:
+        if self.told and self.guidance != 1:
+            return Conditioned(model, {"guidance": torch.tensor([self.guidance], device=self.probe.x0.device)})
+        return guided(model, self.guidance, {} if self.told else self.negative, norm=self.norm)
 
     def standings(self, images: Tensor) -> dict[str, Standing]:
         """What the judge says of ``images``, with floor and ceiling."""

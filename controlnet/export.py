@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from controlnet.adapter import EncoderCopy
 from controlnet.evidence import Probe, Standing
+from controlnet.transformers import ControlLoRA, TransformerCopy
 from controlnet.verdict import Evidence
 from scorefield.atomic import whole_folder
 from scorefield.denoiser import unwrap
+from scorefield.models.lora import LORA_FILE, adapter_weights
 from scorefield.models.pretrained import PartReader, find_model
 
 SAMPLES = "samples.png"
@@ -26,10 +29,14 @@ def save_adapter(
     adapter: nn.Module, folder: Path, card: str, *, samples: Tensor | None = None, unet: Any = None,
     report: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """Write an :class:`EncoderCopy` so that ``ControlNetModel.from_pretrained(folder)`` loads it, without loss.
+    """Write an adapter so that stock diffusers loads it, without loss.
 
-    One that takes hints of one channel is written for three, as published ones are and pipelines of diffusers want
-    them: a third of its first weights for each. To a grey image, red = green = blue, that is the same function.
+    ``from_pretrained(folder)`` of ControlNetModel or of the family's own class loads a ControlNet, and
+    ``load_lora_weights(folder)`` a control LoRA.
+
+    A ControlNet of a UNet that takes hints of one channel is written for three, as published ones are and
+    pipelines of diffusers want them: a third of its first weights for each. To a grey image, red = green = blue,
+    that is the same function.
 
     Args:
         adapter: or its average, wrapped in DDP or not.
@@ -44,16 +51,19 @@ def save_adapter(
         FloatingPointError: a weight is not finite; nothing is written.
     """
     inner = unwrap(adapter)
-    if not isinstance(inner, EncoderCopy):
+    if not isinstance(inner, EncoderCopy | TransformerCopy | ControlLoRA):
         raise ValueError(
             f"diffusers' ControlNetModel is the form of an EncoderCopy; got {type(inner).__name__}. Save "
             "its state_dict with safetensors."
         )
-    model = _of_three_channels(inner.model) if inner.channels == 1 else inner.model
-    parts = [model] if unet is None else [model, unet]
-    if not all(bool(p.isfinite().all()) for part in parts for p in part.parameters()):
+    parts: list[Any] = [] if unet is None else [unet]
+    if not isinstance(inner, ControlLoRA):
+        parts = [_of_three_channels(inner.model) if inner.channels == 1 else inner.model, *parts]
+    if not all(bool(p.isfinite().all()) for part in (*parts, inner) for p in part.parameters()):
         raise FloatingPointError("the adapter has weights that are not finite. Save an earlier checkpoint.")
     with whole_folder(folder) as temporary:
+        if isinstance(inner, ControlLoRA):
+            save_file(lora_weights(inner), temporary / LORA_FILE, metadata={"format": "pt"})
         for part, place in zip(parts, (temporary, temporary / "unet"), strict=False):
             part.save_pretrained(place, safe_serialization=True)
         (temporary / "README.md").write_text(card)
@@ -62,6 +72,11 @@ def save_adapter(
         if samples is not None:
             save_image(samples, temporary / SAMPLES)
     return folder
+
+
+def lora_weights(adapter: ControlLoRA) -> dict[str, Tensor]:
+    """The changes of a control LoRA by the names that ``load_lora_weights`` reads."""
+    return {f"transformer.{name}": value for name, value in adapter_weights(adapter.twin).items()}
 
 
 def _of_three_channels(model: Any) -> Any:
@@ -91,6 +106,7 @@ def load_adapter(
 def model_card(
     *, base: str, hint: str, look: Evidence | None, event: str, training: Mapping[str, Any],
     limits: str, licence: str | None = None, hint_channels: int = 3, pipeline: bool = True, unlocked: bool = False,
+    usage: str = "",
 ) -> str:  # fmt: skip
     """The README of an exported folder, in the form of model hubs.
 
@@ -106,6 +122,7 @@ def model_card(
         hint_channels: of the adapter: 1 and 3 are pictures to a pipeline.
         pipeline: whether ``base`` is one of diffusers.
         unlocked: whether the folder ``unet`` goes along.
+        usage: how diffusers draws with it, :func:`usage_of`; empty for the ControlNet of a UNet.
     """
     header = f"library_name: diffusers\nbase_model: {json.dumps(base)}\ntags: [controlnet]"
     header = header if licence is None else f"license: {licence}\n{header}"
@@ -115,7 +132,7 @@ def model_card(
 ---
 # ControlNet: {hint}
 
-{_usage(base, hint_channels, unlocked) if pipeline else USAGE_OF_NO_PIPELINE}
+{(usage or _usage(base, hint_channels, unlocked)) if pipeline else USAGE_OF_NO_PIPELINE}
 
 For {base}. Control {event} (half-way from floor to ceiling in two looks running).
 
@@ -137,6 +154,36 @@ USAGE_OF_NO_PIPELINE = """\
     from controlnet.adapter import ControlledDenoiser
     from controlnet.export import load_adapter
     controlled = ControlledDenoiser(base, load_adapter("path/of/this/folder"))"""
+
+
+def usage_of(adapter: nn.Module, base: str) -> str:
+    """How diffusers draws with the adapter of a transformer; empty for other adapters.
+
+    A ControlNet of a transformer keeps hints as pictures of three channels: the pipeline encodes them.
+    """
+    if isinstance(adapter, TransformerCopy):
+        kind, pipeline = type(adapter.model).__name__, adapter.control.pipeline
+        lines = [
+            f"from diffusers import {kind}, {pipeline}",
+            f"pipe = {pipeline}.from_pretrained(",
+            f'    {json.dumps(base)}, controlnet={kind}.from_pretrained("path/of/this/folder")',
+            ")",
+            'image = pipe("a prompt", control_image=hint, controlnet_conditioning_scale=1.0).images[0]',
+        ]
+    elif isinstance(adapter, ControlLoRA):
+        network: Any = adapter.backbone
+        pipeline = network.control.lora_pipeline
+        lines = [
+            f"from diffusers import {pipeline}",
+            f"pipe = {pipeline}.from_pretrained({json.dumps(base)})",
+            'pipe.load_lora_weights("path/of/this/folder")',
+            'image = pipe("a prompt", control_image=hint).images[0]',
+        ]
+    else:
+        return ""
+    opened = 'hint = Image.open("hint.png").convert("RGB")'
+    lines = ["from PIL import Image", lines[0], "", *lines[1:-1], opened, lines[-1]]
+    return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
 def _usage(base: str, hint_channels: int, unlocked: bool) -> str:

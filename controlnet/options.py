@@ -95,6 +95,11 @@ class Adapter:
 
     free: ClassVar[tuple[str, ...]] = ("licence",)
 
+    adapter: Literal["controlnet", "lora"] = "controlnet"
+    """controlnet: a trained copy of the first layers beside the teacher. lora: a control LoRA, low-rank changes of
+    a FLUX.1 teacher's own layers, of which the first takes the hint as further channels."""
+    lora_rank: int = 64
+    """Rank of a control LoRA."""
     init_from: str = ""
     """Folder of a finished adapter, or name of a ControlNet online, to start from."""
     learning_rate: float = 1e-5
@@ -115,7 +120,8 @@ class Adapter:
     unlocked: bool = False
     """Train the teacher's decoder, too (sd_locked=False). It is saved beside the adapter."""
     recompute_levels: int | None = None
-    """How many levels of resolution, from the finest, --gradient-checkpointing recomputes. By default all."""
+    """How many levels of resolution, from the finest, --gradient-checkpointing recomputes. By default all. For
+    UNets."""
     activation_budget: float = 1.0
     """Share of the activations that --compile keeps for the backward pass. It recomputes the others."""
     licence: str = ""
@@ -190,9 +196,22 @@ def sdxl_canny() -> Config:
     )  # fmt: skip
 
 
+def flux_control_lora_canny() -> Config:
+    """A control LoRA of FLUX.1-dev, with the numbers of diffusers' example for such LoRAs. Never run here.
+
+    Those are rank, rate, batch, accumulation, length and precision of examples/flux-control/README.md, which has
+    AdamW in 8 bits (--optimizer adamw8bit), no warm-up and no average.
+    """
+    return Config(
+        preset="flux-control-lora-canny", teacher="black-forest-labs/FLUX.1-dev", data="images", adapter="lora",
+        lora_rank=64, steps=5000, batch_size=1, accumulate=4, learning_rate=1e-4, warmup=0, prompt_drop=0.0,
+        ema_decay=0.0, precision="bf16", gradient_checkpointing=True, guidance=3.5, test_samples=64,
+    )  # fmt: skip
+
+
 PRESETS: Mapping[str, Callable[[], Config]] = {
     "": Config, "circles": circles, "toyworld-canny": toyworld_canny, "toyworld-depth": toyworld_depth,
-    "sd15-canny": sd15_canny, "sdxl-canny": sdxl_canny,
+    "sd15-canny": sd15_canny, "sdxl-canny": sdxl_canny, "flux-control-lora-canny": flux_control_lora_canny,
 }  # fmt: skip
 """Settings by name; PAPERS.md puts those of the papers beside them."""
 
@@ -214,7 +233,7 @@ def check(config: Config) -> None:
     check_init_from(config.init_from, config.out)
     check_watch(config)
     check_numbers(
-        config, positive=("new_factor",), rates=("learning_rate",),
+        config, positive=("new_factor", "lora_rank"), rates=("learning_rate",),
         not_negative=("warmup", "min_snr", "hint_channels"), shares=("ema_decay",),
     )  # fmt: skip
     for name, value in {"prompt-drop": config.prompt_drop, "hint-drop": config.hint_drop}.items():
@@ -226,6 +245,10 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--activation-budget must lie in (0, 1], and 1 without --compile; got {config.activation_budget}."
         )
+    if config.adapter == "lora" and config.unlocked:
+        raise ValueError("--unlocked trains the decoder beside a ControlNet. Leave out --adapter lora.")
+    if config.adapter == "controlnet" and config.lora_rank != Config.lora_rank:
+        raise ValueError("--lora-rank is of a control LoRA: pass --adapter lora, too.")
     if (levels := config.recompute_levels) is not None and (levels < 0 or not config.gradient_checkpointing):
         raise ValueError(
             f"--recompute-levels must be at least 0, and None without --gradient-checkpointing; got {levels}."

@@ -25,23 +25,34 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.data import ControlBatches
 from controlnet.evidence import Validation
-from controlnet.export import contact_sheet, model_card, save_adapter
+from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
 from controlnet.samples import Pictures
 from controlnet.tasks import Task, load_task
-from controlnet.training import adamw, compile_lightly, control_phase, lighten, unlock, with_weights
+from controlnet.training import ALL_TIMES, adamw, compile_lightly, control_phase, lighten, unlock, with_weights
+from controlnet.transformers import (
+    ControlLoRA,
+    TransformerCopy,
+    control_lora,
+    copy_transformer,
+    has_control,
+    is_of_tokens,
+)
 from controlnet.verdict import Evidence, EvidenceLog
 from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache, fingerprint
 from scorefield.data.buckets import Buckets, Shape, bucket_shapes
-from scorefield.denoiser import NetworkDenoiser, freeze
+from scorefield.denoiser import NetworkDenoiser, freeze, unwrap
 from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
+from scorefield.randomness import derived_generator
+from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
 from scorefield.training.loop import EMA, Phase
@@ -66,15 +77,15 @@ def main(config: Config) -> Path:
         return plan(config)
     accelerator = start(config)
     teacher, task = load(config, accelerator)
-    adapter = make_adapter(teacher, task)
+    adapter = make_adapter(config, teacher, task)
     begun_from = start_from(config, teacher, adapter)
     inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = encode_captions(teacher, task, accelerator)
     batches, held_out = make_batches(config, teacher, task, accelerator)
-    if config.calibrate and begun_from is None:
+    if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
         calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
-    phase = make_phase(config, denoiser)
+    phase = make_phase(config, denoiser, training_times(teacher))
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
@@ -117,7 +128,7 @@ def plan(config: Config) -> Path:
     """Print what a run would hold and do; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as nowhere:
         teacher, task = load(replace(config, cache=Path(nowhere)), None)
-    network, adapter = teacher.denoiser.network, make_adapter(teacher, task)
+    network, adapter = teacher.denoiser.network, make_adapter(config, teacher, task)
     start_from(config, teacher, adapter)
     freeze_base(config, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
@@ -149,11 +160,18 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
 
 
 def shapes_for(teacher: Teacher) -> list[Shape]:
-    """The shapes of ``--buckets``: sides that the network can halve, and multiples of 64 from 512 pixels on."""
+    """Return the shapes of ``--buckets``: sides of whole tokens, or ones that a UNet can halve.
+
+    From 512 pixels on they are multiples of 64. Raises ``ValueError`` for a teacher whose images are not square.
+    """
     assert teacher.codec is not None
     height, width = teacher.size
-    halvings = len(unet_of(teacher.denoiser).config.down_block_types) - 1
-    multiple = teacher.codec.factor * 2**halvings
+    network = teacher.denoiser.network
+    if is_of_tokens(teacher.denoiser):
+        unit = network.tokens.side if isinstance(network, DiffusersNetwork) and network.tokens else 1
+    else:
+        unit = 2 ** (len(unet_of(teacher.denoiser).config.down_block_types) - 1)
+    multiple = teacher.codec.factor * unit
     multiple = math.lcm(multiple, 64) if height >= 512 else multiple
     if height != width or height % multiple:
         raise ValueError(f"--buckets needs a square --size, a multiple of {multiple}; got {height} x {width}.")
@@ -174,12 +192,30 @@ def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> T
     if isinstance(teacher.texts, PromptEncoder):
         captions, rank = [*task.captions(), ""], accelerator.process_index
         share_prompts(teacher.texts, captions, rank=rank, num_ranks=accelerator.num_processes)
+        if isinstance(teacher.negatives, PromptEncoder):  # of families that encode negative prompts otherwise
+            share_prompts(teacher.negatives, [""], rank=rank, num_ranks=accelerator.num_processes)
     return teacher.without_text_encoders()
 
 
-def make_adapter(teacher: Teacher, task: Task) -> EncoderCopy:
-    """A fresh adapter for the hints of the task."""
+Adapter = EncoderCopy | TransformerCopy | ControlLoRA
+
+
+def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
+    """A fresh adapter for the hints of the task. Raises ``ValueError`` for options that do not fit its teacher."""
     assert teacher.codec is not None
+    is_transformer = is_of_tokens(teacher.denoiser)
+    if is_transformer and config.unlocked:
+        raise ValueError(f"--unlocked is for UNets; --teacher {config.teacher} has no decoder of its own.")
+    if is_transformer and task.hint.channels not in (1, 3):
+        raise ValueError(
+            f"--hint {config.hint} has {task.hint.channels} channels; adapters of --teacher {config.teacher} take "
+            "pictures of 1 or 3."
+        )
+    if config.adapter == "lora":
+        rank, generator = config.lora_rank, derived_generator("control lora", config.seed)
+        return control_lora(teacher, rank=rank, generator=generator)
+    if is_transformer:
+        return copy_transformer(teacher)
     return copy_encoder(teacher.denoiser, hint_channels=task.hint.channels, factor=teacher.codec.factor)
 
 
@@ -222,17 +258,19 @@ def freeze_base(config: Config, network: nn.Module) -> None:
 
 
 def make_denoiser(
-    config: Config, teacher: Teacher, adapter: EncoderCopy, accelerator: Accelerator
+    config: Config, teacher: Teacher, adapter: Adapter, accelerator: Accelerator
 ) -> ControlledDenoiser:
     """The teacher frozen, and the adapter, wrapped for several ranks."""
     network = teacher.denoiser.network
     freeze_base(config, network)
-    for part in (network, adapter):
+    for part in (network, adapter.backbone if isinstance(adapter, ControlLoRA) else adapter):
         lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
         if config.compile:
             compile_lightly(part, config.activation_budget)
-    # What is unlocked beside it is no part of a wrapped adapter; the loop averages its gradients.
-    prepared = adapter.to(accelerator.device) if config.unlocked else accelerator.prepare(adapter)
+    # What is unlocked beside it is no part of a wrapped adapter, and some weights of a transformer's last block,
+    # which end in the texts, get no gradients; there the loop averages them.
+    wrapped = isinstance(adapter, EncoderCopy) and not config.unlocked
+    prepared = accelerator.prepare(adapter) if wrapped else adapter.to(accelerator.device)
     return ControlledDenoiser(teacher.denoiser, prepared)
 
 
@@ -244,14 +282,23 @@ def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenois
     return with_weights(denoiser, nn.ModuleDict({"adapter": denoiser.adapter, **decoder})).base
 
 
-def make_phase(config: Config, denoiser: ControlledDenoiser) -> Phase:
+def training_times(teacher: Teacher) -> TimeSampler:
+    """How times are drawn: logit-normal under the teacher's shift for a flow transformer, else uniform.
+
+    So SD3 was trained (arXiv 2403.03206, Eq. 19 and 23), and those that followed it.
+    """
+    is_flow = has_control(teacher.denoiser) and teacher.denoiser.kind == "flow"
+    return shifted(logit_normal(), teacher.shift) if is_flow else ALL_TIMES
+
+
+def make_phase(config: Config, denoiser: ControlledDenoiser, times: TimeSampler = ALL_TIMES) -> Phase:
     """ControlNet's: AdamW, the base's own loss."""
     network = unlock(denoiser) if config.unlocked else denoiser.adapter
     optimizer = adamw(
         network, config.learning_rate, new_factor=config.new_factor, eight_bit=config.optimizer == "adamw8bit"
     )
     phase = control_phase(
-        denoiser, optimizer, network=network, ema=EMA(network, config.ema_decay),
+        denoiser, optimizer, network=network, times=times, ema=EMA(network, config.ema_decay),
         weight=min_snr_weight(config.min_snr) if config.min_snr else None,
         lr_schedule=cosine(optimizer, config.steps, config.warmup, config.lr_floor),
     )  # fmt: skip
@@ -289,6 +336,7 @@ def export(
         event=report["event"], training=facts(config, teacher, task, report, denoiser, images_per_step),
         licence=config.licence or ("apache-2.0" if config.teacher == "toyworld" or not pipeline else None),
         hint_channels=task.hint.channels, pipeline=pipeline, unlocked=config.unlocked,
+        usage=usage_of(unwrap(denoiser.adapter), config.teacher),
         limits=f"Judged on {report['num_samples']} held-out samples of the same data, guidance "
         f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
         "differ.",

@@ -38,6 +38,10 @@ DECODER = ("up_blocks", "conv_norm_out", "conv_out")
 """What :func:`unlock` trains beside the adapter: the parts of a UNet behind its middle block."""
 
 
+NEW = ("controlnet_", "pos_embed_input", "input_block", "before_proj", "after_proj")
+"""How the names begin of layers that a ControlNet does not copy: of UNets and FLUX, SD3, Sana, Z-Image."""
+
+
 def control_phase(
     denoiser: ControlledDenoiser, optimizer: Optimizer, *, network: nn.Module | None = None,
     times: TimeSampler = ALL_TIMES, weight: TimeWeight | None = None, ema: EMA | None = None,
@@ -96,7 +100,7 @@ def adamw(
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups[any(part.startswith("controlnet_") for part in name.split("."))].append(parameter)
+            groups[any(part.startswith(NEW) for part in name.split("."))].append(parameter)
     settings: list[dict[str, Any]] = [
         {"params": parameters, "lr": learning_rate * (new_factor if new else 1.0)}
         for new, parameters in groups.items()
@@ -130,7 +134,7 @@ def lighten(
         channels_last: the order of memory that convolutions are fastest in.
 
     Raises:
-        ValueError: recompute for a network that cannot, or a negative number of levels.
+        ValueError: recompute for a network that cannot, a negative number of levels, or levels for a transformer.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)
@@ -145,6 +149,8 @@ def lighten(
         return
     if levels < 0:
         raise ValueError(f"levels must be at least 0; got {levels}. None means all.")
+    if not hasattr(model, "down_blocks"):
+        raise ValueError(f"a {type(model).__name__} has no levels of resolution. Leave out --recompute-levels.")
     up = list(getattr(model, "up_blocks", ()))  # coarsest first, and none in a ControlNet
     for block in (*model.down_blocks[levels:], model.mid_block, *up[: max(len(up) - levels, 0)]):
         for part in block.modules():

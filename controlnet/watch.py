@@ -43,7 +43,8 @@ def make_validation(
     return Validation(
         probe=make_probe(batches, task, indices), judge=full(make_judge(task)), decode=full(teacher.decode),
         encode=full(teacher.encode), guidance=config.guidance, negative=teacher.negative(),
-        num_steps=config.sampling_steps, batch_size=config.eval_batch_size,
+        num_steps=config.sampling_steps, batch_size=config.eval_batch_size, shift=teacher.shift,
+        norm=teacher.norm, told=teacher.embedded is not None,
         share=partial(shared_rows, accelerator=accelerator),
     )  # fmt: skip
 

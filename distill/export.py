@@ -22,14 +22,15 @@ from distill.student import Student, even_times
 from scorefield.atomic import whole_folder
 from scorefield.files import read_json
 from scorefield.models.codec import read_codec_config
-from scorefield.models.components import UNUSED, check_copyable, check_index, copy_part
-from scorefield.models.families import family_of, has_part, parts_of
-from scorefield.models.lora import Twin, adapter_weights, merged
+from scorefield.models.components import LABELS, UNUSED, check_copyable, check_index, copy_part
+from scorefield.models.families import Family, family_of, has_part, parts_of
+from scorefield.models.lora import LORA_FILE, Twin, adapter_weights, merged
+from scorefield.models.lora_keys import KOHYA, kohya_weights, layers_of
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
 from scorefield.schedule import Schedule, VariancePreserving
 
-LORA = "pytorch_lora_weights.safetensors"
+LORA = LORA_FILE
 """Name of the file that ``load_lora_weights`` looks for."""
 
 
@@ -138,7 +139,7 @@ def _check_boundary(scheduler: Any) -> None:
 
 def export_student(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None, variant: str | None = None,
+    size: tuple[int, int] | None = None, variant: str | None = None, kohya: bool = False,
 ) -> Path:  # fmt: skip
     """Write what diffusers loads: a LoRA where the network is a :class:`Twin`, else a whole pipeline.
 
@@ -148,7 +149,7 @@ def export_student(
     """
     kind = getattr(diffusers, family_of(read_json(pipeline / INDEX)).pipeline)
     if hasattr(kind, "load_lora_weights") and isinstance(student.unwrapped().denoiser.network, Twin):
-        return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size)
+        return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size, kohya=kohya)
     return export_pipeline(student, pipeline, folder, card=card, base_model=base_model, size=size, variant=variant)
 
 
@@ -178,7 +179,7 @@ def export_pipeline(
     family = family_of(index)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     model = _model(student.unwrapped().denoiser.network)
-    facts = _facts(student, scheduler, size)
+    facts = _facts(student, scheduler, size, _told_scale(family, model))
     if size is not None:
         _, _, factor = read_codec_config(part_folder(pipeline, "vae"))
         height, width = (side // factor for side in size)
@@ -192,14 +193,15 @@ def export_pipeline(
         scheduler.save_pretrained(temporary / "scheduler")
         index = _student_index(index, scheduler, facts)
         (temporary / INDEX).write_text(json.dumps(index, indent=2))
-        use = _card(text, _PIPELINE_USE, facts, index["_class_name"], base_model, "")
+        asked = "[207]" if family.classes else '"a prompt"'
+        use = _card(text, _PIPELINE_USE.replace("PROMPT", asked), facts, index["_class_name"], base_model, "")
         (temporary / "README.md").write_text(use)
     return folder
 
 
 def export_lora(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, kohya: bool = False,
 ) -> Path:  # fmt: skip
     """Write the changes of a :class:`lora.Twin` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
 
@@ -210,9 +212,10 @@ def export_lora(
         card: text of the model card, above how to use it.
         base_model: name or folder of the teacher's pipeline, for the card.
         size: height and width in pixels that the student learned, for the card.
+        kohya: write a second file, in kohya's keys.
 
     Raises:
-        ValueError: another network, or times that the scheduler cannot be asked at.
+        ValueError: another network, times that the scheduler cannot be asked at, or layers without kohya's keys.
     """
     twin = student.unwrapped().denoiser.network
     if not isinstance(twin, Twin):
@@ -221,11 +224,16 @@ def export_lora(
         )
     index = read_json(pipeline / INDEX)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
-    facts = _facts(student, scheduler, size)
-    part = family_of(index).part
+    family, model = family_of(index), twin.backbone
+    facts = _facts(student, scheduler, size, _told_scale(family, getattr(model, "model", model)))
+    part = family.part
     with whole_folder(folder) as temporary:
         weights = {f"{part}.{name}": value for name, value in adapter_weights(twin).items()}
         save_file(weights, temporary / LORA, metadata={"format": "pt"})
+        if kohya:
+            assert family.kohya is not None
+            named = kohya_weights(twin, family.kohya(layers_of(twin)))
+            save_file(named, temporary / KOHYA, metadata={"format": "pt"})
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / LORA_FACTS).write_text(json.dumps(facts, indent=2))
         use = _LORA_USE.replace("SCHEDULER", type(scheduler).__name__)
@@ -255,11 +263,16 @@ def read_student_facts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in read_json(file).items() if name.startswith("dmd2_")}
 
 
-def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None) -> dict[str, Any]:
+def _told_scale(family: Family, model: Any) -> float:
+    """The guidance scale that the student's network is told (FLUX.1-dev, FLUX.2-dev); 1 for others: none."""
+    return family.embedded if model.config.get("guidance_embeds") else 1.0
+
+
+def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None, scale: float) -> dict[str, Any]:
     facts = {
         STUDENT_TIMES: [t * student.denoiser.time_scale for t in student.times],
         "dmd2_num_inference_steps": student.num_steps,
-        "dmd2_guidance_scale": 1.0,
+        "dmd2_guidance_scale": scale,
     }  # fmt: skip
     facts |= {} if size is None else {"dmd2_height": size[0], "dmd2_width": size[1]}
     shift = scheduler.config.get("shift")
@@ -270,7 +283,7 @@ def _student_index(index: Mapping[str, Any], scheduler: Any, facts: Mapping[str,
     # Parts that this family has not are not copied, so they are not named either.
     known = {*parts_of(index), *(name for name, value in index.items() if not has_part(index, name))}
     dropped = {*UNUSED, "requires_safety_checker"}
-    own = {name: value for name, value in index.items() if name in known - dropped}
+    own = {name: value for name, value in index.items() if name in {*known, LABELS} - dropped}
     own |= {"scheduler": ["diffusers", type(scheduler).__name__], **facts}
     if index["_class_name"] == "StableDiffusionPipeline":  # which asks for them by name
         own |= {name: [None, None] for name in UNUSED} | {"requires_safety_checker": False}
@@ -296,7 +309,7 @@ _PIPELINE_USE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("this folder")
-pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1SIZE).images[0]
+pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=SCALESIZE).images[0]
 ```
 """
 
@@ -306,7 +319,7 @@ from diffusers import DiffusionPipeline, SCHEDULER
 pipe = DiffusionPipeline.from_pretrained("BASE")
 pipe.load_lora_weights("this folder")
 pipe.scheduler = SCHEDULER.from_pretrained("this folder", subfolder="scheduler")
-pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=1SIZE).images[0]
+pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=SCALESIZE).images[0]
 ```
 """
 
@@ -315,21 +328,28 @@ def _card(text: str, use: str, facts: Mapping[str, Any], pipeline: str, base_mod
     steps = facts["dmd2_num_inference_steps"]
     times = ", ".join(f"{t:g}" for t in facts[STUDENT_TIMES])
     size = f", height={facts['dmd2_height']}, width={facts['dmd2_width']}" if "dmd2_height" in facts else ""
-    use = use.replace("PROMPT", '"a prompt"').replace("STEPS", str(steps)).replace("SIZE", size)
+    task = "unconditional-image-generation" if "[207]" in use else "text-to-image"
+    scale = f"{facts['dmd2_guidance_scale']:g}"
+    use = (
+        use.replace("PROMPT", '"a prompt"')
+        .replace("SCALE", scale)
+        .replace("STEPS", str(steps))
+        .replace("SIZE", size)
+    )
     base = f"base_model: {base_model}\n" if base_model else ""
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {task}
 {base}license: other
 license_name: that-of-the-base-model
-tags: [text-to-image, diffusion, distillation, dmd2{f", {tag}" if tag else ""}]
+tags: [{task}, diffusion, distillation, dmd2{f", {tag}" if tag else ""}]
 ---
 # A student of {steps} step{"s" if steps > 1 else ""}
 
 {text or "Distilled by distribution matching (DMD2, arXiv 2405.14867)."}
 
 {use.replace("BASE", base_model or "the teacher's folder or name")}
-A {pipeline} asked at timestep{"s" if steps > 1 else ""} {times}. Guidance is built in: `guidance_scale` must be 1,
-and `num_inference_steps` {steps}. Other values give an error at best, and else poor images. Its license is that of
-the base model.
+A {pipeline} asked at timestep{"s" if steps > 1 else ""} {times}. Guidance is built in: `guidance_scale` must be
+{scale}, and `num_inference_steps` {steps}. Other values give an error at best, and else poor images. Its license
+is that of the base model.
 """

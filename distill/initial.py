@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.export import LORA
 from distill.options import Config
 from scorefield.cache import fingerprint
-from scorefield.files import check_regular
+from scorefield.files import read_json
+from scorefield.models.families import family_of
 from scorefield.models.lora import Twin, load_adapter_weights
+from scorefield.models.lora_keys import read_lora
+from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
-from scorefield.models.weights import check_finite
 from scorefield.schedule import VariancePreserving
 
 
@@ -58,12 +58,12 @@ def initial_weights(config: Config, teacher: Teacher) -> Initial | None:
     source = config.init_from
     if not source:
         return None
-    is_lora = (Path(source) / LORA).is_file()
+    is_lora = (Path(source) / LORA).is_file() or Path(source).is_file()
     if is_lora != config.lora:
         kind, fix = ("a LoRA", "Pass --lora, too") if is_lora else ("no LoRA", "Leave out --lora")
         raise ValueError(f"--init-from {source} is {kind}. {fix}, or the folder of another student.")
     if is_lora:
-        return Initial(source, _lora(config))
+        return Initial(source, _lora(config, teacher))
     # The student of a module:function does not say how its network is built; the teacher does.
     code = (config.network or config.teacher) if teacher.facts.get("network") == "function" else ""
     try:
@@ -79,19 +79,20 @@ def initial_weights(config: Config, teacher: Teacher) -> Initial | None:
     return Initial(source, {name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
-def _lora(config: Config) -> dict[str, Tensor]:
-    file = Path(config.init_from) / LORA
+def _lora(config: Config, teacher: Teacher) -> dict[str, Tensor]:
+    file = Path(config.init_from)
+    file = file if file.is_file() else file / LORA
+    assert teacher.source is not None
+    family = family_of(read_json(teacher.source / INDEX))
     try:
-        check_regular(file)
-        weights = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--init-from: cannot read the weights {file}: {error}") from error
-    check_finite(weights, file)
+        weights = read_lora(file, family.pipeline, family.part)
+    except ValueError as error:
+        raise ValueError(f"--init-from: {error}") from error
     ranks = {value.shape[0] for name, value in weights.items() if ".lora_A." in name}
     if ranks != {config.lora_rank}:
         there = ", ".join(map(str, sorted(ranks)))
         raise ValueError(f"--init-from {config.init_from} has the rank {there}, --lora-rank {config.lora_rank}.")
-    return {name.partition(".")[2]: value for name, value in weights.items()}  # without that of the part
+    return weights
 
 
 def _check_fit(source: str, student: Teacher, teacher: Teacher) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,14 +25,19 @@ from scorefield.training.options import (
 class Student:
     """The student: where it starts from, and the timesteps it is asked at."""
 
+    free: ClassVar[tuple[str, ...]] = ("kohya_keys",)
+
     init_from: str = ""
-    """Folder of a finished student to start from instead of the teacher. With --lora: folder of a LoRA."""
+    """Folder of a finished student to start from instead of the teacher. With --lora: folder of a LoRA, or a
+    .safetensors file in diffusers' or kohya's keys."""
     lora: bool = False
     """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
     lora_rank: int = 64
     """Rank of both LoRAs."""
     lora_alpha: float = 0.0
     """peft's lora_alpha: a LoRA's output is scaled by alpha / rank. 0 means alpha = rank."""
+    kohya_keys: bool = False
+    """Also write the LoRA in the keys of kohya's scripts, which ComfyUI reads: --out/student/kohya.safetensors."""
     times: tuple[float, ...] = ()
     """Timesteps of the student, noisiest first. By default the first one is where sigma / alpha equals
     --student-ratio, and the others are evenly spaced below it."""
@@ -187,12 +192,12 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
 
 TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
-    "validation_prompts",
+    "validation_prompts", "kohya_keys",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "memory_limit", "features")
 IMAGE_PRESETS = ("auto", "digits")
 MIN_GUARD = 64
-LORA_ONLY = ("lora_rank", "lora_alpha")
+LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys")
 
 
 def check(config: Config) -> None:
@@ -372,10 +377,69 @@ def sdxl_4step_lora() -> Config:
     )  # fmt: skip
 
 
+LORA_OF_DMD2: dict[str, Any] = {
+    "student_lr": 5e-5, "fake_lr": 5e-5, "lr_schedule": "constant", "betas": (0.9, 0.999), "student_every": 5,
+    "num_steps": 4, "critic_weight": 1e-2, "warmup_steps": 0, "ema_decay": 0.0, "lora": True, "lora_rank": 64,
+    "lora_alpha": 8.0, "precision": "bf16", "gradient_checkpointing": True,
+}  # fmt: skip
+"""DMD2's four-step LoRA of SDXL: nothing is published about LoRAs of flow transformers."""
+
+
+def flux_4step_lora() -> Config:
+    """FLUX.1-dev in four steps, never run here; needs images for the GAN term: --prompts.
+
+    Guidance, GAN term, size, batch and length are FastGen's (NVIDIA); rates and LoRA are DMD2's of SDXL.
+    """
+    return Config(
+        preset="flux-4step-lora", **PAPER, **LORA_OF_DMD2, teacher="black-forest-labs/FLUX.1-dev",
+        out=Path("runs/flux-4step-lora"), steps=5000, batch_size=2, guidance=3.5, gan_weight=0.03, size=512,
+    )  # fmt: skip
+
+
+def qwen_image_4step_lora() -> Config:
+    """The same for Qwen-Image, with the guidance of FastGen's ``QwenImage/config_dmd2.py``. Never run here."""
+    out = Path("runs/qwen-image-4step-lora")
+    return replace(
+        flux_4step_lora(), preset="qwen-image-4step-lora", teacher="Qwen/Qwen-Image", guidance=4.0, out=out
+    )
+
+
+def z_image_4step_lora() -> Config:
+    """The same for Z-Image, without GAN term, its guidance decoupled (arXiv 2511.22677). Never run here."""
+    return replace(
+        flux_4step_lora(), preset="z-image-4step-lora", teacher="Tongyi-MAI/Z-Image", guidance=6.0,
+        separate_guidance=True, gan_weight=0.0, out=Path("runs/z-image-4step-lora"),
+    )  # fmt: skip
+
+
+def sd35_4step_lora() -> Config:
+    """The same for Stable Diffusion 3.5 medium without a GAN term, at its own size. Never run here.
+
+    Guidance 4 is SenseFlow's (arXiv 2506.00523), which says that plain DMD hardly converges on this model.
+    """
+    return replace(
+        flux_4step_lora(), preset="sd35-4step-lora", teacher="stabilityai/stable-diffusion-3.5-medium",
+        guidance=4.0, gan_weight=0.0, size=0, out=Path("runs/sd35-4step-lora"),
+    )  # fmt: skip
+
+
+def sana_1step() -> Config:
+    """DMD2's one-step recipe for Sana 1.6B, under its pipeline's guidance. Never run here.
+
+    Nothing is published about DMD on Sana; its makers' one-step model is of another method (arXiv 2503.09641).
+    """
+    return replace(
+        sd15_1step(), preset="sana-1step", teacher="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        guidance=4.5, out=Path("runs/sana-1step"),
+    )  # fmt: skip
+
+
 PRESETS: Mapping[str, Callable[[], Config]] = {
     "auto": auto, "digits": digits, "text": text,
     "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step, "toyworld-1step-lora": toyworld_1step_lora,
-    "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora,
+    "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora, "flux-4step-lora": flux_4step_lora,
+    "qwen-image-4step-lora": qwen_image_4step_lora, "z-image-4step-lora": z_image_4step_lora,
+    "sd35-4step-lora": sd35_4step_lora, "sana-1step": sana_1step,
 }  # fmt: skip
 
 

@@ -16,14 +16,25 @@ from pathlib import Path
 import torch
 
 from distill.data import student_batches, student_data
+from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import initial_weights
 from distill.options import Config, check
-from distill.roles import build_method, build_roles, plan_of_pairs, planned_roles, settled, teacher_pairs
+from distill.roles import (
+    build_method,
+    build_roles,
+    plan_of_pairs,
+    planned_roles,
+    settled,
+    student_times,
+    teacher_pairs,
+)
 from distill.stages import Stages, distil
 from distill.student import Student, save_student
 from distill.text_recipe import distil_texts
 from scorefield.data.images import ImageSet
 from scorefield.diagnosis.check import Diagnosis
+from scorefield.files import read_json
+from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
 from scorefield.randomness import Rng
@@ -63,6 +74,8 @@ def distil_images(config: Config) -> Path:
         return config.out
     accelerator = start(config)
     teacher.denoiser.network.to(accelerator.device)
+    if isinstance(teacher.codec, Codec):
+        teacher.codec.vae.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
     method = build_method(config, teacher, *networks)
     batches = student_batches(config, teacher, data, accelerator.device, accelerator.num_processes)
@@ -91,13 +104,16 @@ def distil_images(config: Config) -> Path:
     folder = config.out / "student"
     if accelerator.is_main_process:
         with working("saving the student"):
-            save_student(student, folder, teacher.facts)
+            if teacher.codec is not None and teacher.source is not None:
+                export_student(student, teacher.source, folder, base_model=config.teacher)
+            else:
+                save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
 
 
 def teacher_of_images(config: Config) -> Teacher:
-    """Return the teacher. Raises ``ValueError`` for a student, a model of latents, and guidance it cannot have."""
+    """Return the teacher. Raises ``ValueError`` for a student, a model of prompts, and guidance it cannot have."""
     with working("loading the teacher"):
         teacher = load_teacher(
             config.teacher, config.network, allow_pickle=config.allow_pickle, variant=config.variant
@@ -106,13 +122,26 @@ def teacher_of_images(config: Config) -> Teacher:
         raise ValueError(
             f"--teacher {config.teacher} is a student, which knows no other noise level. Pass its teacher."
         )
-    if teacher.codec is not None:
-        raise ValueError(
-            f"--teacher {config.teacher} draws {'prompts' if teacher.texts else 'classes in latents'}: "
-            + ("pass --prompts." if teacher.texts else "such models can be sampled, not distilled yet.")
-        )
+    if teacher.texts is not None:
+        raise ValueError(f"--teacher {config.teacher} draws prompts: pass --prompts.")
     teacher.guided(config.guidance)
+    if teacher.codec is not None:
+        check_of_latents(config, teacher)
     return teacher
+
+
+def check_of_latents(config: Config, teacher: Teacher) -> None:
+    """Raise ``ValueError`` for what a teacher of classes in latents (DiT) cannot do; its student is a pipeline."""
+    if teacher.source is None:
+        raise ValueError(f"--teacher {config.teacher} works on latents, but is no pipeline of diffusers.")
+    if config.data is not None:
+        raise ValueError(
+            f"--teacher {config.teacher} works on latents, and images for it are not encoded. Leave out --data; "
+            "for a GAN term pass --reals teacher."
+        )
+    copied_parts(teacher.source, config.variant or None)
+    student = Student(teacher.denoiser, student_times(config, teacher.denoiser.schedule, latent=True))
+    scheduler_for(student, read_json(teacher.source / "scheduler" / "scheduler_config.json"))
 
 
 def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diagnosis:
@@ -123,7 +152,8 @@ def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diag
         batch = data.batch(torch.randperm(len(data), generator=generator)[:number], generator)
         x0, labels = batch.images, batch.labels
     null = teacher.cond(torch.tensor([teacher.num_classes])) if config.guidance != 1 else None
-    return check_teacher(teacher, x0, labels, null=null, batch_size=config.batch_size)
+    bounded = teacher.codec is None
+    return check_teacher(teacher, x0, labels, null=null, bounded=bounded, batch_size=config.batch_size)
 
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
@@ -131,4 +161,5 @@ def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
     labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(teacher.device)
-    return student.sample(noise, teacher.cond(labels.to(teacher.device)), generator=generator)
+    x0 = student.sample(noise, teacher.cond(labels.to(teacher.device)), generator=generator)
+    return teacher.decode(x0)

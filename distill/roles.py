@@ -116,7 +116,7 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
-    if teacher.facts.get("network") == "function":
+    if teacher.facts.get("network") in ("function", None):  # None: a pipeline's own, of classes in latents
         fake = copy.deepcopy(teacher.denoiser.network).eval()
     else:
         fake = build_network(teacher.facts, fake_steps(config, teacher.facts)).eval()
@@ -164,10 +164,11 @@ def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.
     gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
     facts = teacher.facts
     sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
-    check_rounding(config, teacher.denoiser)
+    latent = teacher.codec is not None
+    check_rounding(config, teacher.denoiser, latent)
     return DMD(
         teacher=target,
-        student=Student(replace(teacher.denoiser, network=student), student_times(config, schedule)),
+        student=Student(replace(teacher.denoiser, network=student), student_times(config, schedule, latent)),
         fake=replace(teacher.denoiser, network=fake),
         shape=teacher.shape,
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
@@ -188,13 +189,13 @@ def separate_guidance(config: Config) -> SeparateGuidance | None:
     return SeparateGuidance(low=low, high=high) if high else SeparateGuidance()
 
 
-def check_rounding(config: Config, denoiser: NetworkDenoiser) -> None:
+def check_rounding(config: Config, denoiser: NetworkDenoiser, latent: bool = False) -> None:
     """Raise ``ValueError`` where bf16 would round away what an eps network says of the clean image.
 
     x0 = (x_t - sigma eps) / alpha multiplies the rounding of eps, 2^-9 at most, by sigma / alpha: 0.3 at 157, the
     noisiest time of a plain DDPM, and 0.03 at Stable Diffusion's 14.6.
     """
-    first = student_times(config, denoiser.schedule)[0]
+    first = student_times(config, denoiser.schedule, latent)[0]
     ratio = float(denoiser.schedule.ratio(torch.tensor(first, dtype=torch.float64)))
     if config.precision == "bf16" and denoiser.kind == "eps" and ratio > MOST_ROUNDING:
         raise ValueError(
@@ -204,13 +205,17 @@ def check_rounding(config: Config, denoiser: NetworkDenoiser) -> None:
         )
 
 
-def student_times(config: Config, schedule: Schedule) -> tuple[float, ...]:
-    """Timesteps of the student: those of --times, or by --student-ratio."""
+def student_times(config: Config, schedule: Schedule, latent: bool = False) -> tuple[float, ...]:
+    """Timesteps of the student: those of --times, or by --student-ratio.
+
+    Where there are prompts, or a teacher of classes works on latents, the student is a pipeline of diffusers.
+    """
+    of_pipeline = latent or bool(config.prompts)
     if config.times:
         return config.times
     if not config.student_ratio:
-        return (lcm_times if config.prompts else even_times)(schedule, config.num_steps)
-    if config.prompts:  # what the schedulers of diffusers can be told
+        return (lcm_times if of_pipeline else even_times)(schedule, config.num_steps)
+    if of_pipeline:  # what the schedulers of diffusers can be told
         return lcm_times(schedule, config.num_steps, highest=config.student_ratio)
     return times_by_ratio(schedule, config.num_steps, highest=config.student_ratio)
 

@@ -32,6 +32,7 @@ from scorefield.data.rows import Listing, keep_good
 from scorefield.data.texts import Texts, read_texts
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
+from scorefield.models.families import family_of
 from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
@@ -174,6 +175,10 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
     copied_parts(folder, config.variant or None)
     times = student_times(config, source.denoiser.schedule)
     scheduler_for(Student(source.denoiser, times), read_json(folder / "scheduler" / "scheduler_config.json"))
+    if config.kohya_keys and family_of(read_json(folder / INDEX)).kohya is None:
+        raise ValueError(
+            f"--kohya-keys: diffusers reads no such keys for LoRAs of --teacher {config.teacher}. Leave it out."
+        )
     if config.eval_every and source.size != JUDGED:
         raise ValueError(
             f"--eval-every asks the toy world's judge, who sees pictures of {JUDGED}; --teacher {config.teacher} "
@@ -278,5 +283,5 @@ def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_p
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
     return export_student(
         student, pipeline_of(teacher), folder, card=card, base_model=base, size=teacher.size,
-        variant=config.variant or None,
+        variant=config.variant or None, kohya=config.kohya_keys,
     )  # fmt: skip

@@ -37,7 +37,9 @@ def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
     found = parsed(monkeypatch, "sdxl-4step-lora", "--prompts", "x", "--steps", "9")
     assert found == replace(distill_options.sdxl_4step_lora(), prompts="x", steps=9)
     assert parsed(monkeypatch) == distill_options.auto()
+    papers = (Path(__file__).resolve().parent.parent / "PAPERS.md").read_text()
     for name, preset in PRESETS.items():
+        assert name in (*IMAGE_PRESETS, "text", "toyworld-4step", "toyworld-1step-lora") or f"`{name}`" in papers
         config = preset()
         assert config.preset == name
         distill_options.check(config if config.prompts or name in IMAGE_PRESETS else replace(config, prompts="x"))

@@ -62,6 +62,8 @@ def stock_image(name, pipeline, noise, size):
     given = {"height": size[0], "width": size[1], "num_inference_steps": 1, "output_type": "pt"}
     if name == "flux":
         given |= {"latents": pack(noise), "guidance_scale": 3.5}
+    elif name == "flux2":
+        given |= {"latents": noise, "guidance_scale": 4.0}
     elif name == "qwen_image":
         given |= {"latents": pack(noise), "true_cfg_scale": 1.0}
     elif name == "z_image":
@@ -86,6 +88,8 @@ def test_stock_diffusers_draws_the_students_image(root, tmp_path, name, lora):
     noise = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(3))
     cond = teacher.prompts(PROMPTS[:1])
     untrained = Student(teacher.denoiser, (first(teacher),)).sample(noise, cond)
+    told = {"flux": "3.5", "flux2": "4"}.get(name, "1")
+    assert f"guidance_scale={told}, height" in (folder / "README.md").read_text()
     if (folder / LORA).is_file():
         pipeline = DiffusionPipeline.from_pretrained(root / name)
         pipeline.load_lora_weights(folder)
@@ -165,11 +169,46 @@ def test_pictures_learn_from_every_family(root, tmp_path, name, method):
     assert all(value.isfinite().all() for value in last.values())
 
 
-def test_classes_in_latents_are_not_distilled_yet(root, tmp_path):
-    folder = pipeline_folder(root, "dit")
-    config = distill.options.Config(teacher=str(folder), out=tmp_path / "run")
-    with pytest.raises(ValueError, match="classes in latents: such models can be sampled, not distilled yet"):
-        distill.recipe.main(config)
+def class_config(root, out, **changes):
+    return distill.options.Config(
+        teacher=str(pipeline_folder(root, "dit")), out=out,
+        **{"steps": 2, "student_every": 1, "batch_size": 4, "warmup_steps": 1, "num_pairs": 8, "pair_steps": 2,
+           "guard_images": 64, "guard_every": 2, "fake_warmup": 1, "student_lr": 1e-2, "fake_lr": 1e-3,
+           "warmup_lr": 1e-2, "guidance": 2.0, "skip_teacher_check": True, "ema_decay": 0.0, "max_setbacks": 9,
+           "eval_every": 0, **changes},
+    )  # fmt: skip
+
+
+def test_classes_in_latents_are_distilled_into_a_pipeline(root, tmp_path):
+    """DiT: two updates with a critic on the teacher's own images; stock DiTPipeline draws the same image."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = distill.recipe.main(class_config(root, tmp_path / "run", gan_weight=0.01, reals="teacher"))
+    teacher = load_teacher(root / "dit")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline([3, 7], guidance_scale=1, num_inference_steps=1, output_type="np",
+                     generator=torch.Generator().manual_seed(1)).images  # fmt: skip
+    noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
+    cond = teacher.cond(torch.tensor([3, 7]))
+    trained = load_file(tmp_path / "run" / "checkpoints" / "step-000000002" / "student.safetensors")
+    start = Student(teacher.denoiser, lcm_times(teacher.denoiser.schedule, 1, highest=3.5))
+    untrained = teacher.decode(start.sample(noise, cond))
+    teacher.denoiser.network.load_state_dict(trained)
+    images = teacher.decode(start.sample(noise, cond))
+    wanted = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert (torch.from_numpy(found) - wanted).abs().max() <= 2 / 255
+    assert (images - untrained).abs().max() > 0.01, "nothing was learned"
+    again = load_teacher(folder, few_steps=True)
+    assert again.times == start.times
+    assert "pipe([207], num_inference_steps=1, guidance_scale=1)" in (folder / "README.md").read_text()
+
+
+def test_what_classes_in_latents_cannot_do_is_refused(root, tmp_path):
+    config = class_config(root, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"images for it are not encoded\. Leave out --data"):
+        distill.recipe.main(replace(config, data=tmp_path))
+    with pytest.raises(ValueError, match="no LCMScheduler asks at the times"):
+        distill.recipe.main(replace(config, times=(700.0, 100.0), num_steps=2))
     with pytest.raises(ValueError, match="draws prompts: pass --prompts"):
         distill.recipe.main(replace(config, teacher=str(pipeline_folder(root, "flux"))))
     assert not (tmp_path / "run").exists()

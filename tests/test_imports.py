@@ -44,7 +44,8 @@ LIBRARIES = {
     ),
     "diffusers": (
         "scorefield/models/pretrained.py", "scorefield/models/codec.py", "scorefield/models/families/",
-        "scorefield/models/networks.py", "toyworld/parts.py", "toyworld/circles.py", "toyworld/evaluate.py",
+        "scorefield/models/networks.py", "scorefield/models/lora_keys.py", "toyworld/parts.py",
+        "toyworld/circles.py", "toyworld/evaluate.py",
         "distill/export.py", "controlnet/adapter.py", "controlnet/export.py", "train_scripts/", "benchmarks/",
     ),
     "transformers": (
@@ -69,7 +70,7 @@ CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines",
 HEAVY = {
     *("parts", "lora", "vsd", "looks", "learning", "guards", "probe", "recipe", "checks", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
-    *("students", "judge", "renders"),
+    *("students", "judge", "renders", "lora_keys"),
 }
 HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/")
 

@@ -11,6 +11,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -22,17 +23,22 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_pipelines import LETTERS, clip, clip_tokenizer, spread, t5, t5_tokenizer, vae
+from tiny_pipelines import LETTERS, clip, clip_tokenizer, sd3, spread, t5, t5_tokenizer, vae
 from tokenizers import pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -159,13 +165,15 @@ def qwen_image():
     )  # fmt: skip
 
 
-def flux2_klein():
-    torch.manual_seed(0)
-    transformer = Flux2Transformer2DModel(
+def flux2_transformer(texts, guidance):
+    return Flux2Transformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=32,
-        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        num_attention_heads=2, joint_attention_dim=texts, timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
     ).eval()  # fmt: skip
+
+
+def flux2_vae():
     autoencoder = AutoencoderKLFlux2(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
@@ -174,18 +182,70 @@ def flux2_klein():
     with torch.no_grad():
         autoencoder.bn.running_mean.normal_(0, 0.3)
         autoencoder.bn.running_var.uniform_(0.5, 2)
+    return autoencoder
+
+
+def flux2_klein():
+    torch.manual_seed(0)
     return Flux2KleinPipeline(
-        transformer=transformer, scheduler=flow(use_dynamic_shifting=True), vae=autoencoder,
-        text_encoder=qwen3(Qwen3ForCausalLM, layers=28), tokenizer=qwen_tokenizer(),
+        transformer=flux2_transformer(48, guidance=False), scheduler=flow(use_dynamic_shifting=True),
+        vae=flux2_vae(), text_encoder=qwen3(Qwen3ForCausalLM, layers=28), tokenizer=qwen_tokenizer(),
     )  # fmt: skip
 
 
-def sana():
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
+    "{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+def pixtral_processor():
+    """A tokenizer, which knows the tokens of images, in a processor that is told parts of messages."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessor(size={"longest_edge": 16}, patch_size=4), tokenizer=tokenizer,
+        patch_size=4, chat_template=PARTS,
+    )  # fmt: skip
+
+
+def flux2():
+    torch.manual_seed(0)
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 30,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 300,
+            "max_position_embeddings": 2048, "pad_token_id": 0, "sliding_window": None,
+        },
+        vision_config={
+            "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "head_dim": 8, "patch_size": 4, "image_size": 16,
+        },
+        image_token_index=260, spatial_merge_size=1,
+    )  # fmt: skip
+    return Flux2Pipeline(
+        transformer=flux2_transformer(48, guidance=True), scheduler=flow(use_dynamic_shifting=True),
+        vae=flux2_vae(), text_encoder=spread(Mistral3ForConditionalGeneration(config).eval()),
+        tokenizer=pixtral_processor(),
+    )  # fmt: skip
+
+
+def sd35():
+    """Stable Diffusion 3.5: norms of queries and keys, and two attentions in its first block."""
+    torch.manual_seed(0)
+    pipeline = sd3()
+    own = {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 16}
+    config = {**pipeline.transformer.config, **own}
+    pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config).eval())
+    return pipeline
+
+
+def sana(layers=1):
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
-        sample_size=16,
+        patch_size=1, in_channels=4, out_channels=4, num_layers=layers, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=16, sample_size=16,
     ).eval()  # fmt: skip
     autoencoder = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2,
@@ -261,6 +321,6 @@ def wan():
 
 
 FAMILIES = {
-    "flux": flux, "z_image": z_image, "qwen_image": qwen_image, "flux2_klein": flux2_klein, "sana": sana,
-    "pixart_sigma": pixart_sigma, "dit": dit, "lumina2": lumina2, "wan": wan,
+    "flux": flux, "z_image": z_image, "qwen_image": qwen_image, "flux2_klein": flux2_klein, "flux2": flux2,
+    "sd35": sd35, "sana": sana, "pixart_sigma": pixart_sigma, "dit": dit, "lumina2": lumina2, "wan": wan,
 }  # fmt: skip

@@ -24,9 +24,13 @@ LIBRARIES = ("diffusers", "transformers")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that are neither read nor copied."""
 
+LABELS, MOST_LETTERS = "id2label", 1000
+"""Entry of an index that names classes, and the length of a name."""
+
 VOCABULARY = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
     "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 """Files of a tokenizer."""
 
@@ -83,7 +87,8 @@ def check_index(index: Mapping[str, Any], file: Path, used: Iterable[str]) -> No
     for name, value in index.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"{file}: {name[:80]!r} is no name of a part; expected letters, digits and _.")
-        if isinstance(value, list | dict) and not (_is_pair(value) or _is_numbers(value)):
+        known = _is_pair(value) or _is_numbers(value) or (name == LABELS and _is_words(value))
+        if isinstance(value, list | dict) and not known:
             raise ValueError(f"{file}: {name} must be [library, class] or [null, null]; got {str(value)[:80]!r}.")
     for name in used:
         library, _ = index[name] if _is_pair(index.get(name)) else (None, None)
@@ -98,6 +103,13 @@ def _is_pair(value: object) -> bool:
         return False
     plain = all(isinstance(word, str) and re.fullmatch(r"\w+(\.\w+)*", word, re.ASCII) for word in value)
     return plain or value == [None, None]
+
+
+def _is_words(value: object) -> bool:
+    # The names of classes by their numbers, which DiT has in its index.
+    return isinstance(value, dict) and all(
+        key.isdecimal() and isinstance(word, str) and len(word) <= MOST_LETTERS for key, word in value.items()
+    )
 
 
 def _is_numbers(value: object) -> bool:

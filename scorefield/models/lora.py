@@ -33,6 +33,10 @@ LAYERS = (
 """Linear layers and convolutions of the UNets and transformers of diffusers; DMD2 adapts these in SDXL."""
 
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file that ``load_lora_weights`` of diffusers looks for."""
+
+
 class Twin(nn.Module):
     """A frozen network plus low-rank changes (Hu et al. 2021, arXiv 2106.09685), called as the network is.
 

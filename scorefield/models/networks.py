@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scorefield.data_scale import RescaledData
 from scorefield.denoiser import Cond, KarrasPreconditioning
+from scorefield.models.controls import Control
 from scorefield.schedule import Images, PerSample
 
 Labels = Int[Tensor, " b"]
@@ -230,13 +231,15 @@ class DiffusersNetwork(nn.Module):
         call: how it is asked; packed tokens and position ids stay inside of it.
         tokens: of a transformer; None for a UNet.
         layers: names, or ends of names, of the layers that LoRAs of its kind change; none: ``lora.LAYERS``.
+        control: the ControlNet of a transformer, where diffusers has one.
     """
 
     def __init__(
-        self, model: nn.Module, call: Call = plain_call, tokens: Tokens | None = None, layers: tuple[str, ...] = ()
-    ) -> None:
+        self, model: nn.Module, call: Call = plain_call, tokens: Tokens | None = None,
+        layers: tuple[str, ...] = (), control: Control | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.call, self.tokens, self.layers = model, call, tokens, layers
+        self.model, self.call, self.tokens, self.layers, self.control = model, call, tokens, layers, control
 
     @property
     def bottleneck(self) -> str:

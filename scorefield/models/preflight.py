@@ -200,9 +200,13 @@ def check_tokenizer(part: Path, *, bounded: bool = True) -> None:
 
 
 def tokenizer_class(index: Mapping[str, Any], part: str) -> Any:
-    """What ``model_index.json`` says of the folder ``part``. Raises ``ValueError`` unless transformers has it."""
+    """What ``model_index.json`` says of the folder ``part``: a tokenizer, or a processor that holds one (FLUX.2).
+
+    Raises ``ValueError`` unless transformers has it.
+    """
     library, name = index.get(part) or (None, None)
     kind = getattr(transformers, name, None) if library == "transformers" and isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+    kinds = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+    if not (isinstance(kind, type) and issubclass(kind, kinds)):
         raise ValueError(f"unsupported {part}: {library}.{name}; expected a tokenizer of transformers.")
     return kind

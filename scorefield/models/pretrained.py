@@ -5,9 +5,11 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import huggingface_hub
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler, ModelMixin
@@ -35,6 +37,10 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 NOISE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
 )  # fmt: skip
+
+GGUF = ".gguf"
+STANDARD = ("diffusion_pytorch_model", "model")
+"""How the names begin of weights that diffusers and transformers wrote."""
 
 READ = (".json", ".txt", ".model", ".jinja")  # configs, vocabularies and what is put round a prompt
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
@@ -75,6 +81,8 @@ class PartReader:
         finite, and for what :func:`scorefield.models.components.check_part` refuses.
         """
         check_part(part)
+        if (file := single_file(part)) is not None and issubclass(kind, ModelMixin):
+            return self._read_single(kind, file, dtype)
         variant = self.find_variant(part)
         options: dict[str, Any] = {"torch_dtype": dtype or self.dtype}
         if not issubclass(kind, ModelMixin):  # of transformers, which fetches and runs the kernels a config names
@@ -103,6 +111,34 @@ class PartReader:
         check_finite(network.state_dict(), part)
         return freeze(network).to(self.device)
 
+    def _read_single(self, kind: Any, file: Path, dtype: torch.dtype | None) -> nn.Module:
+        """A network from a file in its makers' own names, by diffusers' converter and the config beside it."""
+        part, own = file.parent, dtype or self.dtype
+        if not hasattr(kind, "from_single_file"):
+            raise ValueError(
+                f"{file} is in names that diffusers cannot convert to a {kind.__name__}. Pass a folder that "
+                "save_pretrained wrote."
+            )
+        options: dict[str, Any] = {"torch_dtype": own}
+        if file.suffix == GGUF:
+            if find_spec("gguf") is None:
+                raise ValueError(f"{file} needs the package gguf: pip install gguf.")
+            options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=own)
+        try:
+            network = kind.from_single_file(str(file), config=str(part), local_files_only=True, **options)
+            if file.suffix == GGUF:  # weights that learn, and LoRAs beside them, are plain
+                network.dequantize()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any kind: libraries trust their files
+            raise ValueError(f"{file} cannot be read as {kind.__name__}: {error}") from error
+        if meta := [name for name, value in network.state_dict().items() if value.is_meta]:
+            raise ValueError(
+                f"{file} lacks {len(meta)} tensors that config.json beside it names, such as {meta[0]}."
+            )
+        check_finite(network.state_dict(), part)
+        return freeze(network.to(own)).to(self.device)
+
     def _check_size(self, kind: Any, part: Path) -> None:
         check_counts(read_json(part / "config.json"), part)
         if issubclass(kind, ModelMixin):
@@ -126,6 +162,8 @@ class PartReader:
     def files(self, part: Path) -> list[Path]:
         """What is read of the folder ``part``: configs, vocabularies, and the weights of the variant in use."""
         files = sorted(path for path in part.iterdir() if path.is_file())
+        if (single := single_file(part)) is not None:
+            return [path for path in files if path.suffix in READ or path == single]
         weights = [path for path in files if path.suffix in (SAFE + PICKLED if self.allow_pickle else SAFE)]
         variant = self.find_variant(part) if weights else None
         used = [path for path in weights if _variant(path.name) == variant]
@@ -142,6 +180,8 @@ class PartReader:
     def choose_variant(self, part: Path | str, files: Sequence[str]) -> str | None:
         """:meth:`find_variant` among the names of the files that ``part`` holds, here or online."""
         suffixes = SAFE + PICKLED if self.allow_pickle else SAFE
+        if single_name(files) is not None:
+            return None
         found = {_variant(name) for name in files if name.endswith(suffixes)}
         if self.variant in found or None in found:
             return self.variant if self.variant in found else None
@@ -156,6 +196,21 @@ class PartReader:
             )
         held = f"it holds {', '.join(files)}" if files else "it is empty or missing"
         raise ValueError(f"{part} holds no weights: expected *.safetensors, and {held}. Download it again.")
+
+
+def single_name(files: Sequence[str]) -> str | None:
+    """The one name among some of a file of weights that is not of diffusers or transformers, if there is one."""
+    weights = [name for name in files if name.endswith((*SAFE, GGUF))]
+    return weights[0] if len(weights) == 1 and not weights[0].startswith(STANDARD) else None
+
+
+def single_file(part: Path) -> Path | None:
+    """The file in the folder ``part`` that holds a network in its makers' names, such as flux1-dev.safetensors.
+
+    It stands in place of the weights that save_pretrained writes, beside their config.json.
+    """
+    name = single_name(sorted(path.name for path in part.iterdir())) if part.is_dir() else None
+    return None if name is None else part / name
 
 
 def find_pipeline(

@@ -327,6 +327,11 @@ def _check_name(name: str | Path) -> None:
         # Within a folder that exists it is a local path with a slip of the pen.
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
             return
+        if folder.is_file() and folder.suffix in (".safetensors", ".gguf"):
+            raise ValueError(
+                f"{name} is a single file. Pass a pipeline's folder, with this file in its folder transformer or "
+                "unet in place of the weights there, beside their config.json."
+            )
         raise ValueError(
             f"{str(name)!r} is no folder here, and no name of a model online. Pass the folder of a teacher, a "
             f"model's full name, such as stable-diffusion-v1-5/stable-diffusion-v1-5, toyworld, or "
@@ -369,7 +374,7 @@ def _from_pipeline(
     if not family.latent:
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
     tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
-    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora))
+    network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora, family.control))
     texts, negatives = None, None
     if family.encoder is not None:
         texts = pipeline.prompts(model, cache)

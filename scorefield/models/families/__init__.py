@@ -7,7 +7,7 @@ family, add its module here: nothing else has to be told.
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scorefield.guidance import Norm
+from scorefield.models.controls import Control
 from scorefield.models.networks import Call, plain_call
 from scorefield.models.preflight import flow_shift
 from scorefield.models.prompts import Encode
@@ -67,6 +68,9 @@ class Family:
         norm: how guidance keeps the length of predictions.
         embedded: the scale of guidance that a network is told whose config has guidance_embeds.
         shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
+        control: its ControlNet, where it is a transformer and diffusers has one.
+        kohya: names of layers in diffusers -> those of kohya's scripts, each with the layers that are one there;
+            None where there are none that diffusers reads.
     """
 
     pipeline: str
@@ -94,6 +98,8 @@ class Family:
     norm: Norm = "none"
     embedded: float = 3.5
     shift: Callable[[Mapping[str, Any], int], float] = flow_shift
+    control: Control | None = None
+    kohya: Callable[[Sequence[str]], dict[str, list[str]]] | None = None
 
     def token_side(self, config: Mapping[str, Any]) -> int:
         """Return how many latents along a side the network takes as one token, by its config."""
@@ -111,13 +117,29 @@ def family_of(index: Mapping[str, Any]) -> Family:
     for module in modules:
         if module.replace("_", "") == plain and (family := _family(module)).pipeline == name:
             return family
-    expected = sorted(_family(module).pipeline for module in modules)
-    near = difflib.get_close_matches(str(name), expected, 1, cutoff=0.5)
+    families = sorted(map(_family, modules), key=lambda family: family.pipeline)
     raise ValueError(
-        f"unsupported pipeline class {name!r}; expected one of {', '.join(expected)}."
-        + (f" Nearest is {near[0]}." if near else "")
-        + " docs/families.md says how to add a family."
+        f"unsupported pipeline class {name!r}; expected one of {', '.join(one.pipeline for one in families)}. "
+        f"Nearest is {nearest(index, families).pipeline}. docs/families.md says how to add a family."
     )
+
+
+def nearest(index: Mapping[str, Any], families: Sequence[Family]) -> Family:
+    """Return the family that is most like an index of another pipeline.
+
+    Classes of networks count most, then whether it is a flow, has texts, and a UNet or a transformer; then names.
+    """
+    classes = [value[1] for value in index.values() if isinstance(value, list) and len(value) == 2]
+    flow = any(str(kind).startswith("FlowMatch") for kind in classes)
+    texts = has_part(index, "text_encoder")
+
+    def likeness(family: Family) -> float:
+        shared = sum(kind.__name__ in classes for kind in {family.network, *family.texts.values()})
+        names = difflib.SequenceMatcher(a=str(index.get("_class_name")), b=family.pipeline)
+        kin = (family.flow == flow) + (bool(family.texts) == texts) + has_part(index, family.part)
+        return 3 * shared + kin + names.ratio()
+
+    return max(families, key=likeness)
 
 
 def _family(module: str) -> Family:
@@ -176,9 +198,26 @@ def in_chat(most: int, **template: bool) -> Surplus:
     return surplus
 
 
+def _control(family: Family) -> str:
+    """Return how models of a family are controlled, in words."""
+    if family.control is None:
+        return "ControlNetModel" if family.network.__name__ == "UNet2DConditionModel" else "none"
+    lora = f", LoRA for {family.control.lora_pipeline}" if family.control.widened else ""
+    return family.control.model.__name__ + lora
+
+
 def table() -> str:
     """Return all families as a table in Markdown: docs/families.md holds it."""
-    head = ["pipeline", "network", "predicts", "texts", "guidance", "critic and guard read", "default size"]
+    head = [
+        "pipeline",
+        "network",
+        "predicts",
+        "texts",
+        "guidance",
+        "critic and guard read",
+        "control",
+        "default size",
+    ]
     rows = [head, ["---"] * len(head)]
     for module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
         family = _family(module)
@@ -189,6 +228,6 @@ def table() -> str:
             f"`{family.pipeline}`", family.network.__name__, "flow" if family.flow else "as its scheduler says",
             texts or ("classes" if family.classes else "none"), guidance[family.norm],
             "its middle block" if "UNet" in family.network.__name__ else read,
-            "{} x {}".format(*family.size) if family.size else "its config's",
+            _control(family), "{} x {}".format(*family.size) if family.size else "its config's",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

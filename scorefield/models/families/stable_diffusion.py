@@ -9,6 +9,7 @@ from transformers import CLIPTextModel
 
 from scorefield.denoiser import Cond
 from scorefield.models.families import Family, Parts, beyond
+from scorefield.models.lora_keys import underscored
 from scorefield.models.prompts import Encode
 
 
@@ -27,5 +28,5 @@ def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
 
 FAMILY = Family(
     "StableDiffusionPipeline", "unet", UNet2DConditionModel, {"text_encoder": CLIPTextModel}, encoder=encoder,
-    surplus=beyond(tokenizer=None),
+    surplus=beyond(tokenizer=None), kohya=underscored,
 )  # fmt: skip

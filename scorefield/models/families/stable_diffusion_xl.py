@@ -9,6 +9,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scorefield.denoiser import Cond
 from scorefield.models.families import Family, Parts, beyond
+from scorefield.models.lora_keys import underscored
 from scorefield.models.prompts import Encode
 
 
@@ -29,4 +30,5 @@ FAMILY = Family(
     "StableDiffusionXLPipeline", "unet", UNet2DConditionModel,
     {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
     encoder=encoder, surplus=beyond(tokenizer=None, tokenizer_2=None), zero_negative=True, upcast=True,
+    kohya=underscored,
 )  # fmt: skip
