@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -33,6 +32,9 @@ from toyworld.captions import caption
 from toyworld.data import HELD_OUT
 from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
 from toyworld.options import EvaluatePipeline, check_pipeline
+
+PIPELINES = {"StableDiffusionPipeline": 0.0, "ZImagePipeline": 1.0}
+"""Pipelines that the toy world's scripts train, and how much less than ours their scale of guidance is."""
 
 
 def main(config: EvaluatePipeline) -> Path:
@@ -82,7 +84,7 @@ def main(config: EvaluatePipeline) -> Path:
 
 @readable
 def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
-    """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
+    """Return a pipeline of diffusers in float32, one of :data:`PIPELINES`, read part by part as a teacher is.
 
     Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
     weights that are missing, pickled or damaged, or that do not fit.
@@ -91,12 +93,14 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     if not (folder / INDEX).is_file():
         raise ValueError(f"--teacher {folder} is no folder of diffusers: it has no {INDEX}.")
     parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
-    if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
+    kind, part = parts.family.pipeline, parts.family.part
+    if kind not in PIPELINES:
+        raise ValueError(f"{folder} must be a {' or a '.join(PIPELINES)}; got {kind!r}.")
     parts.check((64, 64))  # which the judge sees
-    pipeline: Any = StableDiffusionPipeline(
-        **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    absent = dict.fromkeys(("safety_checker", "feature_extractor"), None) | {"requires_safety_checker": False}
+    pipeline: Any = getattr(diffusers, kind)(
+        **parts.read_texts(), **{part: parts.network()}, vae=parts.codec().vae, scheduler=load_scheduler(folder),
+        **(absent if part == "unet" else {}),
     )  # fmt: skip
     return pipeline.to(device)
 
@@ -113,13 +117,13 @@ def load_scheduler(folder: Path) -> Any:
 
 def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
     """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
-    made = []
+    made, scale = [], config.guidance - PIPELINES[type(pipeline).__name__]
     pipeline.set_progress_bar_config(disable=True)
     for start in progress(range(0, len(prompts), config.batch_size), "pictures, in batches"):
         part = prompts[start : start + config.batch_size]
         generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
         answer = pipeline(
-            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators
+            part, height=64, width=64, num_inference_steps=config.steps, guidance_scale=scale, generator=generators
         )
         made += [pil_to_tensor(image) for image in answer.images]
     return as_pictures(torch.stack(made))

@@ -78,7 +78,8 @@ def check(config: EvaluateStudents) -> None:
 def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
     pipeline = load_teacher(config)
-    weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
+    network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    weights = fingerprint([*network.parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
     entry = cache.load(key)

@@ -4,8 +4,8 @@
 
 Autoencoder and renders are those of the pipeline that ships (``train_toyworld.py``). The text encoder is a Qwen3
 of one layer with random weights that nothing trains: before its last layer, where Z-Image listens, each word is a
-vector of its own, and the transformer's context refiner learns to read them. Resumed where it stopped when the same
-command is given again; the averaged weights become a diffusers folder in --out/pipeline.
+vector of its own, and the transformer's context refiner learns to read them. The same command goes on where it
+stopped; the averaged weights become a diffusers folder in --out/pipeline.
 """
 
 import os
@@ -27,7 +27,6 @@ from scorefield import NetworkDenoiser, RectifiedFlow
 from scorefield.atomic import whole_folder
 from scorefield.cache import TensorCache, fingerprint
 from scorefield.commands.command import run
-from scorefield.data.pictures import as_floats
 from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_weight, time_not_finite
 from scorefield.guidance import guided
 from scorefield.models.families import z_image
@@ -71,14 +70,15 @@ class Config(RunOptions):
     """Folder for renders, latents, checkpoints, logs and the finished pipeline."""
     num_images: int = 30_000
     """Renders to learn from: scenes 0 to this, less one."""
-    steps: int = 3600
+    steps: int = 2800
     """Iterations."""
     batch_size: int = 32
     """Captioned latents per micro-batch."""
     width: int = 192
-    """Of the transformer, a multiple of 64."""
+    """Of the transformer, a multiple of 64 up to 512."""
     layers: int = 6
-    """Blocks of the transformer, beside one that refines the image and one that refines the text."""
+    """Blocks of the transformer, beside one that refines the image and one that refines the text; up to
+    24."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     caption_dropout: float = 0.1
@@ -104,8 +104,10 @@ def main(config: Config) -> Path:
         config, positive=("num_images", "width", "layers", "learning_rate"),
         shares=("caption_dropout", "part_dropout", "ema_decay"),
     )  # fmt: skip
-    if config.width % HEAD:
-        raise ValueError(f"--width must be a multiple of {HEAD}, the width of a head; got {config.width}.")
+    if config.width % HEAD or config.width > 512:
+        raise ValueError(f"--width must be a multiple of {HEAD}, the width of a head, up to 512; got {config.width}.")
+    if config.layers > 24:
+        raise ValueError(f"--layers must be at most 24; got {config.layers}.")
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer()
     text_encoder, transformer = make_text_encoder(len(tokenizer)), make_transformer(config.width, config.layers)
@@ -118,7 +120,8 @@ def main(config: Config) -> Path:
     teacher = load_teacher("toyworld")
     vae: Any = teacher.codec.vae  # type: ignore[union-attr]
     numbers, captions = number_captions(config.num_images, config.seed)
-    encode = z_image.encoder({"text_encoder": text_encoder, "tokenizer": tokenizer}, transformer, torch.device("cpu"))
+    texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+    encode = z_image.encoder(texts, transformer, torch.device("cpu"))
     conds = {name: value[:, :LENGTH].clone() for name, value in encode(captions).items()}
     latents = make_latents(config, vae)
     world = World(latents, numbers[:, :, None], torch.tensor([len(captions) - 1]))
@@ -128,7 +131,7 @@ def main(config: Config) -> Path:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Return Qwen's byte-pair encoding, in which each word of the captions is one token, and others are spelled."""
+    """Return Qwen's byte-pair encoding; each word of the captions is one token, and others are spelled."""
     pieces = [PAD, START, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     split = Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
     words: dict[str, None] = {}
@@ -136,7 +139,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
         words |= dict.fromkeys(word for word, _ in split.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
     merges: Any = make_merges(map(list, words))
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *map("".join, merges)]))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=PAD, unk_token=None, model_max_length=512)
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=PAD, unk_token=None)
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -160,9 +163,10 @@ def make_text_encoder(vocabulary: int) -> Qwen3Model:
 
 
 def make_transformer(width: int, layers: int) -> Any:
-    """Return Z-Image's transformer on latents of 16 x 16 x 4, which predicts zeros and changes nothing at first."""
+    """Return Z-Image's transformer on latents of 16 x 16 x 4; an untrained one predicts zeros."""
+    heads = width // HEAD
     transformer: Any = ZImageTransformer2DModel(
-        in_channels=4, dim=width, n_layers=layers, n_refiner_layers=1, n_heads=width // HEAD, n_kv_heads=width // HEAD,
+        in_channels=4, dim=width, n_layers=layers, n_refiner_layers=1, n_heads=heads, n_kv_heads=heads,
         cap_feat_dim=TEXT_WIDTH, axes_dims=[16, 24, 24], axes_lens=[1024, 64, 64],
     )  # fmt: skip
     with torch.no_grad():
@@ -177,17 +181,18 @@ def make_transformer(width: int, layers: int) -> Any:
 
 
 def number_captions(num_images: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Return (n, 4) numbers of captions, in the order that ``World.tokens`` has, and all captions by number."""
-    captions = all_captions()
-    number_of = {text: number for number, text in enumerate(captions)}
+    """Return (n, 4) numbers of captions, as ``World.tokens`` has them, and these captions, the empty one last."""
     lacks: list[dict[str, Any]] = [{}, {"view": None}, {"background": None}, {"view": None, "background": None}]
     described = [describe(scene) for scene in draw_scenes(range(num_images), seed)]
-    rows = [[number_of[caption(replace(one, **lack))] for lack in lacks] for one in described]
-    return torch.tensor(rows), captions
+    rows = [[caption(replace(one, **lack)) for lack in lacks] for one in described]
+    used = {text for row in rows for text in row}
+    captions = [text for text in all_captions() if text in used or not text]
+    number_of = {text: number for number, text in enumerate(captions)}
+    return torch.tensor([[number_of[text] for text in row] for row in rows]), captions
 
 
 def make_latents(config: Config, vae: Any) -> Tensor:
-    """Return all renders' latents (n, 4, 16, 16) at unit variance, a thousand at a time, from files if they are there."""
+    """Return the latents of all renders (n, 4, 16, 16) at unit variance; both are kept in files."""
     cache = TensorCache(config.out / "latents", fingerprint(vae.parameters()))
     parts = []
     for first in progress(range(0, config.num_images, 1000), "latents, in thousands"):
@@ -269,8 +274,8 @@ def save_pipeline(
     """
     vae.register_to_config(shift_factor=0.0)  # which Z-Image's pipeline adds
     pipeline: Any = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.half(), text_encoder=text_encoder, tokenizer=tokenizer,
-        transformer=transformer.half(),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.half(), text_encoder=text_encoder,
+        tokenizer=tokenizer, transformer=transformer.half(),
     )  # fmt: skip
     with whole_folder(folder) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
@@ -288,9 +293,10 @@ tags: [text-to-image]
 # A flow transformer of the toy world
 
 Draws rendered solids from captions such as "a red mug on a white background, side view", 64 x 64 pixels.
-Trained by `train_scripts/train_flow_toyworld.py`, seed {config.seed}, on {config.num_images:,} renders in the latents of
-the autoencoder that ships with scorefield: {config.steps:,} iterations of batch {config.batch_size}, width {config.width},
-{config.layers} layers, {config.precision}. Pass height and width 64; the pipeline's guidance_scale is the usual one less 1.
+Trained by `train_scripts/train_flow_toyworld.py`, seed {config.seed}, on {config.num_images:,} renders, in the
+latents of the autoencoder that ships with scorefield: {config.steps:,} iterations of batch {config.batch_size},
+width {config.width}, {config.layers} layers, {config.precision}. Pass height and width 64; the guidance_scale of
+this pipeline is the usual one less 1.
 """
 
 
