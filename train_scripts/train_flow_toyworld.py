@@ -105,7 +105,7 @@ def main(config: Config) -> Path:
         shares=("caption_dropout", "part_dropout", "ema_decay"),
     )  # fmt: skip
     if config.width % HEAD or config.width > 512:
-        raise ValueError(f"--width must be a multiple of {HEAD}, the width of a head, up to 512; got {config.width}.")
+        raise ValueError(f"--width must be a multiple of {HEAD}, a head's width, up to 512; got {config.width}.")
     if config.layers > 24:
         raise ValueError(f"--layers must be at most 24; got {config.layers}.")
     torch.manual_seed(config.seed)
