@@ -70,7 +70,7 @@ class Config(RunOptions):
     """Folder for renders, latents, checkpoints, logs and the finished pipeline."""
     num_images: int = 30_000
     """Renders to learn from: scenes 0 to this, less one."""
-    steps: int = 2800
+    steps: int = 2400
     """Iterations."""
     batch_size: int = 32
     """Captioned latents per micro-batch."""
