@@ -13,7 +13,7 @@ from scorefield import Conditioned, guided
 from scorefield.models.families import table
 from scorefield.models.families.flux import pack, unpack
 from scorefield.models.lora import LAYERS, adaptable
-from scorefield.models.networks import Tokens
+from scorefield.models.networks import DiffusersNetwork, Tokens, image_activations
 from scorefield.models.teacher import load_teacher
 from scorefield.sampling import ddim, sample
 
@@ -220,6 +220,8 @@ def test_tokens_are_told_from_texts():
     wanted = image.transpose(1, 2).reshape(1, 3, 2, 4)
     assert torch.equal(Tokens("blocks").image((text, image), x_t), wanted)
     assert torch.equal(Tokens("blocks").image((None, image), x_t), wanted)
+    network = DiffusersNetwork(torch.nn.Identity(), tokens=Tokens("blocks"))
+    assert torch.equal(image_activations(network, (None, image), x_t), wanted), "the last block of SD3"
     assert torch.equal(Tokens("blocks").image(joined, x_t), wanted)
     assert torch.equal(Tokens("blocks", first=True).image(joined.roll(8, 1), x_t), wanted)
     with pytest.raises(ValueError, match=r"a block returns \[\(1, 5, 3\)\]; expected 2 x 4 tokens"):

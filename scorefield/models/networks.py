@@ -256,11 +256,13 @@ class DiffusersNetwork(nn.Module):
 def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
     """Return what a submodule of ``network`` returned, as activations of the image.
 
-    Outputs of a transformer's block become (b, d, h, w); the first item of any other output is taken as it is.
+    Outputs of a transformer's block become (b, d, h, w); the first item of any other output is taken as it is. The
+    last block of Stable Diffusion 3 returns None for the text, before the image.
     """
     known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
     tokens = next((one for one in known if isinstance(one, Tokens)), None)
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    items = (output,) if isinstance(output, Tensor) else output
+    first: Tensor = items[0] if items[0] is not None else items[1]
     if tokens is None or first.ndim != 3:
         return first
     return tokens.image(output, x_t)
