@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from train_toyworld import averaged, latents_of
@@ -31,7 +31,6 @@ from scorefield.gradient import TIME_NOT_FINITE, denoising_errors, prediction_we
 from scorefield.guidance import guided
 from scorefield.models.families import z_image
 from scorefield.models.networks import DiffusersNetwork
-from scorefield.models.teacher import load_teacher
 from scorefield.progress import progress
 from scorefield.randomness import Rng, shuffled
 from scorefield.sampling import grid, sample
@@ -40,6 +39,7 @@ from scorefield.training.identity import binding, check_earlier, identity, note_
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.options import RunOptions, check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
+from toyworld import pipeline_folder
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import draw_scenes
@@ -117,8 +117,7 @@ def main(config: Config) -> Path:
         return config.out
     own = binding(config)
     check_earlier(config.out, config.results, own)
-    teacher = load_teacher("toyworld")
-    vae: Any = teacher.codec.vae  # type: ignore[union-attr]
+    vae: Any = AutoencoderKL.from_pretrained(pipeline_folder() / "vae").eval().requires_grad_(False)
     numbers, captions = number_captions(config.num_images, config.seed)
     texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}
     encode = z_image.encoder(texts, transformer, torch.device("cpu"))
