@@ -259,6 +259,7 @@ def test_tokens_are_told_from_texts():
     joined = torch.cat([torch.full((1, 5, 3), -1.0), image], 1)
     wanted = image.transpose(1, 2).reshape(1, 3, 2, 4)
     assert torch.equal(Tokens("blocks").image((text, image), x_t), wanted)
+    assert torch.equal(Tokens("blocks").image((None, image), x_t), wanted)
     network = DiffusersNetwork(torch.nn.Identity(), tokens=Tokens("blocks"))
     assert torch.equal(image_activations(network, (None, image), x_t), wanted), "the last block of SD3"
     assert torch.equal(Tokens("blocks").image(joined, x_t), wanted)

@@ -19,7 +19,7 @@ PLACES = ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scrip
 COMMANDS = {
     name: command for name, command in cli.COMMANDS.items() if name != "demo"
 }  # whose trainings it gives all
-SCRIPTS = ("train_circles", "train_judge", "train_toyworld")
+SCRIPTS = ("train_circles", "train_flow_toyworld", "train_judge", "train_toyworld")
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?![\w-])")
 """Those of `accelerate launch` have underscores."""

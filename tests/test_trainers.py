@@ -12,10 +12,9 @@ from accelerate.state import AcceleratorState
 from folders import assert_same, contents, tensors
 from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainers import TRAINERS, make_places
+from trainers import TRAINERS, Killed, kill, make_places, stop
 
 import scorefield.commands.features as train_features
-import scorefield.training.run as fitting
 from scorefield.commands.options import TrainFeatures
 from scorefield.training import checkpoint
 
@@ -76,27 +75,6 @@ def test_a_run_writes_its_config_curves_last_checkpoints_and_result(name, finish
     curves = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert [2, 4, 6] in curves.values()
     assert (out / TRAINERS[name].result).exists()
-
-
-class Killed(BaseException):
-    pass
-
-
-def stop(monkeypatch, step, how):
-    """Let something happen in a step of a run's main stage."""
-    whole = fitting.follow
-
-    def follow(reports, accelerator, **options):
-        for report in whole(reports, accelerator, **options):
-            if report.step == step and not any(key.startswith("warm-up/") for key in report.metrics):
-                how()
-            yield report
-
-    monkeypatch.setattr(fitting, "follow", follow)
-
-
-def kill():
-    raise Killed
 
 
 @each

@@ -13,6 +13,7 @@ import controlnet.recipe
 import distill.options
 import distill.recipe
 import scorefield.commands.teacher
+import scorefield.training.run as fitting
 import sds.options
 import sds.recipe
 from scorefield.commands.options import TrainTeacher
@@ -92,3 +93,24 @@ def make_places(root, sd):
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     made = scorefield.commands.teacher.main(TrainTeacher(out=root / "run", **TEACHER))
     return Places(made, sd, folders.captioned(root / "data", PROMPTS).parent, root / "prompts.txt")
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop(monkeypatch, step, how):
+    """Let something happen in a step of a run's main stage."""
+    whole = fitting.follow
+
+    def follow(reports, accelerator, **options):
+        for report in whole(reports, accelerator, **options):
+            if report.step == step and not any(key.startswith("warm-up/") for key in report.metrics):
+                how()
+            yield report
+
+    monkeypatch.setattr(fitting, "follow", follow)
+
+
+def kill():
+    raise Killed

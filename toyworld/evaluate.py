@@ -13,7 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -37,6 +36,9 @@ from toyworld.options import EvaluatePipeline, check_pipeline
 
 SIDE = 64
 """Height and width of the pictures that the judge sees."""
+
+PIPELINES = {"StableDiffusionPipeline": 0.0, "ZImagePipeline": 1.0}
+"""Pipelines that the toy world's scripts train, and how much less than ours their scale of guidance is."""
 
 
 def main(config: EvaluatePipeline) -> Path:
@@ -95,7 +97,7 @@ def check_teacher(folder: Path) -> None:
 
 @readable
 def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, variant: str = "") -> Any:
-    """A Stable Diffusion pipeline of diffusers in float32, read part by part as a teacher is.
+    """Return a pipeline of diffusers in float32, one of :data:`PIPELINES`, read part by part as a teacher is.
 
     Its own scheduler draws, which may be a student's. Raises ``ValueError`` for another class of pipeline, and for
     weights that are missing, pickled or damaged, or that do not fit.
@@ -104,19 +106,26 @@ def load_pipeline(name: str | Path, device: str, allow_pickle: bool = False, var
     if not (folder / INDEX).is_file():
         raise ValueError(f"--teacher {folder} is no folder of diffusers: it has no {INDEX}.")
     parts = open_pipeline(folder, PartReader(torch.float32, torch.device("cpu"), allow_pickle, variant or None))
-    if (kind := parts.family.pipeline) != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} must be a StableDiffusionPipeline; got {kind!r}.")
+    kind, part = parts.family.pipeline, parts.family.part
+    if kind not in PIPELINES:
+        raise ValueError(f"{folder} must be a {' or a '.join(PIPELINES)}; got {kind!r}.")
     parts.check((SIDE, SIDE))
-    pipeline: Any = StableDiffusionPipeline(
-        **parts.read_texts(), unet=parts.network(), vae=parts.codec().vae, scheduler=load_scheduler(folder),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    absent = dict.fromkeys(("safety_checker", "feature_extractor"), None) | {"requires_safety_checker": False}
+    pipeline: Any = getattr(diffusers, kind)(
+        **parts.read_texts(), **{part: parts.network()}, vae=parts.codec().vae, scheduler=load_scheduler(folder),
+        **(absent if part == "unet" else {}),
     )  # fmt: skip
     return pipeline.to(device)
 
 
+def network_of(pipeline: Any) -> Any:
+    """Return the network of a pipeline of diffusers that predicts: its UNet or its transformer."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
 def check_size(pipeline: Any, folder: str | Path) -> None:
     """Raise ``ValueError`` for a pipeline that draws pictures of another size than the judge sees."""
-    own = pipeline.unet.config.sample_size  # of latents; none: it draws any
+    own = network_of(pipeline).config.get("sample_size")  # of latents; none: it draws any
     height, width = own if isinstance(own, list | tuple) else (own, own)
     if own is not None and {height, width} != {SIDE // pipeline.vae_scale_factor}:
         factor = pipeline.vae_scale_factor
@@ -150,15 +159,15 @@ def load_scheduler(folder: Path) -> Any:
 
 def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
     """Pictures (n, 3, 64, 64) in [-1, 1]; each prompt has noise of its own."""
-    made = []
+    made, scale = [], config.guidance - PIPELINES[type(pipeline).__name__]
     check_captions(prompts, pipeline.tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     for start in progress(range(0, len(prompts), config.batch_size), "pictures, in batches"):
         part = prompts[start : start + config.batch_size]
         generators = [derived_generator(config.seed, "picture", start + row) for row in range(len(part))]
         answer = pipeline(
-            part, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=generators,
-            height=SIDE, width=SIDE,
+            part, height=SIDE, width=SIDE, num_inference_steps=config.steps, guidance_scale=scale,
+            generator=generators,
         )  # fmt: skip
         made += [pil_to_tensor(image) for image in answer.images]
     return as_pictures(torch.stack(made))

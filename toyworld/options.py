@@ -42,7 +42,7 @@ class Measuring:
     guidance: float = 3.0
     """Scale of the teacher's classifier-free guidance. 1 means none."""
     steps: int = 50
-    """DDIM steps of the teacher."""
+    """Steps of the teacher's scheduler."""
     batch_size: int = 50
     """Images at a time."""
     seed: int = 0

@@ -4,6 +4,7 @@ Latent diffusion in the shape of Stable Diffusion 2 (v-prediction), some hundred
 by diffusers and transformers, so the finished folder loads wherever a ``StableDiffusionPipeline`` does.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
 
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair encoding, in which each word of the captions is one token, and others are spelled."""
-    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    pairs: Any = make_merges([*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(WORDS))
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), *map("".join, pairs)]
+    vocabulary = {piece: number for number, piece in enumerate([START, END, *dict.fromkeys(pieces)])}
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=LENGTH)
+
+
+def make_merges(words: Iterable[list[str]]) -> list[tuple[str, str]]:
+    """Return the pairs of a byte-pair encoding in which each word, given as its letters, becomes one token."""
     merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(WORDS):
+    for word in words:
         # Later merges have less right than earlier ones, so they never break a word that is whole already.
-        found = _apply(merges, [*word[:-1], word[-1] + "</w>"])
+        found = _apply(merges, list(word))
         while len(found) > 1:
             merges.append((found[0], found[1]))
             found = ["".join(found[:2]), *found[2:]]
-            pieces.append(found[0])
-    vocabulary = {piece: number for number, piece in enumerate([START, END, *dict.fromkeys(pieces)])}
-    pairs: Any = merges
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=LENGTH)
+    return merges
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:

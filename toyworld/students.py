@@ -27,7 +27,7 @@ from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
 from scorefield.training.options import check_device
 from toyworld.bench import Bench, make_bench
-from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler
+from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler, network_of
 from toyworld.options import EvaluatePipeline, EvaluateStudents, check_students
 
 
@@ -77,7 +77,7 @@ def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
     """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
     pipeline = load_teacher(config)
     check_size(pipeline, config.teacher)
-    weights = fingerprint([*pipeline.unet.parameters(), *pipeline.vae.parameters()])
+    weights = fingerprint([*network_of(pipeline).parameters(), *pipeline.vae.parameters()])
     cache = TensorCache(default_cache_folder().parent / "toyworld" / "pictures", weights)
     key = json.dumps([config.guidance, config.steps, config.seed, bench.prompts])
 
