@@ -25,8 +25,7 @@ from scorefield.schedule import VariancePreserving
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
-from sds.losses import Distillation, sds, vsd
-from sds.renders import distillation_loss
+from sds.losses import Distillation, distillation_loss, sds, vsd
 from sds.vsd import VSD
 
 STD = 0.3

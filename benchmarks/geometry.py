@@ -24,13 +24,12 @@ from scorefield.denoiser import Cond, Denoiser
 from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving, per_sample
 from scorefield.times import TimeSampler
+from sds.cameras import CameraDistribution, Views
 from sds.export import Export, export
-from sds.finish import exportable, save_scene
-from sds.losses import TIMES, sds
-from sds.regularisers import entropy_loss
-from sds.renders import distillation_loss
-from sds.scene import Scene, grid_scene
-from sds.views import CameraDistribution, Views
+from sds.losses import TIMES, distillation_loss, sds
+from sds.penalties import entropy_loss
+from sds.radiance import radiance_field
+from sds.scene import Scene, grid_scene, save_scene
 from toyworld.camera import FIELD_OF_VIEW
 
 CAMERAS = CameraDistribution(
@@ -105,7 +104,7 @@ def learn_solid(shape: str, *, seed: int, steps: int, size: int = 32, num_views:
 
 def exported(scene: Scene, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Export the scene; the mesh's PSNR in dB against its pictures, over all pixels and over the object's crop."""
-    finished = exportable(scene, distance=DISTANCE, field_of_view=FIELD_OF_VIEW)
+    finished = radiance_field(scene, distance=DISTANCE, field_of_view=FIELD_OF_VIEW)
     compared = export(finished, folder, Export(num_frames=24), facts=facts)["mesh_versus_render"]
     return {name: compared[name] for name in ("psnr", "psnr_crop", "psnr_crop_without_mesh", "rasteriser")}
 

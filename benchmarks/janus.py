@@ -35,11 +35,10 @@ from scorefield.exact import LABELS, GaussianMixture
 from scorefield.randomness import Rng, derived_generator
 from scorefield.schedule import Schedule, VariancePreserving
 from scorefield.times import ramp, uniform
+from sds.cameras import Views, word_bins
 from sds.field import cone_blob
-from sds.finish import save_scene
-from sds.scene import Scene, grid_scene
+from sds.scene import Scene, grid_scene, save_scene
 from sds.turntable import contact_sheet
-from sds.views import Views, word_bins
 
 KNOWLEDGE = ("exact view", "view words", "no view words")
 """What the teachers know, from all to nothing."""

@@ -23,8 +23,7 @@ from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, best_ellipsoid, crop_psn
 
 from scorefield.atomic import whole_file
 from sds.field import Field, cone_blob
-from sds.finish import load_scene
-from sds.scene import Render, Scene, grid_scene
+from sds.scene import Render, Scene, grid_scene, load_scene
 from toyworld.captions import Attributes, parse
 from toyworld.judge import accuracies, load_judge
 from toyworld.render import Rendering, render

@@ -21,10 +21,10 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.schedule import per_sample
-from sds.losses import TIMES, sds, sigma_squared
-from sds.renders import distillation_loss, encoded
+from sds.cameras import CameraDistribution, view_conditions, view_prompts, word_bins
+from sds.losses import TIMES, distillation_loss, sds, sigma_squared
 from sds.scene import Scene, grid_scene
-from sds.views import CameraDistribution, view_conditions, view_prompts, word_bins
+from sds.training import encoded
 
 Loss = Callable[[Tensor, Cond, Generator], Tensor]
 """(images (b, 3, h, w) in [-1, 1], conditions of batch b, generator) -> a scalar to go backward from."""

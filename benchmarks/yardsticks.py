@@ -7,9 +7,9 @@ import torch
 from scipy.ndimage import binary_fill_holes
 from torch import Tensor, nn
 
+from sds.cameras import Views, orbit
 from sds.field import Field
 from sds.scene import Scene, grid_scene
-from sds.views import Views, orbit
 from toyworld.camera import FIELD_OF_VIEW, focal_length
 from toyworld.render import Rendering, render
 from toyworld.scene import Scene as ToyScene

@@ -5,6 +5,5 @@
     terms = distillation_loss(sds(guide), x0, cond, num_draws=4, generator=generator)
     terms["loss"].backward()                                   # ... and one pass back, for all four noises
 
-Every loss is an object with ``gradient(x0, cond, generator=...) -> ScoreGradient``: :mod:`sds.losses`,
-:mod:`sds.editing`, :mod:`sds.vsd`.
+Every loss is an object with ``gradient(x0, cond, generator=...) -> ScoreGradient``: :mod:`sds.losses`.
 """

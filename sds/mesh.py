@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from sds.exportable import CHUNK, Corner, Exportable
+from sds.radiance import CHUNK, Corner, RadianceField
 
 Query = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class Lattice:
         return torch.cat([self.values.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
 
 
-def sample_lattice(scene: Exportable, resolution: int = 128) -> Lattice:
+def sample_lattice(scene: RadianceField, resolution: int = 128) -> Lattice:
     """The density in the scene's box with ``resolution`` cubes along its longest side.
 
     Raises ``ValueError`` for a resolution below 2, and for a density that is not finite.
@@ -89,7 +89,7 @@ def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: fl
 
     Args:
         lattice: the density.
-        colours: (v, 3) of the vertices (v, 3), such as ``Exportable.colours``.
+        colours: (v, 3) of the vertices (v, 3), such as ``RadianceField.colours``.
         level: the density of the surface, positive.
         min_part: parts that fill less than this share of the largest part's volume are dropped: floaters. 0 keeps
             every part, 1 the largest alone. A part is what hangs together, by corners too, above the level.
@@ -122,7 +122,7 @@ def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.n
     return np.where((parts > 0) & (sizes < min_part * sizes.max())[parts], 0, values)
 
 
-def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8) -> Mesh:
+def recoloured(mesh: Mesh, scene: RadianceField, reach: float, num_samples: int = 8) -> Mesh:
     """The mesh with the colours that a ray sees which comes in along the normal, as pictures do.
 
     The colour just at the surface is poorly known: little of what a picture shows comes from there. For a field

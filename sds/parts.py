@@ -18,11 +18,9 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
+from sds.cameras import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
 from sds.canvas import Canvas
 from sds.field import Field, cone_blob, scaled_softplus
-from sds.learning import SceneDistillation
-from sds.looks import Backdrop, CanvasLooks, Look, SceneLooks
-from sds.lora import low_rank_denoiser
 from sds.losses import (
     Distillation,
     alpha_sigma_squared,
@@ -34,12 +32,12 @@ from sds.losses import (
     x0_reconstruction,
 )
 from sds.options import Config, Pair
+from sds.penalties import Penalties
 from sds.probe import Probe
-from sds.regularisers import Penalties
 from sds.scene import Scene, background_network, frequency_network, grid_scene, hash_network, triplane_network
 from sds.shading import ShadingSchedule
-from sds.views import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
-from sds.vsd import VSD, Untold
+from sds.training import Backdrop, CanvasSubject, Observation, SceneDistillation, SceneSubject
+from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
 
 WEIGHTS: dict[str, TimeWeight] = {
     "sigma_squared": sigma_squared,
@@ -140,7 +138,7 @@ def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]
     return [*pairs, (above, config.overhead)] if config.overhead else pairs
 
 
-def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneLooks:
+def build_subject(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneSubject:
     """Random views of the scene, with the words for each."""
     colours: list[str | None] = list(config.backdrops) or [None]
     backdrops = [
@@ -148,7 +146,7 @@ def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) 
         for name in colours
     ]
     schedule = ShadingSchedule()
-    return SceneLooks(
+    return SceneSubject(
         scene=scene,
         encode=teacher.encode,
         size=teacher.size,
@@ -163,9 +161,9 @@ def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) 
     )
 
 
-def canvas_looks(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasLooks:
+def canvas_subject(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasSubject:
     """The canvas as it is, under the prompt alone."""
-    return CanvasLooks(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
+    return CanvasSubject(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
 
 
 def penalties_at(config: Config, step: int) -> Penalties:
@@ -226,19 +224,19 @@ def build_probe(config: Config, task: SceneDistillation, teacher: Teacher) -> Pr
     negative = teacher.negative(config.negative_prompt)
     target: Denoiser = guided(teacher.denoiser, config.guidance[1], negative, rescale=config.rescale)
     if isinstance(method, VSD):
-        target = Untold(target, method.phi_only)
+        target = WithoutConditions(target, method.phi_only)
 
-    def look(view: Views, step: int) -> Look:
-        assert isinstance(subject, SceneLooks)
-        return subject.look_at(view, torch.zeros(1, dtype=torch.long), step, None, None)
+    def observe(view: Views, step: int) -> Observation:
+        assert isinstance(subject, SceneSubject)
+        return subject.observe_from(view, torch.zeros(1, dtype=torch.long), step, None, None)
 
-    def look_at_canvas(step: int) -> Look:
-        return subject.look(Rng(config.seed, step))
+    def observe_canvas(step: int) -> Observation:
+        return subject.observe(Rng(config.seed, step))
 
     views = fixed_views(config)
-    looks = [partial(look, views[number : number + 1]) for number in range(len(views))]
+    each = [partial(observe, views[number : number + 1]) for number in range(len(views))]
     return Probe(
-        looks=[look_at_canvas] if config.canvas else looks, target=target, decode=teacher.decode,
+        views=[observe_canvas] if config.canvas else each, target=target, decode=teacher.decode,
         network=subject.network,
     )  # fmt: skip
 

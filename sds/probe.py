@@ -16,8 +16,8 @@ from scorefield.gradient import ScoreDistillation, inject
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.schedule import Images
 from scorefield.times import constant
-from sds.looks import Look
 from sds.losses import Distillation
+from sds.training import Observation
 from sds.vsd import VSD
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -26,20 +26,20 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """Looks at a subject from fixed views, at fixed times, with fixed noise.
+    """What the teacher says of a subject from fixed views, at fixed times, with fixed noise.
 
-    A graph is kept of one look at a time, and by :meth:`balance` alone, so that a run has the memory for it.
+    A graph is kept of one view at a time, and by :meth:`balance` alone, so that a run has the memory for it.
 
     Attributes:
-        looks: step -> look, for each fixed view, or for all particles of a canvas; the same for the same scene and
-            step, whose resolution and penalties it has.
-        target: the teacher as the loss guides it at the end; it is told all conditions of a look.
+        views: step -> observation, for each fixed view, or for all particles of a canvas; the same for the same
+            scene and step, whose resolution and penalties it has.
+        target: the teacher as the loss guides it at the end; it is told all conditions of a view.
         decode: x0 to images, for pictures.
         network: whose parameters learn.
         fractions: of the schedule.
     """
 
-    looks: Sequence[Callable[[int], Look]]
+    views: Sequence[Callable[[int], Observation]]
     target: Denoiser
     decode: Callable[[Tensor], Tensor]
     network: nn.Module
@@ -79,18 +79,18 @@ class Probe:
     def balance(self, step: int, method: Distillation) -> dict[str, Tensor]:
         """Norm of the score's gradient with respect to the parameters over that of the penalty's, if there is one.
 
-        From one time and noise a look, however many the run draws. The parameters' own gradients are not touched.
+        From one time and noise a view, however many the run draws. The parameters' own gradients are not touched.
         """
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         sums = [[torch.zeros_like(p) for p in parameters] for _ in ("score", "penalty")]
-        for number, look_at in enumerate(self.looks):
+        for number, observe in enumerate(self.views):
             with torch.enable_grad():
-                look = look_at(step)
-                if not look.penalty.requires_grad:
+                seen = observe(step)
+                if not seen.penalty.requires_grad:
                     return {}
                 generator = derived_generator("probe", "balance", number)
-                gradient = method.gradient(look.x0, look.cond, generator=generator)
-                losses = inject(look.x0, gradient.value) / len(look.x0), look.penalty
+                gradient = method.gradient(seen.x0, seen.cond, generator=generator)
+                losses = inject(seen.x0, gradient.value) / len(seen.x0), seen.penalty
             for total, loss in zip(sums, losses, strict=True):
                 parts = torch.autograd.grad(loss, parameters, retain_graph=loss is losses[0], allow_unused=True)
                 for one, part in zip(total, parts, strict=True):
@@ -101,9 +101,9 @@ class Probe:
 
     @torch.no_grad()
     def _seen(self, step: int) -> tuple[Tensor, Cond]:
-        looks = [look_at(step) for look_at in self.looks]
-        cond = {name: torch.cat([look.cond[name] for look in looks]) for name in looks[0].cond}
-        return torch.cat([look.x0 for look in looks]), cond
+        seen = [observe(step) for observe in self.views]
+        cond = {name: torch.cat([one.cond[name] for one in seen]) for name in seen[0].cond}
+        return torch.cat([one.x0 for one in seen]), cond
 
     @torch.no_grad()
     def _expected(self, x0: Images, cond: Cond) -> list[Tensor]:

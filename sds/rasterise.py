@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from sds.exportable import Colour, Rendered, check_colour
 from sds.mesh import Mesh
+from sds.radiance import Colour, Rendered, check_colour
 
 PAIRS = 1 << 21
 """Pairs of a triangle and a ray tried together: bounds memory, changes no result."""
@@ -31,7 +31,7 @@ def rasterise(
     background: Colour = (1.0, 1.0, 1.0),
     num_samples: int = 2,
 ) -> Rendered:
-    """Pictures of the mesh, as :class:`sds.exportable.Pictures` says; both sides of a triangle are seen.
+    """Pictures of the mesh, as :class:`sds.mesh.Pictures` says; both sides of a triangle are seen.
 
     Args:
         mesh: what is seen.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,32 +32,34 @@ from scorefield.training.ranks import check_same
 from scorefield.training.report import close_log, open_log
 from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
-from sds.checks import check_scene, export_choices
-from sds.export import export
-from sds.finish import exportable, save_scene
-from sds.guards import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
-from sds.learning import SceneDistillation
-from sds.options import Config
+from sds.export import Export, export
+from sds.formats import check_encoder, check_installed
+from sds.options import Config, check
 from sds.parts import (
     build_canvas,
-    build_looks,
     build_method,
     build_probe,
     build_scene,
-    canvas_looks,
+    build_subject,
+    cameras_at,
+    canvas_subject,
+    colour_of,
     fingerprints,
     frozen_teacher,
     optimizers,
     read_prompts,
 )
 from sds.probe import Probe
-from sds.scene import Scene
+from sds.radiance import radiance_field
+from sds.recovery import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
+from sds.scene import Scene, check_nerfstudio, save_scene
+from sds.training import SceneDistillation
 
 RATES = {"scene": ("learning_rate", "background_lr"), "phi": ("phi_lr",)}
 """Options that the learning rates of each phase are made from."""
 
-GUARD_EVERY = 10
-"""Steps between looks at the opacity; every step that is about to be saved has one, too."""
+CHECK_EVERY = 10
+"""Steps between checks of the opacity; every step that is about to be saved is checked, too."""
 
 
 def main(config: Config) -> Path:
@@ -83,7 +86,25 @@ def main(config: Config) -> Path:
         checkpoint.save(config.out / "checkpoints", 0, phases, own)  # the first state to go back to
     accelerator.wait_for_everyone()
     learn(config, task, phases, build_probe(config, task, teacher), accelerator, own, first)
-    return finish(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+    return write_results(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+
+
+def check_scene(config: Config) -> None:
+    """Raise ``ValueError`` for options that cannot work, or that need a library which is not there."""
+    check(config)
+    if config.canvas:
+        return
+    try:
+        check_nerfstudio()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    cameras_at(config, 0)  # which refuses what cameras cannot be
+    for name in config.backdrops:
+        colour_of(name)
+    check_installed("skimage", "trimesh", "imageio_ffmpeg")
+    with TemporaryDirectory() as folder:
+        check_encoder(Path(folder))
+    export_choices(config)
 
 
 def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
@@ -92,11 +113,11 @@ def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> Sc
     if config.canvas:
         canvas = build_canvas(config, teacher).to(accelerator.device)
         return SceneDistillation(
-            subject=canvas_looks(config, canvas, teacher), method=method, num_draws=config.draws
+            subject=canvas_subject(config, canvas, teacher), method=method, num_draws=config.draws
         )
     scene = build_scene(config).to(accelerator.device)
-    looks = build_looks(config, scene, teacher, accelerator.num_processes)
-    return SceneDistillation(subject=looks, method=method, num_draws=config.draws)
+    subject = build_subject(config, scene, teacher, accelerator.num_processes)
+    return SceneDistillation(subject=subject, method=method, num_draws=config.draws)
 
 
 def learn(
@@ -106,9 +127,9 @@ def learn(
     """Train to the end; a scene that is lost goes back to a checkpoint, up to --max-rollbacks times."""
     watcher = Watcher(config, task, probe, phases[0].optimizer)
 
-    def guard(step: int, saving: bool) -> None:
+    def check(step: int, saving: bool) -> None:
         scene = task.subject.network
-        if isinstance(scene, Scene) and (saving or step % GUARD_EVERY == 0):
+        if isinstance(scene, Scene) and (saving or step % CHECK_EVERY == 0):
             check_opacity(opacity_all_round(scene), step)
 
     while True:
@@ -116,9 +137,9 @@ def learn(
         try:
             fit(
                 replace(config, seed=seed_after(config.seed, rollbacks)), phases, task.batches, accelerator,
-                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=guard,
+                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=check,
                 preview=watcher.pictures if config.probe_every else None,
-                columns=config.batch_size if config.canvas else len(probe.looks),
+                columns=config.batch_size if config.canvas else len(probe.views),
             )  # fmt: skip
             return
         except FloatingPointError as error:
@@ -175,7 +196,9 @@ class Watcher:
         return step % every == 0 or step == self.config.steps
 
 
-def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer) -> Path:
+def write_results(
+    config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer
+) -> Path:
     """Write the weights, and what can be looked at."""
     network = task.subject.network
     save_scene(network, config.out / "scene.safetensors")
@@ -191,10 +214,17 @@ def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer:
         "prompt": config.prompt, "preset": config.preset, "method": config.method, "steps": config.steps,
         "seed": config.seed, "rollbacks": num_rollbacks(optimizer),
     }  # fmt: skip
-    scene = exportable(network, distance=distance, field_of_view=field_of_view)
+    scene = radiance_field(network, distance=distance, field_of_view=field_of_view)
     report = export(scene, config.out / "export", export_choices(config), facts=facts)
     print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
     return config.out / "export"
+
+
+def export_choices(config: Config) -> Export:
+    """How finely, and from how high, the scene is exported."""
+    return Export(
+        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
+    )
 
 
 @torch.no_grad()

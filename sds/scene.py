@@ -4,24 +4,35 @@ Its models and fields are not used: they detach normals, composite a learned bac
 one by one. What is avoided of its parts is said where it is, and tested.
 """
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from scorefield.atomic import whole_file
+from sds.cameras import Views
 from sds.field import Blob, DenseGrid, Field, cone_blob, normalised, scaled_softplus
-from sds.regularisers import ray_distortion, ray_orientation
+from sds.penalties import ray_distortion, ray_orientation
 from sds.shading import Shading, shaded
-from sds.views import Views, check_nerfstudio
 
 EMPTY = 1e-3
 """Pixels of less opacity have neither depth nor normal."""
+
+
+def check_nerfstudio() -> None:
+    """Raise ``ImportError``, naming the extra to install, where nerfstudio is missing."""
+    if importlib.util.find_spec("nerfstudio") is None:
+        raise ImportError("scenes in 3D need nerfstudio, which is an extra: pip install 'scorefield[nerf]'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +45,7 @@ class Render:
         depth: (b, 1, h, w) mean distance of the matter from the camera, along the ray, in world units; 0 where
             there is none.
         normals: (b, 3, h, w) unit, in world coordinates, 0 where there is no matter; None if not asked for.
-        distortion: (b, 1, h, w); see ``sds.regularisers``.
+        distortion: (b, 1, h, w); see ``sds.penalties``.
         orientation: (b, 1, h, w), likewise; None without normals.
     """
 
@@ -253,3 +264,22 @@ def _seeded(generator: Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
+
+
+def save_scene(scene: nn.Module, path: Path) -> None:
+    """Write the weights of a scene, or of a canvas, as safetensors; the file appears whole or not at all."""
+    with whole_file(path) as temporary:
+        save_model(scene, str(temporary))
+
+
+def load_scene(scene: nn.Module, path: Path) -> None:
+    """Read the weights of a scene that was built alike.
+
+    Raises ``ValueError`` where there is no such file, or it is damaged or of another kind of scene.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected the scene.safetensors of a finished run.")
+    try:
+        load_model(scene, str(path))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no weights of such a scene: {str(error).splitlines()[0]}") from error

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from scorefield.randomness import normal_like
+from sds.cameras import Views
 from sds.field import normalised
-from sds.views import Views
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sds.exportable import Colour, Rendered, check_colour
+from sds.radiance import Colour, Rendered, check_colour
 
 Frames = Float[Tensor, "n 3 h w"]
 """Pictures in [0, 1], in display values."""

@@ -9,12 +9,12 @@ learns to denoise the scene's renders, from every camera. Both are phases of :fu
     phases = [scene_phase, method.phase(torch.optim.AdamW(phi.network.parameters(), 1e-4))]
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -29,12 +29,15 @@ from scorefield.gradient import (
     standard_normal,
     time_not_finite,
 )
+from scorefield.models.lora import ATTENTION, Twin
 from scorefield.randomness import Rng
 from scorefield.schedule import Images, PerSample, Schedule
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import Phase
-from sds.lora import CAMERA
 from sds.losses import sigma_squared, vsd
+
+CAMERA = "camera"
+"""The key of the camera in ``cond``: camera-to-world matrices, zeros are "no camera in particular"."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +97,7 @@ class VSD:
 
 
 @dataclass(frozen=True, eq=False)
-class Untold:
+class WithoutConditions:
     """A denoiser that is not told some conditions: the teacher as VSD asks it, for ``VSD.phi_only``."""
 
     denoiser: Denoiser
@@ -113,3 +116,55 @@ class Untold:
 def _dropped(camera: Tensor, share: float, generator: Generator) -> Tensor:
     keep = torch.rand(len(camera), generator=generator, device=generator.device) >= share
     return camera * keep.to(camera).reshape(-1, *[1] * (camera.ndim - 1))
+
+
+def low_rank_denoiser(
+    denoiser: NetworkDenoiser, *, rank: int = 4, targets: Sequence[str] = ATTENTION,
+    camera_at: str | None = "model.time_embedding", generator: Generator,
+) -> NetworkDenoiser:  # fmt: skip
+    """A :class:`Twin` of a teacher's network, of the same schedule and prediction kind: VSD's phi.
+
+    Args:
+        denoiser: the teacher, without guidance.
+        rank: of the changes.
+        targets: names, or ends of names, of the layers to change; those that ProlificDreamer adapts.
+        camera_at: name of the submodule whose output, the embedding of time, the camera's embedding is added to:
+            "model.time_embedding" for a UNet in :class:`networks.DiffusersNetwork`, "model.time_text_embed" for
+            SD3; None for no camera.
+        generator: draws the initial weights.
+
+    Raises:
+        ValueError: a network that is not frozen, a rank below 1, targets or ``camera_at`` that it does not have.
+    """
+    names = [name for name, _ in denoiser.network.named_modules()]
+    if camera_at is not None and camera_at not in names:
+        raise ValueError(f"the network has no submodule {camera_at!r}; it has {', '.join(names[1:13])}, ...")
+    twin = Twin(denoiser.network, rank=rank, targets=targets, generator=generator)
+    if camera_at is not None:
+        like = next(iter(twin.changes.values()))
+        twin.tell(CAMERA, camera_at, _embedding(twin.backbone.get_submodule(camera_at), like, generator))
+    return replace(denoiser, network=twin)
+
+
+class _CameraEmbedding(nn.Sequential):
+    """(b, 12), (b, 3, 4) or (b, 4, 4) camera-to-world matrices to (b, width)."""
+
+    def forward(self, camera: Tensor) -> Tensor:
+        numbers = camera.reshape(len(camera), -1)
+        if numbers.shape[1] not in (12, 16):
+            raise ValueError(f"camera must be (b, 12), (b, 3, 4) or (b, 4, 4); got {tuple(camera.shape)}.")
+        # The last row of a homogeneous matrix is always 0 0 0 1.
+        code: Tensor = super().forward(numbers[:, :12].to(next(self.parameters())))
+        return code
+
+
+def _embedding(time_embedding: nn.Module, like: Tensor, generator: Generator) -> nn.Module:
+    linear = [module for module in time_embedding.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError("camera_at must name a module that ends in a linear layer: the embedding of time.")
+    width = linear[-1].out_features
+    first, last = nn.Linear(12, width), nn.Linear(width, width)
+    nn.init.normal_(first.weight, std=12**-0.5, generator=generator)
+    for parameter in (first.bias, last.weight, last.bias):
+        nn.init.zeros_(parameter)
+    return _CameraEmbedding(first, nn.SiLU(), last).to(like)

@@ -8,8 +8,7 @@ import torch
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs
 
 from sds.field import Field
-from sds.finish import save_scene
-from sds.scene import grid_scene
+from sds.scene import grid_scene, save_scene
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from closed_form_scenes import Ball
 
-from sds.exportable import Exportable
-from sds.level import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
+from sds.export import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
 from sds.mesh import extract_mesh, recoloured, sample_lattice, surface_points
+from sds.radiance import RadianceField
 from sds.turntable import turntable_cameras
 from toyworld.solids import SOLIDS, occupancy, signed_distance
 
@@ -21,7 +21,7 @@ def seeded():
 
 
 def solid(density, lower=(-1.0, -1.0, -1.0), upper=(1.0, 1.0, 1.0), colour=lambda p: (p + 1) / 2):
-    return Exportable(density=density, colour=colour, render=lambda *_: pytest.fail("no picture is needed"),
+    return RadianceField(density=density, colour=colour, render=lambda *_: pytest.fail("no picture is needed"),
                       lower=lower, upper=upper)  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_the_lattice_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     whole = sample_lattice(scene, 20)
     assert whole.values[3, 5, 7] == pytest.approx(-0.7 + 2 * -0.5 + 3 * -0.3)
     monkeypatch.setattr("sds.mesh.CHUNK", 900)
-    monkeypatch.setattr("sds.exportable.CHUNK", 100)
+    monkeypatch.setattr("sds.mesh.CHUNK", 100)
     assert torch.equal(sample_lattice(scene, 20).values, whole.values)
 
 

@@ -1,27 +1,40 @@
-"""What a teacher is shown in a step, and what it is told about it: views of a scene, or a canvas as it is."""
+"""A scene that learns from a teacher: what the teacher is shown and told in a step, and the phases of a run.
+
+    task = SceneDistillation(subject=SceneSubject(...), method=lambda step: sds(teacher, times=...))
+    phases = task.phases(optimizer)
+    for report in train(phases, task.batches, accelerator, rollout=task.rollout, steps=10_000): ...
+
+The subject is rendered, and its renders encoded, once an iteration, however many noises and times are drawn for
+them; a phi of VSD learns from the same renders. The teacher is part of no phase: it is in no checkpoint and is not
+wrapped for several processes, whose gradients with respect to the scene are averaged.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
+from torch.nn.functional import interpolate
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from scorefield.denoiser import Cond
 from scorefield.randomness import Rng
 from scorefield.schedule import Images
+from scorefield.training.loop import Phase
+from sds.cameras import CameraDistribution, Views, concatenated, view_conditions, word_bins
 from sds.canvas import Canvas
-from sds.lora import CAMERA
-from sds.regularisers import Penalties
-from sds.renders import encoded
+from sds.losses import Distillation, distillation_loss
+from sds.penalties import Penalties
 from sds.scene import Render, Scene
 from sds.shading import Shading, random_background
-from sds.views import CameraDistribution, Views, concatenated, view_conditions, word_bins
+from sds.vsd import CAMERA, VSD
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class Observation:
     """One batch for a loss of this package.
 
     Attributes:
@@ -38,14 +51,14 @@ class Look:
 
 
 class Subject(Protocol):
-    """What learns, and how it is looked at."""
+    """What learns, and what a teacher sees of it."""
 
     @property
     def network(self) -> nn.Module:
         """Whose parameters learn."""
 
-    def look(self, rng: Rng) -> Look:
-        """The look of step ``rng.step``, differentiable, with the random draws of this rank."""
+    def observe(self, rng: Rng) -> Observation:
+        """What is seen in step ``rng.step``, differentiable, with the random draws of this rank."""
 
 
 Encode = Callable[[Images], Tensor]
@@ -57,7 +70,7 @@ class Backdrop:
     """What views stand before, and the prompts that go with it.
 
     Attributes:
-        conditions: of the four ``sds.views.view_prompts``, batch 4.
+        conditions: of the four ``sds.cameras.view_prompts``, batch 4.
         colour: (3,) in [-1, 1]; None for the scene's own background, or a random colour.
     """
 
@@ -66,7 +79,7 @@ class Backdrop:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SceneLooks:
+class SceneSubject:
     """Random views of a scene.
 
     Attributes:
@@ -113,7 +126,7 @@ class SceneLooks:
         """The scene."""
         return self.scene
 
-    def look(self, rng: Rng) -> Look:
+    def observe(self, rng: Rng) -> Observation:
         """Renders of random views before random backdrops, encoded, with the words for each view."""
         generator = rng("views")
         views = concatenated(
@@ -124,12 +137,12 @@ class SceneLooks:
         )
         chosen = torch.randint(len(self.backdrops), (len(views),), generator=generator)
         light = None if self.shading is None else self.shading(rng.step, views, generator)
-        return self.look_at(views, chosen, rng.step, light, rng("points"))
+        return self.observe_from(views, chosen, rng.step, light, rng("points"))
 
-    def look_at(
+    def observe_from(
         self, views: Views, chosen: Tensor, step: int, shading: Shading | None, generator: Generator | None
-    ) -> Look:
-        """The look of given views before the chosen (b,) backdrops; without a generator always the same."""
+    ) -> Observation:
+        """Given views before the chosen (b,) backdrops; without a generator always the same."""
         penalties = self.penalties(step)
         render = self.render(views, chosen, step, shading, generator, normals=penalties.orientation > 0)
         cond = self.conditions(views, chosen)
@@ -138,7 +151,7 @@ class SceneLooks:
         opacity = render.opacity.detach()
         metrics = {"opacity": opacity.mean(), "opacity_max": opacity.max()}
         penalty = penalties(render)
-        return Look(encoded(render.rgb, self.encode, self.size), cond, penalty, metrics)
+        return Observation(encoded(render.rgb, self.encode, self.size), cond, penalty, metrics)
 
     def render(
         self, views: Views, chosen: Tensor, step: int, shading: Shading | None, generator: Generator | None,
@@ -175,7 +188,7 @@ class SceneLooks:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CanvasLooks:
+class CanvasSubject:
     """A canvas of the shape of the teacher's x0, all particles in every step.
 
     Attributes:
@@ -191,9 +204,78 @@ class CanvasLooks:
         """The canvas."""
         return self.canvas
 
-    def look(self, rng: Rng) -> Look:
+    def observe(self, rng: Rng) -> Observation:
         """The particles."""
         del rng
         x0 = self.canvas()
         cond = {name: value.expand(len(x0), *value.shape[1:]) for name, value in self.conditions.items()}
-        return Look(x0, cond, x0.new_zeros(()))
+        return Observation(x0, cond, x0.new_zeros(()))
+
+
+def encoded(images: Float[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tensor:
+    """Renders as a teacher's x0, differentiable: resized to ``size`` (bilinear), then encoded.
+
+    Args:
+        images: in [-1, 1], of any size.
+        encode: ``Teacher.encode``; latents for latent diffusion, the images for others.
+        size: ``Teacher.size``, height and width in pixels.
+
+    Raises:
+        ValueError: not (b, c, h, w).
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be (b, c, h, w) in [-1, 1]; got {tuple(images.shape)}.")
+    if images.shape[-2:] != size:
+        images = interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+    return encode(images)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SceneDistillation:
+    """What learns, and by which loss.
+
+    Attributes:
+        subject: a scene or a canvas.
+        method: step -> loss of that step, as times and guidance may change on the way.
+        num_draws: noises and times per render, all through one pass of the encoder.
+    """
+
+    subject: Subject
+    method: Callable[[int], Distillation]
+    num_draws: int = 1
+
+    def batches(self, rng: Rng) -> dict[str, Any]:
+        """Nothing: all data is drawn from the scene."""
+        del rng
+        return {}
+
+    def rollout(self, batch: Mapping[str, Any], phases: tuple[str, ...], rng: Rng) -> dict[str, Any]:
+        """What is seen in this step, with its graph, for all phases."""
+        del batch, phases
+        seen = self.subject.observe(rng)
+        return {"x0": seen.x0, "cond": seen.cond, "observation": seen}
+
+    def loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
+        """The score's gradient and the penalty; see :func:`sds.losses.distillation_loss` for the reduction."""
+        seen = batch["observation"]
+        values = distillation_loss(
+            self.method(rng.step), seen.x0, seen.cond, num_draws=self.num_draws, generator=rng("gradient")
+        )
+        loss = values.pop("loss") + seen.penalty
+        return {"loss": loss, "penalty": seen.penalty, **values, **seen.metrics}
+
+    def phases(
+        self, optimizer: Optimizer, *, lr_schedule: LRScheduler | None = None, phi: Optimizer | None = None,
+    ) -> list[Phase]:  # fmt: skip
+        """The scene's phase and, for VSD, its phi's, which follows on the same renders.
+
+        Raises ``ValueError`` for a phi's optimizer where the loss has none, and the other way round.
+        """
+        method = self.method(0)
+        if isinstance(method, VSD) != (phi is not None):
+            raise ValueError("VSD, and no other loss, needs an optimizer for its phi.")
+        scene = Phase(
+            name="scene", network=self.subject.network, optimizer=optimizer, loss=self.loss,
+            lr_schedule=lr_schedule,
+        )  # fmt: skip
+        return [scene, method.phase(phi)] if isinstance(method, VSD) and phi is not None else [scene]

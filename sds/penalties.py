@@ -30,7 +30,7 @@ class Regularised(Protocol):
 class Penalties:
     """Weights of the regularisers; a call gives their weighted sum, averaged over the views.
 
-    They stand against a score whose gradient is summed over all elements of x0 (see ``sds.renders``), while the
+    They stand against a score whose gradient is summed over all elements of x0 (see ``sds.training``), while the
     regularisers are means over pixels: weights published for other reductions do not carry over.
     """
 

@@ -6,12 +6,15 @@ backwards, ``camera_to_world`` (3, 4) holding these axes and the position as col
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sds.cameras import Views
+from sds.scene import Render, Scene
 
 Colour = tuple[float, float, float]
 """RGB in [0, 1], in display values (sRGB)."""
@@ -54,7 +57,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Exportable:
+class RadianceField:
     """A scene as plain functions, called without gradient and in pieces.
 
     Attributes:
@@ -172,3 +175,35 @@ def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
     smallest, largest = float(values.min()), float(values.max())
     if smallest < low - 1e-3 or largest > high + 1e-3:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {smallest:.4g} to {largest:.4g}.")
+
+
+def radiance_field(
+    scene: Scene, *, distance: float, field_of_view: float, background: Colour = (1.0, 1.0, 1.0)
+) -> RadianceField:
+    """The scene in its albedo before one colour: what a mesh with vertex colours can show.
+
+    Args:
+        scene: on any device.
+        distance: of the cameras from the origin.
+        field_of_view: of the cameras, vertical, in degrees.
+        background: RGB in [0, 1].
+    """
+    device = next(scene.parameters()).device
+    focal = 0.5 / math.tan(math.radians(field_of_view) / 2)
+    backdrop = torch.tensor(background, device=device) * 2 - 1
+
+    def render(camera_to_world: Tensor, size: int) -> Render:
+        camera = camera_to_world.float()
+        angles = camera.new_zeros(len(camera))
+        views = Views(camera, angles + focal, angles, angles)
+        # Slopes need a graph of their own; one of the parameters is not kept.
+        pictures = scene(views, height=size, width=size, background=backdrop, normals=True)
+        # Faint matter in front of nothing has normals too, and would be seen in a picture of normals.
+        return replace(pictures, normals=pictures.normals * (pictures.opacity > 0.5))
+
+    half = scene.field.half_size
+    return RadianceField(
+        density=lambda points: scene.field(points).density, colour=lambda points: scene.field(points).albedo,
+        render=render, lower=(-half,) * 3, upper=(half,) * 3, field_of_view=field_of_view, distance=distance,
+        background=background, device=device,
+    )  # fmt: skip

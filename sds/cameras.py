@@ -6,7 +6,6 @@ All angles are in degrees. Azimuth 0 is on +x, which is the front, and grows cou
 elevation 90 is straight above.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,6 @@ Range = tuple[float, float]
 
 WORDS = ("front", "side", "back", "overhead")
 """What view-dependent prompts call a view; the order of all weights and conditions here."""
-
-
-def check_nerfstudio() -> None:
-    """Raise ``ImportError``, naming the extra to install, where nerfstudio is missing."""
-    if importlib.util.find_spec("nerfstudio") is None:
-        raise ImportError("scenes in 3D need nerfstudio, which is an extra: pip install 'scorefield[nerf]'.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from scorefield.randomness import derived_generator
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
+from sds.cameras import orbit
 from sds.scene import Scene
-from sds.views import orbit
 
 EMPTY, FULL = 0.003, 0.97
 """Mean opacity of all sides of a cube below and above which the scene in it is lost."""
