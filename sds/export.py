@@ -1,13 +1,16 @@
-"""A finished scene as files that other programs open, with a report of how good the mesh is.
+"""Export of a scene: meshes, points and videos that other programs open, and a report on the quality of the mesh.
 
     scene = RadianceField(density=..., colour=..., render=...)
     report = export(scene, Path("runs/mug/export"))
 
-Writes ``scene.glb`` and ``scene.obj`` (coloured mesh), ``points.ply`` (coloured points), ``turntable.mp4`` and
-``turntable.gif``, ``depth.mp4`` and ``normals.mp4``, ``contact.png`` (rendered, mesh, depth, normals: a row each)
-and ``report.json``. A fixed level is right for no scene: a mesh at too low a density is swollen by fog, at too
-high a one it has holes. So levels are tried, each mesh compared with the scene's own pictures from the same
-cameras, and the best PSNR is in the report: the gap between what was optimised and what one gets.
+Writes ``scene.glb`` and ``scene.obj`` (mesh with vertex colours), ``points.ply`` (coloured points),
+``turntable.mp4`` and ``turntable.gif``, ``depth.mp4`` and ``normals.mp4``, ``contact.png`` (one row each of
+renders, mesh, depth and normals) and ``report.json``.
+
+The mesh is the surface on which the density equals a level. No fixed level suits all scenes: at too low a level
+fog swells the mesh, at too high a level the mesh has holes. So several levels are tried. The mesh at each is
+compared with the scene's own renders from the same cameras, and the best is exported. Its PSNR is in the report:
+it is the gap between what was optimised and what one gets.
 """
 
 import errno
@@ -47,16 +50,17 @@ FILES = ("scene.glb", "scene.obj", "points.ply", "turntable.mp4", "turntable.gif
 SHEET_COLUMNS = 8
 
 FULL = 0.5
-"""Share of the box's faces above a level from which on the level shows the box and not what is in it."""
+"""A level shows the box rather than its content if at least this share of the samples on the box's faces is above
+it."""
 
 
 @dataclass(frozen=True)
 class LevelSearch:
-    """Levels tried, and the best of them.
+    """Result of a search for the density of the mesh's surface.
 
     Attributes:
-        level: of the surface, a density.
-        tried: (level, PSNR in dB) in increasing order of level.
+        level: Best density of the surface.
+        tried: (level, PSNR in dB) in increasing order of level; empty if the level was given.
     """
 
     level: float
@@ -67,21 +71,21 @@ def choose_level(
     scene: RadianceField, lattice: Lattice, cameras: Float[Tensor, "b 3 4"], rendered: Rendered, *,
     num_levels: int = 9, min_part: float = 0.01,
 ) -> LevelSearch:  # fmt: skip
-    """The level whose mesh has the highest PSNR against ``rendered``.
+    """Return the level whose mesh has the highest PSNR against ``rendered``.
 
-    ``num_levels`` levels in even ratios over all that can be a surface, then as many between the neighbours of the
-    best.
+    The search has two rounds. The first tries ``num_levels`` levels, spaced geometrically over all densities that
+    can be a surface; the second tries as many between the two neighbours of the best.
 
     Args:
-        scene: for its colours, background and field of view.
-        lattice: its density.
-        cameras: of ``rendered``.
-        rendered: the scene's own pictures.
-        num_levels: tried in each of the two rounds, at least 3.
-        min_part: as for :func:`sds.mesh.extract_mesh`.
+        scene: Gives the colours, the background and the field of view.
+        lattice: Samples of its density.
+        cameras: Cameras of ``rendered``.
+        rendered: The scene's own renders.
+        num_levels: Levels in each of the two rounds, at least 3.
+        min_part: As for :func:`sds.mesh.extract_mesh`.
 
     Raises:
-        ValueError: the scene is empty or full, and has no surface at any level.
+        ValueError: The scene is empty or full, so no level has a surface, or ``num_levels`` is below 3.
     """
     if num_levels < 3:
         raise ValueError(f"num_levels must be at least 3: the ends and one between; got {num_levels}.")
@@ -107,7 +111,10 @@ def choose_level(
 
 
 def surface_at(scene: RadianceField, lattice: Lattice, level: float, *, min_part: float = 0.01) -> Mesh:
-    """The mesh at a level. Raises ``ValueError`` if there is no surface, saying whether the scene has any."""
+    """Return the mesh at a level.
+
+    Raises ``ValueError`` if there is no surface. The message says whether the scene has one at any level.
+    """
     level_range(lattice)
     if shows_box(lattice, level):
         raise ValueError(_full_scene(lattice))
@@ -115,59 +122,61 @@ def surface_at(scene: RadianceField, lattice: Lattice, level: float, *, min_part
     if mesh is None:
         raise ValueError(
             f"no surface at level {level}: the largest density is {float(lattice.values.max()):.4g}. Pass a lower "
-            "one, or None to search for it."
+            "level, or None to search for the best."
         )
     return mesh
 
 
 def level_range(lattice: Lattice) -> tuple[float, float]:
-    """Lowest and highest density that can be a surface.
+    """Return the lowest and the highest density that can be a surface.
 
-    At 0.1 / side the whole box hides a tenth of what is behind it, at 10 / spacing a single cube hides it all.
+    At 0.1 / side, a path through the whole box absorbs a tenth of the light; at 10 / spacing, a single cube
+    absorbs all of it.
 
-    Raises ``ValueError`` for a scene that is empty: nowhere above the lowest.
+    Raises ``ValueError`` for an empty scene, whose density is nowhere above the lowest.
     """
     side = max(high - low for low, high in zip(lattice.lower, lattice.upper, strict=True))
     low, largest = 0.1 / side, float(lattice.values.max())
     if largest <= 1.01 * low:
         raise ValueError(
             f"the scene is empty: its largest density in the box from {lattice.lower} to {lattice.upper} is "
-            f"{largest:.3g} per world unit, and what is nowhere above {low:.3g} cannot be seen. Export an earlier "
+            f"{largest:.3g} per world unit, and a density below {low:.3g} cannot be seen. Export an earlier "
             "checkpoint, train longer or with a stronger density blob, or check lower and upper."
         )
     return low, min(0.99 * largest, 10 / lattice.spacing)
 
 
 def shows_box(lattice: Lattice, level: float) -> bool:
-    """Whether the surface at that level is mostly the faces of the box."""
+    """Return whether the surface at that level consists mostly of the box's faces."""
     return float((lattice.border > level).float().mean()) >= FULL
 
 
 def _full_scene(lattice: Lattice) -> str:
     return (
-        f"the scene is full: wherever there is a surface, {FULL:.0%} or more of the faces of the box from "
-        f"{lattice.lower} to {lattice.upper} are inside. Train with a stronger opacity regulariser or a lower "
-        "learning rate, or pass lower and upper that leave room round the object."
+        f"the scene is full: at every level with a surface, {FULL:.0%} or more of the faces of the box from "
+        f"{lattice.lower} to {lattice.upper} are inside it. Train with a stronger opacity penalty or a lower "
+        "learning rate, or pass lower and upper that leave room around the object."
     )
 
 
 def pictures_of(mesh: Mesh, scene: RadianceField, cameras: Tensor, rendered: Rendered) -> Rendered:
-    """The mesh, rasterised as ``rendered`` was rendered."""
+    """Return pictures of the mesh, rasterised at the size, field of view and background of ``rendered``."""
     size = rendered.rgb.shape[-1]
     return rasterise(mesh, cameras, size, field_of_view=scene.field_of_view, background=scene.background)
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, at most 100, over all pixels of all pictures in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB, at most 100, over all pixels of all pictures in [-1, 1]."""
     error = float(((images - reference).double() / 2).square().mean())
     return -10 * math.log10(max(error, 1e-10))
 
 
 def compare(mesh: Rendered, rendered: Rendered, background: Colour) -> dict[str, float]:
-    """How far a mesh's pictures are from the scene's, in dB.
+    """Return the PSNR, in dB, of pictures of a mesh against renders of the scene.
 
-    Over whole pictures; over the object's crop, which is the rectangle of every picture in which either has
-    anything; and what no mesh at all would reach over that crop.
+    "psnr" is over whole pictures. "psnr_crop" is over the object's crop: in each picture, the smallest rectangle
+    that contains every pixel in which the mesh or the scene is visible. "psnr_crop_without_mesh" is what the bare
+    background would reach on that crop.
 
     Raises ``ValueError`` if no picture shows anything.
     """
@@ -190,7 +199,7 @@ def compare(mesh: Rendered, rendered: Rendered, background: Colour) -> dict[str,
 
 
 def _crop(seen: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of the smallest rectangle round what is True in (h, w)."""
+    """Return the rows and columns of the smallest rectangle that contains all True pixels of (h, w)."""
     found = (seen.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
     rows, columns = (slice(places[0], places[-1] + 1) if places else slice(0) for places in found)
     return rows, columns
@@ -202,32 +211,33 @@ def _even_ratios(low: float, high: float, num: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is exported, and how finely."""
+    """Options of an export: the mesh, the search for its level, and the videos."""
 
     resolution: int = 128
     """Cubes of marching cubes along the longest side of the box."""
     level: float | None = None
-    """Density of the mesh's surface; searched for by PSNR if not given."""
+    """Density of the mesh's surface. None: the level with the best PSNR."""
     num_levels: int = 9
-    """Levels tried in each of the two rounds of the search."""
+    """Levels in each of the two rounds of the search."""
     num_views: int = 8
-    """Cameras of the search and of the PSNR in the report, half of them 10 degrees above the horizon, half 40."""
+    """Cameras for the search and for the PSNR in the report: half at an elevation of 10 degrees, half at 40."""
     view_size: int = 64
-    """Height and width of their pictures."""
+    """Height and width of the pictures from these cameras, in pixels."""
     min_part: float = 0.01
-    """Parts of the mesh below this share of the largest part's volume are dropped: floaters. 0 keeps all."""
+    """Smallest part of the mesh to keep, as a share of the largest part's volume. Smaller ones are floaters. 0
+    keeps all."""
     num_points: int = 100_000
-    """Points of the cloud, evenly on the mesh."""
+    """Number of points in the cloud, spread evenly over the mesh."""
     num_frames: int = 48
-    """Of a turntable: once round."""
+    """Frames of a turntable, which makes one turn."""
     fps: float = 24.0
-    """Frames a second."""
+    """Frames per second."""
     size: int = 128
-    """Height and width of a turntable."""
+    """Height and width of a turntable in pixels."""
     elevation: float = 15.0
-    """Of the turntable's camera above the horizon, in degrees."""
+    """Elevation of the turntable's camera above the horizon, in degrees."""
     background: Colour | None = None
-    """Behind turntables and contact sheet, RGB in [0, 1]; the scene's own if not given."""
+    """Background of turntables and contact sheet, RGB in [0, 1]. None: the scene's own."""
 
     def __post_init__(self) -> None:
         lowest = {"resolution": 2, "num_levels": 3}
@@ -253,23 +263,23 @@ def export(
     facts: Mapping[str, Any] | None = None,
     generator: Generator | None = None,
 ) -> dict[str, Any]:
-    """Write all files of a scene into ``folder``, which appears whole or not at all, and return the report.
+    """Write all files of a scene into ``folder`` and return the report. The folder appears whole or not at all.
 
     Args:
-        scene: what to export.
-        folder: new, empty, or an earlier export, which is replaced.
-        choices: by default :class:`Export`'s.
-        facts: JSON-able, kept in the report, such as the prompt.
-        generator: of the point cloud; one of seed 0 by default.
+        scene: The scene to export.
+        folder: A new or empty folder, or an earlier export, which is replaced.
+        choices: Options; by default those of :class:`Export`.
+        facts: Entries for the report, such as the prompt; must be serialisable as JSON.
+        generator: Draws the points of the cloud. By default one of seed 0.
 
     Raises:
-        ValueError: missing libraries or encoder, a folder that holds other files, before any work; a scene that is
-            empty, full, or not finite.
-        OSError: a folder that cannot be written, before any work; a full disk. Nothing is left behind.
+        ValueError: Libraries or the video encoder are missing, or the folder holds other files (both are found
+            before any work), or the scene is empty, full, or not finite.
+        OSError: The folder cannot be written (found before any work) or the disk is full. Nothing is left behind.
     """
     choices = choices or Export()
     check_installed("skimage", "trimesh", "imageio_ffmpeg")
-    text = json.dumps(dict(facts or {}))  # what cannot be written is said before any work, too
+    text = json.dumps(dict(facts or {}))  # facts that JSON cannot hold are refused before any work
     with _whole_export(folder) as temporary:
         check_encoder(temporary)
         with working("density of the scene"):
@@ -304,7 +314,7 @@ def _search(
 def _surface(
     scene: RadianceField, lattice: Lattice, level: float, min_part: float, cameras: Tensor, rendered: Rendered
 ) -> tuple[Mesh, dict[str, float]]:
-    """The mesh in its own colours or in those that rays see, whichever is more like the pictures; and how much."""
+    """Return the mesh and its PSNR figures, in its own colours or those seen along rays, whichever match best."""
     mesh = surface_at(scene, lattice, level, min_part=min_part)
     compared = [
         (candidate, compare(pictures_of(candidate, scene, cameras, rendered), rendered, scene.background))

@@ -3,9 +3,10 @@
     scorefield sds toyworld "a red mug" --out runs/mug
     accelerate launch -m scorefield sds dreamfusion "a corgi" --out runs/corgi
 
-A frozen text-to-image model looks at renders of the scene from random cameras and says what it expects instead;
-the scene follows. At the end --out/export holds scene.glb, scene.obj, points.ply, turntable.mp4, contact.png and
-report.json. With --canvas images learn in place of a scene. Stopped runs resume: run the same command again.
+Renders of the scene from random cameras are shown to a frozen text-to-image model, which predicts what it expects
+in their place, and the scene is moved towards that. At the end --out/export holds scene.glb, scene.obj,
+points.ply, turntable.mp4, contact.png and report.json. With --canvas images are optimised instead of a scene. A
+run that was stopped resumes when the same command is given again.
 """
 
 import math
@@ -56,20 +57,20 @@ from sds.scene import Scene, check_nerfstudio, save_scene
 from sds.training import SceneDistillation
 
 RATES = {"scene": ("learning_rate", "background_lr"), "phi": ("phi_lr",)}
-"""Options that the learning rates of each phase are made from."""
+"""Options that set the learning rates of each phase."""
 
 CHECK_EVERY = 10
-"""Steps between checks of the opacity; every step that is about to be saved is checked, too."""
+"""Steps between checks of the opacity. Every step that is about to be saved is checked, too."""
 
 
 def main(config: Config) -> Path:
-    """Learn and export; returns the folder of the export, or the picture of a canvas."""
+    """Train and export; return the folder of the export, or the picture of a canvas."""
     check_scene(config)
     accelerator = start(config)
     with working("loading the teacher"):
         teacher = frozen_teacher(config, accelerator.device)
         inputs = fingerprints(teacher, read_prompts(config, teacher))
-    teacher = teacher.without_text_encoders()  # before anything else can hold on to them
+    teacher = teacher.without_text_encoders()  # before anything else keeps a reference to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
     phases = [
@@ -90,7 +91,7 @@ def main(config: Config) -> Path:
 
 
 def check_scene(config: Config) -> None:
-    """Raise ``ValueError`` for options that cannot work, or that need a library which is not there."""
+    """Raise ``ValueError`` for options that cannot work, or that need a library which is not installed."""
     check(config)
     if config.canvas:
         return
@@ -98,7 +99,7 @@ def check_scene(config: Config) -> None:
         check_nerfstudio()
     except ImportError as error:
         raise ValueError(str(error)) from error
-    cameras_at(config, 0)  # which refuses what cameras cannot be
+    cameras_at(config, 0)  # raises for cameras that are out of range
     for name in config.backdrops:
         colour_of(name)
     check_installed("skimage", "trimesh", "imageio_ffmpeg")
@@ -108,7 +109,7 @@ def check_scene(config: Config) -> None:
 
 
 def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
-    """What learns, on its device, and by which loss."""
+    """Return the scene or canvas, on its device, and the loss that trains it."""
     method = build_method(config, teacher)
     if config.canvas:
         canvas = build_canvas(config, teacher).to(accelerator.device)
@@ -124,7 +125,7 @@ def learn(
     config: Config, task: SceneDistillation, phases: Sequence[Phase], probe: Probe, accelerator: Accelerator,
     own: Mapping[str, Any], first: int,
 ) -> None:  # fmt: skip
-    """Train to the end; a scene that is lost goes back to a checkpoint, up to --max-rollbacks times."""
+    """Train to the end. A scene that is lost goes back to a checkpoint, at most --max-rollbacks times."""
     watcher = Watcher(config, task, probe, phases[0].optimizer)
 
     def check(step: int, saving: bool) -> None:
@@ -148,13 +149,13 @@ def learn(
             first = go_back(config, phases, accelerator, own)
             if accelerator.is_main_process:
                 tqdm.write(
-                    f"{error}\nrolled back to step {first}, from where the learning rate is half of what it was "
-                    f"({rollbacks + 1} of at most {config.max_rollbacks} times).", file=sys.stderr,
+                    f"{error}\nrolled back to step {first}, and halved the learning rate (rollback "
+                    f"{rollbacks + 1} of at most {config.max_rollbacks}).", file=sys.stderr,
                 )  # fmt: skip
 
 
 def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
-    """Roll back on all ranks, and draw the curves again from there; the step to go on from."""
+    """Roll back on all ranks, reopen the logs at that step, and return the step to go on from."""
     first = roll_back(
         config.out / "checkpoints", phases, own, write=accelerator.is_main_process,
         wait=accelerator.wait_for_everyone,
@@ -168,7 +169,7 @@ def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, o
 
 
 class Watcher:
-    """Figures of a step, and its pictures; where both are due, they are made together."""
+    """Figures and pictures of a step; if both are due, they are computed together."""
 
     def __init__(
         self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
@@ -177,7 +178,7 @@ class Watcher:
         self.step, self.shown = 0, torch.empty(0)
 
     def figures(self, step: int) -> Mapping[str, float]:
-        """What is logged of this step beside the loss."""
+        """Return what is logged of this step besides the loss."""
         self.step, self.shown = step, torch.empty(0)
         figures: dict[str, float] = {}
         if self._due(step, self.config.log_every):
@@ -189,7 +190,7 @@ class Watcher:
         return figures
 
     def pictures(self) -> Tensor:
-        """Of the last step that figures were asked of."""
+        """Return the pictures of the step for which :meth:`figures` was last called."""
         return self.shown if len(self.shown) else self.probe.pictures(self.step - 1)
 
     def _due(self, step: int, every: int) -> bool:
@@ -199,14 +200,14 @@ class Watcher:
 def write_results(
     config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer
 ) -> Path:
-    """Write the weights, and what can be looked at."""
+    """Write the weights, then the export of a scene or the picture of a canvas, and return its path."""
     network = task.subject.network
     save_scene(network, config.out / "scene.safetensors")
     if isinstance(network, Canvas):
         return write_canvas(config, network, teacher)
     assert isinstance(network, Scene)
     field_of_view = 2 * math.degrees(math.atan(0.5 / (sum(config.focal) / 2)))
-    # Seen from where the whole cube is in the picture.
+    # Far enough away for the whole cube to be in the picture.
     distance = max(
         sum(config.distance) / 2, config.half_size * (1 + 1 / math.tan(math.radians(field_of_view) / 2))
     )
@@ -221,7 +222,7 @@ def write_results(
 
 
 def export_choices(config: Config) -> Export:
-    """How finely, and from how high, the scene is exported."""
+    """Return the options of the export: its resolution, and the size and elevation of the turntable."""
     return Export(
         resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
     )
@@ -229,7 +230,7 @@ def export_choices(config: Config) -> Export:
 
 @torch.no_grad()
 def write_canvas(config: Config, canvas: Canvas, teacher: Teacher) -> Path:
-    """All particles in one picture."""
+    """Write all particles into one picture and return its path."""
     images: Tensor = teacher.decode(canvas().detach()).float().clamp(-1, 1)
     path = config.out / "canvas.png"
     with whole_file(path) as temporary:

@@ -1,12 +1,12 @@
-"""A scene that learns from a teacher: what the teacher is shown and told in a step, and the phases of a run.
+"""Training of a scene: what the teacher sees and is told in a step, and the phases of a run.
 
     task = SceneDistillation(subject=SceneSubject(...), method=lambda step: sds(teacher, times=...))
     phases = task.phases(optimizer)
     for report in train(phases, task.batches, accelerator, rollout=task.rollout, steps=10_000): ...
 
-The subject is rendered, and its renders encoded, once an iteration, however many noises and times are drawn for
-them; a phi of VSD learns from the same renders. The teacher is part of no phase: it is in no checkpoint and is not
-wrapped for several processes, whose gradients with respect to the scene are averaged.
+In each iteration the subject is rendered, and its renders encoded, once, however many noises and times are drawn
+for them. VSD's phi is trained on the same renders. The teacher is part of no phase: it is in no checkpoint, and it
+is not wrapped for several processes. The gradients with respect to the scene are averaged over the processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +35,13 @@ from sds.vsd import CAMERA, VSD
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One batch for a loss of this package.
+    """What the teacher sees and is told in one step: a batch for a loss of this package.
 
     Attributes:
-        x0: (b, ...) what the teacher sees, with its graph.
-        cond: what the teacher is told, batch b.
-        penalty: scalar, of what the teacher does not see.
-        metrics: scalars worth logging.
+        x0: (b, ...) encoded renders, with their graph.
+        cond: Conditions of batch b.
+        penalty: Scalar penalty on the scene, which the teacher does not see.
+        metrics: Scalars to log.
     """
 
     x0: Images
@@ -51,27 +51,27 @@ class Observation:
 
 
 class Subject(Protocol):
-    """What learns, and what a teacher sees of it."""
+    """Interface of what is trained: a network, and its observations."""
 
     @property
     def network(self) -> nn.Module:
-        """Whose parameters learn."""
+        """The module whose parameters are trained."""
 
     def observe(self, rng: Rng) -> Observation:
-        """What is seen in step ``rng.step``, differentiable, with the random draws of this rank."""
+        """Return the differentiable observation of step ``rng.step``, with this rank's random draws."""
 
 
 Encode = Callable[[Images], Tensor]
-"""Images in [-1, 1] of the teacher's size to its x0: ``Teacher.encode``."""
+"""Images in [-1, 1], of the teacher's size, -> x0: ``Teacher.encode``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Backdrop:
-    """What views stand before, and the prompts that go with it.
+    """Background of a view, with the conditions of the prompts that name it.
 
     Attributes:
-        conditions: of the four ``sds.cameras.view_prompts``, batch 4.
-        colour: (3,) in [-1, 1]; None for the scene's own background, or a random colour.
+        conditions: Conditions of the four ``sds.cameras.view_prompts``, batch 4.
+        colour: (3,) in [-1, 1]. None: the scene's own background, or a random colour.
     """
 
     conditions: Cond
@@ -80,24 +80,24 @@ class Backdrop:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SceneSubject:
-    """Random views of a scene.
+    """A scene, observed in random views.
 
     Attributes:
-        scene: what learns.
-        encode: of the teacher.
-        size: of the teacher's images, height and width in pixels.
-        cameras: step -> (distribution, number of views) pairs: all views of a step.
-        backdrops: each view stands before one of them, or, where they have no colour, all before the same.
-        resolution: step -> height of the renders in pixels; they keep the proportions of ``size``.
-        weights: (b, 4) weights of the words for each view.
-        penalties: step -> weights of the regularisers.
-        shading: (step, views, generator) -> light; None shows albedo.
-        own_background: probability that a step without coloured backdrops shows the scene's own background; else
-            a random colour.
-        tell_camera: add ``cond["camera"]``, (b, 3, 4), for VSD's phi.
-        num_ranks: processes that share a step; their azimuths are stratified together.
+        scene: The scene that is trained.
+        encode: The teacher's encoder.
+        size: Height and width of the teacher's images in pixels.
+        cameras: step -> pairs (distribution, number of views); together they are the views of a step.
+        backdrops: Backgrounds. Each view gets one of them at random; without colours there is only one.
+        resolution: step -> height of the renders in pixels. Their aspect ratio is that of ``size``.
+        weights: Views -> (b, 4) weights of the view words.
+        penalties: step -> weights of the penalties.
+        shading: (step, views, generator) -> light. None shows albedo.
+        own_background: Probability that a step without coloured backdrops shows the scene's own background, rather
+            than a random colour.
+        tell_camera: Add ``cond["camera"]``, (b, 3, 4), for VSD's phi.
+        num_ranks: Number of processes that share a step; their azimuths are stratified together.
 
-    Raises ``ValueError`` for backdrops of which only some have a colour.
+    Raises ``ValueError`` if only some backdrops have a colour.
     """
 
     scene: Scene
@@ -117,7 +117,7 @@ class SceneSubject:
         coloured = [backdrop.colour is not None for backdrop in self.backdrops]
         if not coloured or any(coloured) != all(coloured) or (not all(coloured) and len(coloured) > 1):
             raise ValueError(
-                "backdrops must all have a colour, or be one without; got colours "
+                "backdrops must all have a colour, or be a single one without; got colours "
                 f"{[backdrop.colour for backdrop in self.backdrops]}."
             )
 
@@ -127,7 +127,7 @@ class SceneSubject:
         return self.scene
 
     def observe(self, rng: Rng) -> Observation:
-        """Renders of random views before random backdrops, encoded, with the words for each view."""
+        """Return encoded renders of random views over random backdrops, with the conditions of each view."""
         generator = rng("views")
         views = concatenated(
             [
@@ -142,7 +142,10 @@ class SceneSubject:
     def observe_from(
         self, views: Views, chosen: Tensor, step: int, shading: Shading | None, generator: Generator | None
     ) -> Observation:
-        """Given views before the chosen (b,) backdrops; without a generator always the same."""
+        """Return the observation of given views over the chosen (b,) backdrops.
+
+        Without a generator nothing is random.
+        """
         penalties = self.penalties(step)
         render = self.render(views, chosen, step, shading, generator, normals=penalties.orientation > 0)
         cond = self.conditions(views, chosen)
@@ -157,7 +160,7 @@ class SceneSubject:
         self, views: Views, chosen: Tensor, step: int, shading: Shading | None, generator: Generator | None,
         normals: bool = False,
     ) -> Render:  # fmt: skip
-        """The pictures of given views, in float32 whatever the teacher computes in."""
+        """Return pictures of given views, in float32 whatever the teacher's precision."""
         height = self.resolution(step)
         width = round(height * self.size[1] / self.size[0])
         device = next(self.scene.parameters()).device
@@ -168,7 +171,7 @@ class SceneSubject:
             )  # fmt: skip
 
     def conditions(self, views: Views, chosen: Tensor) -> dict[str, Tensor]:
-        """What the teacher is told about given views before the chosen backdrops."""
+        """Return the conditions of given views over the chosen backdrops."""
         weights = self.weights(views)
         rows = [
             view_conditions(self.backdrops[number].conditions, weights[row : row + 1])
@@ -181,7 +184,7 @@ class SceneSubject:
         if colours[0] is not None:
             return torch.tensor(colours)[chosen]
         if self.scene.background is None:
-            raise ValueError("without a colour of a backdrop the scene needs a background of its own.")
+            raise ValueError("the scene has no background of its own, so its backdrops need colours.")
         if generator is None:
             return None
         return random_background(len(chosen), generator, 1 - self.own_background)
@@ -189,11 +192,11 @@ class SceneSubject:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CanvasSubject:
-    """A canvas of the shape of the teacher's x0, all particles in every step.
+    """A canvas of the shape of the teacher's x0; every step observes all its particles.
 
     Attributes:
-        canvas: what learns.
-        conditions: of the prompt, batch 1.
+        canvas: The canvas that is trained.
+        conditions: Conditions of the prompt, batch 1.
     """
 
     canvas: Canvas
@@ -205,7 +208,7 @@ class CanvasSubject:
         return self.canvas
 
     def observe(self, rng: Rng) -> Observation:
-        """The particles."""
+        """Return all particles, with the prompt's conditions."""
         del rng
         x0 = self.canvas()
         cond = {name: value.expand(len(x0), *value.shape[1:]) for name, value in self.conditions.items()}
@@ -213,15 +216,15 @@ class CanvasSubject:
 
 
 def encoded(images: Float[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tensor:
-    """Renders as a teacher's x0, differentiable: resized to ``size`` (bilinear), then encoded.
+    """Return renders as the teacher's x0, differentiably: resized to ``size`` (bilinear), then encoded.
 
     Args:
-        images: in [-1, 1], of any size.
-        encode: ``Teacher.encode``; latents for latent diffusion, the images for others.
+        images: (b, c, h, w) in [-1, 1], of any size.
+        encode: ``Teacher.encode``; it returns latents for latent diffusion, the images themselves otherwise.
         size: ``Teacher.size``, height and width in pixels.
 
     Raises:
-        ValueError: not (b, c, h, w).
+        ValueError: ``images`` are not (b, c, h, w).
     """
     if images.ndim != 4:
         raise ValueError(f"images must be (b, c, h, w) in [-1, 1]; got {tuple(images.shape)}.")
@@ -232,12 +235,12 @@ def encoded(images: Float[Tensor, "b c h w"], encode: Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SceneDistillation:
-    """What learns, and by which loss.
+    """A subject and the loss that trains it.
 
     Attributes:
-        subject: a scene or a canvas.
-        method: step -> loss of that step, as times and guidance may change on the way.
-        num_draws: noises and times per render, all through one pass of the encoder.
+        subject: A scene or a canvas.
+        method: step -> loss of that step, since times and guidance may change along the run.
+        num_draws: Noises and times per render; all share one pass of the encoder.
     """
 
     subject: Subject
@@ -245,18 +248,18 @@ class SceneDistillation:
     num_draws: int = 1
 
     def batches(self, rng: Rng) -> dict[str, Any]:
-        """Nothing: all data is drawn from the scene."""
+        """Return an empty batch: all data are renders of the scene."""
         del rng
         return {}
 
     def rollout(self, batch: Mapping[str, Any], phases: tuple[str, ...], rng: Rng) -> dict[str, Any]:
-        """What is seen in this step, with its graph, for all phases."""
+        """Return the observation of this step, with its graph, for all phases."""
         del batch, phases
         seen = self.subject.observe(rng)
         return {"x0": seen.x0, "cond": seen.cond, "observation": seen}
 
     def loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
-        """The score's gradient and the penalty; see :func:`sds.losses.distillation_loss` for the reduction."""
+        """Return the loss: score gradient and penalty, reduced as :func:`sds.losses.distillation_loss` says."""
         seen = batch["observation"]
         values = distillation_loss(
             self.method(rng.step), seen.x0, seen.cond, num_draws=self.num_draws, generator=rng("gradient")
@@ -267,13 +270,15 @@ class SceneDistillation:
     def phases(
         self, optimizer: Optimizer, *, lr_schedule: LRScheduler | None = None, phi: Optimizer | None = None,
     ) -> list[Phase]:  # fmt: skip
-        """The scene's phase and, for VSD, its phi's, which follows on the same renders.
+        """Return the scene's phase and, for VSD, phi's phase, which follows on the same renders.
 
-        Raises ``ValueError`` for a phi's optimizer where the loss has none, and the other way round.
+        Raises ``ValueError`` if a loss other than VSD gets an optimizer for phi, or VSD gets none.
         """
         method = self.method(0)
         if isinstance(method, VSD) != (phi is not None):
-            raise ValueError("VSD, and no other loss, needs an optimizer for its phi.")
+            raise ValueError(
+                "VSD needs an optimizer for its phi, and no other loss takes one. Pass phi for VSD alone."
+            )
         scene = Phase(
             name="scene", network=self.subject.network, optimizer=optimizer, loss=self.loss,
             lr_schedule=lr_schedule,

@@ -1,8 +1,8 @@
-"""Variational score distillation with a phi that learns (Wang et al. 2023, arXiv 2305.16213, Algorithm 1).
+"""Variational score distillation with a phi that is trained (Wang et al. 2023, arXiv 2305.16213, Algorithm 1).
 
-The scene descends along eps_s - eps_phi, teacher and phi; phi, most often a
-:class:`scorefield.models.lora.Twin` of the teacher,
-learns to denoise the scene's renders, from every camera. Both are phases of :func:`loop.train`:
+The scene follows the gradient eps_s - eps_phi of teacher and phi, while phi learns to denoise the scene's renders
+from every camera. Usually phi is the teacher's network with a LoRA, :func:`low_rank_denoiser`. Both are phases of
+:func:`scorefield.training.loop.train`:
 
     phi = low_rank_denoiser(teacher.denoiser, generator=generator)
     method = VSD(teacher=guided(teacher.denoiser, 7.5, negative), phi=phi)
@@ -37,25 +37,27 @@ from scorefield.training.loop import Phase
 from sds.losses import sigma_squared, vsd
 
 CAMERA = "camera"
-"""The key of the camera in ``cond``: camera-to-world matrices, zeros are "no camera in particular"."""
+"""Key of the camera in ``cond``: camera-to-world matrices. Zeros mean that the camera is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VSD:
-    """The gradient of :func:`sds.losses.vsd`, and the loss by which its phi learns.
+    """The gradient of :func:`sds.losses.vsd`, and the loss that trains its phi.
 
     A batch is {"x0": encoded renders, "cond": Cond}; ``cond["camera"]`` goes to phi alone.
 
     Args:
-        teacher: frozen, guided; 7.5 in the paper.
-        phi: without guidance, on the teacher's schedule.
-        times: of the scene's gradient.
-        w: weight of the scene's gradient.
-        noise: of the scene's gradient.
-        phi_times: of phi's training; the full range.
-        phi_weight: of phi's loss, by default that of its prediction kind.
-        phi_only: entries of ``cond`` that the teacher is not told; empty for a teacher that knows cameras itself.
-        camera_dropout: share of phi's training samples whose camera is zeros.
+        teacher: A frozen denoiser with guidance; 7.5 in the paper.
+        phi: A denoiser without guidance, on the teacher's schedule.
+        times: Times of the scene's gradient.
+        w: Weight of the scene's gradient.
+        noise: Noise of the scene's gradient.
+        phi_times: Times of phi's training; the full range.
+        phi_weight: Weight of phi's loss; by default that of its prediction kind.
+        phi_only: Entries of ``cond`` that the teacher does not get; empty for a teacher that takes cameras itself.
+        camera_dropout: Share of phi's training samples whose camera is replaced by zeros.
+
+    Raises ``ValueError`` for a ``camera_dropout`` outside [0, 1].
     """
 
     teacher: Denoiser
@@ -73,14 +75,14 @@ class VSD:
             raise ValueError(f"camera_dropout must lie in [0, 1]; got {self.camera_dropout}.")
 
     def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """w(t) (eps_s - eps_phi) at one draw of t and noise per sample; no gradient reaches any network."""
+        """Return w(t) (eps_s - eps_phi) at one draw of t and noise per sample. No gradient reaches a network."""
         known = {name: value for name, value in cond.items() if name not in self.phi_only}
         phi = Conditioned(self.phi.unwrapped(), {name: cond[name] for name in self.phi_only if name in cond})
         method = vsd(self.teacher, phi, times=self.times, w=self.w, noise=self.noise)
         return method.gradient(x0, known, generator=generator)
 
     def phi_loss(self, batch: Mapping[str, Any], rng: Rng) -> dict[str, Tensor]:
-        """Denoising of the renders, which are constants here (Eq. 8)."""
+        """Return phi's denoising loss on the renders, which are constants here (Eq. 8)."""
         x0, cond = batch["x0"].detach(), dict(batch["cond"])
         if CAMERA in cond:
             cond[CAMERA] = _dropped(cond[CAMERA], self.camera_dropout, rng("camera dropout"))
@@ -89,7 +91,7 @@ class VSD:
         return {"loss": losses.mean(), TIME_NOT_FINITE: time_not_finite(losses, t)}
 
     def phase(self, optimizer: Optimizer, *, every: int = 1, lr_schedule: LRScheduler | None = None) -> Phase:
-        """Phi's phase for :func:`loop.train`; ``optimizer`` is over ``phi.network.parameters()``."""
+        """Return phi's phase of a training; ``optimizer`` is over ``phi.network.parameters()``."""
         return Phase(
             name="phi", network=self.phi.network, optimizer=optimizer, loss=self.phi_loss, every=every,
             lr_schedule=lr_schedule,
@@ -98,18 +100,18 @@ class VSD:
 
 @dataclass(frozen=True, eq=False)
 class WithoutConditions:
-    """A denoiser that is not told some conditions: the teacher as VSD asks it, for ``VSD.phi_only``."""
+    """A denoiser that does not get some conditions: VSD's teacher does not get those in ``VSD.phi_only``."""
 
     denoiser: Denoiser
     names: tuple[str, ...]
 
     @property
     def schedule(self) -> Schedule:
-        """The denoiser's."""
+        """The denoiser's schedule."""
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The expected clean image."""
+        """Return the expected clean image."""
         return self.denoiser(x_t, t, {name: value for name, value in cond.items() if name not in self.names})
 
 
@@ -122,19 +124,20 @@ def low_rank_denoiser(
     denoiser: NetworkDenoiser, *, rank: int = 4, targets: Sequence[str] = ATTENTION,
     camera_at: str | None = "model.time_embedding", generator: Generator,
 ) -> NetworkDenoiser:  # fmt: skip
-    """A :class:`Twin` of a teacher's network, of the same schedule and prediction kind: VSD's phi.
+    """Return VSD's phi: the teacher's network with a LoRA and the same weights, schedule and prediction kind.
 
     Args:
-        denoiser: the teacher, without guidance.
-        rank: of the changes.
-        targets: names, or ends of names, of the layers to change; those that ProlificDreamer adapts.
-        camera_at: name of the submodule whose output, the embedding of time, the camera's embedding is added to:
-            "model.time_embedding" for a UNet in :class:`networks.DiffusersNetwork`, "model.time_text_embed" for
-            SD3; None for no camera.
-        generator: draws the initial weights.
+        denoiser: The teacher, without guidance.
+        rank: Rank of the LoRA.
+        targets: Names, or ends of names, of the layers to adapt; by default those that ProlificDreamer adapts.
+        camera_at: Name of the submodule that embeds the time; the camera's embedding is added to its output.
+            "model.time_embedding" for a UNet in :class:`scorefield.models.networks.DiffusersNetwork`,
+            "model.time_text_embed" for SD3. None: no camera.
+        generator: Draws the initial weights.
 
     Raises:
-        ValueError: a network that is not frozen, a rank below 1, targets or ``camera_at`` that it does not have.
+        ValueError: The network is not frozen, the rank is below 1, or the network has no such targets or
+            ``camera_at``.
     """
     names = [name for name, _ in denoiser.network.named_modules()]
     if camera_at is not None and camera_at not in names:
@@ -147,7 +150,7 @@ def low_rank_denoiser(
 
 
 class _CameraEmbedding(nn.Sequential):
-    """(b, 12), (b, 3, 4) or (b, 4, 4) camera-to-world matrices to (b, width)."""
+    """Camera-to-world matrices (b, 12), (b, 3, 4) or (b, 4, 4) -> embeddings (b, width)."""
 
     def forward(self, camera: Tensor) -> Tensor:
         numbers = camera.reshape(len(camera), -1)

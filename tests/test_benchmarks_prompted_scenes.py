@@ -100,7 +100,7 @@ def test_other_and_damaged_runs_are_refused(tmp_path):
     write_run(tmp_path / "run")
     weights = tmp_path / "run" / "scene.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="holds no weights of such a scene"):
+    with pytest.raises(ValueError, match="is damaged or holds another kind of scene"):
         prompted_scenes.load_run(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"field": "grid"}')
     with pytest.raises(ValueError, match=r"config\.json lacks backdrops, blob"):

@@ -169,7 +169,7 @@ def full_disk(path, monkeypatch):
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), [
-    *((without(library), ValueError, rf'this needs {package}\. Install: pip install "scorefield\[nerf\]"')
+    *((without(library), ValueError, rf'not installed: {package}\. Install them: pip install "scorefield\[nerf\]"')
       for library, package in {"skimage": "scikit-image", "trimesh": "trimesh",
                                "imageio_ffmpeg": "imageio-ffmpeg"}.items()),
     (broken_encoder, ValueError, "no video can be encoded here"),

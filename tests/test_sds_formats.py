@@ -109,7 +109,9 @@ def test_a_failed_write_leaves_the_older_file(box, tmp_path, monkeypatch):
 def test_a_missing_library_is_named_with_the_extra(library, write, box, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     package = library.replace("_", "-")
-    with pytest.raises(ValueError, match=rf'this needs {package}\. Install: pip install "scorefield\[nerf\]"'):
+    with pytest.raises(
+        ValueError, match=rf'are not installed: {package}\. Install them: pip install "scorefield\[nerf\]"'
+    ):
         write(box, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 

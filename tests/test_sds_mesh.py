@@ -159,8 +159,8 @@ def test_fog_is_left_out_because_pictures_do_not_show_it():
 @pytest.mark.parametrize(("scene", "level", "message"), [
     (Ball(density=0.04).scene(), 0.01, r"the scene is empty: its largest density .* is 0\.04 .* train longer"),
     (Ball(density=0.0).scene(), 0.01, "the scene is empty"),
-    (Ball(radius=3.0).scene(distance=9.0), 30.0, r"the scene is full: .* opacity regulariser"),
-    (Ball(radius=1.45).scene(distance=9.0), 30.0, r"the scene is full: .* opacity regulariser"),  # all but corners
+    (Ball(radius=3.0).scene(distance=9.0), 30.0, r"the scene is full: .* opacity penalty"),
+    (Ball(radius=1.45).scene(distance=9.0), 30.0, r"the scene is full: .* opacity penalty"),  # all but corners
     (Ball().scene(), 70.0, r"no surface at level 70\.0: the largest density is 60"),
 ])  # fmt: skip
 def test_a_scene_without_a_surface_says_so(scene, level, message):
