@@ -78,8 +78,8 @@ def main(config: Config) -> Path:
         for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
     ]
     if config.dry_run:
-        roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
-        show_plan(config, roles, {phase.name: config.steps for phase in phases})
+        networks = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
+        show_plan(config, networks, {phase.name: config.steps for phase in phases})
         return config.out
     own = identity(config, accelerator, inputs)
     first = resume(config, phases, accelerator, own)

@@ -157,7 +157,7 @@ def test_what_is_no_judge_is_refused(shipped, tmp_path):
         (folder / "judge.json").write_text(broken)
         with pytest.raises(ValueError, match=r"holds no judge that train_judge\.py wrote"):
             load_judge(folder)
-    with pytest.raises(ValueError, match="only a judge with facts is saved"):
+    with pytest.raises(ValueError, match="the judge has no facts"):
         save_judge(Judge(), tmp_path / "untrained")
     with pytest.raises(ValueError, match=r"the judge sees pictures \(b, 3, 64, 64\); got \(1, 3, 32, 32\)"):
         shipped(torch.zeros(1, 3, 32, 32))

@@ -68,8 +68,8 @@ def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
 def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int], Mapping[str, float]]:
     """Return a function that measures a student of the toy world every ``--eval-every`` steps and at the last.
 
-    It takes a step and returns figures, none between. Its scenes have seed 1. ``scorefield toyworld students``,
-    which makes the final report, measures on others.
+    It takes a step and returns its figures; between those steps there are none. Its scenes have seed 1.
+    ``scorefield toyworld students``, which makes the final report, measures on others.
     """
     if not config.eval_every or not is_first_rank():
         return lambda step: {}

@@ -68,8 +68,8 @@ def parse(text: str) -> Attributes:
     found = _CAPTION.fullmatch(" ".join(text.split()))
     if not found:
         raise ValueError(
-            f"{text!r} is not a caption of the toy world. Write one such as 'a red mug on a white background, side "
-            f"view'; background and view may be left out. Colours: {', '.join(COLOURS)}. Shapes: "
+            f"{text!r} is not a caption of the toy world. Write one such as 'a red mug on a white background, "
+            f"side view'; background and view may be left out. Colours: {', '.join(COLOURS)}. Shapes: "
             f"{', '.join(SHAPES)}. Backgrounds: {', '.join(BACKGROUNDS)}. Views: {', '.join(VIEWS)}."
         )
     words = {name: word.lower() if word else None for name, word in found.groupdict().items()}

@@ -74,8 +74,8 @@ def check_length(config: Demo, steps: int) -> None:
     begun = any(checkpoint.steps(config.out / "student" / stage / "checkpoints") for stage in ("", "warm-up"))
     if begun and held != steps:
         raise ValueError(
-            f"--out {config.out} holds a student whose teacher was trained for {held:,} steps; this command trains "
-            f"the teacher for {steps:,}. Choose another --out."
+            f"--out {config.out} holds a student whose teacher was trained for {held:,} steps; this command "
+            f"trains it for {steps:,}. Choose another --out."
         )
 
 

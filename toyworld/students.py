@@ -69,8 +69,8 @@ def check(config: EvaluateStudents) -> None:
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(
-                f"--students {folder} is not a folder that `scorefield distill` wrote for a text-to-image teacher, or "
-                "another program has saved it again. Pass the folder of the student as it was written."
+                f"--students {folder} is not a folder that `scorefield distill` wrote for a text-to-image model, "
+                "or another program has saved it again. Pass the folder of the student as it was written."
             )
     folder = Path(named_folder(config.teacher))
     check_many_steps(read_json(folder / "scheduler" / "scheduler_config.json"), folder)
