@@ -140,7 +140,7 @@ def training(loss: Loss, scene: Scene, prompts: Cond, *, num_views: int, size: i
     for step in count():
         rng = Rng(0, step)
         optimizer.zero_grad()
-        loss(*look(scene, prompts, rng, num_views=num_views, size=size), rng("score")).backward()
+        loss(*observe(scene, prompts, rng, num_views=num_views, size=size), rng("score")).backward()
         optimizer.step()
         yield
 
@@ -153,7 +153,7 @@ def scoring(loss: Loss, images: Tensor, cond: Cond) -> Iterator[None]:
         yield
 
 
-def look(scene: Scene, prompts: Cond, rng: Rng, *, num_views: int, size: int) -> tuple[Tensor, Cond]:
+def observe(scene: Scene, prompts: Cond, rng: Rng, *, num_views: int, size: int) -> tuple[Tensor, Cond]:
     """Return renders from the cameras of this step, and the condition of each."""
     views = CAMERAS.draw(num_views, rng("views"))
     images = scene(views, height=size, width=size, background=BACKGROUND, generator=rng("points")).rgb

@@ -30,8 +30,8 @@ from sds_contenders import (
     Loss,
     conditions,
     generfacto,
-    look,
     new_scene,
+    observe,
     ours,
     scoring,
     threestudio,
@@ -131,7 +131,7 @@ def gradient_errors(config: Config) -> dict[str, float]:
 def first_gradient(loss: Loss, prompts: Cond, config: Config) -> Tensor:
     """Return the first gradient of a fresh scene's parameters, in float64."""
     scene, rng = new_scene(torch.float64), Rng(0, 0)
-    inputs = look(scene, prompts, rng, num_views=config.num_views, size=config.size)
+    inputs = observe(scene, prompts, rng, num_views=config.num_views, size=config.size)
     gradients = torch.autograd.grad(loss(*inputs, rng("score")), list(scene.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -141,7 +141,7 @@ def measure(config: Config) -> dict[str, Any]:
     guide, prompts = make_guide(config)
     losses, frame = contenders(guide), {"num_views": config.num_views, "size": config.size}
     with torch.no_grad():
-        images, cond = look(new_scene(), prompts, Rng(0, 0), **frame)
+        images, cond = observe(new_scene(), prompts, Rng(0, 0), **frame)
     clock: Callable[[], float] = time.perf_counter if config.clock == "wall" else time.process_time
     whole = {name: training(loss, new_scene(), prompts, **frame) for name, loss in losses.items()}
     after = {name: scoring(loss, images, cond) for name, loss in losses.items()}

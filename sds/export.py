@@ -363,7 +363,7 @@ def _describe(compared: Mapping[str, float], search: LevelSearch, mesh: Mesh, ch
 
 @contextmanager
 def _whole_export(folder: Path) -> Iterator[Path]:
-    """A folder to write in; a full disk is said to have changed nothing."""
+    """Yield a folder to write in. If the disk is full, say that the earlier export has not changed."""
     try:
         with whole_folder(folder) as temporary:
             yield temporary

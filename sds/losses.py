@@ -6,8 +6,8 @@
     x0-reconstruction   w (x0 - x0_s), which is SDS with another w
 
 eps_s is the prediction of the guided teacher and x0_s the image it expects. eps_c and eps_n are its predictions
-with and without the prompt. eps_phi is the score of the scene's own renders. In terms of x0 all four are ``weight
-* (baseline - target)``, whatever the teacher predicts, so each is a
+with and without the prompt. eps_phi is the score of the scene's own renders. In terms of x0 all four are
+``weight * (baseline - target)``, whatever the teacher predicts, so each is a
 :class:`scorefield.gradient.ScoreDistillation`. In :class:`sds.vsd.VSD` phi is trained along with the scene.
 :class:`DDS` edits an image, and compares two.
 """

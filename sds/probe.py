@@ -29,7 +29,7 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Probe:
     """Measurements of a subject from fixed views, at fixed times, with fixed noise.
 
-    Only :meth:`balance` keeps a graph, of one view at a time, so a run never needs more memory for it.
+    Only :meth:`balance` keeps a graph, and of one view at a time, so that a run has the memory for it.
 
     Attributes:
         views: For each fixed view, or for all particles of a canvas, a function step -> observation. It returns

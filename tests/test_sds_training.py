@@ -94,8 +94,8 @@ def test_what_is_seen_is_that_of_its_step_and_rank():
 def test_every_view_has_the_words_of_its_backdrop_and_azimuth_and_stands_before_its_colour():
     subject, seen = make_subject(scene=empty(small_scene())), set()
     for step in range(30):
-        look = subject.observe(Rng(0, step))
-        for image, number in zip(look.x0, look.cond["prompt"][:, 0].tolist(), strict=True):
+        view = subject.observe(Rng(0, step))
+        for image, number in zip(view.x0, view.cond["prompt"][:, 0].tolist(), strict=True):
             backdrop, word = divmod(number, 10)
             close(image.mean((1, 2)), torch.tensor(COLOURS[int(backdrop)]), rtol=0, atol=1e-3)
             seen.add((backdrop, word))
@@ -181,9 +181,9 @@ def test_the_orientation_penalty_of_a_step_teaches_geometry():
     """Its weights are constants: without normals that have a gradient, as nerfstudio's, nothing would move."""
     subject = make_subject(penalties=lambda step: Penalties(orientation=float(step)))
     assert subject.observe(Rng(0, 0)).penalty == 0
-    look = subject.observe(Rng(0, 1))
-    assert look.penalty > 0
-    gradients = torch.autograd.grad(look.penalty, list(subject.scene.parameters()))
+    seen = subject.observe(Rng(0, 1))
+    assert seen.penalty > 0
+    gradients = torch.autograd.grad(seen.penalty, list(subject.scene.parameters()))
     assert all(gradient[:, 0].abs().max() > 0 for gradient in gradients)
     assert not any(gradient[:, 1:].any() for gradient in gradients)
 
@@ -416,8 +416,8 @@ def test_the_loss_of_a_step_pulls_by_the_closed_form_over_the_batch_with_its_pen
 
     class Tidy(CanvasSubject):
         def observe(self, rng):
-            look = super().observe(rng)
-            return Observation(look.x0, look.cond, 2 * look.x0.square().sum(), {"opacity": torch.tensor(0.25)})
+            seen = super().observe(rng)
+            return Observation(seen.x0, seen.cond, 2 * seen.x0.square().sum(), {"opacity": torch.tensor(0.25)})
 
     tidy = make_task(canvas, None, subject=Tidy(**vars(task.subject)), method=task.method)
     values = tidy.loss(tidy.rollout({}, ("scene",), rng), rng)

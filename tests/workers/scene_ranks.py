@@ -31,13 +31,13 @@ class Grey:
 
 def make_task(num_ranks):
     backdrops = [Backdrop({"level": torch.full((4, 1), level)}, (level,) * 3) for level in (0.0, 0.5)]
-    looks = SceneSubject(
+    subject = SceneSubject(
         scene=grid_scene(resolutions=(4, 8), num_samples=8), encode=lambda images: images, size=(8, 8),
         cameras=lambda step: [(CAMERAS, 2)], backdrops=backdrops, resolution=lambda step: 8,
         penalties=lambda step: Penalties(entropy=1.0), num_ranks=num_ranks,
     )  # fmt: skip
     teacher = Grey(VariancePreserving.scaled_linear())
-    return SceneDistillation(subject=looks, method=lambda step: sds(teacher), num_draws=2)
+    return SceneDistillation(subject=subject, method=lambda step: sds(teacher), num_draws=2)
 
 
 def gradient_of(task, rng):
