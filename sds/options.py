@@ -225,8 +225,8 @@ def prolificdreamer() -> Config:
 def toyworld() -> Config:
     """Return a preset that takes minutes on a CPU with the shipped pipeline; LOG.md says what was tried.
 
-    Cameras are distributed as in the pipeline's training data. Guidance is weak and there are no small times: both
-    only harden what is wrong at first.
+    Cameras are distributed as in the pipeline's training data. Guidance is weak and
+    there are no small times: strong guidance and small times would only harden early errors.
     """
     return Config(
         preset="toyworld", steps=400, batch_size=5, draws=2, guidance=(2.0, 1.0), t_low=(0.3, 0.3),
@@ -290,7 +290,7 @@ def _check_ranges(config: Config) -> None:
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {shown(getattr(config, name))}.")
     if config.anneal[0] > config.anneal[1] or any(a > b for a, b in zip(config.t_low, config.t_high, strict=True)):
         raise ValueError(
-            f"--anneal must rise, and --t-low must not exceed --t-high; got {config.anneal[0]:g} {config.anneal[1]:g}, "
+            f"--anneal must rise, and --t-low must not exceed --t-high; got {config.anneal}, "
             f"{shown(config.t_low)} and {shown(config.t_high)}."
         )
     if min(config.render_size) < 8 or any(value != round(value) for value in config.render_size):
