@@ -149,7 +149,7 @@ def diffusers(config: Config, setup: Setup) -> Iterator[float]:
     """Run a step as train_controlnet.py does, with this library's draws of times and noise."""
     base, schedule = unet_of(setup.base), setup.base.schedule
     setup.adapter.model.enable_gradient_checkpointing()
-    # Up to diffusers' own: this library's embedding of the hint could recompute, too.
+    # As in diffusers' own ControlNet; this library's embedding of the hint could recompute as well.
     setup.adapter.model.controlnet_cond_embedding.gradient_checkpointing = False
     optimizer = torch.optim.AdamW(setup.adapter.parameters(), LEARNING_RATE)
     device_type = torch.device(config.device).type

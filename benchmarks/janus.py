@@ -101,7 +101,7 @@ def view_labels(views: Views, knowledge: str) -> Tensor:
     if knowledge == "exact view":
         return torch.arange(len(views))
     if knowledge == "view words":
-        # Mixtures want labels from 0 on without gaps; a small bank may lack a word.
+        # Mixtures need labels 0, 1, ... without gaps; a small bank may lack a view word.
         return word_bins(views).argmax(1).unique(return_inverse=True)[1]
     if knowledge == "no view words":
         return torch.zeros(len(views), dtype=torch.long)

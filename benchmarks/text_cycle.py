@@ -219,7 +219,7 @@ def run_alone(config: Config, name: str, accelerator: Accelerator) -> Cycle | No
         cycle = run(config, [name], accelerator)[name]
     except torch.OutOfMemoryError:
         print(f"{name}: {OUT_OF_MEMORY}", file=sys.stderr)
-    # Here, since an exception that is still being handled would hold the tensors of the frames it came through.
+    # Not in the except block: an exception that is being handled keeps the tensors of its frames alive.
     gc.collect()
     if config.compile:
         torch.compiler.reset()

@@ -75,7 +75,7 @@ def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int]
         return lambda step: {}
     bench = make_bench(config.eval_images, NUM_RENDERS, seed=1)
     device = source.device
-    # The prompts are new to a teacher whose text encoders are gone, so it is loaded again for a moment.
+    # The text encoders have been dropped, so the teacher is loaded again to encode these prompts.
     cond = {name: value.to(device) for name, value in encoded(config, bench.prompts).items()}
 
     def watch(step: int) -> dict[str, float]:

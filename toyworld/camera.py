@@ -41,7 +41,7 @@ def orbit(azimuth: float, elevation: float, distance: float) -> Tensor:
     The right axis is always horizontal, so straight above is no special case: at azimuth 0, the up axis is -x
     there.
     """
-    # Python's functions, because torch's round the last digit differently in the middle and at the end of a batch.
+    # Python's functions: torch's may round the last digit differently at another place in a batch.
     sin_a, cos_a = math.sin(math.radians(azimuth)), math.cos(math.radians(azimuth))
     sin_e, cos_e = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
     back = (cos_e * cos_a, cos_e * sin_a, sin_e)

@@ -77,7 +77,7 @@ def known_solids(training: ToyWorld, held_out: ToyWorld) -> Made:
 
     return Made(
         training=training, held_out=held_out, truth=lambda indices: {}, accuracies=shown,
-        # A mask does not say how the surface inside it lies.
+        # A mask says nothing about the surface inside it.
         judge=lambda source: judge_silhouettes if source == "mask" else judge_solids,
     )  # fmt: skip
 

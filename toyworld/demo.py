@@ -48,7 +48,7 @@ def main(config: Demo) -> Path:
     noise = torch.randn(len(judge.labels), *SHAPE, generator=torch.Generator().manual_seed(config.seed))
     one_step = Student(student.denoiser, student.times)
     report, images = evaluate(config, judge, teacher.denoiser, one_step, noise)
-    # A second call finds the trainings done, or goes on with them: its seconds are not those of the job.
+    # If a training was resumed or already done, these seconds are not those of the whole job.
     report |= {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "seed": config.seed}
     path = config.out / "report.json"
     path.write_text(json.dumps(report, indent=2))

@@ -55,7 +55,7 @@ def main(config: EvaluatePipeline) -> Path:
     )
     own = accuracies(judge, as_pictures(renders), attributes)
     drawn = accuracies(judge, made, attributes)
-    unseen = others[: config.num_prompts]  # of its own pictures, the reference would be nearer than it should
+    unseen = others[: config.num_prompts]  # not those of the reference, which would be too near to themselves
     decoded = round_trip(pipeline, unseen)
     sets = {"pipeline": made, "renders": unseen, "vae_round_trip": decoded}
     reference = extract_features(judge.features, wanted)

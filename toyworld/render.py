@@ -152,7 +152,7 @@ def _edges(points: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
         length = mask.shape[axis] - 1
         here, there = ([x.narrow(axis, at, length) for x in (points, normals, mask, edges)] for at in (0, 1))
         turned = (here[1] * there[1]).sum(1, keepdim=True) < 0.8
-        # A step along the normal: a plane seen at a flat angle changes its depth as much as a step does.
+        # Measured along the normal: on a plane at a grazing angle, depth changes as much as at a step.
         apart = ((here[0] - there[0]) * here[1]).sum(1, keepdim=True).abs() > 0.05
         changed = (here[2] != there[2]) | (here[2] & there[2] & (turned | apart))
         here[3] |= changed

@@ -64,7 +64,7 @@ def _drawn(numbers: Sequence[int], seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _renderer() -> str:
-    # The renderer's version: what it draws of a few scenes.
+    # The hash of a few renders identifies the renderer's version.
     return content_key(_drawn(range(8), 0))
 
 

@@ -116,7 +116,7 @@ def load_student(config: EvaluateStudents, folder: Path) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--students {folder}: its weights {LORA} cannot be read: {error}") from error
     check_finite(weights, folder / LORA)
-    pipeline.load_lora_weights(weights)  # not the folder, of which diffusers would also take a pickle
+    pipeline.load_lora_weights(weights)  # not the folder, from which diffusers would also load a pickle
     pipeline.scheduler = load_scheduler(folder)
     return pipeline
 

@@ -68,7 +68,7 @@ def _box_interval(solid: Solid, origin: Tensor, direction: Tensor) -> tuple[Tens
     """Return the depths (n,) at which rays enter and leave the bounding box; near >= far if they miss it."""
     margin = 1e-3
     lower, upper = (origin.new_tensor(corner)[:, None] for corner in (solid.lower, solid.upper))
-    # A zero would make 0 / 0 where the origin is in the plane of a face.
+    # A zero would give 0 / 0 where the origin lies in the plane of a face.
     safe = torch.where(direction.abs() < 1e-12, torch.full_like(direction, 1e-12), direction)
     first, second = (lower - margin - origin) / safe, (upper + margin - origin) / safe
     return torch.minimum(first, second).amax(0), torch.maximum(first, second).amin(0)

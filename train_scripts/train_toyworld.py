@@ -145,7 +145,7 @@ def vae_loss(network: nn.Module, images: Tensor, kl_weight: float, rng: Rng) -> 
     noise = torch.randn(len(images), 4, side, side, generator=rng("posterior")).to(images.device)
     made, kl = network(images, noise)
     error = (made.float() - images).square().mean()
-    # Of images whose range is 2.
+    # The images have a range of 2, whose square is 4.
     return {"loss": error + kl_weight * kl.mean(), "psnr": 10 * (4 / error).log10(), "kl": kl.mean()}
 
 
