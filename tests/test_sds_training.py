@@ -146,7 +146,7 @@ def test_a_scene_stands_before_its_own_background_or_a_random_colour(generator):
     with pytest.raises(ValueError, match="background of its own"):
         make_subject(backdrops=plain).observe(Rng(0, 0))
     for backdrops in ([], [Backdrop({}), Backdrop({})], [Backdrop({}), Backdrop({}, (0.0, 0.0, 0.0))]):
-        with pytest.raises(ValueError, match="all have a colour, or be one without"):
+        with pytest.raises(ValueError, match="all have a colour, or be a single one without"):
             make_subject(backdrops=backdrops)
 
 
@@ -465,7 +465,7 @@ def test_phi_learns_from_the_renders_of_the_scenes_step_and_only_vsd_has_one(can
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, False, True]
     assert set(phases[0].networks()) | set(phases[1].networks()) == {"scene", "phi"}
     for wrong, given in ((task, None), (make_task(canvas, teacher), phi)):
-        with pytest.raises(ValueError, match="VSD, and no other loss"):
+        with pytest.raises(ValueError, match="VSD needs an optimizer for its phi"):
             wrong.phases(scene, phi=given)
 
 
