@@ -95,7 +95,7 @@ def test_an_ellipsoid_is_as_large_in_any_cube():
 def test_other_and_damaged_runs_are_refused(tmp_path):
     for changes in ({"field": "hash"}, {"canvas": True}, {"backdrops": []}):
         write_run(tmp_path / "run", **changes)
-        with pytest.raises(ValueError, match="no run of the toyworld preset"):
+        with pytest.raises(ValueError, match="was not made by the toyworld preset"):
             scenes_from_prompts.load_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"no config\.json"):
         scenes_from_prompts.load_run(tmp_path)

@@ -174,7 +174,7 @@ BAD = [
     ({"size": 62}, "multiples of"),
     ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"backdrops": ("whitish",)}, "names of colours"),
-    ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low lie below --t-high"),
+    ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low must not exceed --t-high"),
     ({"t_high": (1.2, 0.5)}, "--t-high must lie in"),
     ({"anneal": (0.5, 0.2)}, "--anneal must rise"),
     ({"guidance": (-1.0, 1.0)}, "--guidance must be at least 0"),
