@@ -294,7 +294,7 @@ def test_scenes_are_asked_without_gradient_and_in_pieces(monkeypatch):
         calls.append((len(points), torch.is_grad_enabled()))
         return points[:, 0]
 
-    monkeypatch.setattr("sds.mesh.CHUNK", 100)
+    monkeypatch.setattr("sds.radiance.CHUNK", 100)
     found = Ball().scene(density=density).densities(torch.rand(250, 3))
     assert calls == [(100, False), (100, False), (50, False)]
     assert found.shape == (250,)
