@@ -114,7 +114,7 @@ def test_the_lattice_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     scene = solid(lambda p: p[:, 0] + 2 * p[:, 1] + 3 * p[:, 2])
     whole = sample_lattice(scene, 20)
     assert whole.values[3, 5, 7] == pytest.approx(-0.7 + 2 * -0.5 + 3 * -0.3)
-    monkeypatch.setattr("sds.radiance.CHUNK", 900)
+    monkeypatch.setattr("sds.mesh.CHUNK", 900)
     monkeypatch.setattr("sds.radiance.CHUNK", 100)
     assert torch.equal(sample_lattice(scene, 20).values, whole.values)
 
