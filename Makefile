@@ -29,7 +29,7 @@ demo-3d: $(VENV)/nerf
 	runs=; for seed in $(SEEDS_3D); do for prompt in $(PROMPTS_3D); do \
 		out="runs/demo-3d/$$(echo $$prompt | tr ' ' '-')-$$seed"; runs="$$runs $$out"; \
 		$(VENV)/bin/scorefield sds toyworld "$$prompt" --seed $$seed --out "$$out" || exit 1; \
-	done; done; $(RUN) benchmarks/prompted_scenes.py --runs $$runs
+	done; done; $(RUN) benchmarks/scenes_from_prompts.py --runs $$runs
 
 # Figures in runs/demo-control/*/report.json, hints above truth above samples in samples.png beside it.
 demo-control: $(VENV)/demo

@@ -1,9 +1,10 @@
-"""SDS beside VSD on a mixture in the plane: the same particles, teacher and number of steps.
+"""SDS and VSD on a mixture in the plane, with the same particles, teacher and number of steps.
 
     python benchmarks/canvas_modes.py --out docs/canvas_modes.png
 
 SDS moves each particle to the mode in whose basin it started. VSD pushes particles apart by their own score, phi,
-and covers the mixture: in closed form (each particle a narrow Gaussian), or learned by a network along the way.
+and covers the mixture. Phi is computed in closed form (each particle is a narrow Gaussian) or learned by a network
+along the way.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,7 @@ from scorefield.schedule import VariancePreserving
 from scorefield.times import TimeSampler, uniform
 from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
-from sds.losses import Distillation, sds, vsd
-from sds.renders import distillation_loss
+from sds.losses import Distillation, distillation_loss, sds, vsd
 from sds.vsd import VSD
 
 STD = 0.3
@@ -35,38 +35,38 @@ SHARES = torch.tensor([0.1, 0.2, 0.3, 0.4])
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """Options of the experiment."""
 
     out: Path | None = None
-    """Picture to write: true samples, SDS, VSD in closed form, VSD with a phi that learns."""
+    """Picture to write: true samples, SDS, VSD with phi in closed form, VSD with a learned phi."""
     num_particles: int = 300
     steps: int = 600
     rate: float = 0.03
-    """Of the particles; falls to zero."""
+    """Learning rate of the particles; it falls to zero."""
     bandwidth: float = 0.12
     """Standard deviation of each particle's Gaussian in the closed-form phi."""
     high: float = 0.15
-    """Upper end of the times, in [0, 1]: noise that blurs the modes into one would attract SDS to their middle."""
+    """Largest time, in [0, 1]. Noise that blurs the modes into one would pull SDS to their middle."""
     learned_high: float = 0.4
-    """The same for the phi that learns, which knows nothing near t = 0."""
+    """Largest time for the learned phi, which is inaccurate near t = 0."""
     seed: int = 0
 
 
 def truth() -> GaussianMixture:
-    """Four modes, far apart, of unequal weight."""
+    """Return a mixture of four distant modes of unequal weight."""
     angles = torch.arange(4) * torch.pi / 2
     means = 1.5 * torch.stack([angles.cos(), angles.sin()], 1)
     return GaussianMixture(means, torch.full((4,), STD), SHARES, VariancePreserving.scaled_linear())
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How particles lie about the modes.
+class Coverage:
+    """How particles cover the modes.
 
     Attributes:
-        shares: of each mode.
-        spread: root mean square distance to the nearest mode, over the mixture's.
-        shift: largest distance of a cluster's mean from its mode.
+        shares: Share of the particles at each mode.
+        spread: Root mean square distance to the nearest mode, divided by the mixture's.
+        shift: Largest distance of a cluster's mean from its mode.
     """
 
     shares: Tensor
@@ -82,12 +82,12 @@ class Verdict:
         return f"shares {shares}; spread {self.spread:.2f}; shift {self.shift:.3f}"
 
 
-def judge(points: Tensor, mixture: GaussianMixture) -> Verdict:
-    """The verdict on (n, 2) points."""
+def coverage(points: Tensor, mixture: GaussianMixture) -> Coverage:
+    """Return how (n, 2) points cover the modes of the mixture."""
     nearest = mixture.component(points)
     inside = points - mixture.means[nearest]
     shift = max(inside[nearest == k].mean(0).norm().item() for k in nearest.unique().tolist())
-    return Verdict(mode_shares(points, mixture), inside.square().mean().sqrt().item() / STD, shift)
+    return Coverage(mode_shares(points, mixture), inside.square().mean().sqrt().item() / STD, shift)
 
 
 def _start(config: Config, betas: tuple[float, float]) -> tuple[Canvas, Any, Any]:
@@ -112,12 +112,12 @@ def _descend(
 
 
 def by_sds(config: Config, mixture: GaussianMixture) -> Tensor:
-    """Each particle on its own."""
+    """Return the particles after SDS, in which each moves on its own."""
     return _descend(config, lambda x0, times: sds(mixture, times=times), (0.9, 0.999))
 
 
 def by_vsd(config: Config, mixture: GaussianMixture) -> Tensor:
-    """Phi in closed form from where the particles are."""
+    """Return the particles after VSD with phi in closed form, from the particles' places."""
 
     def method(x0: Tensor, times: TimeSampler) -> Distillation:
         widths = torch.full((len(x0),), config.bandwidth)
@@ -127,7 +127,7 @@ def by_vsd(config: Config, mixture: GaussianMixture) -> Tensor:
 
 
 def by_learned_vsd(config: Config, mixture: GaussianMixture, accelerator: Accelerator) -> Tensor:
-    """Phi is a network that starts from nothing: two phases of one run."""
+    """Return the particles after VSD with a phi that is a network trained from scratch: two phases of one run."""
     canvas, optimizer, falling = _start(config, (0.0, 0.99))
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -152,7 +152,7 @@ def by_learned_vsd(config: Config, mixture: GaussianMixture, accelerator: Accele
 
 
 def picture(panels: list[Tensor], mixture: GaussianMixture, side: int = 300, reach: float = 2.7) -> Image.Image:
-    """Points over the density of the mixture, one square panel for each set."""
+    """Return a picture with a square panel per set of points, drawn over the density of the mixture."""
     axis = torch.linspace(-reach, reach, side)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(-1, 2)
     density = mixture.log_density(grid, torch.zeros(len(grid))).exp().view(side, side)
@@ -169,8 +169,8 @@ def picture(panels: list[Tensor], mixture: GaussianMixture, side: int = 300, rea
     return sheet
 
 
-def main(config: Config) -> dict[str, Verdict]:
-    """Run all, print the verdicts, write the picture if wanted."""
+def main(config: Config) -> dict[str, Coverage]:
+    """Run all methods, print and return how they cover the modes, and write the picture if asked."""
     mixture = truth()
     points = {
         "true samples": mixture.sample(config.num_particles, _seeded(config.seed + 3)),
@@ -178,13 +178,13 @@ def main(config: Config) -> dict[str, Verdict]:
         "VSD, phi in closed form": by_vsd(config, mixture),
         "VSD, phi learned": by_learned_vsd(config, mixture, Accelerator(cpu=True)),
     }
-    verdicts = {name: judge(x, mixture) for name, x in points.items()}
-    for name, verdict in verdicts.items():
-        print(f"{name}: {verdict}")
+    results = {name: coverage(x, mixture) for name, x in points.items()}
+    for name, result in results.items():
+        print(f"{name}: {result}")
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         picture(list(points.values()), mixture).save(config.out)
-    return verdicts
+    return results
 
 
 def _seeded(seed: int) -> Generator:

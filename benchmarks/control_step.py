@@ -1,11 +1,12 @@
-"""Images per second and memory of training an adapter: this library, and the habits of other trainers.
+"""Images per second and memory of training an adapter: this library against the usual practice of other trainers.
 
     python benchmarks/control_step.py --out runs/control.json
 
-Networks of the toy world, with random weights. The other loop does what diffusers' train_controlnet.py does: it
-encodes images and prompts in each step, recomputes activations in the adapter alone, updates by an AdamW that is
-not fused and reads the loss off the device each step. Ratios are printed only if both compute the same losses,
-which is checked in float64. With --configs, the work of a step is counted at the size of public models.
+The networks are those of the toy world, with random weights. The other loop does what diffusers'
+train_controlnet.py does: it encodes images and prompts in each step, recomputes activations in the adapter alone,
+updates by an AdamW that is not fused, and reads the loss off the device in each step. Ratios are printed only if
+both compute the same losses, which is checked in float64. With --configs, the operations of a step are counted at
+the size of public models.
 """
 
 import dataclasses
@@ -47,24 +48,24 @@ GOALS = {"time": ">= 1.50", "saved bytes": "<= 0.70"}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time a training step of an adapter against the habits of other trainers."""
+    """Time a training step of an adapter against the usual practice of other trainers."""
 
     batch: int = 8
     """Images per step."""
     rounds: int = 9
-    """Turns of each contender that count."""
+    """Measured turns of each contender."""
     steps: int = 2
-    """Steps in a turn."""
+    """Steps per turn."""
     warmup: int = 2
-    """Turns of each contender before those."""
+    """Turns of each contender before the measured ones."""
     device: str = "cpu"
     """cpu or cuda."""
     precision: Literal["no", "bf16"] = "no"
-    """Of autocast; bf16 also casts what is frozen, in all contenders."""
+    """Autocast precision. bf16 also casts the frozen networks, for all contenders."""
     clock: Literal["wall", "process"] = "wall"
-    """process: seconds of processor time, for one thread on a machine that others use as well. CPU only."""
+    """process counts seconds of processor time, for one thread on a machine that is shared. CPU only."""
     compile: bool = False
-    """Let a compiled form of ours take part; compiling takes minutes, twice."""
+    """Add a compiled form of this library; compiling takes minutes, twice."""
     activation_budget: float = 0.6
     """Share of activations that the compiled form keeps."""
     configs: Path | None = None
@@ -74,14 +75,14 @@ class Config:
 
 
 @dataclass(frozen=True, eq=False)
-class Roles:
-    """Networks of one contender with weights of their own, and the batch that all of them learn.
+class Setup:
+    """Networks of one contender, with weights of their own, and the batch that all of them learn.
 
     Attributes:
-        vae: frozen, like the next two.
-        text_encoder: of the prompts.
-        base: the model under control.
-        adapter: what learns.
+        vae: Frozen, like the next two.
+        text_encoder: Encodes the prompts.
+        base: The model under control.
+        adapter: The network that is trained.
         images: (b, 3, h, w) in [-1, 1].
         hint: (b, 1, h, w) in [0, 1].
         tokens: (b, length).
@@ -97,13 +98,16 @@ class Roles:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Check, measure, print; the result is also written to ``--out``."""
+    """Check, measure and print; also write the result to ``--out``."""
     if config.rounds < 1 or config.warmup < 0 or config.batch < 1 or config.steps < 1:
-        raise ValueError(f"need rounds, batch, steps >= 1 and warmup >= 0; got {config}.")
+        raise ValueError(
+            "--rounds, --batch and --steps must be at least 1 and --warmup at least 0; got "
+            f"{config.rounds}, {config.batch}, {config.steps} and {config.warmup}."
+        )
     if not 0 < config.activation_budget <= 1:
         raise ValueError(f"--activation-budget must lie in (0, 1]; got {config.activation_budget}.")
     if config.clock == "process" and config.device != "cpu":
-        raise ValueError("--clock process does not see what a GPU does; leave --clock wall.")
+        raise ValueError("--clock process does not measure a GPU; use --clock wall, or --device cpu.")
     errors = loss_errors(config)
     for name, error in errors.items():
         if not error <= (COMPILED_TOLERANCE if name == COMPILED else TOLERANCE):
@@ -121,8 +125,8 @@ def main(config: Config) -> dict[str, Any]:
     return result
 
 
-def make_roles(config: Config, dtype: torch.dtype = torch.float32) -> Roles:
-    """The same weights and data at each call; zero convolutions are no longer zero, as after some steps."""
+def make_setup(config: Config, dtype: torch.dtype = torch.float32) -> Setup:
+    """Return the same weights and data at each call. Zero convolutions are not zero, as after a few steps."""
     torch.manual_seed(0)
     device = torch.device(config.device)
     vae, text_encoder, unet = make_vae(), make_text_encoder(VOCABULARY), make_unet()
@@ -138,28 +142,28 @@ def make_roles(config: Config, dtype: torch.dtype = torch.float32) -> Roles:
     hint = (torch.rand(config.batch, 1, SIZE, SIZE) < 0.1).to(dtype)
     tokens = torch.randint(VOCABULARY, (config.batch, LENGTH))
     placed = (tensor.to(device) for tensor in (images, hint, tokens))
-    return Roles(vae, text_encoder, base, adapter.to(device, dtype), *placed)
+    return Setup(vae, text_encoder, base, adapter.to(device, dtype), *placed)
 
 
-def diffusers(config: Config, roles: Roles) -> Iterator[float]:
-    """What train_controlnet.py does in a step, with this library's draws of times and noise."""
-    base, schedule = unet_of(roles.base), roles.base.schedule
-    roles.adapter.model.enable_gradient_checkpointing()
-    # Up to diffusers' own: this library's embedding of the hint could recompute, too.
-    roles.adapter.model.controlnet_cond_embedding.gradient_checkpointing = False
-    optimizer = torch.optim.AdamW(roles.adapter.parameters(), LEARNING_RATE)
+def diffusers(config: Config, setup: Setup) -> Iterator[float]:
+    """Run a step as train_controlnet.py does, with this library's draws of times and noise."""
+    base, schedule = unet_of(setup.base), setup.base.schedule
+    setup.adapter.model.enable_gradient_checkpointing()
+    # As in diffusers' own ControlNet; this library's embedding of the hint could recompute as well.
+    setup.adapter.model.controlnet_cond_embedding.gradient_checkpointing = False
+    optimizer = torch.optim.AdamW(setup.adapter.parameters(), LEARNING_RATE)
     device_type = torch.device(config.device).type
     for step in count():
         with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
-            latents = posterior(roles, step) * roles.vae.config.scaling_factor
+            latents = posterior(setup, step) * setup.vae.config.scaling_factor
             generator = Rng(0, step)("noise")
             t = uniform(0.0, 1.0)(len(latents), schedule, generator).to(latents.device)
             noise = normal_like(latents, generator)
             x_t = schedule.diffuse(latents, noise, t)
-            states = roles.text_encoder(input_ids=roles.tokens).last_hidden_state
+            states = setup.text_encoder(input_ids=setup.tokens).last_hidden_state
             dtype = next(base.parameters()).dtype
-            down, mid = roles.adapter.model(
-                x_t, t, encoder_hidden_states=states.to(x_t.dtype), controlnet_cond=roles.hint, return_dict=False
+            down, mid = setup.adapter.model(
+                x_t, t, encoder_hidden_states=states.to(x_t.dtype), controlnet_cond=setup.hint, return_dict=False
             )
             output = base(
                 x_t.to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False,
@@ -169,40 +173,40 @@ def diffusers(config: Config, roles: Roles) -> Iterator[float]:
             target = schedule.from_x0(latents, x_t, t, "v").to(latents.dtype)
             loss = nn.functional.mse_loss(output.to(target.dtype), target)
         loss.backward()
-        nn.utils.clip_grad_norm_(roles.adapter.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(setup.adapter.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         yield loss.detach().item()
 
 
 def ours(
-    config: Config, roles: Roles, accelerator: Accelerator, recompute: bool = True, levels: int | None = None,
+    config: Config, setup: Setup, accelerator: Accelerator, recompute: bool = True, levels: int | None = None,
     compiled: bool = False,
 ) -> Iterator[float]:  # fmt: skip
-    """The library: posteriors and text states from a cache, fused updates; see :func:`lighten`."""
-    for network in (roles.base.network, roles.adapter):
+    """Run this library: posteriors and text states from a cache, fused updates; see :func:`lighten`."""
+    for network in (setup.base.network, setup.adapter):
         lighten(network, recompute=recompute, levels=levels)
         if compiled:
             compile_lightly(network, config.activation_budget)
     with torch.no_grad():
-        cached = roles.vae.encode(roles.images.to(roles.vae.dtype)).latent_dist
-        states = roles.text_encoder(input_ids=roles.tokens).last_hidden_state
-    mean, std = cached.mean.to(roles.images), cached.std.to(roles.images)
+        cached = setup.vae.encode(setup.images.to(setup.vae.dtype)).latent_dist
+        states = setup.text_encoder(input_ids=setup.tokens).last_hidden_state
+    mean, std = cached.mean.to(setup.images), cached.std.to(setup.images)
 
     def batches(rng: Rng) -> dict[str, Any]:
-        x0 = (mean + std * draw(mean, rng.step)) * roles.vae.config.scaling_factor
-        return {"x0": x0, "hint": roles.hint, "cond": {"encoder_hidden_states": states}}
+        x0 = (mean + std * draw(mean, rng.step)) * setup.vae.config.scaling_factor
+        return {"x0": x0, "hint": setup.hint, "cond": {"encoder_hidden_states": states}}
 
-    controlled = ControlledDenoiser(roles.base, roles.adapter)
-    phase = control_phase(controlled, adamw(roles.adapter, LEARNING_RATE))
+    controlled = ControlledDenoiser(setup.base, setup.adapter)
+    phase = control_phase(controlled, adamw(setup.adapter, LEARNING_RATE))
     for report in train([phase], batches, accelerator, steps=10**9, clip_norm=CLIP_NORM):
         yield report.metrics["control/loss"]  # type: ignore[misc]
 
 
-def posterior(roles: Roles, step: int) -> Tensor:
-    """A sample of the encoder's Gaussian, unscaled."""
-    cached = roles.vae.encode(roles.images.to(roles.vae.dtype)).latent_dist
-    mean = cached.mean.to(roles.images)
+def posterior(setup: Setup, step: int) -> Tensor:
+    """Return a sample of the encoder's Gaussian, unscaled."""
+    cached = setup.vae.encode(setup.images.to(setup.vae.dtype)).latent_dist
+    mean = cached.mean.to(setup.images)
     return mean + cached.std.to(mean) * draw(mean, step)
 
 
@@ -210,12 +214,12 @@ def draw(mean: Tensor, step: int) -> Tensor:
     return normal_like(mean, Rng(0, step)("posterior"))
 
 
-def start(name: str, config: Config, roles: Roles, accelerator: Accelerator) -> Iterator[float]:
-    """The contender's training, at its first step."""
+def start(name: str, config: Config, setup: Setup, accelerator: Accelerator) -> Iterator[float]:
+    """Return the contender's training at its first step."""
     if name == "diffusers":
-        return diffusers(config, roles)
+        return diffusers(config, setup)
     recompute = name not in (COMPILED, "ours, nothing recomputed")
-    return ours(config, roles, accelerator, recompute, LEVELS.get(name), compiled=name == COMPILED)
+    return ours(config, setup, accelerator, recompute, LEVELS.get(name), compiled=name == COMPILED)
 
 
 def contenders(config: Config) -> list[str]:
@@ -223,12 +227,12 @@ def contenders(config: Config) -> list[str]:
 
 
 def loss_errors(config: Config, steps: int = 3) -> dict[str, float]:
-    """Largest relative differences from the first losses of diffusers, in float64, with updates between."""
+    """Return the largest relative differences from diffusers' first losses, in float64, with updates between."""
     small = dataclasses.replace(config, batch=min(config.batch, 2), precision="no")
     accelerator = make_accelerator(small)
     runs = {}
     for name in contenders(config):
-        running = start(name, small, make_roles(small, torch.float64), accelerator)
+        running = start(name, small, make_setup(small, torch.float64), accelerator)
         runs[name] = torch.tensor([float(next(running)) for _ in range(steps)], dtype=torch.float64)
     theirs = runs.pop("diffusers")
     return {name: float(((run - theirs) / theirs).abs().max()) for name, run in runs.items()}
@@ -239,22 +243,22 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds, bytes and ratios of all contenders."""
+    """Return seconds, bytes and ratios of all contenders."""
     accelerator, device = make_accelerator(config), torch.device(config.device)
-    roles = {name: make_roles(config) for name in contenders(config)}
-    running = {name: start(name, config, roles[name], accelerator) for name in roles}
+    setups = {name: make_setup(config) for name in contenders(config)}
+    running = {name: start(name, config, setups[name], accelerator) for name in setups}
     seconds = take_turns(
         running, iterations=config.steps, rounds=config.rounds, warmup=config.warmup, device=device,
         clock=time.perf_counter if config.clock == "wall" else time.process_time,
     )  # fmt: skip
     saved, peak = {}, {}
     for name, contender in running.items():
-        networks = [roles[name].base.network, roles[name].adapter, roles[name].vae, roles[name].text_encoder]
+        networks = [setups[name].base.network, setups[name].adapter, setups[name].vae, setups[name].text_encoder]
         saved[name] = saved_bytes(contender, config.steps, networks)
         peak[name] = peak_bytes(contender, config.steps, device)
     ratios = {
         name: dataclasses.asdict(ratio(seconds["diffusers"], seconds[name]))
-        for name in roles
+        for name in setups
         if name != "diffusers"
     }
     return {"seconds": seconds, "saved_bytes": saved, "peak_bytes": peak, "speedups": ratios}
@@ -264,7 +268,7 @@ SIZES = {"SD 1.5, 512 px": ("sd15_unet", "sd_vae"), "SDXL, 1024 px": ("sdxl_unet
 
 
 def work(configs: Path, unet: str, vae: str) -> dict[str, float]:
-    """GFLOP of one image, forward and back, at the size of a public model: on the meta device."""
+    """Return GFLOP per image, forward and backward, at the size of a public model, counted on the meta device."""
     base = NetworkDenoiser(DiffusersNetwork(build(configs, unet)), VariancePreserving.scaled_linear())
     settings: Any = unet_of(base).config
     side, cond = int(settings.sample_size), meta_cond(settings, 77)

@@ -1,10 +1,10 @@
-"""Seconds and memory of one DMD2 cycle: bare network passes, this library, and the habits of other trainers.
+"""Seconds and memory of one DMD2 cycle: bare network passes, this library, and the practice of other trainers.
 
     python benchmarks/dmd_cycle.py --network mlp --batch 64 --out runs/cycle.json
 
-A cycle is --student-every iterations, of which the last moves the student too. The contenders take turns; each
-line of the second table is the median of the ratios of the rounds. Ratios are printed only if all contenders start
-from the same gradients, which is checked in float64, where rounding cannot blur a difference in mathematics.
+A cycle is --student-every iterations, of which the last updates the student, too. The contenders take turns. Each
+line of the second table is the median over the rounds of a ratio. Ratios are printed only if all contenders start
+from the same gradients. That is checked in float64, where rounding cannot hide a difference in mathematics.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
-from contenders import Roles, bare, ours, trained
+from contenders import Setup, bare, ours, trained
 from diffusers import UNet2DModel
 from fastgen import fastgen
 from measure import Ratio, peak_bytes, ratio, saved_bytes, take_turns
@@ -50,44 +50,47 @@ RATIOS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time one cycle of DMD2 against bare passes and the habits of other trainers."""
+    """Time one cycle of DMD2 against bare passes and the practice of other trainers."""
 
     network: Literal["mlp", "unet"] = "mlp"
     """mlp: ResidualMLP on 8 x 8 images. unet: UNet2DModel of diffusers on 32 x 32 images."""
     batch: int = 64
     """Images per iteration."""
     width: int = 512
-    """Of the MLP."""
+    """Width of the MLP."""
     depth: int = 6
     """Blocks of the MLP."""
     channels: tuple[int, ...] = (32, 64, 64)
-    """Of the UNet, one per resolution."""
+    """Channels of the UNet, one number per resolution."""
     student_every: int = 5
-    """Iterations in a cycle: fake-score updates per student update."""
+    """Iterations per cycle: fake-score updates per student update."""
     guidance: float = 2.0
     """Scale of the teacher's guidance in every contender; 1 means none."""
     rounds: int = 9
-    """Cycles of each contender that count."""
+    """Measured cycles of each contender."""
     warmup: int = 2
-    """Cycles of each contender before those."""
+    """Cycles of each contender before the measured ones."""
     device: str = "cpu"
     """cpu or cuda."""
     precision: Literal["no", "bf16"] = "no"
-    """Of autocast; weights stay float32."""
+    """Autocast precision; weights stay float32."""
     compile: bool = False
-    """Measure this library with compiled networks, too."""
+    """Also measure this library with compiled networks."""
     clock: Literal["wall", "process"] = "wall"
-    """process: seconds of processor time, for one thread on a machine that others use as well. CPU only."""
+    """process counts seconds of processor time, for one thread on a machine that is shared. CPU only."""
     out: Path | None = None
     """File for the result as JSON."""
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Check, measure, print; the result is also written to ``--out``."""
+    """Check, measure and print; also write the result to ``--out``."""
     if config.rounds < 1 or config.warmup < 0 or config.batch < 1:
-        raise ValueError(f"need rounds, batch >= 1 and warmup >= 0; got {config}.")
+        raise ValueError(
+            "--rounds and --batch must be at least 1 and --warmup at least 0; got "
+            f"{config.rounds}, {config.batch} and {config.warmup}."
+        )
     if config.clock == "process" and config.device != "cpu":
-        raise ValueError("--clock process does not see what a GPU does; leave --clock wall.")
+        raise ValueError("--clock process does not measure a GPU; use --clock wall, or --device cpu.")
     errors = gradient_errors(config)
     if not max(errors.values()) <= TOLERANCE:
         raise ValueError(f"the contenders do not compute the same gradients, relative errors {errors}.")
@@ -105,8 +108,8 @@ def main(config: Config) -> dict[str, Any]:
     return result
 
 
-def make_roles(config: Config, *, gan: bool, compiled: bool = False) -> Roles:
-    """Teacher, student and fake score with weights of their own, the same at each call."""
+def make_setup(config: Config, *, gan: bool, compiled: bool = False) -> Setup:
+    """Return teacher, student and fake score with weights of their own, the same at each call."""
     device, shape = torch.device(config.device), (1, 8, 8) if config.network == "mlp" else (1, 32, 32)
     schedule, scale = VariancePreserving.linear(), 1e-3 if config.network == "mlp" else 1.0
     networks = [make_network(config, seed).to(device) for seed in range(3)]
@@ -120,7 +123,7 @@ def make_roles(config: Config, *, gan: bool, compiled: bool = False) -> Roles:
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(NUM_CLASSES, (config.batch,), generator=generator).to(device)
     real = torch.randn(config.batch, *shape, generator=generator).clamp(-1, 1).to(device)
-    return Roles(
+    return Setup(
         teacher=teacher, student=student, fake=fake, guidance=config.guidance, student_every=config.student_every,
         batch={"cond": {"class_labels": labels}, "real": real}, precision=config.precision,
         null={"class_labels": torch.full((1,), NUM_CLASSES, device=device)},
@@ -128,7 +131,10 @@ def make_roles(config: Config, *, gan: bool, compiled: bool = False) -> Roles:
 
 
 def make_network(config: Config, seed: int) -> nn.Module:
-    """A class-conditional network, perturbed since fresh ones return zeros and then all gradients are zero."""
+    """Return a class-conditional network with perturbed weights.
+
+    A fresh one returns zeros, and then all gradients are zero.
+    """
     torch.manual_seed(seed)
     network: Any
     if config.network == "mlp":
@@ -147,25 +153,25 @@ def make_network(config: Config, seed: int) -> nn.Module:
 
 
 def make_critic(config: Config, network: nn.Module) -> nn.Module:
-    """A critic at the bottleneck."""
+    """Return a critic at the bottleneck."""
     torch.manual_seed(4)
     if isinstance(network, ResidualMLP):
         return Critic(network, network.bottleneck, discriminator_head(config.width))
     return Critic(network, "mid_block", discriminator_head(config.channels[-1], 32 >> (len(config.channels) - 1)))
 
 
-def start(name: str, roles: Roles, accelerator: Accelerator) -> Iterator[Any]:
-    """The contender's training, at its first iteration."""
+def start(name: str, setup: Setup, accelerator: Accelerator) -> Iterator[Any]:
+    """Return the contender's training at its first iteration."""
     kind = name.split(",")[0]
     if kind == "ours":
-        return ours(roles, accelerator)
+        return ours(setup, accelerator)
     if kind.startswith("bare"):
-        return bare(roles, optimise=kind != "bare")
-    return official(roles) if kind == "official" else fastgen(roles)
+        return bare(setup, optimise=kind != "bare")
+    return official(setup) if kind == "official" else fastgen(setup)
 
 
 def gradient_errors(config: Config) -> dict[str, float]:
-    """Relative distance of each contender's first gradients of student and fake score from ours."""
+    """Return the relative distance of each contender's first gradients of student and fake score from ours."""
     small = dataclasses.replace(config, student_every=1, precision="no", batch=min(config.batch, 8))
     # One process has one mixed precision; this switches it off for the check.
     accelerator = make_accelerator(config, AutocastKwargs(enabled=False))
@@ -186,9 +192,9 @@ def gradient_errors(config: Config) -> dict[str, float]:
 
 
 def first_gradients(config: Config, name: str, gan: bool, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Clipped gradients of student and fake score as their optimisers see them in the first iteration."""
-    roles = make_roles(config, gan=gan)
-    first = [id(next(role.network.parameters())) for role in trained(roles)]
+    """Return clipped gradients of student and fake score, as their optimisers see them in the first iteration."""
+    setup = make_setup(config, gan=gan)
+    first = [id(next(one.network.parameters())) for one in trained(setup)]
     found: dict[str, Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -200,7 +206,7 @@ def first_gradients(config: Config, name: str, gan: bool, accelerator: Accelerat
 
     hook = register_optimizer_step_pre_hook(keep)
     try:
-        next(start(name, roles, accelerator))
+        next(start(name, setup, accelerator))
     finally:
         hook.remove()
     return found
@@ -213,12 +219,12 @@ def make_accelerator(config: Config, *handlers: AutocastKwargs) -> Accelerator:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds, bytes and ratios of all contenders."""
+    """Return seconds, bytes and ratios of all contenders."""
     names = ["bare", "bare + AdamW", "ours", "official", "fastgen", "ours, GAN", "official, GAN"]
     names += ["ours, compiled"] if config.compile else []
     accelerator, device = make_accelerator(config), torch.device(config.device)
-    roles = {name: make_roles(config, gan="GAN" in name, compiled="compiled" in name) for name in names}
-    running = {name: start(name, roles[name], accelerator) for name in names}
+    setups = {name: make_setup(config, gan="GAN" in name, compiled="compiled" in name) for name in names}
+    running = {name: start(name, setups[name], accelerator) for name in names}
     clock: Callable[[], float] = time.perf_counter if config.clock == "wall" else time.process_time
     seconds = take_turns(
         running, iterations=config.student_every, rounds=config.rounds, warmup=config.warmup, device=device,
@@ -226,7 +232,7 @@ def measure(config: Config) -> dict[str, Any]:
     )  # fmt: skip
     saved, peak = {}, {}
     for name, contender in running.items():
-        networks = [role.network for role in (roles[name].teacher, *trained(roles[name]))]
+        networks = [one.network for one in (setups[name].teacher, *trained(setups[name]))]
         saved[name] = saved_bytes(contender, config.student_every, networks)
         peak[name] = peak_bytes(contender, config.student_every, device)
     pairs = {name: name.split(" / ") for name in RATIOS if set(name.split(" / ")) <= seconds.keys()}

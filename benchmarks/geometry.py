@@ -1,11 +1,11 @@
-"""Does score distillation find geometry? The teacher is exact, so what is missing is missing in the scene.
+"""Does score distillation find geometry? The teacher is exact, so all errors are those of the scene.
 
     python benchmarks/geometry.py --out runs/geometry
 
-A scene learns a solid of the toy world from nothing but scores: those of a narrow Gaussian round the true picture
-from the same camera, a new camera each time. Printed beside baselines that learn nothing, and written to the
-scene's folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled
-voxels, and the PSNR of the exported mesh against the scene's own pictures. Needs the extras ``nerf`` and ``dev``.
+A scene learns a solid of the toy world from scores alone: those of a narrow Gaussian around the true picture from
+the same camera, a new camera each time. Printed next to baselines that learn nothing, and written to the scene's
+folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled voxels, and
+the PSNR of the exported mesh against the scene's own pictures. Needs the extras ``nerf`` and ``dev``.
 """
 
 import json
@@ -24,13 +24,12 @@ from scorefield.denoiser import Cond, Denoiser
 from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving, per_sample
 from scorefield.times import TimeSampler
+from sds.cameras import CameraDistribution, Views
 from sds.export import Export, export
-from sds.finish import exportable, save_scene
-from sds.losses import TIMES, sds
-from sds.regularisers import entropy_loss
-from sds.renders import distillation_loss
-from sds.scene import Scene, grid_scene
-from sds.views import CameraDistribution, Views
+from sds.losses import TIMES, distillation_loss, sds
+from sds.penalties import entropy_loss
+from sds.radiance import radiance_field
+from sds.scene import Scene, grid_scene, save_scene
 from toyworld.camera import FIELD_OF_VIEW
 
 CAMERAS = CameraDistribution(
@@ -39,35 +38,35 @@ CAMERAS = CameraDistribution(
 )  # fmt: skip
 
 STD = 0.1
-"""Of the teachers' Gaussians round true pictures in [-1, 1]."""
+"""Standard deviation of the teachers' Gaussians around true pictures in [-1, 1]."""
 
 Draw = Callable[[Rng], tuple[Views, Cond]]
-"""What is looked at in a step, and what the teacher is told about it."""
+"""Draws the views of a step, and the teacher's conditions for them."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which scenes are learned, and for how long."""
+    """Scenes to learn, and for how long."""
 
     out: Path = Path("runs/geometry")
     """Folder; each scene and its export go to ``shape-seed`` in it."""
     shapes: tuple[str, ...] = ("mug", "chair", "letter L")
     """Solids of the toy world."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One scene for each and every shape."""
+    """Seeds; one scene is learned for each seed and shape."""
     steps: int = 200
-    """Of four views of 32 x 32 pixels."""
+    """Steps per scene, each of four views of 32 x 32 pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianTeacher:
-    """The exact denoiser of N(mean, std^2) for the mean of each sample in ``cond``."""
+    """The exact denoiser of N(mean, std^2), with a mean per sample in ``cond``."""
 
     schedule: Schedule
     std: float = STD
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """E[x0 | x_t] of that Gaussian."""
+        """Return E[x0 | x_t] of that Gaussian."""
         alpha, sigma = (per_sample(f(t), x_t) for f in (self.schedule.alpha, self.schedule.sigma))
         total = (alpha * self.std) ** 2 + sigma**2
         return (alpha * self.std**2 * x_t + sigma**2 * cond["mean"]) / total
@@ -77,7 +76,7 @@ def learn(
     teacher: Denoiser, draw: Draw, *, seed: int, steps: int, size: int = 32, times: TimeSampler = TIMES,
     scene: Scene | None = None,
 ) -> Scene:  # fmt: skip
-    """A scene that has seen no picture: the score and an entropy of the opacity are all that reaches it."""
+    """Return a scene that has seen no picture: it learns from the score and the entropy of its opacity alone."""
     scene, method = scene or grid_scene(half_size=HALF_SIZE), sds(teacher, times=times)
     optimizer = torch.optim.Adam(scene.parameters(), lr=0.05, betas=(0.9, 0.99), eps=1e-15)
     for step in range(steps):
@@ -93,7 +92,7 @@ def learn(
 
 
 def learn_solid(shape: str, *, seed: int, steps: int, size: int = 32, num_views: int = 4) -> Scene:
-    """A scene of one solid, from the teacher that knows every view exactly."""
+    """Return a scene of one solid, learned from the teacher that knows every view exactly."""
 
     def draw(rng: Rng) -> tuple[Views, Cond]:
         views = CAMERAS.draw(num_views, rng("views"))
@@ -104,14 +103,14 @@ def learn_solid(shape: str, *, seed: int, steps: int, size: int = 32, num_views:
 
 
 def exported(scene: Scene, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Export the scene; the mesh's PSNR in dB against its pictures, over all pixels and over the object's crop."""
-    finished = exportable(scene, distance=DISTANCE, field_of_view=FIELD_OF_VIEW)
+    """Export the scene and return the PSNR, in dB, of its mesh against its pictures: whole, and on the crop."""
+    finished = radiance_field(scene, distance=DISTANCE, field_of_view=FIELD_OF_VIEW)
     compared = export(finished, folder, Export(num_frames=24), facts=facts)["mesh_versus_render"]
     return {name: compared[name] for name in ("psnr", "psnr_crop", "psnr_crop_without_mesh", "rasteriser")}
 
 
 def run(shape: str, seed: int, config: Config) -> dict[str, Any]:
-    """Learn, export and measure one scene; everything is written to its folder."""
+    """Learn, export and measure one scene, and write everything to its folder."""
     folder = config.out / f"{shape.replace(' ', '-')}-{seed}"
     start = time.process_time()
     scene = learn_solid(shape, seed=seed, steps=config.steps)
@@ -126,13 +125,13 @@ def run(shape: str, seed: int, config: Config) -> dict[str, Any]:
 
 
 def row(name: str, measures: Measures) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     psnr = "     " if measures.psnr is None else f"{measures.psnr:5.2f}"
     return f"{name:20} {psnr} dB  IoU {measures.iou:.3f}"
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Learn all scenes, seed by seed; print baselines and ceiling first."""
+    """Print baselines and ceiling, then learn all scenes, seed by seed."""
     for shape in config.shapes:
         print(shape)
         lines = baselines(shape) | {"hull of 24 masks": ceiling(shape)}

@@ -1,19 +1,19 @@
-"""How much of the Janus problem is in the words? One scene, three teachers that know less and less of the camera.
+"""How much of the Janus problem is due to the prompt? One scene, and three teachers that know more or less.
 
     python benchmarks/janus.py --out runs/janus --picture docs/janus.png
 
 A scene with two faces is blamed on the optimiser, on the guidance, or on a teacher that prefers front views. Here
-the teacher is exact and prefers nothing. It is a mixture of narrow Gaussians round true pictures of a chair from a
-bank of cameras, and is asked for
+the teacher is exact and has no preference. It is a mixture of narrow Gaussians around true pictures of a chair
+from a bank of cameras, conditioned on
 
-    exact view      the one picture from the camera that is looked through,
-    view words      any picture of its word: front, side, back or overhead, as in view-dependent prompts,
-    no view words   any picture at all.
+    exact view      the one picture from the current camera,
+    view words      all pictures of its view word: front, side, back or overhead, as in view-dependent prompts,
+    no view words   all pictures.
 
-Everything else is the same: cameras, noises, steps. So the gap is what a condition leaves open. All cameras
-stand at about one height and one distance, so that only the azimuth is open, and no view is overhead. As in
-``scorefield sds``, scenes begin as a faint cloud, and cameras in the middle of their quarters, where words are
-clear.
+Cameras, noises and steps are the same for all three, so the gap is due to what a condition leaves open. All
+cameras have about the same height and distance, so only the azimuth is open, and no view is overhead. As in
+``scorefield sds``, scenes begin as a faint cloud, with cameras in the middle of their quarters, where view words
+are unambiguous.
 """
 
 import json
@@ -35,55 +35,54 @@ from scorefield.exact import LABELS, GaussianMixture
 from scorefield.randomness import Rng, derived_generator
 from scorefield.schedule import Schedule, VariancePreserving
 from scorefield.times import ramp, uniform
+from sds.cameras import Views, word_bins
 from sds.field import cone_blob
-from sds.finish import save_scene
-from sds.scene import Scene, grid_scene
+from sds.scene import Scene, grid_scene, save_scene
 from sds.turntable import contact_sheet
-from sds.views import Views, word_bins
 
 KNOWLEDGE = ("exact view", "view words", "no view words")
-"""What the teachers know, from all to nothing."""
+"""What the teachers know of the camera, from all to nothing."""
 
 ELEVATION = 20.0
-"""Of the views that scenes are measured and shown from, in degrees."""
+"""Elevation, in degrees, of the views that scenes are measured and shown from."""
 
 CAMERAS = replace(ALL_CAMERAS, distance=(DISTANCE, DISTANCE), elevation=(ELEVATION - 5, ELEVATION + 5))
 
 TIMES = uniform(0.02, 0.5)
-"""Above, a mixture of whole turns expects a mean of them, which a scene need not become."""
+"""At larger times a mixture of views from all around expects their mean, which a scene need not become."""
 
 PICTURE_SIZE = 64
-"""Of the scenes in the picture, in pixels; it is drawn larger."""
+"""Height and width of the scenes in the picture, in pixels, before they are enlarged."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which scenes are learned, and what is made of them."""
+    """Scenes to learn, and the picture to draw of them."""
 
     out: Path = Path("runs/janus")
     """Folder of the scenes and ``measures.json``."""
     picture: Path | None = None
-    """Truth and the scenes of the first seed from eight sides; not drawn if not given."""
+    """Picture to write: truth and scenes of the first seed from eight sides. None draws nothing."""
     shape: str = "chair"
-    """Solid of the toy world; of those whose four sides differ."""
+    """Solid of the toy world, one whose four sides differ."""
     seeds: tuple[int, ...] = (0, 1)
-    """A bank of cameras and three scenes for each."""
+    """Seeds; each has a bank of cameras and three scenes."""
     steps: int = 200
-    """Of four views of 32 x 32 pixels."""
+    """Steps per scene, each of four views of 32 x 32 pixels."""
     num_bank: int = 256
-    """Cameras in the bank."""
+    """Number of cameras in the bank."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How a scene compares with the truth over 12 views between those of the bank, in dB on the object's crop.
+    """A scene compared with the truth, over 12 views between those of the bank; PSNR in dB on the object's crop.
 
     Attributes:
-        psnr: as it stands.
-        turned: after the best turn about the vertical axis, of 12. A teacher without words cannot know where the
-            front is to be; one with words hardly can: outlines from front and back are alike. That alone
-            is no fault.
-        iou: of interior-filled voxels, as it stands.
+        psnr: Without turning the scene.
+        turned: After the best of 12 turns about the vertical axis. A teacher without view words cannot know where
+            the front should be, and one with view words hardly can, since outlines from front and back are alike.
+            A turned scene is no error in itself.
+        iou: IoU of interior-filled voxels, without turning the scene.
     """
 
     psnr: float
@@ -95,14 +94,14 @@ class Gap:
 
 
 def view_labels(views: Views, knowledge: str) -> Tensor:
-    """(b,) whole numbers: views with the same one are the same to the teacher.
+    """Return labels (b,); views with the same label are the same to the teacher.
 
     Raises ``ValueError`` for knowledge that is not in ``KNOWLEDGE``.
     """
     if knowledge == "exact view":
         return torch.arange(len(views))
     if knowledge == "view words":
-        # Mixtures want labels from 0 on without gaps; a small bank may lack a word.
+        # Mixtures need labels 0, 1, ... without gaps; a small bank may lack a view word.
         return word_bins(views).argmax(1).unique(return_inverse=True)[1]
     if knowledge == "no view words":
         return torch.zeros(len(views), dtype=torch.long)
@@ -110,13 +109,13 @@ def view_labels(views: Views, knowledge: str) -> Tensor:
 
 
 def bank_teacher(images: Tensor, labels: Tensor, schedule: Schedule, std: float = STD) -> GaussianMixture:
-    """Equal Gaussians round the images; a label in ``cond`` admits those that carry it."""
+    """Return equal Gaussians around the images; a label in ``cond`` selects those that carry it."""
     num = len(images)
     return GaussianMixture(images, torch.full((num,), std), torch.ones(num), schedule, labels)
 
 
 def learn_with(knowledge: str, shape: str, bank: Views, *, seed: int, steps: int, size: int = 32) -> Scene:
-    """A scene learned through the cameras of the bank, four a step."""
+    """Return a scene learned through the cameras of the bank, four per step."""
     labels = view_labels(bank, knowledge)
     teacher = bank_teacher(truth(shape, bank, size).rgb, labels, VariancePreserving.scaled_linear())
 
@@ -129,7 +128,7 @@ def learn_with(knowledge: str, shape: str, bank: Views, *, seed: int, steps: int
 
 
 def one_of_each_quarter(bank: Views, spread: float, generator: Generator) -> Tensor:
-    """Numbers (4,) of a front, left, back and right camera, within ``spread`` times 45 degrees of these."""
+    """Return numbers (4,) of a front, left, back and right camera, each within ``spread`` times 45 degrees."""
     chosen = []
     for middle in (0, 90, 180, 270):
         off = ((bank.azimuth - middle + 180) % 360 - 180).abs()
@@ -139,7 +138,7 @@ def one_of_each_quarter(bank: Views, spread: float, generator: Generator) -> Ten
 
 
 def gap(shape: str, scene: Scene, size: int = 32, num_turns: int = 12) -> Gap:
-    """The scene beside the truth, as it stands and turned."""
+    """Return the scene compared with the truth, without and with turns."""
     views = ring(torch.arange(12) * 30.0 + 15, torch.full((12,), ELEVATION))
     true = truth(shape, views, size)
     turns = torch.arange(num_turns) * 360 / num_turns
@@ -149,7 +148,7 @@ def gap(shape: str, scene: Scene, size: int = 32, num_turns: int = 12) -> Gap:
 
 
 def picture(rows: dict[str, Tensor], side: int = 96, margin: int = 110) -> Image.Image:
-    """Rows of pictures in [-1, 1], enlarged, with their names at the left."""
+    """Return rows of pictures in [-1, 1], enlarged, with their names at the left."""
     frames = [
         interpolate((images + 1) / 2, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
         for images in rows.values()
@@ -164,7 +163,7 @@ def picture(rows: dict[str, Tensor], side: int = 96, margin: int = 110) -> Image
 
 
 def main(config: Config) -> dict[str, list[Gap]]:
-    """Learn all scenes, print their gaps, write the picture if wanted."""
+    """Learn all scenes, print their gaps, and write the picture if asked."""
     around = ring(torch.arange(8) * 45.0, torch.full((8,), ELEVATION))
     rows = {"truth": truth(config.shape, around, PICTURE_SIZE).rgb}
     gaps: dict[str, list[Gap]] = {knowledge: [] for knowledge in KNOWLEDGE}

@@ -1,4 +1,4 @@
-"""Seconds and memory of contenders that take turns, so that what else the machine does hits all of them alike."""
+"""Seconds and memory of contenders that take turns, so that other load on the machine affects all alike."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median, lowest and highest of the ratios of each round."""
+    """Median, lowest and highest of the ratios of all rounds."""
 
     median: float
     low: float
@@ -23,7 +23,7 @@ def take_turns(
     contenders: Mapping[str, Iterator[Any]], *, iterations: int, rounds: int, warmup: int, device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of ``iterations`` steps of each contender in each round; every other round goes backwards."""
+    """Return seconds of ``iterations`` steps of each contender in each round; every other round is reversed."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
@@ -34,13 +34,16 @@ def take_turns(
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
-    """Of two contenders, round by round."""
+    """Return the ratio of two contenders' seconds, computed round by round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def saved_bytes(contender: Iterator[Any], iterations: int, networks: list[nn.Module]) -> int:
-    """Most bytes that autograd kept for backward passes at one time, each storage once, parameters not counted."""
+    """Return the largest number of bytes that autograd kept for backward passes at one time.
+
+    Each storage counts once; parameters do not count.
+    """
     ledger = _Ledger({p.untyped_storage().data_ptr() for network in networks for p in network.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(tensor, ledger), lambda held: held.tensor):
         for _ in range(iterations):
@@ -49,7 +52,7 @@ def saved_bytes(contender: Iterator[Any], iterations: int, networks: list[nn.Mod
 
 
 def peak_bytes(contender: Iterator[Any], iterations: int, device: torch.device) -> int | None:
-    """Most bytes allocated on a GPU beyond what was there before; None on a CPU."""
+    """Return the most bytes allocated on a GPU beyond those allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)

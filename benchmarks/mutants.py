@@ -1,9 +1,9 @@
-"""Break one line at a time and see that a test fails: signs, weights, schedules, keys, resuming, refusals.
+"""Break one line of code at a time and check that a test fails: signs, weights, schedules, keys, resumes.
 
     python benchmarks/mutants.py [--only WORD]     # about ten minutes on one core
 
-Each mutant is written into a temporary copy of the sources, never into the checkout, and meets the one test file
-that should know. Exits with 1 if any of them survives.
+Each mutant is written into a temporary copy of the sources, never into the checkout, and is run against one test
+file. Exits with 1 if any mutant survives.
 """
 
 import argparse
@@ -35,11 +35,11 @@ class Mutant:
     """One change of the code.
 
     Attributes:
-        what: what it breaks, in words.
-        file: where, from the root.
-        old: what is there once.
-        new: what is put in its place.
-        test: the file that should fail, from ``tests``, without its ending.
+        what: What it breaks, in words.
+        file: Path from the root.
+        old: Text that occurs once in the file.
+        new: Text that replaces it.
+        test: Test file that should fail, in ``tests``, without its suffix.
     """
 
     what: str

@@ -1,8 +1,8 @@
-"""One step of text-to-3D: this library, and the habits of two other trainers.
+"""Contenders of one text-to-3D step: this library, and the practice of two other trainers.
 
 Each of the three makes a :data:`Loss` of the same mathematics: SDS with w = sigma^2, divided by the number of
-views. All else, from the cameras to Adam, is this library's for all of them. They draw the same numbers and encode
-to the mean of the encoder's Gaussian, so that their gradients can be compared.
+views. All else, from the cameras to Adam, is this library's. They draw the same numbers and encode to the mean of
+the encoder's Gaussian, so that their gradients can be compared.
 """
 
 import copy
@@ -21,13 +21,13 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.schedule import per_sample
-from sds.losses import TIMES, sds, sigma_squared
-from sds.renders import distillation_loss, encoded
+from sds.cameras import CameraDistribution, view_conditions, view_prompts, word_bins
+from sds.losses import TIMES, distillation_loss, sds, sigma_squared
 from sds.scene import Scene, grid_scene
-from sds.views import CameraDistribution, view_conditions, view_prompts, word_bins
+from sds.training import encoded
 
 Loss = Callable[[Tensor, Cond, Generator], Tensor]
-"""(images (b, 3, h, w) in [-1, 1], conditions of batch b, generator) -> a scalar to go backward from."""
+"""(images (b, 3, h, w) in [-1, 1], conditions of batch b, generator) -> a scalar to call ``backward`` on."""
 
 LEARNING_RATE = 0.05
 CAMERAS = CameraDistribution()
@@ -36,12 +36,12 @@ BACKGROUND = torch.ones(3)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Guide:
-    """What all contenders ask.
+    """The guided teacher that all contenders call.
 
     Attributes:
-        teacher: frozen.
-        negative: what guidance moves away from, batch 1.
-        scale: of guidance, 1 is none.
+        teacher: Frozen.
+        negative: Condition that guidance moves away from, batch 1.
+        scale: Scale of guidance; 1 means none.
     """
 
     teacher: Teacher
@@ -49,22 +49,22 @@ class Guide:
     scale: float
 
     def encode(self, images: Tensor) -> Tensor:
-        """The teacher's x0."""
+        """Return the teacher's x0 of images."""
         return encoded(images, self.teacher.encode, self.teacher.size)
 
     def draws(self, x0: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """t, noise and x_t, the numbers in the library's order."""
+        """Return t, noise and x_t, with random numbers in the library's order."""
         schedule = self.teacher.denoiser.schedule
         t = TIMES(len(x0), schedule, generator).to(x0.device)
         noise = standard_normal(x0, {}, t, generator)
         return t, noise, schedule.diffuse(x0, noise, t)
 
     def residual(self, eps: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """w(t) (eps - noise)."""
+        """Return w(t) (eps - noise)."""
         return per_sample(sigma_squared(t, self.teacher.denoiser.schedule), noise) * (eps - noise)
 
     def both(self, x_t: Tensor, t: Tensor, cond: Cond, *, two_calls: bool = False) -> tuple[Tensor, Tensor]:
-        """The noise that is predicted without and with the prompt, from one call on 2b samples or two on b."""
+        """Return the noise predicted without and with the prompt, from one call on 2b samples or two on b."""
         empty = {name: self.negative[name].expand_as(value) for name, value in cond.items()}
         if two_calls:
             return self.eps(x_t, t, empty), self.eps(x_t, t, cond)
@@ -73,13 +73,13 @@ class Guide:
         return without, given
 
     def eps(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The noise that is predicted, without guidance."""
+        """Return the noise predicted without guidance."""
         denoiser = self.teacher.denoiser
         return denoiser.schedule.from_x0(denoiser(x_t, t, cond), x_t, t, "eps")
 
 
 def ours(guide: Guide, num_draws: int = 1) -> Loss:
-    """The library: a frozen encoder, passed once, and one guided call without graph for all draws."""
+    """Return this library's loss: a pass of a frozen encoder, and a guided call without graph for all draws."""
     method = sds(guided(guide.teacher.denoiser, guide.scale, guide.negative))
 
     def loss(images: Tensor, cond: Cond, generator: Generator) -> Tensor:
@@ -90,7 +90,7 @@ def ours(guide: Guide, num_draws: int = 1) -> Loss:
 
 
 def threestudio(guide: Guide) -> Loss:
-    """Habits of threestudio: every step decodes the image that the teacher expects, for a loss that is off."""
+    """Return threestudio's loss: every step decodes the image that the teacher expects, for a loss that is off."""
     schedule = guide.teacher.denoiser.schedule
 
     def loss(images: Tensor, cond: Cond, generator: Generator) -> Tensor:
@@ -106,14 +106,14 @@ def threestudio(guide: Guide) -> Loss:
 
 
 def generfacto(guide: Guide, *, two_calls: bool = False) -> Loss:
-    """Habits of nerfstudio's generfacto: an encoder that is not frozen, whose gradients nobody ever clears.
+    """Return the loss of nerfstudio's generfacto: an encoder that is not frozen, with gradients never cleared.
 
-    generfacto itself guides in one call, and renders one view a step. ``two_calls`` guides in two, as others do.
+    generfacto itself guides in one call, and renders one view per step. ``two_calls`` guides in two, as others do.
     Raises ``ValueError`` for a teacher of pixels.
     """
     codec = guide.teacher.codec
     if not isinstance(codec, Codec):
-        raise ValueError("the teacher works on pixels: there is no encoder to freeze or not.")
+        raise ValueError("the teacher works on pixels and has no encoder to train; pass a latent diffusion model.")
     learning = copy.deepcopy(codec.vae).requires_grad_(True)
     guide = replace(guide, teacher=replace(guide.teacher, codec=replace(codec, vae=learning)))
 
@@ -129,42 +129,42 @@ def generfacto(guide: Guide, *, two_calls: bool = False) -> Loss:
 
 
 def toward(latents: Tensor, gradient: Tensor) -> Tensor:
-    """The form of the loss in both: half the squared distance to where the gradient points."""
+    """Return the loss that both use: half the squared distance to where the gradient points."""
     target = (latents - gradient).detach()
     return 0.5 * mse_loss(latents, target, reduction="sum") / len(latents)
 
 
 def training(loss: Loss, scene: Scene, prompts: Cond, *, num_views: int, size: int) -> Iterator[None]:
-    """Each ``next`` is an iteration: cameras, renders, loss, backward, Adam."""
+    """Run a training; each ``next`` is an iteration: cameras, renders, loss, backward, Adam."""
     optimizer = torch.optim.Adam(scene.parameters(), LEARNING_RATE)
     for step in count():
         rng = Rng(0, step)
         optimizer.zero_grad()
-        loss(*look(scene, prompts, rng, num_views=num_views, size=size), rng("score")).backward()
+        loss(*observe(scene, prompts, rng, num_views=num_views, size=size), rng("score")).backward()
         optimizer.step()
         yield
 
 
 def scoring(loss: Loss, images: Tensor, cond: Cond) -> Iterator[None]:
-    """Each ``next`` goes from the same renders to the gradient with respect to them, and no further."""
+    """Compute gradients with respect to the same renders; each ``next`` is one."""
     for step in count():
         leaf = images.detach().requires_grad_()
         loss(leaf, cond, Rng(0, step)("score")).backward()
         yield
 
 
-def look(scene: Scene, prompts: Cond, rng: Rng, *, num_views: int, size: int) -> tuple[Tensor, Cond]:
-    """Renders from cameras of this step, and the condition of each."""
+def observe(scene: Scene, prompts: Cond, rng: Rng, *, num_views: int, size: int) -> tuple[Tensor, Cond]:
+    """Return renders from the cameras of this step, and the condition of each."""
     views = CAMERAS.draw(num_views, rng("views"))
     images = scene(views, height=size, width=size, background=BACKGROUND, generator=rng("points")).rgb
     return images, view_conditions(prompts, word_bins(views))
 
 
 def conditions(teacher: Teacher, prompt: str) -> Cond:
-    """Of the four words for a view."""
+    """Return the conditions of the prompt with the four view words."""
     return teacher.prompts(view_prompts(prompt))
 
 
 def new_scene(dtype: torch.dtype = torch.float32) -> Scene:
-    """The same scene at each call."""
+    """Return the same scene at each call."""
     return grid_scene().to(dtype)

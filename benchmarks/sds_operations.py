@@ -1,8 +1,8 @@
-"""Floating-point operations of a step of text-to-3D at the size of Stable Diffusion, on the meta device.
+"""Floating-point operations of a text-to-3D step at the size of Stable Diffusion, counted on the meta device.
 
-The very functions that ``sds_step.py`` times are counted, on tensors of a shape and nothing else: from the
-image back to the image, with all gradients that autograd computes on the way. A multiplication with addition is
-two operations; matrix products, convolutions and attention are counted. Rendering is not.
+The functions that ``sds_step.py`` times are counted on tensors without data, from the image back to the image,
+with all gradients that autograd computes on the way. A multiplication with addition is two operations. Matrix
+products, convolutions and attention are counted. Rendering is not.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ GOALS = {"ours": 3.9e12, "ours, AutoencoderTiny": 1.9e12}
 
 
 def tables(folder: Path, size: int = 512) -> list[str]:
-    """What one image of a step costs, in Markdown: its parts, and all contenders."""
+    """Return Markdown tables of what one image of a step costs: its parts, and all contenders."""
     full, tiny = (meta_guide(folder, NETWORK, file, size) for file in ENCODERS.values())
     return [*parts_table(full, tiny, size), "", *totals_table(full, tiny, size)]
 
 
 def meta_guide(folder: Path, network: str, vae: str, size: int) -> Guide:
-    """A guided teacher for images of size x size pixels. Raises ``ValueError`` for a file that is missing."""
+    """Return a guided teacher for images of size x size pixels. Raises ``ValueError`` for a missing file."""
     unet, codec = build(folder, network), as_codec(build(folder, vae))
     denoiser = NetworkDenoiser(DiffusersNetwork(unet), VariancePreserving.scaled_linear())
     shape = (codec.channels, size // codec.factor, size // codec.factor)
@@ -44,7 +44,7 @@ def meta_guide(folder: Path, network: str, vae: str, size: int) -> Guide:
 
 
 def step_operations(loss: Loss, guide: Guide) -> int:
-    """Of one image, from the image to its gradient."""
+    """Return the operations for one image, from the image to its gradient."""
     image = torch.zeros(1, 3, *guide.teacher.size, device="meta", requires_grad=True)
     return operations(lambda: loss(image, guide.negative, Generator()).backward())
 
@@ -56,7 +56,11 @@ def operations(work: Callable[[], Any]) -> int:
 
 
 def parts(guide: Guide) -> dict[str, int]:
-    """Of one image: a guided prediction, the decoder, the encoder there and back, that with free weights."""
+    """Return the operations of the parts of a step for one image.
+
+    They are a guided prediction, the decoder, the encoder with its backward pass, and the same with weights that
+    learn.
+    """
     teacher, t = guide.teacher, torch.full((1,), 500.0, device="meta")
     x_t = torch.zeros(1, *teacher.shape, device="meta")
     denoiser = guided(teacher.denoiser, guide.scale, guide.negative)
@@ -78,7 +82,7 @@ def parts(guide: Guide) -> dict[str, int]:
 
 
 def totals(full: Guide, tiny: Guide) -> dict[str, dict[int, int]]:
-    """Operations for one image with K noises and times, by contender and K; others than ours need K steps."""
+    """Return operations for one image with K noises and times, by contender and K; only ours needs no K steps."""
     counted = {
         "ours": {k: step_operations(ours(full, k), full) for k in DRAWS},
         "ours, AutoencoderTiny": {k: step_operations(ours(tiny, k), tiny) for k in DRAWS},
@@ -90,7 +94,7 @@ def totals(full: Guide, tiny: Guide) -> dict[str, dict[int, int]]:
 
 
 def parts_table(full: Guide, tiny: Guide, size: int) -> list[str]:
-    """In 10^12 operations."""
+    """Return a table of the parts, in 10^12 operations."""
     lines = table_head(f"part, one image of {size} px", *ENCODERS)
     names = {
         "network": "guided prediction",
@@ -103,7 +107,7 @@ def parts_table(full: Guide, tiny: Guide, size: int) -> list[str]:
 
 
 def totals_table(full: Guide, tiny: Guide, size: int) -> list[str]:
-    """In 10^12 operations, and as multiples of ours with as many draws."""
+    """Return a table of all contenders, in 10^12 operations, and relative to ours with as many draws."""
     counted = totals(full, tiny)
     lines = table_head(f"step, one image of {size} px", "goal", *(f"K = {k}" for k in DRAWS))
     for name, row in counted.items():

@@ -1,13 +1,13 @@
-"""Seconds and operations of one step of text-to-3D: this library, and the habits of other trainers.
+"""Seconds and operations of one text-to-3D step: this library against the practice of other trainers.
 
     python benchmarks/sds_step.py --out runs/step.json
     python benchmarks/sds_step.py --rounds 0 --configs configs
 
 A step is an iteration with the toy world's pipeline as the teacher: cameras, renders, encoder, guided prediction,
-backward, Adam. The contenders take turns; ratios are medians of those of the rounds, once of whole iterations and
-once of what comes after rendering. They are printed only if all contenders start from the same gradients, which is
-checked in float64. ``--configs`` counts operations at the size of Stable Diffusion as well, from sd21_unet.json,
-sd_vae.json and taesd.json, which RESULTS.md says how to get.
+backward, Adam. The contenders take turns. Ratios are medians over the rounds, both of whole iterations and of the
+part after rendering. They are printed only if all contenders start from the same gradients, which is checked in
+float64. ``--configs`` also counts operations at the size of Stable Diffusion, from sd21_unet.json, sd_vae.json and
+taesd.json; RESULTS.md says how to get them.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from sds_contenders import (
     Loss,
     conditions,
     generfacto,
-    look,
     new_scene,
+    observe,
     ours,
     scoring,
     threestudio,
@@ -51,36 +51,39 @@ DRAWS = (2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time one iteration of text-to-3D against the habits of other trainers, and count its operations."""
+    """Time one iteration of text-to-3D against the practice of other trainers, and count its operations."""
 
     num_views: int = 4
-    """Renders in an iteration."""
+    """Renders per iteration."""
     size: int = 32
-    """Side of the renders in pixels; the teacher sees 64."""
+    """Height and width of the renders in pixels; the teacher sees 64."""
     prompt: str = "a red mug"
-    """What the teacher is asked for."""
+    """Prompt of the teacher."""
     scale: float = 8.0
-    """Of guidance, in every contender."""
+    """Scale of guidance, in every contender."""
     iterations: int = 2
-    """Of each contender in a round."""
+    """Iterations of each contender per round."""
     rounds: int = 9
-    """Of turns that count; 0 times nothing."""
+    """Measured rounds. 0 times nothing."""
     warmup: int = 1
-    """Rounds before those."""
+    """Rounds before the measured ones."""
     clock: Literal["wall", "process"] = "wall"
-    """process: seconds of processor time, for one thread on a machine that others use as well."""
+    """process counts seconds of processor time, for one thread on a machine that is shared."""
     configs: Path | None = None
-    """Folder of JSON files; counts operations at the size of Stable Diffusion, too."""
+    """Folder of JSON files; also count operations at the size of Stable Diffusion."""
     out: Path | None = None
     """File for the result as JSON."""
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Check, measure, print; the result is also written to ``--out``."""
+    """Check, measure and print; also write the result to ``--out``."""
     if config.rounds < 0 or config.warmup < 0 or config.num_views < 1 or config.size < 1 or config.iterations < 1:
-        raise ValueError(f"need num_views, size, iterations >= 1 and rounds, warmup >= 0; got {config}.")
+        raise ValueError(
+            "--num-views, --size and --iterations must be at least 1, --rounds and --warmup at least 0; got "
+            f"{config.num_views}, {config.size}, {config.iterations}, {config.rounds} and {config.warmup}."
+        )
     if not config.rounds and config.configs is None:
-        raise ValueError("--rounds 0 without --configs measures nothing.")
+        raise ValueError("--rounds 0 without --configs measures nothing. Pass more rounds, or --configs.")
     tables = [] if config.configs is None else sds_operations.tables(config.configs)
     result: dict[str, Any] = {
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
@@ -102,7 +105,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def make_guide(config: Config, dtype: torch.dtype = torch.float32) -> tuple[Guide, Cond]:
-    """The toy world's pipeline, and its conditions of the four words for a view."""
+    """Return the toy world's pipeline, and its conditions with the four view words."""
     with tempfile.TemporaryDirectory() as cache:
         teacher = load_teacher(pipeline_folder(), dtype=dtype, cache=cache)
         prompts, negative = conditions(teacher, config.prompt), teacher.negative()
@@ -110,14 +113,14 @@ def make_guide(config: Config, dtype: torch.dtype = torch.float32) -> tuple[Guid
 
 
 def contenders(guide: Guide) -> dict[str, Loss]:
-    """All losses by name."""
+    """Return all losses by name."""
     peers = (threestudio(guide), generfacto(guide), generfacto(guide, two_calls=True))
     several = {f"ours, K = {k}": ours(guide, k) for k in DRAWS}
     return {"ours": ours(guide), **several, **dict(zip(PEERS, peers, strict=True))}
 
 
 def gradient_errors(config: Config) -> dict[str, float]:
-    """Relative distance of each contender's first gradient of the scene from ours, in float64."""
+    """Return the relative distance of each contender's first gradient of the scene from ours, in float64."""
     guide, prompts = make_guide(config, torch.float64)
     losses = contenders(guide)
     expected = first_gradient(losses["ours"], prompts, config)
@@ -126,19 +129,19 @@ def gradient_errors(config: Config) -> dict[str, float]:
 
 
 def first_gradient(loss: Loss, prompts: Cond, config: Config) -> Tensor:
-    """Of a fresh scene's parameters, in float64."""
+    """Return the first gradient of a fresh scene's parameters, in float64."""
     scene, rng = new_scene(torch.float64), Rng(0, 0)
-    inputs = look(scene, prompts, rng, num_views=config.num_views, size=config.size)
+    inputs = observe(scene, prompts, rng, num_views=config.num_views, size=config.size)
     gradients = torch.autograd.grad(loss(*inputs, rng("score")), list(scene.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds of iterations, seconds of their part after rendering, and ratios of both."""
+    """Return seconds of iterations, seconds of their part after rendering, and ratios of both."""
     guide, prompts = make_guide(config)
     losses, frame = contenders(guide), {"num_views": config.num_views, "size": config.size}
     with torch.no_grad():
-        images, cond = look(new_scene(), prompts, Rng(0, 0), **frame)
+        images, cond = observe(new_scene(), prompts, Rng(0, 0), **frame)
     clock: Callable[[], float] = time.perf_counter if config.clock == "wall" else time.process_time
     whole = {name: training(loss, new_scene(), prompts, **frame) for name, loss in losses.items()}
     after = {name: scoring(loss, images, cond) for name, loss in losses.items()}
@@ -154,7 +157,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Of the peers' to our time, and of the time of K of our iterations to that of one with K draws."""
+    """Return ratios of the others' time to ours, and of K of our iterations to one with K draws."""
     found = {f"{name} / ours": ratio(seconds[name], seconds["ours"]) for name in PEERS}
     for k in DRAWS:
         found[f"{k} x ours / ours, K = {k}"] = ratio([k * s for s in seconds["ours"]], seconds[f"ours, K = {k}"])

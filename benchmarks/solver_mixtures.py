@@ -1,4 +1,4 @@
-"""Solvers and grids on an exact mixture, with and without a network's error: what docs/solvers.md is based on.
+"""Solvers and grids on an exact mixture, with and without a network's error: the basis of docs/solvers.md.
 
     python benchmarks/solver_mixtures.py --error 0.04
 
@@ -31,7 +31,7 @@ SOLVERS: tuple[Solver, ...] = ("ddim", "heun", "dpm++", "unipc")
 
 @dataclass(frozen=True)
 class Imperfect:
-    """A mixture whose answer is off as a network's is that predicts ``kind``: by ``error`` in its own output."""
+    """A mixture with the error of a network that predicts ``kind``: ``error`` in the network's own output."""
 
     mixture: GaussianMixture
     kind: Kind
@@ -39,11 +39,11 @@ class Imperfect:
 
     @property
     def schedule(self) -> Schedule:
-        """The mixture's."""
+        """The mixture's schedule."""
         return self.mixture.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """E[x0 | x_t], and a wave of x_t and the noise level, in the network's output."""
+        """Return E[x0 | x_t] plus a wave of x_t and the noise level, added in the network's output."""
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         scale = {
             "eps": sigma / alpha,
@@ -58,12 +58,12 @@ class Imperfect:
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Options of the measurement."""
 
     error: float = 0.0
-    """Of the network's output, which has about unit scale."""
+    """Error of the network's output, which has about unit scale."""
     calls: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10, 15, 20, 50)
-    """Columns."""
+    """Network calls; a column each."""
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
 def distance(
     denoiser: Imperfect, noise: Tensor, true: Tensor, solver: Solver, spacing: Spacing, calls: int
 ) -> float:
-    """One cell."""
+    """Return one cell."""
     chosen = plan(denoiser.schedule, calls, solver, spacing)
     x_t = initial_noise(denoiser.schedule, noise, float(chosen.times[0]))
     made = sample(denoiser, x_t, {}, times=chosen.times, step=chosen.step)

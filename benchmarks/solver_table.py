@@ -1,11 +1,12 @@
-r"""Quality against network calls: each solver on each grid, and from how many calls a few-step student pays.
+r"""Image quality by network calls: each solver on each grid, and the calls from which a few-step student pays off.
 
     python benchmarks/solver_table.py --teacher runs/teacher/teacher --reference images/ --features runs/features \
         --students runs/student/student --out runs/solvers
     python benchmarks/solver_table.py --teacher toyworld/pipeline --prompts prompts.txt --guidance 3 ...
 
-Every cell is the Fréchet distance of images of the same noise to the reference. Cells are written to table.json as
-they are made, and a run that is started again makes those that are missing; table.md and table.png follow.
+Every cell is the Fréchet distance to the reference; all cells start from the same noise. Cells are written to
+table.json as they are made, and a run that is started again makes those that are missing. table.md and table.png
+follow.
 """
 
 import json
@@ -38,42 +39,42 @@ COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#1
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measure a teacher under every solver, grid and number of calls, and its students."""
+    """Measure a teacher with every solver, grid and number of calls, and its students."""
 
     teacher: str
-    """Whatever --teacher of `scorefield sample` takes."""
+    """The teacher, as for --teacher of `scorefield sample`."""
     reference: str
-    """Real images: whatever --reference of `scorefield evaluate` takes."""
+    """Real images, as for --reference of `scorefield evaluate`."""
     features: Path
     """Folder of `scorefield features`, or the weights file of InceptionV3."""
     students: tuple[str, ...] = ()
-    """Folders of `scorefield distill`."""
+    """Folders written by `scorefield distill`."""
     prompts: Path | None = None
-    """File of prompts, one a line, for text-to-image models."""
+    """File with a prompt per line, for text-to-image models."""
     negative_prompt: str = ""
-    """What guidance moves away from."""
+    """Prompt that guidance moves away from."""
     guidance: float = 1.0
     """Scale of classifier-free guidance of the teacher."""
     solvers: tuple[Solver, ...] = ("ddim", "heun", "dpm++", "unipc")
-    """Rows, together with the grids."""
+    """Solvers; each row is a solver on a grid."""
     grids: tuple[Spacing, ...] = get_args(Spacing)
-    """Rows, together with the solvers."""
+    """Grids of times; each row is a solver on a grid."""
     calls: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 15, 20, 50)
-    """Columns: network calls an image."""
+    """Network calls per image; a column each."""
     num_images: int = 2000
-    """Images a cell, and at most as many of the reference."""
+    """Images per cell, and largest number of reference images."""
     out: Path = Path("runs/solvers")
     """Folder for table.json, table.md and table.png."""
     batch_size: int = 250
     """Images at a time."""
     seed: int = 0
-    """Of the noise, the same in every cell."""
+    """Seed of the noise, the same in every cell."""
     device: str = default_device()
-    """Where to draw and to measure."""
+    """Where to draw and measure, such as cpu or cuda."""
 
 
 def main(config: Config) -> Path:
-    """Measure what is missing, write and print the table."""
+    """Measure what is missing, then write and print the table."""
     check(config)
     table = read_table(config)
     teacher = load(config, config.teacher)
@@ -107,13 +108,16 @@ def check(config: Config) -> None:
     check_device(config.device)
     check_out(config.out)
     if config.num_images < 4 or not config.calls or min(config.calls) < 1:
-        raise ValueError(f"--num-images must be at least 4 and --calls at least 1; got {config}.")
+        raise ValueError(
+            "--num-images must be at least 4 and --calls at least 1; got "
+            f"{config.num_images} and {' '.join(map(str, config.calls))}."
+        )
     if config.prompts is not None and not config.prompts.is_file():
         raise ValueError(f"--prompts {config.prompts} is no file; expected one with a prompt in each line.")
 
 
 def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spacing) -> Sample:
-    """The options of `scorefield sample` that draw one cell."""
+    """Return the options of `scorefield sample` that draw one cell."""
     lines = config.prompts.read_text().splitlines() if config.prompts is not None else []
     return Sample(
         teacher=model, prompts=tuple(line.strip() for line in lines if line.strip()), steps=calls, sampler=solver,
@@ -123,17 +127,21 @@ def drawing(config: Config, model: str, calls: int, solver: Solver, spacing: Spa
 
 
 def load(config: Config, name: str) -> Teacher:
-    """A teacher or student, on the device. Raises ``ValueError`` for a teacher where a student is expected."""
+    """Return a teacher or student on the device. Raises ``ValueError`` if it is the other of the two."""
     model = sample.load(drawing(config, name, 1, "ddim", "trailing"), torch.device(config.device))
     if bool(model.times) != (name != config.teacher):
         raise ValueError(
-            f"{name} is a {'student' if model.times else 'teacher'}; --teacher and --students differ."
+            f"{name} is a {'student' if model.times else 'teacher'}; pass teachers to --teacher and students to "
+            "--students."
         )
     return model
 
 
 def reference_features(config: Config, teacher: Teacher, network: Any, classifier: Classifier | None) -> Tensor:
-    """Features of the real images, at the teacher's size. Raises ``ValueError`` if the features want another."""
+    """Return features of the real images at the teacher's size.
+
+    Raises ``ValueError`` if the feature network takes another size.
+    """
     channels, height, width = teacher.image_shape
     wanted = (classifier.facts.channels, classifier.facts.resolution) if classifier else (channels, height)
     if height != width or wanted != (channels, height):
@@ -149,7 +157,7 @@ def reference_features(config: Config, teacher: Teacher, network: Any, classifie
 
 
 def missing(config: Config, table: Mapping[str, Any]) -> Iterator[tuple[Solver, Spacing, int]]:
-    """Cells that are not in the table yet, the cheap ones first."""
+    """Return the cells that are not in the table yet, the cheap ones first."""
     for calls in sorted(config.calls):
         for solver in config.solvers:
             for spacing in config.grids:
@@ -160,9 +168,9 @@ def missing(config: Config, table: Mapping[str, Any]) -> Iterator[tuple[Solver, 
 def measure(
     options: Sample, model: Teacher, network: Any, reference: Tensor, table: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One cell: calls paid and Fréchet distance, which is None where samples are not finite.
+    """Return one cell: calls used and Fréchet distance, which is None if samples are not finite.
 
-    A cell whose times and steps are those of another has its figure: all solvers are DDIM in one step.
+    A cell with the times and steps of another copies its figure: in one step, all solvers are DDIM.
     """
     key, paid = "student", len(model.times)
     if not model.times:
@@ -187,18 +195,18 @@ def measure(
 
 
 def row_name(solver: str, spacing: str) -> str:
-    """Of a row: solver and grid."""
+    """Return the name of a row: solver and grid."""
     return f"{solver}, {spacing}"
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the options that the figures depend on."""
     names = ("teacher", "reference", "features", "prompts", "negative_prompt", "guidance", "num_images", "seed")
     return {name: str(getattr(config, name)) for name in names}
 
 
 def read_table(config: Config) -> dict[str, Any]:
-    """The table as far as it has come. Raises ``ValueError`` for one of other settings."""
+    """Return the table as far as it has been made. Raises ``ValueError`` if it was made with other settings."""
     path = config.out / "table.json"
     if not path.is_file():
         return {"settings": settings(config), "cells": {}, "students": {}}
@@ -210,7 +218,7 @@ def read_table(config: Config) -> dict[str, Any]:
 
 
 def write_json(config: Config, table: Mapping[str, Any]) -> None:
-    """Replace table.json as a whole."""
+    """Replace table.json atomically."""
     config.out.mkdir(parents=True, exist_ok=True)
     temporary = config.out / ".writing-table.json"
     temporary.write_text(json.dumps(table, indent=2))
@@ -218,7 +226,7 @@ def write_json(config: Config, table: Mapping[str, Any]) -> None:
 
 
 def as_markdown(config: Config, table: Mapping[str, Any]) -> str:
-    """The table, the lowest distance of each column in bold, and from how many calls each student pays."""
+    """Return the table: each column's lowest distance in bold, and from how many calls each student pays off."""
     columns = [str(calls) for calls in sorted(config.calls)]
     best = {calls: lowest(table, int(calls)) for calls in columns}
     lines = [f"| solver, grid | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
@@ -233,25 +241,25 @@ def as_markdown(config: Config, table: Mapping[str, Any]) -> str:
 
 
 def figure_text(value: float | None, best: float | None) -> str:
-    """A cell: bold if it is the column's best, a dash if there is none."""
+    """Return a cell: bold if it is the column's best, a dash if there is none."""
     if value is None:
         return "-"
     return f"**{value:.1f}**" if value == best else f"{value:.1f}"
 
 
 def figures(table: Mapping[str, Any]) -> list[tuple[int, float, str]]:
-    """(column, Fréchet distance, row) of every cell that has one."""
+    """Return (column, Fréchet distance, row) for every cell with a distance."""
     rows = [(int(n), cell["frechet"], row) for row, cells in table["cells"].items() for n, cell in cells.items()]
     return [row for row in rows if row[1] is not None]
 
 
 def lowest(table: Mapping[str, Any], calls: int) -> float | None:
-    """The lowest distance of a column."""
+    """Return the lowest distance of a column."""
     return min((value for column, value, _ in figures(table) if column == calls), default=None)
 
 
 def pays(table: Mapping[str, Any], folder: str) -> str:
-    """In how many calls the teacher is first as good as a student, and how."""
+    """Return a sentence: at how many calls, and how, the teacher first equals a student."""
     student = table["students"][folder]
     name, own = f"{folder} ({student['calls']} calls: {student['frechet']:.1f})", student["frechet"]
     as_good = [cell for cell in figures(table) if cell[1] <= own]
@@ -263,7 +271,10 @@ def pays(table: Mapping[str, Any], folder: str) -> str:
 
 
 def picture(config: Config, table: Mapping[str, Any], size: tuple[int, int] = (900, 560)) -> Image.Image:
-    """Fréchet distance against calls, both logarithmic: a colour a solver, its best grid; crosses are students."""
+    """Return a plot of Fréchet distance against calls, both logarithmic.
+
+    Each solver has a colour and shows its best grid; crosses are students.
+    """
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image)
     points = {solver: best_of(table, solver) for solver in config.solvers}
@@ -293,7 +304,7 @@ def picture(config: Config, table: Mapping[str, Any], size: tuple[int, int] = (9
 def axes(
     canvas: ImageDraw.ImageDraw, place: Any, calls: Sequence[int], values: Sequence[float], size: Any
 ) -> None:
-    """Calls below, distances at the left, in the units of the data."""
+    """Draw the axes: calls below, distances at the left, in the units of the data."""
     for number in calls:
         x, _ = place((number, values[0]))
         canvas.line([(x, 50), (x, size[1] - 50)], fill="#dddddd")
@@ -308,7 +319,7 @@ def axes(
 
 
 def best_of(table: Mapping[str, Any], solver: str) -> list[tuple[int, float]]:
-    """(calls, lowest distance of all grids) of a solver."""
+    """Return (calls, lowest distance over all grids) of a solver."""
     own = [(calls, value) for calls, value, row in figures(table) if row.startswith(f"{solver},")]
     return [(calls, min(v for c, v in own if c == calls)) for calls in sorted({c for c, _ in own})]
 

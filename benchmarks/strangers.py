@@ -1,4 +1,4 @@
-"""Teachers as others bring them: trained by loops of their own, wrapped by a few lines, for the default recipe.
+"""Teachers as users bring them: trained by loops of their own and wrapped in a few lines, for the default recipe.
 
     python benchmarks/strangers.py ddpm --data fashion_mnist/ --out runs/strangers
     python benchmarks/strangers.py flow --data fashion_mnist/ --out runs/strangers
@@ -7,7 +7,7 @@
 
 ``ddpm`` predicts eps on linear betas, of images in [-0.5, 0.5], as the public scripts for MNIST do. ``flow`` is a
 class-conditional transformer on 16 x 16 images. ``tiles`` predicts v with zero terminal signal-to-noise, of colour
-images of 32 x 32. Their loops use nothing of this project, so that a mistake they share with it would show.
+images of 32 x 32. Their loops use nothing of this project, so a shared mistake would show.
 """
 
 import math
@@ -35,9 +35,9 @@ class Config:
     """Train one of the teachers."""
 
     which: Annotated[Literal["ddpm", "flow", "tiles"], tyro.conf.Positional]
-    """The teacher."""
+    """Teacher to train."""
     data: Path
-    """Folder of Fashion-MNIST; for tiles an npz file with images (n, 3, 32, 32) of bytes."""
+    """Folder of Fashion-MNIST. For tiles, an npz file with images (n, 3, 32, 32) of bytes."""
     out: Path = Path("runs/strangers")
     """Folder for the weights."""
     steps: int = 2500
@@ -45,14 +45,14 @@ class Config:
 
 
 def embed(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of t (b,)."""
+    """Return sines and cosines of t (b,)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Block(nn.Module):
-    """Two convolutions with a time embedding between them, beside a shortcut."""
+    """Two convolutions with a time embedding between them, and a shortcut."""
 
     def __init__(self, before: int, after: int, time: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.s = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """Features (b, after, h, w)."""
+        """Return features (b, after, h, w)."""
         h = self.c1(functional.silu(self.n1(x))) + self.e(e)[:, :, None, None]
         return self.s(x) + self.c2(functional.silu(self.n2(h)))
 
@@ -83,7 +83,7 @@ class SmallUNet(nn.Module):
         self.last = nn.Conv2d(w // 2 + 1, 1, 5, padding=2)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise, shape of x."""
+        """Return the noise, of the shape of x."""
         e = self.mlp(embed(t, 64))
         a = self.d1(self.inp(x), e)
         b = self.d2(self.down(a), e)
@@ -108,7 +108,7 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.mod.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (b, n, width)."""
+        """Return tokens (b, n, width)."""
         scale, shift, gate, scale2, shift2, gate2 = self.mod(c)[:, None].chunk(6, -1)
         h = self.n1(x) * (1 + scale) + shift
         q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in self.qkv(h).chunk(3, -1))
@@ -118,7 +118,7 @@ class DiTBlock(nn.Module):
 
 
 class SmallDiT(nn.Module):
-    """A transformer for 1 x 16 x 16 in ten classes: forward(x, t, class_labels) -> eps - x0, t in [0, 1]."""
+    """A class-conditional transformer for 1 x 16 x 16: forward(x, t, class_labels) -> eps - x0, t in [0, 1]."""
 
     def __init__(self, width: int = 64, depth: int = 4, patch: int = 2, size: int = 16) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class SmallDiT(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
-        """The flow, shape of x; label 10 means none."""
+        """Return the flow, of the shape of x; label 10 means none."""
         side = x.shape[-1] // self.patch
         h = self.inp(functional.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)) + self.pos
         c = functional.silu(self.t(embed(1000 * t, 64)) + self.y(class_labels))
@@ -145,30 +145,33 @@ class SmallDiT(nn.Module):
 
 
 def tiles_network() -> nn.Module:
-    """A UNet for 3 x 32 x 32; it is asked with t / 1000."""
+    """Return a UNet for 3 x 32 x 32; its time input is t / 1000."""
     return UNet((3, 32, 32), channels=(32, 64), patch=2)
 
 
 def linear_betas() -> Tensor:
-    """alphas_cumprod of Ho et al. 2020 (arXiv 2006.11239, section 4)."""
+    """Return alphas_cumprod of Ho et al. 2020 (arXiv 2006.11239, section 4)."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 
 
 def zero_terminal_snr() -> Tensor:
-    """alphas_cumprod of Stable Diffusion's betas, rescaled (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
+    """Return alphas_cumprod of Stable Diffusion's betas, rescaled to zero terminal signal-to-noise.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891, Algorithm 1).
+    """
     roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     alphas = torch.cumprod(1 - roots**2, 0).sqrt()
     return ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
 
 
 def fashion(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images (60000, 1, 28, 28) of bytes, and labels."""
+    """Return images (60000, 1, 28, 28) of bytes, and labels."""
     images, labels = read_idx(folder / "train-images-idx3-ubyte.gz")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()).long()
 
 
 def ddpm_loss(data: Path) -> Callable[[nn.Module], Tensor]:
-    """Squared error of the noise, at integer timesteps; images are pixels - 0.5."""
+    """Return a function that computes the squared error of the noise at integer times; images are pixels - 0.5."""
     images, bar = fashion(data)[0], linear_betas()
 
     def loss(network: nn.Module) -> Tensor:
@@ -181,7 +184,10 @@ def ddpm_loss(data: Path) -> Callable[[nn.Module], Tensor]:
 
 
 def flow_loss(data: Path) -> Callable[[nn.Module], Tensor]:
-    """Squared error of the flow at logit-normal times; a tenth of the labels is dropped."""
+    """Return a function that computes the squared error of the flow at logit-normal times.
+
+    A tenth of the labels is dropped.
+    """
     images, labels = fashion(data)
     small = functional.interpolate(images.float() / 127.5 - 1, 16, mode="bilinear", antialias=True)
 
@@ -196,7 +202,7 @@ def flow_loss(data: Path) -> Callable[[nn.Module], Tensor]:
 
 
 def tiles_loss(data: Path) -> Callable[[nn.Module], Tensor]:
-    """Squared error of v; half of the images are mirrored."""
+    """Return a function that computes the squared error of v; half of the images are mirrored."""
     images, bar = torch.from_numpy(np.load(data)["images"]), zero_terminal_snr().float()
 
     def loss(network: nn.Module) -> Tensor:
@@ -211,7 +217,7 @@ def tiles_loss(data: Path) -> Callable[[nn.Module], Tensor]:
 
 
 def learn(network: nn.Module, loss: Callable[[nn.Module], Tensor], *, steps: int, rate: float) -> nn.Module:
-    """Train under a one-cycle rate and return the average of the weights."""
+    """Train with a one-cycle rate and return the network with averaged weights."""
     network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -240,7 +246,7 @@ TRAININGS: dict[str, tuple[Callable[[], nn.Module], Callable[[Path], Callable[[n
 
 
 def main(config: Config) -> Path:
-    """Train and return the file of the weights."""
+    """Train and return the path of the weights."""
     build, loss, rate = TRAININGS[config.which]
     torch.manual_seed(0)
     network = learn(build(), loss(config.data), steps=config.steps, rate=rate)
@@ -251,25 +257,25 @@ def main(config: Config) -> Path:
 
 
 def read(network: nn.Module, name: str) -> nn.Module:
-    """The network with the weights of a training, from the folder that the environment's STRANGERS names."""
+    """Return the network with trained weights, from the folder in the environment variable STRANGERS."""
     folder = Path(os.environ.get("STRANGERS", "runs/strangers"))
     network.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
     return network
 
 
 def ddpm() -> Teacher:
-    """The plain DDPM, of images in [-0.5, 0.5]."""
+    """Return the plain DDPM, of images in [-0.5, 0.5]."""
     plain = NetworkDenoiser(read(SmallUNet(), "ddpm"), VariancePreserving(linear_betas()), "eps")
     return Teacher(rescaled_data(plain, 0.5), (1, 28, 28), 0, {})
 
 
 def flow() -> Teacher:
-    """The flow transformer."""
+    """Return the flow transformer."""
     return Teacher(NetworkDenoiser(read(SmallDiT(), "flow"), RectifiedFlow(), "flow"), (1, 16, 16), 10, {})
 
 
 def tiles() -> Teacher:
-    """The network of colour tiles."""
+    """Return the network of colour tiles."""
     schedule = VariancePreserving(zero_terminal_snr())
     return Teacher(NetworkDenoiser(read(tiles_network(), "tiles"), schedule, "v", 0.001), (3, 32, 32), 0, {})
 

@@ -1,10 +1,10 @@
-"""Bytes of weights and floating-point operations of the teachers, counted without a weight: on the meta device.
+"""Bytes of weights and floating-point operations of public teachers, counted without weights on the meta device.
 
     python benchmarks/teachers.py --configs configs --out teachers.md
 
-``--configs`` holds the constructor arguments of diffusers' classes as JSON (sd15_unet.json and so on, as their
-config.json has them). Text encoders are built from the settings below. A multiplication with addition counts as
-two operations; only matrix products, convolutions and attention are counted.
+``--configs`` holds the constructor arguments of diffusers' classes as JSON (sd15_unet.json and so on, as in their
+config.json). Text encoders are built from the settings below. A multiplication with addition is two operations.
+Only matrix products, convolutions and attention are counted.
 """
 
 import json
@@ -67,7 +67,7 @@ TEXTS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """Files of a public model's parts, and its text encoders."""
+    """Config files of a public model's parts, and its text encoders."""
 
     network: str
     vae: str
@@ -93,13 +93,13 @@ class Config:
     configs: Path
     """Folder of JSON files with the constructor arguments of the parts."""
     scale: float = 7.5
-    """Of guidance: any but 1 asks the network for two predictions in one call."""
+    """Scale of guidance. Any but 1 needs two predictions, in one network call."""
     out: Path | None = None
     """File for the tables, in Markdown."""
 
 
 def main(config: Config) -> str:
-    """Count, print, and return the tables; they are also written to ``--out``."""
+    """Count, print and return the tables; also write them to ``--out``."""
     rows = {name: count(config, model) for name, model in MODELS.items()}
     tiny = build(config.configs, "taesd")
     with torch.device("meta"):
@@ -114,10 +114,10 @@ def main(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Count:
-    """What one model costs; sizes in parameters, work in operations for one image.
+    """Cost of one model: sizes in parameters, work in operations for one image.
 
-    ``kept`` of the texts' parameters stay float32 in float16. ``latents`` is the shape of x_t, ``pixels`` the side
-    of the image.
+    ``kept`` is the number of the text encoders' parameters that stay float32 in float16. ``latents`` is the shape
+    of x_t, ``pixels`` the height and width of the image.
     """
 
     model: Model
@@ -134,7 +134,7 @@ class Count:
 
 
 def build(folder: Path, name: str) -> Any:
-    """A network of diffusers on the meta device. Raises ``ValueError`` for a file that is missing or unknown."""
+    """Return a network of diffusers on the meta device. Raises ``ValueError`` for a missing or unknown file."""
     file = folder / f"{name}.json"
     if not file.is_file():
         raise ValueError(f"--configs {folder} lacks {file.name}: the config.json of that part of the model.")
@@ -153,13 +153,13 @@ def parameters(network: nn.Module) -> int:
 
 
 def kept_whole(network: nn.Module) -> int:
-    """Parameters that transformers keeps in float32 when the rest is float16: T5's ``wo``, which overflows."""
+    """Return the number of parameters that transformers keeps in float32: T5's ``wo``, which overflows in half."""
     modules = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     return sum(p.numel() for name, p in network.named_parameters() if modules & set(name.split(".")))
 
 
 def count(config: Config, model: Model) -> Count:
-    """Sizes and work of one model, batch 1 at its own size."""
+    """Return sizes and work of one model, batch 1 at its own image size."""
     network, vae = build(config.configs, model.network), build(config.configs, model.vae)
     flow = isinstance(network, SD3Transformer2DModel)
     denoiser = NetworkDenoiser(
@@ -189,7 +189,7 @@ def as_codec(vae: Any) -> Codec:
 
 
 def meta_cond(config: Any, tokens: int) -> Cond:
-    """Conditions of one prompt, by shape alone."""
+    """Return the conditions of one prompt, as shapes without data."""
     shapes: dict[str, tuple[int, ...]] = {}
     if "joint_attention_dim" in config:
         shapes["encoder_hidden_states"] = (1, tokens, config.joint_attention_dim)
@@ -209,7 +209,7 @@ def operations(work: Callable[[], Tensor]) -> int:
 
 
 def memory_table(rows: Mapping[str, Count], texts: Mapping[str, int]) -> list[str]:
-    """Parameters of the parts, and bytes of all weights by precision, in 10^9."""
+    """Return a table of the parts' parameters, and of the bytes of all weights by precision, in 10^9."""
     lines = table_head(
         "weights", "network", "autoencoder", "text encoders", "fp32", "bf16", "fp16", "bf16, no texts"
     )
@@ -224,7 +224,7 @@ def memory_table(rows: Mapping[str, Count], texts: Mapping[str, int]) -> list[st
 
 
 def operations_table(rows: Mapping[str, Count], tiny: Any) -> list[str]:
-    """Work for one image, in 10^12 operations."""
+    """Return a table of the work for one image, in 10^12 operations."""
     lines = table_head("work for one image", "x_t", "guided", "not guided", "encode", "decode", "decode, TAESD")
     small = as_codec(tiny)
     for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""Roles of one DMD2 training of a text-to-image teacher: three copies of its weights, or one that is shared.
+"""Contenders of a text-to-image DMD2 training: three copies of the teacher's weights, or a shared backbone.
 
 All contenders start from the same weights and draw the same numbers, so that their losses can be compared.
 """
@@ -33,7 +33,7 @@ LEARNING_RATE, CLIP_NORM = 1e-5, 10.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A teacher without its weights: file of its network, usual rank, tokens of a prompt, what it predicts."""
+    """Size of a teacher: config file of its network, usual LoRA rank, tokens of a prompt, what it predicts."""
 
     file: str
     rank: int
@@ -50,22 +50,22 @@ SHAPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What all contenders of one comparison have in common."""
+    """Options that all contenders of one comparison share."""
 
     shape: Literal["toy", "sd15", "sdxl"] = "toy"
-    """Of the teacher: the toy world's, Stable Diffusion 1.5 at 512 px, SDXL at 1024 px."""
+    """Size of the teacher: the toy world's, Stable Diffusion 1.5 at 512 px, SDXL at 1024 px."""
     configs: Path | None = None
-    """Folder of JSON files with the constructor arguments of the networks; the toy world's needs none."""
+    """Folder of JSON files with the constructor arguments of the networks. The toy world's needs none."""
     rank: int | None = None
-    """Of both adapters; None: 8 for the toy world, 64 for the others."""
+    """Rank of both adapters. By default 8 for the toy world, 64 for the others."""
     precision: Literal["no", "bf16"] = "no"
-    """bf16: of what is frozen, and of autocast. What learns is float32."""
+    """bf16 applies to frozen weights and to autocast. Trained weights are float32."""
     batch: int = 4
     """Images per iteration."""
     guidance: float = 3.0
     """Scale of the teacher's guidance."""
     student_every: int = 5
-    """Iterations in a cycle: fake-score updates per student update."""
+    """Iterations per cycle: fake-score updates per student update."""
     gradient_checkpointing: bool = False
     """Recompute activations of student and fake score in the backward pass, in all contenders."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class TwoCalls:
-    """Classifier-free guidance as many trainers have it: one network call for each condition."""
+    """Classifier-free guidance as many trainers implement it: one network call per condition."""
 
     denoiser: Denoiser
     scale: float
@@ -82,22 +82,22 @@ class TwoCalls:
 
     @property
     def schedule(self) -> Schedule:
-        """The inner denoiser's."""
+        """The denoiser's schedule."""
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The guided clean image."""
+        """Return the guided clean image."""
         neg = self.denoiser(x_t, t, expand_cond(self.negative, len(x_t)))
         return neg + self.scale * (self.denoiser(x_t, t, cond) - neg)
 
 
 def rank_of(case: Case) -> int:
-    """Of the adapters: as asked, or the usual one of the shape."""
+    """Return the rank of the adapters: as given, or the usual one of the shape."""
     return SHAPES[case.shape].rank if case.rank is None else case.rank
 
 
 def make_network(case: Case, device: torch.device) -> Any:
-    """The teacher's network with random weights, the same at each call; on the meta device none."""
+    """Return the teacher's network with random weights, the same at each call; on the meta device without data."""
     if case.configs is not None and SHAPES[case.shape].file:
         network = build(case.configs, SHAPES[case.shape].file)
     else:
@@ -112,14 +112,16 @@ def make_network(case: Case, device: torch.device) -> Any:
 
 
 def make_teacher(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> NetworkDenoiser:
-    """Frozen, in ``dtype`` or that of ``--precision``."""
+    """Return the frozen teacher, in ``dtype`` or that of ``--precision``."""
     usual = torch.bfloat16 if case.precision == "bf16" else torch.float32
     network = freeze(DiffusersNetwork(make_network(case, device)), dtype or usual)
     return NetworkDenoiser(network, VariancePreserving.scaled_linear(), SHAPES[case.shape].kind)
 
 
-def make_roles(case: Case, name: str, teacher: NetworkDenoiser) -> tuple[NetworkDenoiser, NetworkDenoiser]:
-    """Student and fake score of a contender; both start as the teacher."""
+def make_student_and_fake(
+    case: Case, name: str, teacher: NetworkDenoiser
+) -> tuple[NetworkDenoiser, NetworkDenoiser]:
+    """Return student and fake score of a contender; both start as the teacher."""
     if name.startswith(SHARED):
         return shared_backbone(
             teacher, rank=rank_of(case), checkpointing=case.gradient_checkpointing,
@@ -135,10 +137,10 @@ def make_roles(case: Case, name: str, teacher: NetworkDenoiser) -> tuple[Network
 def start(
     case: Case, name: str, accelerator: Accelerator, dtype: torch.dtype | None = None
 ) -> tuple[Iterator[Report], list[nn.Module]]:
-    """The contender's training at its first iteration, and its networks."""
+    """Return the contender's training at its first iteration, and its networks."""
     device = torch.device(case.device)
     teacher = make_teacher(case, device, dtype)
-    student, fake = make_roles(case, name, teacher)
+    student, fake = make_student_and_fake(case, name, teacher)
     if name in COMPILED:
         for network in (teacher.network, student.network, fake.network):
             (network.backbone if isinstance(network, Twin) else network).compile()
@@ -151,15 +153,15 @@ def start(
         teacher=guide(teacher, case.guidance, negative), student=Student(student, (teacher.schedule.t_max,)),
         fake=fake, shape=shape, student_every=case.student_every,
     )  # fmt: skip
-    phases = method.phases(*(adamw(role.network) for role in (student, fake)))
+    phases = method.phases(*(adamw(one.network) for one in (student, fake)))
     running = train(
         phases, lambda rng: {"cond": cond}, accelerator, rollout=method.rollout, steps=10**9, clip_norm=CLIP_NORM
     )
-    return running, [role.network for role in (teacher, student, fake)]
+    return running, [denoiser.network for denoiser in (teacher, student, fake)]
 
 
 def random_cond(case: Case, settings: Any, batch: int, generator: Generator) -> dict[str, Tensor]:
-    """Numbers in place of encoded prompts."""
+    """Return random numbers in place of encoded prompts."""
     return {
         name: torch.randn(batch, *value.shape[1:], generator=generator).to(case.device)
         for name, value in meta_cond(settings, SHAPES[case.shape].tokens).items()
@@ -167,7 +169,7 @@ def random_cond(case: Case, settings: Any, batch: int, generator: Generator) -> 
 
 
 def adamw(network: nn.Module) -> Optimizer:
-    """Of the network's learning parameters."""
+    """Return AdamW for the network's trainable parameters."""
     learned = [p for p in network.parameters() if p.requires_grad]
     return AdamW(learned, LEARNING_RATE, fused=not learned[0].is_meta)
 
@@ -176,7 +178,7 @@ def adamw(network: nn.Module) -> Optimizer:
 
 
 def tensors_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """All different parameters, their gradients, and tensors of optimisers' state; backbones of twins included."""
+    """Return all distinct parameters, gradients and optimiser states, including the backbones of LoRA networks."""
     twins = [part for network in networks for part in network.modules() if isinstance(part, Twin)]
     modules = [*networks, *(twin.backbone for twin in twins)]
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
@@ -186,12 +188,12 @@ def tensors_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -
 
 
 def bytes_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> int:
-    """Of :func:`tensors_of`, each tensor once."""
+    """Return the bytes of :func:`tensors_of`, each tensor once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(networks, optimizers))
 
 
 def after_one_update(*networks: nn.Module) -> list[Optimizer]:
-    """Optimisers of the networks' learning parameters that have made a step; the gradients are still there."""
+    """Return optimisers of the networks' trainable parameters after one step; the gradients are kept."""
     optimizers = [adamw(network) for network in networks]
     for optimizer in optimizers:
         for parameter in optimizer.param_groups[0]["params"]:
@@ -201,10 +203,10 @@ def after_one_update(*networks: nn.Module) -> list[Optimizer]:
 
 
 def count_bytes(case: Case) -> dict[str, int]:
-    """Of parameters, gradients and optimiser state after one update of student and fake score."""
+    """Return bytes of parameters, gradients and optimiser state after one update of student and fake score."""
     counted = {}
     for name in (COPIES, SHARED):
         teacher = make_teacher(case, torch.device("meta"))
-        learning = [role.network for role in make_roles(case, name, teacher)]
+        learning = [denoiser.network for denoiser in make_student_and_fake(case, name, teacher)]
         counted[name] = bytes_of([teacher.network, *learning], after_one_update(*learning))
     return counted

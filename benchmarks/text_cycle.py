@@ -1,13 +1,14 @@
-"""Memory and seconds of one DMD2 cycle of a text-to-image teacher: three copies, and one shared backbone.
+"""Memory and seconds of one text-to-image DMD2 cycle: three copies of the weights, or one shared backbone.
 
     python benchmarks/text_cycle.py --shape sdxl --precision bf16 --configs configs --bytes-only
     python benchmarks/text_cycle.py --shape sdxl --precision bf16 --configs configs --device cuda
 
-Bytes of parameters, gradients and AdamW's state are counted on the meta device, without a weight. Then cycles are
-run with random weights: --student-every iterations, of which the last moves the student too; without GAN term and
-moving average. On a GPU each contender is built, measured and freed by itself, and one that does not fit is
+Bytes of parameters, gradients and AdamW's state are counted on the meta device, without weights. Then cycles are
+run with random weights: --student-every iterations, of which the last updates the student, too; without GAN term
+and moving average. On a GPU each contender is built, measured and freed by itself, and one that does not fit is
 reported as out of memory. Ratios are printed only if all contenders start from the same losses, which is checked
-in float64 with the toy world's network. --configs is what teachers.py reads: sd15_unet.json and sdxl_unet.json.
+in float64 with the toy world's network. --configs is the same folder as for teachers.py: sd15_unet.json and
+sdxl_unet.json.
 """
 
 import dataclasses
@@ -43,17 +44,17 @@ class Config(Case):
     """Count the bytes of three copies and of a shared backbone, and time one cycle of DMD2 with each."""
 
     bytes_only: bool = False
-    """Count, and run nothing."""
+    """Count bytes, and run nothing."""
     compile: bool = False
-    """Let contenders with compiled networks take part; compiling takes minutes, twice."""
+    """Add contenders with compiled networks; compiling takes minutes, twice."""
     rounds: int = 5
-    """Cycles of each contender that count."""
+    """Measured cycles of each contender."""
     warmup: int = 1
-    """Cycles of each contender before those."""
+    """Cycles of each contender before the measured ones."""
     alone: bool = False
-    """Build, measure and free one contender after the other, as on a GPU, in place of turns."""
+    """Build, measure and free one contender after the other, as on a GPU, instead of taking turns."""
     clock: Literal["wall", "process"] = "wall"
-    """process: seconds of processor time, for one thread on a machine that others use as well. CPU only."""
+    """process counts seconds of processor time, for one thread on a machine that is shared. CPU only."""
     out: Path | None = None
     """File for the result as JSON."""
 
@@ -65,12 +66,12 @@ class Config(Case):
 
 @dataclass(frozen=True)
 class Cycle:
-    """What a cycle costs.
+    """Cost of a cycle.
 
     Attributes:
-        seconds: of each round.
-        saved_bytes: most that autograd kept for backward passes at one time.
-        peak_bytes: most on the GPU at one time, weights and optimisers included; None on a CPU.
+        seconds: Seconds of each round.
+        saved_bytes: Most bytes that autograd kept for backward passes at one time.
+        peak_bytes: Most bytes in use on the GPU at one time, weights and optimisers included; None on a CPU.
     """
 
     seconds: list[float]
@@ -79,7 +80,7 @@ class Cycle:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Count, check, measure, print; the result is also written to ``--out``."""
+    """Count, check, measure and print; also write the result to ``--out``."""
     check(config)
     counted = count_bytes(config)
     result: dict[str, Any] = {
@@ -99,9 +100,9 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def compared(config: Config) -> dict[str, Any]:
-    """Differences of the losses, costs of the cycles, and their ratios.
+    """Return differences of the losses, costs of the cycles, and their ratios.
 
-    Raises ``ValueError`` for a contender that computes other losses.
+    Raises ``ValueError`` if a contender computes other losses.
     """
     errors = loss_errors(config)
     for name, error in errors.items():
@@ -115,11 +116,16 @@ def compared(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or contradict each other."""
     if min(config.rounds, config.batch, config.student_every, rank_of(config)) < 1 or config.warmup < 0:
-        raise ValueError(f"need rounds, batch, student_every, rank >= 1 and warmup >= 0; got {config}.")
+        raise ValueError(
+            "--rounds, --batch, --student-every and --rank must be at least 1 and --warmup at least 0; got "
+            f"{config.rounds}, {config.batch}, {config.student_every}, {rank_of(config)} and {config.warmup}."
+        )
     if config.guidance == 1:
-        raise ValueError("--guidance 1 is none: it is one network call, batched or not. Pass another scale.")
+        raise ValueError(
+            "--guidance 1 means no guidance, which is one network call, batched or not. Pass another scale."
+        )
     if config.clock == "process" and config.device != "cpu":
-        raise ValueError("--clock process does not see what a GPU does; leave --clock wall.")
+        raise ValueError("--clock process does not measure a GPU; use --clock wall, or --device cpu.")
     if SHAPES[config.shape].file and config.configs is None:
         raise ValueError(
             f"--shape {config.shape} needs --configs, a folder with {SHAPES[config.shape].file}.json."
@@ -148,10 +154,10 @@ def make_accelerator(config: Config, *handlers: AutocastKwargs) -> Accelerator:
 
 
 def loss_errors(config: Config, steps: int = 2) -> dict[str, float]:
-    """Largest relative differences from the losses of the shared backbone, of the toy world's network in float64.
+    """Return the largest relative differences from the shared backbone's losses, on the toy world in float64.
 
-    All weights move another way than adapters do: of three copies the first losses count, of others those of
-    ``steps`` updates.
+    Full weights move otherwise than adapters do. So for three copies only the first losses are compared, for the
+    others those of ``steps`` updates.
     """
     small = replace(config, shape="toy", batch=min(config.batch, 2), student_every=1, rank=min(rank_of(config), 8))
     runs = first_losses(small, contenders(config), steps)
@@ -161,7 +167,7 @@ def loss_errors(config: Config, steps: int = 2) -> dict[str, float]:
 
 
 def first_losses(config: Config, names: Sequence[str], steps: int) -> dict[str, Tensor]:
-    """Losses (steps, 2) of student and fake score in float64."""
+    """Return losses (steps, 2) of student and fake score in float64."""
     # One process has one mixed precision; this switches it off.
     accelerator = make_accelerator(config, AutocastKwargs(enabled=False))
     runs = {}
@@ -180,7 +186,7 @@ def first_losses(config: Config, names: Sequence[str], steps: int) -> dict[str, 
 
 
 def measure(config: Config) -> dict[str, Cycle | None]:
-    """What cycles cost; None for a contender that runs out of memory."""
+    """Return the cost of the cycles; None for a contender that runs out of memory."""
     accelerator, names = make_accelerator(config), contenders(config)
     if config.in_turns:
         return {**run(config, names, accelerator)}
@@ -188,7 +194,7 @@ def measure(config: Config) -> dict[str, Cycle | None]:
 
 
 def run(config: Config, names: Sequence[str], accelerator: Accelerator) -> dict[str, Cycle]:
-    """Contenders that take turns."""
+    """Return the cost of cycles of contenders that take turns."""
     device = torch.device(config.device)
     before = allocated(device)
     started = {name: start(config, name, accelerator) for name in names}
@@ -207,13 +213,13 @@ def run(config: Config, names: Sequence[str], accelerator: Accelerator) -> dict[
 
 
 def run_alone(config: Config, name: str, accelerator: Accelerator) -> Cycle | None:
-    """A contender that has the memory to itself, and leaves none of it in use."""
+    """Return the cost of a cycle of one contender with the memory to itself, and free that memory."""
     cycle = None
     try:
         cycle = run(config, [name], accelerator)[name]
     except torch.OutOfMemoryError:
         print(f"{name}: {OUT_OF_MEMORY}", file=sys.stderr)
-    # Here, since an exception that is still being handled would hold the tensors of the frames it came through.
+    # Not in the except block: an exception that is being handled keeps the tensors of its frames alive.
     gc.collect()
     if config.compile:
         torch.compiler.reset()
@@ -223,12 +229,15 @@ def run_alone(config: Config, name: str, accelerator: Accelerator) -> Cycle | No
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes in use on a GPU, 0 on a CPU."""
+    """Return the bytes in use on a GPU, 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def ratios(config: Config, cycles: dict[str, Cycle | None]) -> dict[str, dict[str, float]]:
-    """Of seconds: round by round where contenders took turns, else of medians, with the extremes of any rounds."""
+    """Return ratios of seconds: round by round if contenders took turns, otherwise of medians.
+
+    The extremes are those of any rounds.
+    """
     found = {}
     for first, second in RATIOS:
         a, b = cycles.get(first), cycles.get(second)
@@ -239,7 +248,7 @@ def ratios(config: Config, cycles: dict[str, Cycle | None]) -> dict[str, dict[st
 
 
 def of_medians(a: list[float], b: list[float]) -> Ratio:
-    """Ratio of the medians, and the extremes of any pair of rounds."""
+    """Return the ratio of the medians, and the extremes over any pair of rounds."""
     return Ratio(statistics.median(a) / statistics.median(b), min(a) / max(b), max(a) / min(b))
 
 

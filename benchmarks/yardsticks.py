@@ -1,4 +1,4 @@
-"""How well does a scene show a solid of the toy world? Against the truth, beside what needs no learning at all."""
+"""Quality of a scene of a toy-world solid, measured against the truth, and baselines that need no learning."""
 
 from dataclasses import dataclass
 
@@ -7,35 +7,35 @@ import torch
 from scipy.ndimage import binary_fill_holes
 from torch import Tensor, nn
 
+from sds.cameras import Views, orbit
 from sds.field import Field
 from sds.scene import Scene, grid_scene
-from sds.views import Views, orbit
 from toyworld.camera import FIELD_OF_VIEW, focal_length
 from toyworld.render import Rendering, render
 from toyworld.scene import Scene as ToyScene
 from toyworld.solids import occupancy
 
 HALF_SIZE = 0.9
-"""Of the cube that scenes are learned in; every solid fits."""
+"""Half the side of the cube in which scenes are learned; every solid fits."""
 
 DISTANCE = 2.85
-"""Of the cameras of all measurements, from the origin."""
+"""Distance of the cameras of all measurements from the origin."""
 
 FOCAL = focal_length(1, FIELD_OF_VIEW)
 
 ISO = 5.0
-"""Density of what counts as matter: half of the light is lost within 0.14."""
+"""Density above which a point counts as matter: half of the light is lost within 0.14."""
 
 BACKGROUND = torch.ones(3)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is reported of a scene.
+    """Measures of a scene.
 
     Attributes:
-        psnr: in dB, on the object's crop, mean over the held-out views; None for what has no pictures.
-        iou: of interior-filled voxels.
+        psnr: In dB, on the object's crop, mean over the held-out views; None without pictures.
+        iou: IoU of interior-filled voxels.
     """
 
     psnr: float | None
@@ -43,7 +43,7 @@ class Measures:
 
 
 def truth(shape: str, views: Views, size: int) -> Rendering:
-    """What the toy world shows from the same cameras: a red solid before white."""
+    """Return the toy world's renders from the same cameras: a red solid over white."""
     distances = views.position.norm(dim=1)
     poses = zip(views.azimuth.tolist(), views.elevation.tolist(), distances.tolist(), strict=True)
     scenes = [
@@ -54,25 +54,25 @@ def truth(shape: str, views: Views, size: int) -> Rendering:
 
 
 def ring(azimuth: Tensor, elevation: Tensor) -> Views:
-    """Views (b,) from the distance of all measurements."""
+    """Return views (b,) at the distance of all measurements."""
     many = torch.ones(len(azimuth))
     return orbit(azimuth, elevation, DISTANCE * many, FOCAL * many)
 
 
 def held_out() -> Views:
-    """Twelve views all round, at three heights."""
+    """Return twelve views all around, at three heights."""
     return ring(torch.arange(12) * 30.0 + 15, torch.tensor([10.0, 30.0, 50.0]).repeat(4))
 
 
 @torch.no_grad()
 def shown(scene: Scene, views: Views, size: int) -> Tensor:
-    """Pictures (b, 3, size, size) before white."""
+    """Return pictures (b, 3, size, size) of the scene over white."""
     return scene(views, height=size, width=size, background=BACKGROUND).rgb
 
 
 @torch.no_grad()
 def crop_psnrs(rgb: Tensor, true: Tensor, mask: Tensor) -> Tensor:
-    """PSNR (b,) in dB within the tight box round each true mask (b, 1, h, w)."""
+    """Return the PSNR (b,) in dB within the tight box around each true mask (b, 1, h, w)."""
     values = []
     for image, target, one in zip(rgb, true, mask[:, 0], strict=True):
         rows, columns = one.any(1).nonzero(), one.any(0).nonzero()
@@ -82,37 +82,40 @@ def crop_psnrs(rgb: Tensor, true: Tensor, mask: Tensor) -> Tensor:
 
 
 def crop_psnr(rgb: Tensor, true: Rendering) -> float:
-    """Mean over the views, in dB, of :func:`crop_psnrs`."""
+    """Return the mean over the views, in dB, of :func:`crop_psnrs`."""
     return float(crop_psnrs(rgb, true.rgb, true.mask).mean())
 
 
 def voxels(resolution: int = 64) -> Tensor:
-    """Centres (r, r, r, 3) of voxels of the cube [-1, 1]^3; axes x, y, z."""
+    """Return centres (r, r, r, 3) of voxels of the cube [-1, 1]^3; axes x, y, z."""
     axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
 
 
 def filled(solid: np.ndarray) -> np.ndarray:
-    """With what cannot be left horizontally: the inside of hollow matter, and of the mug, as outlines hide it."""
+    """Return the solid with every voxel filled from which there is no horizontal way out.
+
+    That fills hollow matter and the inside of the mug, which outlines hide.
+    """
     return np.stack([binary_fill_holes(solid[:, :, level]) for level in range(solid.shape[2])], axis=2)
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union."""
+    """Return intersection over union."""
     return float((a & b).sum() / (a | b).sum())
 
 
 @torch.no_grad()
 def matter(scene: Scene, points: Tensor) -> np.ndarray:
-    """Where, of these points, the scene is dense."""
+    """Return which of these points lie in dense matter."""
     dense = scene.field(points.reshape(-1, 3)).density.view(points.shape[:-1]) > ISO
     return (dense & (points.abs().amax(-1) < HALF_SIZE)).numpy()
 
 
 def hull(shape: str, points: Tensor, size: int = 128) -> np.ndarray:
-    """What 24 true masks leave of space, by the voxels' centres.
+    """Return the visual hull of 24 true masks, sampled at the voxels' centres.
 
-    Masks alone say no more than that. Shading does: a scene that also sees it can do better, in hollows.
+    Masks alone say no more than that. Shading does, so a scene that also sees it can do better in hollows.
     """
     azimuth, elevation = torch.meshgrid(torch.arange(8) * 45.0, torch.tensor([-20.0, 20.0, 60.0]), indexing="ij")
     views = ring(azimuth.flatten(), elevation.flatten())
@@ -128,7 +131,7 @@ def hull(shape: str, points: Tensor, size: int = 128) -> np.ndarray:
 
 
 class Ellipsoid(nn.Module):
-    """A hard ellipsoid of one colour, in world units, for a field in a cube of ``half_size``."""
+    """A hard ellipsoid of one colour, in world units, as the network of a field in a cube of ``half_size``."""
 
     def __init__(self, centre: Tensor, radii: Tensor, colour: Tensor, half_size: float):
         super().__init__()
@@ -136,13 +139,13 @@ class Ellipsoid(nn.Module):
         self.centre, self.radii, self.logits = centre, radii, torch.logit(colour, eps=1e-4)
 
     def forward(self, points: Tensor) -> Tensor:
-        """Raw numbers (n, 4), as :class:`sds.field.Field` takes them: density above 0 inside."""
+        """Return raw numbers (n, 4), as :class:`sds.field.Field` takes them: density above 0 inside."""
         inside = 1 - ((points * self.half_size - self.centre) / self.radii).square().sum(1, keepdim=True)
         return torch.cat([inside, self.logits.expand(len(points), 3)], 1)
 
 
 def best_ellipsoid(solid: np.ndarray, points: Tensor, *, sphere: bool) -> tuple[Tensor, Tensor, float]:
-    """Centre, radii and IoU of the ellipsoid that fits best, by coordinate descent from the moments."""
+    """Return centre, radii and IoU of the best-fitting ellipsoid, by coordinate descent from the moments."""
     inside = points[torch.from_numpy(solid)]
     radii = (5 * inside.var(0)).sqrt()
     state = torch.cat([inside.mean(0), radii.mean().expand(3) if sphere else radii])
@@ -163,7 +166,7 @@ def best_ellipsoid(solid: np.ndarray, points: Tensor, *, sphere: bool) -> tuple[
 
 
 def measured(shape: str, scene: Scene, size: int = 32) -> Measures:
-    """The measures of one scene."""
+    """Return the measures of one scene."""
     views, points = held_out(), voxels()
     return Measures(
         crop_psnr(shown(scene, views, size), truth(shape, views, size)),
@@ -172,9 +175,9 @@ def measured(shape: str, scene: Scene, size: int = 32) -> Measures:
 
 
 def baselines(shape: str, size: int = 32) -> dict[str, Measures]:
-    """What needs no score: nothing, the blob every scene starts as, the best sphere and the best ellipsoid.
+    """Return the measures of what needs no score: nothing, the initial blob, the best sphere, the best ellipsoid.
 
-    Their place and size are fitted to the true solid by IoU, their colour is the mean of its pixels.
+    Place and size of the last two are fitted to the true solid by IoU; their colour is the mean of its pixels.
     """
     views, points = held_out(), voxels()
     true, solid = truth(shape, views, size), filled(occupancy(shape, points).numpy())
@@ -195,6 +198,6 @@ def baselines(shape: str, size: int = 32) -> dict[str, Measures]:
 
 
 def ceiling(shape: str) -> Measures:
-    """The visual hull of 24 true masks."""
+    """Return the measures of the visual hull of 24 true masks."""
     points = voxels()
     return Measures(None, iou(filled(hull(shape, points)), filled(occupancy(shape, points).numpy())))

@@ -1,4 +1,4 @@
-"""An image, or a latent, as the scene: the shortest way to see what a loss does."""
+"""Images, or latents, as parameters: the simplest thing a loss can be applied to."""
 
 from typing import Self
 
@@ -10,12 +10,15 @@ from scorefield.schedule import Images
 
 
 class Canvas(nn.Module):
-    """Images that are the parameters; several of them are the particles of VSD.
+    """A batch of images whose pixels are the parameters; several images are the particles of VSD.
 
     Args:
-        start: (num_particles, *shape), copied. Images in [-1, 1] if ``bounded``, else anything: latents, points.
-        bounded: images are the tanh of the parameters and stay in (-1, 1). At its ends tanh has no gradient, so
-            ``start`` is moved inside by a hundredth.
+        start: Initial values (num_particles, *shape), which are copied. Images in [-1, 1] if ``bounded``; any
+            values otherwise, such as latents or points.
+        bounded: Make each image the tanh of its parameters, so that it stays in (-1, 1). At -1 and 1 tanh has no
+            gradient, so ``start`` is first scaled by 0.99.
+
+    Raises ``ValueError`` for a start without particles or, if ``bounded``, with values outside [-1, 1].
     """
 
     def __init__(self, start: Float[Tensor, "n *shape"], *, bounded: bool = False) -> None:
@@ -36,7 +39,15 @@ class Canvas(nn.Module):
         cls, shape: tuple[int, ...], *, num_particles: int = 1, std: float = 1.0, bounded: bool = False,
         generator: Generator,
     ) -> Self:  # fmt: skip
-        """Particles of normal noise, which ``bounded`` clips to [-1, 1]."""
+        """Return a canvas of normal noise; with ``bounded`` the noise is clipped to [-1, 1].
+
+        Args:
+            shape: Shape of one particle.
+            num_particles: Number of images.
+            std: Standard deviation of the noise.
+            bounded: Keep the images in (-1, 1), as in the constructor.
+            generator: Draws the noise, on its own device.
+        """
         start = std * torch.randn(num_particles, *shape, generator=generator, device=generator.device)
         return cls(start.clamp(-1, 1) if bounded else start, bounded=bounded)
 
@@ -46,5 +57,5 @@ class Canvas(nn.Module):
         return len(self.pixels)
 
     def forward(self) -> Images:
-        """(num_particles, *shape) images."""
+        """Return the images (num_particles, *shape)."""
         return self.pixels.tanh() if self.bounded else self.pixels

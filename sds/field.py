@@ -1,7 +1,7 @@
-"""What fills space: density and colour as functions of position, from any network, with normals that learn.
+"""Fields: density and colour as functions of position, from any network, with differentiable normals.
 
-A network maps points scaled to [-1, 1]^3 to four raw numbers, one for density and three for colour. Whatever the
-network is (grid, planes, hash table, MLP), density and colour are made of its numbers here, in one way.
+A network maps points scaled to [-1, 1]^3 to four raw numbers, one for density and three for colour. The network
+may be a grid, planes, a hash table or an MLP; its numbers become density and colour here, in one way.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,18 @@ from torch.nn.functional import grid_sample, interpolate, softplus
 Points = Float[Tensor, "n 3"]
 
 Blob = Callable[[Tensor], Tensor]
-"""World positions (n, 3) -> what is added to the raw density there (n,)."""
+"""World positions (n, 3) -> values (n,) added to the raw density there."""
 
 Activation = Callable[[Tensor], Tensor]
-"""Raw density (n,) -> density (n,) per world unit, at least 0; must rise strictly, see :meth:`Field.forward`."""
+"""Raw density (n,) -> density (n,) per world unit, at least 0. It must be strictly increasing; see
+:meth:`Field.forward`."""
 
 
 def cone_blob(strength: float = 10.0, radius: float = 0.5) -> Blob:
-    """Magic3D's: strength (1 - r / radius), below 0 outside, where space is then empty (arXiv 2211.10440)."""
+    """Return Magic3D's initial blob, strength (1 - r / radius) (arXiv 2211.10440).
+
+    Outside ``radius`` it is negative, so space there starts empty.
+    """
 
     def blob(points: Tensor) -> Tensor:
         # The offset keeps the derivatives of the root finite at the origin.
@@ -32,18 +36,22 @@ def cone_blob(strength: float = 10.0, radius: float = 0.5) -> Blob:
 
 
 def scaled_softplus(scale: float = 10.0) -> Activation:
-    """A multiple of softplus: matter opaque within a voxel is then hundreds of steps away, not thousands."""
+    """Return ``scale`` times softplus.
+
+    With it, matter that is opaque within a voxel is hundreds of steps away at the start, not thousands.
+    """
     return lambda raw: scale * softplus(raw)
 
 
 @dataclass(frozen=True, eq=False)
 class Matter:
-    """What a field holds at n points.
+    """Density, colour and normals of a field at n points.
 
     Attributes:
-        density: (n,) per world unit: light loses the share 1 - exp(-density length) on its way.
+        density: (n,) per world unit: a segment of some length absorbs the share 1 - exp(-density length) of the
+            light.
         albedo: (n, 3) colour in [0, 1].
-        normals: (n, 3) unit vectors in the world, out of the matter; None if they were not asked for.
+        normals: (n, 3) unit vectors in world coordinates, outwards; None if they were not asked for.
     """
 
     density: Float[Tensor, " n"]
@@ -55,10 +63,13 @@ class Field(nn.Module):
     """Density, colour and normals of points in the cube [-half_size, half_size]^3.
 
     Args:
-        network: (n, 3) in [-1, 1] -> (n, 4) raw numbers; twice differentiable if normals are to learn.
-        half_size: of the cube, in world units.
-        blob: added to the raw density; a scene that starts empty has no gradient to grow by.
-        activation: of the density: ``softplus`` or :func:`scaled_softplus`.
+        network: Points (n, 3) in [-1, 1] -> raw numbers (n, 4). Must be twice differentiable if normals are
+            optimised.
+        half_size: Half the side of the cube, in world units.
+        blob: Added to the raw density. A scene that starts empty has no gradient that would make it grow.
+        activation: Raw density -> density: ``softplus`` or :func:`scaled_softplus`.
+
+    Raises ``ValueError`` unless ``half_size`` is above 0.
     """
 
     def __init__(
@@ -71,11 +82,12 @@ class Field(nn.Module):
         self.network, self.half_size, self.blob, self.activation = network, half_size, blob, activation
 
     def forward(self, points: Points, *, normals: bool = False) -> Matter:
-        """What is at these points of the world.
+        """Return the matter at these points (n, 3) of the world.
 
-        A normal is the direction in which the raw density falls, which is where the density falls, as the
-        activation rises strictly; only the raw one still has a slope where the density saturates or vanishes.
-        Normals are differentiable with respect to the parameters: the derivative is taken with ``create_graph``.
+        Normals point in the direction in which the raw density falls. The density itself falls in the same
+        direction, since the activation is strictly increasing; but where the density saturates or vanishes, only
+        the raw density has a slope. Normals are differentiable with respect to the parameters: their derivative is
+        taken with ``create_graph``.
         """
         if not normals:
             return self._matter(self._raw(points), None)
@@ -97,21 +109,23 @@ class Field(nn.Module):
 
 
 def normalised(vectors: Float[Tensor, "*n 3"], floor: float = 1e-6) -> Float[Tensor, "*n 3"]:
-    """Vectors of length one; those shorter than ``floor`` stay short, with finite derivatives of any order."""
+    """Return vectors of length one. Those shorter than ``floor`` stay short; all their derivatives are finite."""
     return vectors * (vectors.square().sum(-1, keepdim=True) + floor**2).rsqrt()
 
 
 class DenseGrid(nn.Module):
     """Numbers on the corners of a regular grid over [-1, 1]^3, interpolated linearly: the fastest field on a CPU.
 
-    It is the sum of coarser and coarser grids, all parameters. They add no detail, but a step then moves the
-    surroundings of a voxel with it: a chair is found in half the steps, thin legs too, and under noise with fewer
-    specks.
+    The grid is the sum of several grids of different resolutions, whose values are the parameters. The coarse ones
+    add no detail, but they make a step move the neighbourhood of a voxel along with it. A chair, thin legs
+    included, is then found in half the steps, and noise leaves fewer specks.
 
     Args:
-        resolutions: corners along an edge, of each grid; the finest is what is interpolated.
-        channels: numbers at each corner.
-        initial: value of the first channel everywhere; of the others 0.
+        resolutions: Corners along an edge of each grid. The finest one is the resolution of the sum.
+        channels: Numbers at each corner.
+        initial: Initial value of the first channel; the others start at 0.
+
+    Raises ``ValueError`` for no resolutions, or for one below 2.
     """
 
     def __init__(self, resolutions: Sequence[int] = (10, 20, 40), channels: int = 4, initial: float = 0.0) -> None:
@@ -122,14 +136,14 @@ class DenseGrid(nn.Module):
         self.grids[-1].data[:, 0] = initial
 
     def forward(self, points: Points) -> Float[Tensor, "n c"]:
-        """The interpolated numbers; beyond the grid those of its boundary."""
+        """Return the interpolated numbers (n, channels). Outside the grid they are those of its boundary."""
         # grid_sample counts x along the last axis of the volume, and so z along the first.
         coordinates = points.view(1, 1, 1, -1, 3)
         values = grid_sample(self.volume(), coordinates, padding_mode="border", align_corners=True)
         return values.view(values.shape[1], -1).T
 
     def volume(self) -> Float[Tensor, "1 c r r r"]:
-        """All grids in one, at the finest resolution; axes z, y, x."""
+        """Return the sum of all grids at the finest resolution; axes z, y, x."""
         finest = self.grids[-1]
         size = finest.shape[2:]
         total = finest

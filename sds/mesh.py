@@ -1,4 +1,4 @@
-"""Surfaces and points of a density: marching cubes on a lattice, closed, with a colour at every vertex."""
+"""Meshes and point clouds of a density, by marching cubes on a lattice: closed, with a colour at every vertex."""
 
 import math
 from collections.abc import Callable
@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from sds.exportable import CHUNK, Corner, Exportable
+from sds.radiance import CHUNK, Corner, RadianceField
 
 Query = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Triangles with coloured corners, in the world's coordinates (z up).
+    """Triangles with coloured corners, in world coordinates (z up).
 
     Attributes:
         vertices: (v, 3).
-        faces: (f, 3), numbers of vertices, counter-clockwise seen from outside.
+        faces: (f, 3) indices of vertices, counter-clockwise seen from outside.
         colours: (v, 3) in [0, 1], in display values.
     """
 
@@ -30,26 +30,26 @@ class Mesh:
 
     @property
     def volume(self) -> float:
-        """Enclosed, in cubic world units; negative if the triangles face inwards."""
+        """Enclosed volume in cubic world units; negative if the triangles face inwards."""
         a, b, c = self.vertices.double()[self.faces].unbind(1)
         return float((a * torch.linalg.cross(b, c)).sum() / 6)
 
     @property
     def areas(self) -> Float[Tensor, " f"]:
-        """Of the triangles, float64."""
+        """Areas of the triangles in float64."""
         a, b, c = self.vertices.double()[self.faces].unbind(1)
         return torch.linalg.cross(b - a, c - a).norm(dim=1) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """A density at the points ``lower + spacing * (i, j, k)``.
+    """Samples of a density at the points ``lower + spacing * (i, j, k)``.
 
     Attributes:
-        values: (i, j, k).
-        lower: corner of the box.
-        upper: corner of the box, at most a spacing before the last points.
-        spacing: in world units.
+        values: (i, j, k) densities.
+        lower: Corner of the box with the smallest coordinates.
+        upper: Opposite corner, at most one spacing before the last points.
+        spacing: Distance between neighbouring points, in world units.
     """
 
     values: Float[Tensor, "i j k"]
@@ -59,12 +59,12 @@ class Lattice:
 
     @property
     def border(self) -> Tensor:
-        """The values on the six faces of the box, one after the other."""
+        """Values on the six faces of the box, one face after the other."""
         return torch.cat([self.values.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
 
 
-def sample_lattice(scene: Exportable, resolution: int = 128) -> Lattice:
-    """The density in the scene's box with ``resolution`` cubes along its longest side.
+def sample_lattice(scene: RadianceField, resolution: int = 128) -> Lattice:
+    """Return the density in the scene's box, with ``resolution`` cubes along its longest side.
 
     Raises ``ValueError`` for a resolution below 2, and for a density that is not finite.
     """
@@ -83,16 +83,18 @@ def sample_lattice(scene: Exportable, resolution: int = 128) -> Lattice:
 
 
 def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: float = 0.01) -> Mesh | None:
-    """The surface where the density passes ``level``; None if it nowhere does.
+    """Return the surface on which the density equals ``level``, or None if the density is nowhere above it.
 
-    The box ends the object: what is cut by its faces is closed there.
+    The object ends at the box: where it is cut by a face, the mesh is closed there.
 
     Args:
-        lattice: the density.
-        colours: (v, 3) of the vertices (v, 3), such as ``Exportable.colours``.
-        level: the density of the surface, positive.
-        min_part: parts that fill less than this share of the largest part's volume are dropped: floaters. 0 keeps
-            every part, 1 the largest alone. A part is what hangs together, by corners too, above the level.
+        lattice: Samples of the density.
+        colours: Vertices (v, 3) -> colours (v, 3), such as ``RadianceField.colours``.
+        level: Density of the surface, positive.
+        min_part: Parts below this share of the largest part's volume are floaters and are dropped. 0 keeps every
+            part, 1 keeps the largest alone. A part is a connected set of points above the level; corners connect.
+
+    Raises ``ValueError`` unless ``level`` is positive and ``min_part`` in [0, 1].
     """
     from skimage.measure import marching_cubes
 
@@ -101,7 +103,7 @@ def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: fl
     values = _without_floaters(lattice.values.numpy(), level, min_part)
     if not (values > level).any():
         return None
-    # Zeros round the box close the surface. "ascent" turns the triangles outwards where the inside is denser.
+    # Zeros around the box close the surface. "ascent" makes triangles face outwards where the inside is denser.
     found, faces, _, _ = marching_cubes(
         np.pad(values, 1), level, spacing=(lattice.spacing,) * 3, gradient_direction="ascent",
         allow_degenerate=False,
@@ -118,22 +120,22 @@ def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.n
     parts = label(values > level, connectivity=3)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    # Only what is above the level is taken away: what is below it shapes the surface of the parts that stay.
+    # Only values above the level are removed: those below it shape the surface of the parts that stay.
     return np.where((parts > 0) & (sizes < min_part * sizes.max())[parts], 0, values)
 
 
-def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8) -> Mesh:
-    """The mesh with the colours that a ray sees which comes in along the normal, as pictures do.
+def recoloured(mesh: Mesh, scene: RadianceField, reach: float, num_samples: int = 8) -> Mesh:
+    """Return the mesh with the colours that a ray along the normal sees, as pictures do.
 
-    The colour just at the surface is poorly known: little of what a picture shows comes from there. For a field
-    that has become opaque this gains half a dB; for one that is still foggy it loses as much, because the pale
-    colour of its skin stands for its transparency. So compare both.
+    The colour at the surface itself is poorly determined, since little of what a picture shows comes from there.
+    For a field that has become opaque, recolouring gains half a dB. For one that is still foggy it loses as much,
+    because the pale colour of its outer layer stands for its transparency. So compare both.
 
     Args:
-        mesh: a surface of the scene.
-        scene: for its density and colours.
-        reach: the ray starts this far outside of the surface, and ends twice as far inside of it.
-        num_samples: on the ray.
+        mesh: A surface of the scene.
+        scene: Gives density and colours.
+        reach: The ray starts this far outside the surface and ends twice as far inside.
+        num_samples: Samples along the ray.
     """
     step = 3 * reach / num_samples
     offsets = reach - step * (torch.arange(num_samples) + 0.5)
@@ -141,7 +143,7 @@ def recoloured(mesh: Mesh, scene: Exportable, reach: float, num_samples: int = 8
     low, high = torch.tensor(scene.lower), torch.tensor(scene.upper)
     points = rays.flatten(0, 1).minimum(high).maximum(low)
     depth = (scene.densities(points).view(len(rays), num_samples).clamp(min=0) * step).double()
-    passed = torch.exp(depth - depth.cumsum(1))  # what is left of a ray before each of its samples
+    passed = torch.exp(depth - depth.cumsum(1))  # transmittance of the ray before each of its samples
     weights = passed * -torch.expm1(-depth)
     total = weights.sum(1, keepdim=True)
     colours = scene.colours(points).view(len(rays), num_samples, 3)
@@ -158,11 +160,14 @@ def _vertex_normals(mesh: Mesh) -> Tensor:
 
 
 def surface_points(mesh: Mesh, num_points: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Points (n, 3) spread evenly over the surface, and their colours (n, 3) between those of the corners."""
+    """Return points (n, 3) spread evenly over the surface, and colours (n, 3) interpolated from its corners.
+
+    Raises ``ValueError`` for ``num_points`` below 1.
+    """
     _check_points(num_points)
     face = _draw(mesh.areas, num_points, generator)
     u, v = torch.rand(2, num_points, 1, generator=generator)
-    # A square folded along its diagonal is a triangle, evenly covered.
+    # Folding the unit square along its diagonal gives an evenly covered triangle.
     u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
     weights = torch.cat([1 - u - v, u, v], dim=1)[..., None]
     corners = mesh.faces[face]

@@ -1,4 +1,4 @@
-"""Options of ``scorefield sds`` and its presets: numbers of papers, which PAPERS.md quotes, and our own."""
+"""Options of ``scorefield sds`` and its presets. PAPERS.md quotes the numbers that come from papers."""
 
 import math
 import os
@@ -193,15 +193,16 @@ class Config(Loss, Scene, Cameras, Penalties, Watch, LoadOptions, RunOptions):
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """The length of the run, and rates that are constant."""
+        """Options that may change on resume: the length of the run, and learning rates that are constant."""
         constant = self.learning_rate[0] == self.learning_rate[1]
         return ("steps", "phi_lr", *(("learning_rate", "background_lr") if constant else ()))
 
 
 def dreamfusion() -> Config:
-    """Poole et al. 2022 (arXiv 2209.14988) on Stable Diffusion, with Adam in place of Shampoo.
+    """Return DreamFusion (Poole et al. 2022, arXiv 2209.14988) on Stable Diffusion, with Adam instead of Shampoo.
 
-    Weights of penalties are threestudio's, whose reductions are ours; the paper's would do nothing here.
+    The weights of the penalties are threestudio's, whose reductions are ours; the paper's would have no effect
+    here.
     """
     return Config(
         preset="dreamfusion", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=15_000, batch_size=4,
@@ -212,7 +213,7 @@ def dreamfusion() -> Config:
 
 
 def prolificdreamer() -> Config:
-    """Wang et al. 2023 (arXiv 2305.16213), its first stage, of one particle."""
+    """Return the first stage of ProlificDreamer (Wang et al. 2023, arXiv 2305.16213), with one particle."""
     return Config(
         preset="prolificdreamer", teacher="stable-diffusion-v1-5/stable-diffusion-v1-5", steps=25_000,
         batch_size=1, method="vsd", guidance=(7.5, 7.5), t_high=(0.98, 0.5), anneal=(0.2, 0.2), field="hash",
@@ -223,10 +224,10 @@ def prolificdreamer() -> Config:
 
 
 def toyworld() -> Config:
-    """Minutes on a CPU with the pipeline that ships; LOG.md says what was tried.
+    """Return a preset that takes minutes on a CPU with the shipped pipeline; LOG.md says what was tried.
 
-    Cameras are where the pipeline's training had them. Guidance is weak and no time small: else what is wrong at
-    first only hardens.
+    Cameras are distributed as in the pipeline's training data. Guidance is weak and
+    there are no small times: strong guidance and small times would only harden early errors.
     """
     return Config(
         preset="toyworld", steps=400, batch_size=5, draws=2, guidance=(2.0, 1.0), t_low=(0.3, 0.3),
@@ -252,14 +253,14 @@ def check(config: Config) -> None:
     _check_ranges(config)
     if config.method == "csd" and config.rescale:
         raise ValueError(
-            f"--rescale {config.rescale} is not for --method csd, which guides no image. Leave it out."
+            f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."
         )
     if not config.canvas:
         _check_views(config)
 
 
 def _check_unread(config: Config) -> None:
-    """Options of all trainings that scenes have no use for."""
+    """Raise ``ValueError`` for options of all trainings that scenes do not use."""
     for name in ("compile", "gradient_checkpointing"):
         if getattr(config, name):
             raise ValueError(
@@ -292,7 +293,7 @@ def _check_ranges(config: Config) -> None:
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {shown(getattr(config, name))}.")
     if config.anneal[0] > config.anneal[1] or any(a > b for a, b in zip(config.t_low, config.t_high, strict=True)):
         raise ValueError(
-            f"--anneal must rise, and --t-low lie below --t-high; got {config.anneal}, "
+            f"--anneal must rise, and --t-low must not exceed --t-high; got {config.anneal}, "
             f"{shown(config.t_low)} and {shown(config.t_high)}."
         )
     if min(config.render_size) < 8 or any(value != round(value) for value in config.render_size):
@@ -308,7 +309,7 @@ def _check_views(config: Config) -> None:
         raise ValueError(f"--overhead {config.overhead} must be below --batch-size {config.batch_size}.")
     if config.quarters < 1 and ((config.batch_size - config.overhead) % 4 or config.widen):
         raise ValueError(
-            "--quarters below 1 need --batch-size less --overhead to be a multiple of 4, and no --widen; got "
+            "--quarters below 1 needs --batch-size minus --overhead to be a multiple of 4, and --widen 0; got "
             f"{config.batch_size}, {config.overhead} and {config.widen}."
         )
 

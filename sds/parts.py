@@ -1,4 +1,4 @@
-"""The parts of a scene's training, built from the options of ``scorefield sds``."""
+"""Parts of a scene's training, each built from the options of ``scorefield sds``."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +18,9 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
+from sds.cameras import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
 from sds.canvas import Canvas
 from sds.field import Field, cone_blob, scaled_softplus
-from sds.learning import SceneDistillation
-from sds.looks import Backdrop, CanvasLooks, Look, SceneLooks
-from sds.lora import low_rank_denoiser
 from sds.losses import (
     Distillation,
     alpha_sigma_squared,
@@ -34,12 +32,12 @@ from sds.losses import (
     x0_reconstruction,
 )
 from sds.options import Config, Pair
+from sds.penalties import Penalties
 from sds.probe import Probe
-from sds.regularisers import Penalties
 from sds.scene import Scene, background_network, frequency_network, grid_scene, hash_network, triplane_network
 from sds.shading import ShadingSchedule
-from sds.views import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
-from sds.vsd import VSD, Untold
+from sds.training import Backdrop, CanvasSubject, Observation, SceneDistillation, SceneSubject
+from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
 
 WEIGHTS: dict[str, TimeWeight] = {
     "sigma_squared": sigma_squared,
@@ -50,7 +48,7 @@ WEIGHTS: dict[str, TimeWeight] = {
 
 
 def colour_of(name: str) -> tuple[float, float, float]:
-    """A colour in [-1, 1]. Raises ``ValueError`` for a name that is none."""
+    """Return the RGB values, in [-1, 1], of a colour's name. Raises ``ValueError`` for an unknown name."""
     try:
         red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
     except ValueError as error:
@@ -59,7 +57,7 @@ def colour_of(name: str) -> tuple[float, float, float]:
 
 
 def frozen_teacher(config: Config, device: torch.device) -> Teacher:
-    """The teacher of ``--teacher`` on its device, in bf16 where the run is."""
+    """Return the frozen model that ``--teacher`` names, on its device; on a GPU ``--precision bf16`` applies."""
     half = config.precision == "bf16" and device.type != "cpu"
     return load_teacher(
         config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
@@ -69,7 +67,7 @@ def frozen_teacher(config: Config, device: torch.device) -> Teacher:
 
 
 def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
-    """All that this teacher will be told: what text encoders have said once is kept, and they can be dropped."""
+    """Return the conditions of all prompts of the run. They are cached, so the text encoders can be dropped."""
     asked = [[config.prompt.strip()]]
     if not config.canvas:
         asked = [words_of(config, name) for name in config.backdrops or (None,)]
@@ -78,7 +76,7 @@ def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
 
 
 def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
-    """What a run reads of its teacher, as inputs of :func:`command.identity`."""
+    """Return hashes of the teacher's weights, of its codec and of the conditions, for the run's identity."""
     codec: list[Tensor] = []
     if isinstance(teacher.codec, Codec):
         codec = [*teacher.codec.vae.state_dict().values(), teacher.codec.numbers]
@@ -90,13 +88,13 @@ def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
 
 
 def along(config: Config, pair: Pair, step: int) -> float:
-    """Where a first and a last value have come to at this step."""
+    """Return the value at this step of an option that moves from a first to a last value."""
     start, end = (share * config.steps for share in config.anneal)
     return ramp(step, start, pair[0], pair[1], end)
 
 
 def build_scene(config: Config) -> Scene:
-    """The scene as it begins: a blob in empty space."""
+    """Return the scene at the start: a blob in empty space."""
     seeded = derived_generator("scene", config.seed)
     background = None if config.backdrops else background_network(generator=seeded)
     blob = cone_blob(*config.blob)
@@ -114,7 +112,7 @@ def build_scene(config: Config) -> Scene:
 
 
 def build_canvas(config: Config, teacher: Teacher) -> Canvas:
-    """Particles of noise in the shape of the teacher's x0, bounded where that is pixels."""
+    """Return particles of noise in the shape of the teacher's x0; bounded if x0 are pixels."""
     return Canvas.noise(
         teacher.shape, num_particles=config.batch_size, std=0.1 if teacher.codec is None else 1.0,
         bounded=teacher.codec is None, generator=derived_generator("canvas", config.seed),
@@ -122,7 +120,7 @@ def build_canvas(config: Config, teacher: Teacher) -> Canvas:
 
 
 def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]]:
-    """Distributions and numbers of views of a step."""
+    """Return pairs (distribution, number of views) for a step."""
     usual = CameraDistribution()
     around = replace(
         usual, distance=config.distance, focal=config.focal, elevation=config.elevation,
@@ -140,15 +138,15 @@ def cameras_at(config: Config, step: int) -> list[tuple[CameraDistribution, int]
     return [*pairs, (above, config.overhead)] if config.overhead else pairs
 
 
-def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneLooks:
-    """Random views of the scene, with the words for each."""
+def build_subject(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) -> SceneSubject:
+    """Return the scene as it is observed: random views, each with its conditions."""
     colours: list[str | None] = list(config.backdrops) or [None]
     backdrops = [
         Backdrop(conditions=conditions(config, teacher, name), colour=None if name is None else colour_of(name))
         for name in colours
     ]
     schedule = ShadingSchedule()
-    return SceneLooks(
+    return SceneSubject(
         scene=scene,
         encode=teacher.encode,
         size=teacher.size,
@@ -163,30 +161,30 @@ def build_looks(config: Config, scene: Scene, teacher: Teacher, num_ranks: int) 
     )
 
 
-def canvas_looks(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasLooks:
-    """The canvas as it is, under the prompt alone."""
-    return CanvasLooks(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
+def canvas_subject(config: Config, canvas: Canvas, teacher: Teacher) -> CanvasSubject:
+    """Return the canvas with the conditions of the prompt, without view words."""
+    return CanvasSubject(canvas=canvas, conditions=teacher.prompts([config.prompt.strip()]))
 
 
 def penalties_at(config: Config, step: int) -> Penalties:
-    """Weights of a step."""
+    """Return the weights of the penalties at a step."""
     names = ("opacity", "entropy", "orientation", "distortion")
     return Penalties(**{name: along(config, getattr(config, name), step) for name in names})
 
 
 def conditions(config: Config, teacher: Teacher, backdrop: str | None) -> Cond:
-    """Of :func:`words_of`."""
+    """Return the teacher's conditions for the prompts of :func:`words_of`."""
     return teacher.prompts(words_of(config, backdrop))
 
 
 def words_of(config: Config, backdrop: str | None) -> list[str]:
-    """The prompt with each view word, before a backdrop that is named if it has a name."""
+    """Return the prompt with each view word; a named backdrop is added as "on a ... background"."""
     prompt = config.prompt.strip() + (f" on a {backdrop} background" if backdrop else "")
     return [prompt] * 4 if config.words == "none" else list(view_prompts(prompt))
 
 
 def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillation]:
-    """Step -> loss."""
+    """Return a function from a step to its loss."""
     negative, denoiser = teacher.negative(config.negative_prompt), teacher.denoiser
     w = WEIGHTS[config.weight]
     phi = None
@@ -212,39 +210,46 @@ def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillati
 
 
 def time_embedding(network: Any) -> str:
-    """Name of the submodule to which VSD's phi adds the camera."""
+    """Return the name of the submodule to which VSD's phi adds the camera.
+
+    Raises ``ValueError`` for a network of another kind.
+    """
     names = [name for name, _ in network.named_modules()]
     for wanted in ("model.time_embedding", "model.time_text_embed"):
         if wanted in names:
             return wanted
-    raise ValueError("--method vsd needs a UNet or SD3 transformer of diffusers; use --method sds.")
+    kind = type(getattr(network, "model", network)).__name__
+    raise ValueError(
+        f"--method vsd needs a --teacher with a UNet or SD3 transformer of diffusers; got {kind}. "
+        "Use --method sds."
+    )
 
 
 def build_probe(config: Config, task: SceneDistillation, teacher: Teacher) -> Probe:
-    """Figures at fixed views: front, side, back and overhead before the first backdrop; or of all particles."""
+    """Return the probe: front, side, back and overhead views over the first backdrop, or all particles."""
     subject, method = task.subject, task.method(0)
     negative = teacher.negative(config.negative_prompt)
     target: Denoiser = guided(teacher.denoiser, config.guidance[1], negative, rescale=config.rescale)
     if isinstance(method, VSD):
-        target = Untold(target, method.phi_only)
+        target = WithoutConditions(target, method.phi_only)
 
-    def look(view: Views, step: int) -> Look:
-        assert isinstance(subject, SceneLooks)
-        return subject.look_at(view, torch.zeros(1, dtype=torch.long), step, None, None)
+    def observe(view: Views, step: int) -> Observation:
+        assert isinstance(subject, SceneSubject)
+        return subject.observe_from(view, torch.zeros(1, dtype=torch.long), step, None, None)
 
-    def look_at_canvas(step: int) -> Look:
-        return subject.look(Rng(config.seed, step))
+    def observe_canvas(step: int) -> Observation:
+        return subject.observe(Rng(config.seed, step))
 
     views = fixed_views(config)
-    looks = [partial(look, views[number : number + 1]) for number in range(len(views))]
+    each = [partial(observe, views[number : number + 1]) for number in range(len(views))]
     return Probe(
-        looks=[look_at_canvas] if config.canvas else looks, target=target, decode=teacher.decode,
+        views=[observe_canvas] if config.canvas else each, target=target, decode=teacher.decode,
         network=subject.network,
     )  # fmt: skip
 
 
 def fixed_views(config: Config) -> Views:
-    """Front, side, back and overhead."""
+    """Return front, side, back and overhead views, at the middle of the options' distances and focal lengths."""
     azimuth, elevation = torch.tensor([0.0, 90.0, 180.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
     around, above = sum(config.elevation) / 2, sum(config.overhead_elevation) / 2
     many = torch.ones(4)
@@ -255,7 +260,7 @@ def fixed_views(config: Config) -> Views:
 
 
 def optimizers(config: Config, task: SceneDistillation) -> tuple[Optimizer, LambdaLR, Optimizer | None]:
-    """Adam for the scene, whose learning rate is linear, and AdamW for VSD's phi."""
+    """Return Adam and a linear learning-rate schedule for the scene, and AdamW for VSD's phi (None otherwise)."""
     network = task.subject.network
     background = getattr(network, "background", None)
     behind = [] if background is None else list(background.parameters())
@@ -263,7 +268,7 @@ def optimizers(config: Config, task: SceneDistillation) -> tuple[Optimizer, Lamb
     groups = [{"params": matter, "lr": config.learning_rate[0]}]
     if behind:
         groups.append({"params": behind, "lr": config.background_lr})
-    # No epsilon to speak of: in empty space gradients are tiny, and they count.
+    # A negligible epsilon: in empty space gradients are tiny, and they count.
     optimizer = Adam(groups, betas=(0.9, 0.99), eps=1e-15)
     first, last = config.learning_rate
     lr_schedule = LambdaLR(optimizer, lambda step: 1 + (last / first - 1) * min(1.0, step / config.steps))

@@ -1,8 +1,9 @@
-"""Curves that mean something: always the same views, times and noises, so that only the scene changes.
+"""Figures that can be compared along a training: views, times and noises are fixed, and only the scene changes.
 
-The "loss" of score distillation does not fall when training works. What falls is the residual, the distance of a
-render from what the teacher, shown that render under the same noise, expects. Beside it: how strong the loss pulls
-at each time, how that compares with the penalties, and pictures of what the teacher expects.
+The "loss" of score distillation does not fall when training works. What falls is the residual: the distance of a
+render from what the teacher expects when it sees that render under the same noise. Also measured are the strength
+of the loss's gradient at each time and its ratio to the penalties' gradient, and the images that the teacher
+expects are shown.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,37 +17,37 @@ from scorefield.gradient import ScoreDistillation, inject
 from scorefield.randomness import derived_generator, normal_like
 from scorefield.schedule import Images
 from scorefield.times import constant
-from sds.looks import Look
 from sds.losses import Distillation
+from sds.training import Observation
 from sds.vsd import VSD
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where on the schedule is looked, in its customary spacing."""
+"""Times of the probe, as fractions of the schedule (see ``Schedule.at``)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """Looks at a subject from fixed views, at fixed times, with fixed noise.
+    """Measurements of a subject from fixed views, at fixed times, with fixed noise.
 
-    A graph is kept of one look at a time, and by :meth:`balance` alone, so that a run has the memory for it.
+    Only :meth:`balance` keeps a graph, and of one view at a time, so that a run has the memory for it.
 
     Attributes:
-        looks: step -> look, for each fixed view, or for all particles of a canvas; the same for the same scene and
-            step, whose resolution and penalties it has.
-        target: the teacher as the loss guides it at the end; it is told all conditions of a look.
+        views: For each fixed view, or for all particles of a canvas, a function step -> observation. It returns
+            the same for the same scene and step, at the step's resolution and with its penalties.
+        target: The teacher, guided as the loss guides it at the end. It gets all conditions of a view.
         decode: x0 to images, for pictures.
-        network: whose parameters learn.
-        fractions: of the schedule.
+        network: The module whose parameters are trained.
+        fractions: Times, as fractions of the schedule.
     """
 
-    looks: Sequence[Callable[[int], Look]]
+    views: Sequence[Callable[[int], Observation]]
     target: Denoiser
     decode: Callable[[Tensor], Tensor]
     network: nn.Module
     fractions: Sequence[float] = FRACTIONS
 
     def __call__(self, step: int, method: Distillation) -> tuple[Mapping[str, float], Tensor]:
-        """All figures of a step's scene, and its pictures; see :meth:`pictures`."""
+        """Return all figures of a step's scene, by name, and its pictures (see :meth:`pictures`)."""
         x0, cond = self._seen(step)
         expected = self._expected(x0, cond)
         figures = {
@@ -59,12 +60,15 @@ class Probe:
         return named, self._decoded(x0, *expected)
 
     def pictures(self, step: int) -> Tensor:
-        """Pictures in rows of b: the views, and below them what is expected at each fraction."""
+        """Return pictures in rows of b: first the views, then what the teacher expects at each fraction."""
         x0, cond = self._seen(step)
         return self._decoded(x0, *self._expected(x0, cond))
 
     def gradients(self, method: Distillation, x0: Images, cond: Cond) -> dict[str, Tensor]:
-        """Root mean square of the loss's gradient at each fraction; of :mod:`sds.losses` and VSD, else empty."""
+        """Return the root mean square of the loss's gradient at each fraction.
+
+        Empty for losses other than VSD and the functions of :mod:`sds.losses`.
+        """
         if not isinstance(method, ScoreDistillation | VSD):
             return {}
         norms = {}
@@ -77,20 +81,21 @@ class Probe:
         return norms
 
     def balance(self, step: int, method: Distillation) -> dict[str, Tensor]:
-        """Norm of the score's gradient with respect to the parameters over that of the penalty's, if there is one.
+        """Return the norm of the score's gradient over that of the penalty's, both with respect to the parameters.
 
-        From one time and noise a look, however many the run draws. The parameters' own gradients are not touched.
+        Uses one time and noise per view, however many the run draws. The parameters' own ``grad`` is not touched.
+        Empty if there is no penalty.
         """
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         sums = [[torch.zeros_like(p) for p in parameters] for _ in ("score", "penalty")]
-        for number, look_at in enumerate(self.looks):
+        for number, observe in enumerate(self.views):
             with torch.enable_grad():
-                look = look_at(step)
-                if not look.penalty.requires_grad:
+                seen = observe(step)
+                if not seen.penalty.requires_grad:
                     return {}
                 generator = derived_generator("probe", "balance", number)
-                gradient = method.gradient(look.x0, look.cond, generator=generator)
-                losses = inject(look.x0, gradient.value) / len(look.x0), look.penalty
+                gradient = method.gradient(seen.x0, seen.cond, generator=generator)
+                losses = inject(seen.x0, gradient.value) / len(seen.x0), seen.penalty
             for total, loss in zip(sums, losses, strict=True):
                 parts = torch.autograd.grad(loss, parameters, retain_graph=loss is losses[0], allow_unused=True)
                 for one, part in zip(total, parts, strict=True):
@@ -101,13 +106,13 @@ class Probe:
 
     @torch.no_grad()
     def _seen(self, step: int) -> tuple[Tensor, Cond]:
-        looks = [look_at(step) for look_at in self.looks]
-        cond = {name: torch.cat([look.cond[name] for look in looks]) for name in looks[0].cond}
-        return torch.cat([look.x0 for look in looks]), cond
+        seen = [observe(step) for observe in self.views]
+        cond = {name: torch.cat([one.cond[name] for one in seen]) for name in seen[0].cond}
+        return torch.cat([one.x0 for one in seen]), cond
 
     @torch.no_grad()
     def _expected(self, x0: Images, cond: Cond) -> list[Tensor]:
-        """What the teacher expects, E[x0 | x_t], at each fraction."""
+        """Return what the teacher expects, E[x0 | x_t], at each fraction."""
         expected = []
         for fraction, t in self._times(x0):
             noise = normal_like(x0, derived_generator("probe", str(fraction)))
@@ -115,7 +120,7 @@ class Probe:
         return expected
 
     def _residuals(self, x0: Images, expected: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Root mean square of x0 - E[x0 | x_t] at each fraction, and their mean."""
+        """Return the root mean square of x0 - E[x0 | x_t] at each fraction, and the mean of these values."""
         residuals = {
             f"residual/t_{fraction:g}": (x0 - answer).float().square().mean().sqrt()
             for fraction, answer in zip(self.fractions, expected, strict=True)

@@ -1,10 +1,10 @@
-"""A z-buffer in a page: pictures of a mesh with vertex colours, unlit, to be compared with what a scene renders.
+"""A z-buffer rasteriser of meshes with vertex colours, unlit, whose pictures are compared with renders of a scene.
 
 Homogeneous rasterisation (Olano and Greer, Graphics Hardware 1997). A ray from the camera along d meets the
-triangle with corners v_0, v_1, v_2 in the camera's frame if all e_i = d . (v_j x v_k), (i, j, k) cyclic, have one
-sign. Then e_i / (e_0 + e_1 + e_2) are its barycentric coordinates, in perspective, and the point is d times
-v_0 . (v_1 x v_2) / (e_0 + e_1 + e_2). Nothing is divided by a corner's depth, so nothing is clipped; and the two
-triangles at an edge get exactly opposite e, so no ray slips between them.
+triangle with corners v_0, v_1, v_2 (in the camera's frame) if all e_i = d . (v_j x v_k), (i, j, k) cyclic, have
+the same sign. Then e_i / (e_0 + e_1 + e_2) are its barycentric coordinates, correct in perspective, and the point
+is d times v_0 . (v_1 x v_2) / (e_0 + e_1 + e_2). Nothing is divided by a corner's depth, so nothing has to be
+clipped. The two triangles at an edge have exactly opposite e, so no ray passes between them.
 """
 
 import math
@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from sds.exportable import Colour, Rendered, check_colour
 from sds.mesh import Mesh
+from sds.radiance import Colour, Rendered, check_colour
 
 PAIRS = 1 << 21
-"""Pairs of a triangle and a ray tried together: bounds memory, changes no result."""
+"""Pairs of a triangle and a ray tested at once. It bounds the memory and changes no result."""
 
 
 @torch.no_grad()
@@ -31,18 +31,19 @@ def rasterise(
     background: Colour = (1.0, 1.0, 1.0),
     num_samples: int = 2,
 ) -> Rendered:
-    """Pictures of the mesh, as :class:`sds.exportable.Pictures` says; both sides of a triangle are seen.
+    """Return pictures of the mesh, as :class:`sds.radiance.Pictures` defines them; triangles have two sides.
 
     Args:
-        mesh: what is seen.
-        camera_to_world: nerfstudio's and OpenGL's.
-        size: height and width in pixels.
-        field_of_view: vertical, in degrees.
-        background: behind the mesh.
-        num_samples: rays a pixel along each axis, evenly spaced; colours are their means. 1 is the pixel's centre.
+        mesh: The mesh.
+        camera_to_world: Cameras as in nerfstudio and OpenGL.
+        size: Height and width in pixels.
+        field_of_view: Vertical, in degrees.
+        background: Colour behind the mesh.
+        num_samples: Rays per pixel along each axis, evenly spaced; colours are their means. 1 uses the pixel's
+            centre.
 
     Raises:
-        ValueError: size or num_samples below 1, a field of view or background that cannot be.
+        ValueError: ``size`` or ``num_samples`` is below 1, or the field of view or background is out of range.
     """
     if size < 1 or num_samples < 1 or not 0 < field_of_view < 180:
         raise ValueError(
@@ -64,7 +65,7 @@ def rasterise(
 
 
 def _layers(mesh: Mesh, camera: Tensor, size: int, focal: float) -> Tensor:
-    """Colour, depth, normal and mask (8, size, size), 0 where the mesh is not."""
+    """Return colour, depth, normal and mask (8, size, size), 0 where the mesh is not visible."""
     axes, position = camera[:, :3], camera[:, 3]
     corners = ((mesh.vertices.double() - position) @ axes)[mesh.faces]
     edges = torch.stack([_cross(corners[:, 1], corners[:, 2]), _cross(corners[:, 2], corners[:, 0]),
@@ -83,7 +84,7 @@ def _layers(mesh: Mesh, camera: Tensor, size: int, focal: float) -> Tensor:
 
 
 def _visible(corners: Tensor, edges: Tensor, size: int, focal: float) -> tuple[Tensor, Tensor]:
-    """Pixels (n,) that see a triangle, and which (n,): the nearest, of equals the first."""
+    """Return the pixels (n,) that see a triangle, and which triangle (n,): the nearest, among equals the first."""
     low, high = _boxes(corners, size, focal)
     extent = (high - low + 1).clamp(min=0)
     counts = extent.prod(1)
@@ -110,35 +111,35 @@ def _visible(corners: Tensor, edges: Tensor, size: int, focal: float) -> tuple[T
 
 
 def _boxes(corners: Tensor, size: int, focal: float) -> tuple[Tensor, Tensor]:
-    """First and last column and row (f, 2) whose pixels' centres a triangle may cover."""
+    """Return the first and the last column and row (f, 2) whose pixel centres a triangle may cover."""
     x, y, ahead = corners[..., 0], corners[..., 1], -corners[..., 2]
     place = torch.stack([x, -y], dim=-1) * focal / ahead.clamp(min=1e-9)[..., None] + size / 2
-    # A corner beside or behind the camera has no place in the picture: then all of it is tried.
+    # A corner beside or behind the camera has no projection, so the whole picture is tried.
     crossing = (ahead < 1e-6).any(1) & (ahead > 0).any(1)
     low, high = place.amin(1), place.amax(1)
     low[crossing], high[crossing] = 0, size
     high[(ahead <= 0).all(1)] = -1
-    # The margin is far above rounding: it may try a ray in vain, but leaves none out.
+    # The margin is far above rounding errors, so no ray is left out; a few are tried in vain.
     low, high = (low - 0.5 - 1e-6).ceil().clamp(0, size), (high - 0.5 + 1e-6).floor().clamp(-1, size - 1)
     return low.long(), high.long()
 
 
 def _chunks(counts: Tensor) -> list[Tensor]:
-    """Numbers of the faces that cover anything, in pieces of about ``PAIRS`` pairs."""
+    """Return the numbers of the faces that cover any pixel, split into pieces of about ``PAIRS`` pairs."""
     faces = counts.nonzero()[:, 0]
     piece = counts[faces].cumsum(0) // PAIRS
     return list(faces.split(torch.bincount(piece).tolist())) if len(faces) else [faces]
 
 
 def _rays(pixel: Tensor, size: int, focal: float) -> Tensor:
-    """Directions (n, 3) in the camera's frame, of length 1 along its axis, through the centres of pixels."""
+    """Return directions (n, 3) through the centres of pixels, in the camera's frame, of length 1 on its axis."""
     column, row = (pixel % size).double() + 0.5, (pixel // size).double() + 0.5
     x, y = (column - size / 2) / focal, (size / 2 - row) / focal
     return torch.stack([x, y, -torch.ones_like(x)], dim=1)
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
-    # Term by term: a fused product and sum would not change sign exactly when a and b change places.
+    # Term by term: with fused products and sums, swapping a and b would not flip the sign exactly.
     ax, ay, az = a.unbind(-1)
     bx, by, bz = b.unbind(-1)
     return torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], dim=-1)

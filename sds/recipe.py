@@ -3,9 +3,10 @@
     scorefield sds toyworld "a red mug" --out runs/mug
     accelerate launch -m scorefield sds dreamfusion "a corgi" --out runs/corgi
 
-A frozen text-to-image model looks at renders of the scene from random cameras and says what it expects instead;
-the scene follows. At the end --out/export holds scene.glb, scene.obj, points.ply, turntable.mp4, contact.png and
-report.json. With --canvas images learn in place of a scene. Stopped runs resume: run the same command again.
+Renders of the scene from random cameras are shown to a frozen text-to-image model, which predicts what it expects
+in their place, and the scene is moved towards that. At the end --out/export holds scene.glb, scene.obj,
+points.ply, turntable.mp4, contact.png and report.json. With --canvas images are optimised instead of a scene. A
+run that was stopped resumes when the same command is given again.
 """
 
 import math
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,42 +33,44 @@ from scorefield.training.ranks import check_same
 from scorefield.training.report import close_log, open_log
 from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
-from sds.checks import check_scene, export_choices
-from sds.export import export
-from sds.finish import exportable, save_scene
-from sds.guards import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
-from sds.learning import SceneDistillation
-from sds.options import Config
+from sds.export import Export, export
+from sds.formats import check_encoder, check_installed
+from sds.options import Config, check
 from sds.parts import (
     build_canvas,
-    build_looks,
     build_method,
     build_probe,
     build_scene,
-    canvas_looks,
+    build_subject,
+    cameras_at,
+    canvas_subject,
+    colour_of,
     fingerprints,
     frozen_teacher,
     optimizers,
     read_prompts,
 )
 from sds.probe import Probe
-from sds.scene import Scene
+from sds.radiance import radiance_field
+from sds.recovery import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
+from sds.scene import Scene, check_nerfstudio, save_scene
+from sds.training import SceneDistillation
 
 RATES = {"scene": ("learning_rate", "background_lr"), "phi": ("phi_lr",)}
-"""Options that the learning rates of each phase are made from."""
+"""Options that set the learning rates of each phase."""
 
-GUARD_EVERY = 10
-"""Steps between looks at the opacity; every step that is about to be saved has one, too."""
+CHECK_EVERY = 10
+"""Steps between checks of the opacity. Every step that is about to be saved is checked, too."""
 
 
 def main(config: Config) -> Path:
-    """Learn and export; returns the folder of the export, or the picture of a canvas."""
+    """Train and export; return the folder of the export, or the picture of a canvas."""
     check_scene(config)
     accelerator = start(config)
     with working("loading the teacher"):
         teacher = frozen_teacher(config, accelerator.device)
         inputs = fingerprints(teacher, read_prompts(config, teacher))
-    teacher = teacher.without_text_encoders()  # before anything else can hold on to them
+    teacher = teacher.without_text_encoders()  # before anything else keeps a reference to them
     task = build_task(config, teacher, accelerator)
     optimizer, lr_schedule, phi = optimizers(config, task)
     phases = [
@@ -74,8 +78,8 @@ def main(config: Config) -> Path:
         for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
     ]
     if config.dry_run:
-        roles = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
-        show_plan(config, roles, {phase.name: config.steps for phase in phases})
+        networks = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
+        show_plan(config, networks, {phase.name: config.steps for phase in phases})
         return config.out
     own = identity(config, accelerator, inputs)
     first = resume(config, phases, accelerator, own)
@@ -83,32 +87,50 @@ def main(config: Config) -> Path:
         checkpoint.save(config.out / "checkpoints", 0, phases, own)  # the first state to go back to
     accelerator.wait_for_everyone()
     learn(config, task, phases, build_probe(config, task, teacher), accelerator, own, first)
-    return finish(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+    return write_results(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+
+
+def check_scene(config: Config) -> None:
+    """Raise ``ValueError`` for options that cannot work, or that need a library which is not installed."""
+    check(config)
+    if config.canvas:
+        return
+    try:
+        check_nerfstudio()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    cameras_at(config, 0)  # raises for cameras that are out of range
+    for name in config.backdrops:
+        colour_of(name)
+    check_installed("skimage", "trimesh", "imageio_ffmpeg")
+    with TemporaryDirectory() as folder:
+        check_encoder(Path(folder))
+    export_choices(config)
 
 
 def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
-    """What learns, on its device, and by which loss."""
+    """Return the scene or canvas, on its device, and the loss that trains it."""
     method = build_method(config, teacher)
     if config.canvas:
         canvas = build_canvas(config, teacher).to(accelerator.device)
         return SceneDistillation(
-            subject=canvas_looks(config, canvas, teacher), method=method, num_draws=config.draws
+            subject=canvas_subject(config, canvas, teacher), method=method, num_draws=config.draws
         )
     scene = build_scene(config).to(accelerator.device)
-    looks = build_looks(config, scene, teacher, accelerator.num_processes)
-    return SceneDistillation(subject=looks, method=method, num_draws=config.draws)
+    subject = build_subject(config, scene, teacher, accelerator.num_processes)
+    return SceneDistillation(subject=subject, method=method, num_draws=config.draws)
 
 
 def learn(
     config: Config, task: SceneDistillation, phases: Sequence[Phase], probe: Probe, accelerator: Accelerator,
     own: Mapping[str, Any], first: int,
 ) -> None:  # fmt: skip
-    """Train to the end; a scene that is lost goes back to a checkpoint, up to --max-rollbacks times."""
+    """Train to the end. A scene that is lost goes back to a checkpoint, at most --max-rollbacks times."""
     watcher = Watcher(config, task, probe, phases[0].optimizer)
 
-    def guard(step: int, saving: bool) -> None:
+    def check(step: int, saving: bool) -> None:
         scene = task.subject.network
-        if isinstance(scene, Scene) and (saving or step % GUARD_EVERY == 0):
+        if isinstance(scene, Scene) and (saving or step % CHECK_EVERY == 0):
             check_opacity(opacity_all_round(scene), step)
 
     while True:
@@ -116,9 +138,9 @@ def learn(
         try:
             fit(
                 replace(config, seed=seed_after(config.seed, rollbacks)), phases, task.batches, accelerator,
-                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=guard,
+                own=own, first=first, rollout=task.rollout, watch=watcher.figures, check=check,
                 preview=watcher.pictures if config.probe_every else None,
-                columns=config.batch_size if config.canvas else len(probe.looks),
+                columns=config.batch_size if config.canvas else len(probe.views),
             )  # fmt: skip
             return
         except FloatingPointError as error:
@@ -127,13 +149,13 @@ def learn(
             first = go_back(config, phases, accelerator, own)
             if accelerator.is_main_process:
                 tqdm.write(
-                    f"{error}\nrolled back to step {first}, from where the learning rate is half of what it was "
-                    f"({rollbacks + 1} of at most {config.max_rollbacks} times).", file=sys.stderr,
+                    f"{error}\nrolled back to step {first}, and halved the learning rate (rollback "
+                    f"{rollbacks + 1} of at most {config.max_rollbacks}).", file=sys.stderr,
                 )  # fmt: skip
 
 
 def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
-    """Roll back on all ranks, and draw the curves again from there; the step to go on from."""
+    """Roll back on all ranks, reopen the logs at that step, and return the step to go on from."""
     first = roll_back(
         config.out / "checkpoints", phases, own, write=accelerator.is_main_process,
         wait=accelerator.wait_for_everyone,
@@ -147,7 +169,7 @@ def go_back(config: Config, phases: Sequence[Phase], accelerator: Accelerator, o
 
 
 class Watcher:
-    """Figures of a step, and its pictures; where both are due, they are made together."""
+    """Figures and pictures of a step; if both are due, they are computed together."""
 
     def __init__(
         self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
@@ -156,7 +178,7 @@ class Watcher:
         self.step, self.shown = 0, torch.empty(0)
 
     def figures(self, step: int) -> Mapping[str, float]:
-        """What is logged of this step beside the loss."""
+        """Return what is logged of this step besides the loss."""
         self.step, self.shown = step, torch.empty(0)
         figures: dict[str, float] = {}
         if self._due(step, self.config.log_every):
@@ -168,22 +190,24 @@ class Watcher:
         return figures
 
     def pictures(self) -> Tensor:
-        """Of the last step that figures were asked of."""
+        """Return the pictures of the step for which :meth:`figures` was last called."""
         return self.shown if len(self.shown) else self.probe.pictures(self.step - 1)
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
 
 
-def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer) -> Path:
-    """Write the weights, and what can be looked at."""
+def write_results(
+    config: Config, task: SceneDistillation, teacher: Teacher, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write the weights, then the export of a scene or the picture of a canvas, and return its path."""
     network = task.subject.network
     save_scene(network, config.out / "scene.safetensors")
     if isinstance(network, Canvas):
         return write_canvas(config, network, teacher)
     assert isinstance(network, Scene)
     field_of_view = 2 * math.degrees(math.atan(0.5 / (sum(config.focal) / 2)))
-    # Seen from where the whole cube is in the picture.
+    # Far enough away for the whole cube to be in the picture.
     distance = max(
         sum(config.distance) / 2, config.half_size * (1 + 1 / math.tan(math.radians(field_of_view) / 2))
     )
@@ -191,15 +215,22 @@ def finish(config: Config, task: SceneDistillation, teacher: Teacher, optimizer:
         "prompt": config.prompt, "preset": config.preset, "method": config.method, "steps": config.steps,
         "seed": config.seed, "rollbacks": num_rollbacks(optimizer),
     }  # fmt: skip
-    scene = exportable(network, distance=distance, field_of_view=field_of_view)
+    scene = radiance_field(network, distance=distance, field_of_view=field_of_view)
     report = export(scene, config.out / "export", export_choices(config), facts=facts)
     print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
     return config.out / "export"
 
 
+def export_choices(config: Config) -> Export:
+    """Return the options of the export: its resolution, and the size and elevation of the turntable."""
+    return Export(
+        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
+    )
+
+
 @torch.no_grad()
 def write_canvas(config: Config, canvas: Canvas, teacher: Teacher) -> Path:
-    """All particles in one picture."""
+    """Write all particles into one picture and return its path."""
     images: Tensor = teacher.decode(canvas().detach()).float().clamp(-1, 1)
     path = config.out / "canvas.png"
     with whole_file(path) as temporary:

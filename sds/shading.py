@@ -1,4 +1,4 @@
-"""How a scene is lit: albedo alone, a point light, or a point light on white matter; drawn for every view."""
+"""Shading of views: plain albedo, a point light, or a point light on white matter, drawn for each view."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from scorefield.randomness import normal_like
+from sds.cameras import Views
 from sds.field import normalised
-from sds.views import Views
 
 
 @dataclass(frozen=True, eq=False)
 class Shading:
-    """The light of b views; a view with ambient 1 and diffuse 0 shows albedo.
+    """Light of b views. A view with ambient 1 and diffuse 0 shows albedo.
 
     Attributes:
-        light: (b, 3) where the point light is.
+        light: (b, 3) position of the point light.
         ambient: (b,) brightness in the shade.
-        diffuse: (b,) brightness that a surface facing the light has more than one in the shade.
-        textureless: (b,) whether the matter is shown in white, so that geometry alone makes the picture.
+        diffuse: (b,) additional brightness of a surface that faces the light.
+        textureless: (b,) whether the matter is white, so that only its geometry shows.
     """
 
     light: Float[Tensor, "b 3"]
@@ -33,7 +33,7 @@ class Shading:
         return bool((self.diffuse != 0).any())
 
     def at(self, view: Tensor) -> "Shading":
-        """The light of these views (n,), which may repeat."""
+        """Return the light of these views (n,), which may repeat."""
         return Shading(*(value[view.to(value.device)] for value in vars(self).values()))
 
 
@@ -41,9 +41,10 @@ Samples = Float[Tensor, "n s 3"]
 
 
 def shaded(albedo: Samples, normals: Samples | None, points: Samples, shading: Shading) -> Samples:
-    """Albedo (ambient + diffuse max(0, n . l)) with l towards the light (arXiv 2209.14988, section 3.1).
+    """Return albedo (ambient + diffuse max(0, n . l)), with l towards the light (arXiv 2209.14988, section 3.1).
 
-    Albedo is 1 where textureless. ``shading`` has a row for each of the n rays; without normals nothing is lit.
+    The albedo is 1 in textureless views. ``shading`` has a row for each of the n rays. Without normals nothing is
+    lit.
     """
     ambient, diffuse = (x.to(points)[:, None, None] for x in (shading.ambient, shading.diffuse))
     brightness = ambient
@@ -56,15 +57,17 @@ def shaded(albedo: Samples, normals: Samples | None, points: Samples, shading: S
 
 @dataclass(frozen=True, kw_only=True)
 class ShadingSchedule:
-    """DreamFusion's: albedo alone at first, then a mixture that shows geometry (arXiv 2209.14988, Appendix A.2).
+    """DreamFusion's schedule: albedo at first, then a mixture that shows geometry (arXiv 2209.14988, App. A.2).
 
     Attributes:
-        albedo_until: step before which every view shows albedo.
-        lit: probability of a view being lit after that.
-        textureless: probability of a lit view being shown without albedo.
-        ambient: of lit views; ``diffuse`` is what is missing to 1.
-        light_distance: of the light from the origin, uniform; its direction is that of a normal draw round the
-            camera, with standard deviation 1.
+        albedo_until: Before this step every view shows albedo.
+        lit: Probability that a view is lit after that.
+        textureless: Probability that a lit view is shown without albedo.
+        ambient: Ambient brightness of lit views; their diffuse brightness is 1 - ambient.
+        light_distance: Range of the light's distance from the origin, uniform. Its direction is that of a normal
+            draw around the camera, with standard deviation 1.
+
+    Raises ``ValueError`` for probabilities or brightnesses outside [0, 1].
     """
 
     albedo_until: int = 1000
@@ -79,7 +82,7 @@ class ShadingSchedule:
                 raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}.")
 
     def draw(self, step: int, views: Views, generator: Generator) -> Shading:
-        """The light of each view at this step; the same numbers are drawn whatever the step."""
+        """Return the light of each view at this step. The same random numbers are drawn at every step."""
         lit, textureless, distance = torch.rand(3, len(views), generator=generator, device=generator.device)
         direction = torch.nn.functional.normalize(views.position + normal_like(views.position, generator), dim=1)
         low, high = self.light_distance
@@ -95,9 +98,9 @@ class ShadingSchedule:
 def random_background(
     num_views: int, generator: Generator, probability: float = 0.5
 ) -> Float[Tensor, "b 3"] | None:
-    """With this probability a colour in [-1, 1] for each view, uniform; else None, which is the scene's own.
+    """Return a random colour in [-1, 1] for each view with this probability, otherwise None: the scene's own.
 
-    Matter must then be opaque to look right, and the background cannot take its place.
+    With random colours matter has to be opaque to look right, and the background cannot take its place.
     """
     colours = torch.rand(num_views + 1, 3, generator=generator, device=generator.device)
     return colours[1:] * 2 - 1 if bool(colours[0, 0] < probability) else None

@@ -1,4 +1,4 @@
-"""A camera that goes once round an object, and pictures of what it sees: colours, distances, normals."""
+"""Turntable: cameras on a circle around an object, and frames of colours, distances and normals."""
 
 import math
 from collections.abc import Sequence
@@ -7,27 +7,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sds.exportable import Colour, Rendered, check_colour
+from sds.radiance import Colour, Rendered, check_colour
 
 Frames = Float[Tensor, "n 3 h w"]
 """Pictures in [0, 1], in display values."""
 
 NEAR, FAR = 0.85, 0.15
-"""Brightness of the nearest and the farthest point of a turntable of distances: neither white nor black."""
+"""Brightness of the nearest and the farthest point in depth frames, so that neither is white or black."""
 
 
 def turntable_cameras(
     num_views: int, *, elevations: Sequence[float] = (15.0,), distance: float = 3.0
 ) -> Float[Tensor, "n 3 4"]:
-    """Cameras evenly round the origin, which they look at; the first is in front (+x), the next to its left.
+    """Return cameras evenly spaced around the origin, facing it; the first is in front (+x), the next to its left.
 
     Args:
-        num_views: on the whole circle.
-        elevations: of the cameras in degrees above the horizon, in turn.
-        distance: from the origin.
+        num_views: Number of cameras on the whole circle.
+        elevations: Elevations in degrees above the horizon; the cameras take them in turn.
+        distance: Distance from the origin.
 
     Raises:
-        ValueError: no views or elevations, an elevation beyond 90 degrees, a distance that is not positive.
+        ValueError: There are no views or elevations, an elevation is beyond 90 degrees, or the distance is not
+            positive.
     """
     possible = elevations and all(-90 <= elevation <= 90 for elevation in elevations)
     if num_views < 1 or not possible or not 0 < distance < math.inf:
@@ -47,7 +48,7 @@ def turntable_cameras(
 
 
 def colour_frames(pictures: Rendered, background: Colour, wanted: Colour | None = None) -> Frames:
-    """The pictures themselves, with ``wanted`` in place of the ``background`` that they have; None keeps it."""
+    """Return the pictures with ``wanted`` in place of the ``background`` that they have; None keeps it."""
     rgb = (pictures.rgb + 1) / 2
     if wanted is None:
         return rgb
@@ -56,9 +57,9 @@ def colour_frames(pictures: Rendered, background: Colour, wanted: Colour | None 
 
 
 def depth_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
-    """Near is bright and far is dark, on one scale for all pictures, so that a video does not flicker.
+    """Return depths as brightness, near bright and far dark, on one scale, so that a video does not flicker.
 
-    The scale is that of pixels more than half opaque: of fog, the distance means nothing.
+    The scale is taken from pixels that are more than half opaque: in fog, distances mean nothing.
     """
     seen = pictures.depth[pictures.opacity > 0.5]
     near, far = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 1.0)
@@ -67,15 +68,15 @@ def depth_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Fr
 
 
 def normal_frames(pictures: Rendered, background: Colour = (1.0, 1.0, 1.0)) -> Frames:
-    """Normals n as colours (n + 1) / 2, in the world: red to the front (+x), green to +y, blue upwards (+z)."""
+    """Return world normals n as colours (n + 1) / 2: red is the front (+x), green is +y, blue is up (+z)."""
     normals = torch.nn.functional.normalize(pictures.normals, dim=1)
     return _over((normals + 1) / 2, pictures, background)
 
 
 def contact_sheet(rows: Sequence[Frames], *, gap: int = 2, background: Colour = (1.0, 1.0, 1.0)) -> Tensor:
-    """One picture (3, H, W) of rows of pictures, ``gap`` pixels apart and from the edge.
+    """Return one picture (3, H, W) of rows of pictures, ``gap`` pixels apart and from the edge.
 
-    Raises ``ValueError`` for rows of different shapes, or none.
+    Raises ``ValueError`` for rows of different shapes, or no rows.
     """
     shapes = [tuple(row.shape) for row in rows]
     if len(set(shapes)) != 1 or not len(rows[0]):

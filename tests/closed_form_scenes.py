@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sds.exportable import Exportable, Rendered
+from sds.radiance import RadianceField, Rendered
 
 
 def rays(camera_to_world, size, field_of_view=40.0):
@@ -33,7 +33,7 @@ class Ball:
 
     def scene(self, **changes):
         functions = {"density": self.densities, "colour": self.colours, "render": self.render}
-        return Exportable(**{**functions, "background": self.background, **changes})
+        return RadianceField(**{**functions, "background": self.background, **changes})
 
     def densities(self, points):
         self.queries += 1

@@ -86,10 +86,10 @@ def test_the_work_of_public_models_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    *(({name: 0}, "need rounds, batch, steps >= 1 and warmup >= 0") for name in ("rounds", "batch", "steps")),
-    ({"warmup": -1}, "need rounds, batch, steps >= 1 and warmup >= 0"),
+    *(({name: 0}, "--rounds, --batch and --steps must be at least 1") for name in ("rounds", "batch", "steps")),
+    ({"warmup": -1}, "--warmup at least 0"),
     *(({"activation_budget": budget}, "--activation-budget must lie in") for budget in (0.0, 1.1, float("nan"))),
-    ({"clock": "process", "device": "cuda"}, "--clock process does not see what a GPU does"),
+    ({"clock": "process", "device": "cuda"}, "--clock process does not measure a GPU"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -56,9 +56,9 @@ def test_a_contender_with_other_mathematics_is_refused(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["bare + AdamW", "ours", "official", "fastgen"])
 def test_a_cycle_updates_the_fake_score_always_and_the_student_last(name):
-    roles = dmd_cycle.make_roles(MLP, gan=False)
-    training = dmd_cycle.start(name, roles, dmd_cycle.make_accelerator(MLP))
-    networks, moved = [role.network for role in (roles.teacher, *contenders.trained(roles))], []
+    setup = dmd_cycle.make_setup(MLP, gan=False)
+    training = dmd_cycle.start(name, setup, dmd_cycle.make_accelerator(MLP))
+    networks, moved = [one.network for one in (setup.teacher, *contenders.trained(setup))], []
     for _ in range(2):
         before = [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in networks]
         next(training)

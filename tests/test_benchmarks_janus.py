@@ -10,7 +10,7 @@ import yardsticks
 from PIL import Image
 
 from scorefield.exact import LABELS, GaussianMixture
-from sds.views import WORDS, orbit
+from sds.cameras import WORDS, orbit
 from toyworld.camera import view_word
 from toyworld.solids import occupancy
 

@@ -115,7 +115,7 @@ def test_a_table_of_other_settings_and_features_of_another_size_are_refused(conf
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_images": 3}, "--num-images must be at least 4"), ({"calls": (0,)}, "--calls at least 1"),
-    ({"students": ("teacher",)}, "is a teacher; --teacher and --students differ"),
+    ({"students": ("teacher",)}, "is a teacher; pass teachers to --teacher"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(config, tmp_path, changes, message):
     if "students" in changes:

@@ -96,9 +96,9 @@ def test_networks_of_sdxl_get_their_conditions(sdxl):
 
 def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
     """Two calls that guide otherwise, copies that start elsewhere, another learning rate in one of them."""
-    plain, start = text_contenders.make_roles, text_cycle.start
+    plain, start = text_contenders.make_student_and_fake, text_cycle.start
 
-    def make_roles(case, name, teacher):
+    def make_student_and_fake(case, name, teacher):
         student, fake = plain(case, name, teacher)
         if name == COPIES:
             nn.init.normal_(fake.network.model.conv_in.bias, std=1e-3)
@@ -114,7 +114,7 @@ def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
         with pytest.raises(ValueError, match=f"'{TWO_CALLS}' does not compute the losses of '{SHARED}', relative"):
             text_cycle.compared(TINY)
     with monkeypatch.context() as patch:
-        patch.setattr(text_contenders, "make_roles", make_roles)
+        patch.setattr(text_contenders, "make_student_and_fake", make_student_and_fake)
         with pytest.raises(ValueError, match=f"'{COPIES}' does not compute the losses of '{SHARED}'"):
             text_cycle.compared(TINY)
     with monkeypatch.context() as patch:
@@ -161,10 +161,10 @@ def test_what_is_compiled_is_what_is_called(monkeypatch):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    *(({name: 0}, "need rounds, batch, student_every, rank >= 1")
+    *(({name: 0}, "--student-every and --rank must be at least 1")
       for name in ("rounds", "batch", "student_every", "rank")),
-    ({"warmup": -1}, "warmup >= 0"), ({"guidance": 1.0}, "--guidance 1 is none"),
-    ({"clock": "process", "device": "cuda"}, "--clock process does not see what a GPU does"),
+    ({"warmup": -1}, "--warmup at least 0"), ({"guidance": 1.0}, "--guidance 1 means no guidance"),
+    ({"clock": "process", "device": "cuda"}, "--clock process does not measure a GPU"),
     ({"shape": "sd15"}, r"--shape sd15 needs --configs, a folder with sd15_unet\.json"),
     ({"shape": "sdxl", "configs": Path("nowhere")}, r"--configs nowhere lacks sdxl_unet\.json"),
     ({"device": "cuda"}, "torch sees no GPU here"),

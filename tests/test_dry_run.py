@@ -175,7 +175,7 @@ def test_a_student_that_diffusers_saved_again_is_still_a_student(places, tmp_pat
         ):
             with refused("is a student"):
                 use()
-    with refused("another program saved it again"):
+    with refused("another program has saved it again"):
         evaluate_students.main(EvaluateStudents(students=(again,), **cpu))
     with refused("guidance must be 1 here, since a student has it built in"):
         draw(again, tmp_path / "out.npz", guidance=3.0)

@@ -15,7 +15,7 @@ from scorefield.gradient import denoising_loss, prediction_weight
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import RectifiedFlow, VariancePreserving
 from scorefield.times import uniform
-from sds.lora import low_rank_denoiser
+from sds.vsd import low_rank_denoiser
 
 close = torch.testing.assert_close
 B = 5

@@ -9,7 +9,7 @@ import torch
 from nerfstudio.cameras.cameras import Cameras
 from scipy import stats
 
-from sds.views import (
+from sds.cameras import (
     WORDS,
     CameraDistribution,
     concatenated,

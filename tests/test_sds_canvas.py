@@ -61,7 +61,7 @@ def test_a_start_that_cannot_be_raises(start, bounded, message):
 def test_sds_collapses_to_the_modes_and_vsd_covers_the_mixture(accelerator):
     """Each particle of SDS ends at the mode in whose basin it started, whatever the mode's weight."""
     mixture = canvas_modes.truth()
-    found = canvas_modes.judge(canvas_modes.by_sds(CONFIG, mixture), mixture)
+    found = canvas_modes.coverage(canvas_modes.by_sds(CONFIG, mixture), mixture)
     assert found.spread < 0.25
     assert found.shift < 0.1
     assert found.share_error > 0.07
@@ -69,20 +69,18 @@ def test_sds_collapses_to_the_modes_and_vsd_covers_the_mixture(accelerator):
         mixture.sample(300, seeded(3)), canvas_modes.by_vsd(CONFIG, mixture),
         canvas_modes.by_learned_vsd(CONFIG, mixture, accelerator),
     ):  # fmt: skip
-        found = canvas_modes.judge(points, mixture)
+        found = canvas_modes.coverage(points, mixture)
         assert found.share_error < 0.06
         assert 0.85 < found.spread < 1.15
         assert found.shift < 0.15
 
 
-def test_the_benchmark_writes_verdicts_and_a_picture_with_points_where_they_are(
-    tmp_path, capsys, make_accelerator
-):
+def test_the_benchmark_writes_results_and_a_picture_with_points_where_they_are(tmp_path, capsys, make_accelerator):
     """First axis to the right, second upwards, one panel beside the other."""
     make_accelerator()  # a fresh state for the accelerator that the benchmark makes
     found = canvas_modes.main(Config(steps=2, num_particles=20, out=tmp_path / "new" / "modes.png"))
     assert Image.open(tmp_path / "new" / "modes.png").size == (4 * 310 - 10, 300)
-    assert capsys.readouterr().out.splitlines() == [f"{name}: {verdict}" for name, verdict in found.items()]
+    assert capsys.readouterr().out.splitlines() == [f"{name}: {result}" for name, result in found.items()]
     assert list(found) == ["true samples", "SDS", "VSD, phi in closed form", "VSD, phi learned"]
     corners = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])]
     sheet = np.asarray(canvas_modes.picture(corners, canvas_modes.truth(), side=100, reach=2.5)).astype(int)

@@ -1,5 +1,7 @@
 """A controlled denoiser is a Denoiser: score distillation makes latents whose edges are those of the hint."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import controlnet.recipe as train_controlnet
 from controlnet.adapter import ControlledDenoiser
 from controlnet.canny import canny
 from controlnet.export import load_adapter
+from controlnet.options import PRESETS
 from controlnet.scores import edge_f1
 from scorefield import guided, inject
 from scorefield.models.teacher import load_teacher
@@ -36,8 +39,8 @@ def distilled(denoiser, base, cond):
 
 @pytest.mark.slow
 def test_score_distillation_under_control_follows_the_hint(tmp_path):
-    config = train_controlnet.PRESETS["toyworld-canny"]()
-    config = train_controlnet.replace(config, out=tmp_path / "out", cache=tmp_path / "cache", eval_every=0)
+    config = PRESETS["toyworld-canny"]()
+    config = replace(config, out=tmp_path / "out", cache=tmp_path / "cache", eval_every=0)
     folder = train_controlnet.main(config)
     base, scenes = load_teacher("toyworld"), draw_scenes(range(2 * HELD_OUT, 2 * HELD_OUT + NUM))
     edges = canny(render(scenes).rgb, torch.tensor(100.0), torch.tensor(200.0))
@@ -45,7 +48,7 @@ def test_score_distillation_under_control_follows_the_hint(tmp_path):
     cond = base.prompts(captions_of(scenes))
     scores = {}
     for name, scale in (("controlled", 1.0), ("free", 0.0)):
-        latents = distilled(train_controlnet.replace(controlled, scale=scale), base, cond)
+        latents = distilled(replace(controlled, scale=scale), base, cond)
         with torch.no_grad():
             images = base.decode(latents).clamp(-1, 1)
         made = canny(images, torch.tensor(100.0), torch.tensor(200.0))

@@ -16,8 +16,7 @@ from PIL import Image
 
 from scorefield.atomic import MARKER, whole_folder
 from sds import export as module
-from sds.export import FILES, Export, export
-from sds.level import compare, pictures_of, surface_at
+from sds.export import FILES, Export, compare, export, pictures_of, surface_at
 from sds.mesh import recoloured, sample_lattice
 from sds.turntable import turntable_cameras
 
@@ -170,7 +169,7 @@ def full_disk(path, monkeypatch):
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), [
-    *((without(library), ValueError, rf'this needs {package}\. Install: pip install "scorefield\[nerf\]"')
+    *((without(library), ValueError, rf'not installed: {package}\. Install them: pip install "scorefield\[nerf\]"')
       for library, package in {"skimage": "scikit-image", "trimesh": "trimesh",
                                "imageio_ffmpeg": "imageio-ffmpeg"}.items()),
     (broken_encoder, ValueError, "no video can be encoded here"),
@@ -294,7 +293,7 @@ def test_scenes_are_asked_without_gradient_and_in_pieces(monkeypatch):
         calls.append((len(points), torch.is_grad_enabled()))
         return points[:, 0]
 
-    monkeypatch.setattr("sds.exportable.CHUNK", 100)
+    monkeypatch.setattr("sds.radiance.CHUNK", 100)
     found = Ball().scene(density=density).densities(torch.rand(250, 3))
     assert calls == [(100, False), (100, False), (50, False)]
     assert found.shape == (250,)

@@ -12,11 +12,12 @@ from scorefield.guidance import guided
 from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import uniform
 from sds.canvas import Canvas
-from sds.editing import DDS
 from sds.losses import (
+    DDS,
     TIMES,
     alpha_sigma_squared,
     csd,
+    distillation_loss,
     noise_to_signal,
     sds,
     sigma_squared,
@@ -24,7 +25,6 @@ from sds.losses import (
     vsd,
     x0_reconstruction,
 )
-from sds.renders import distillation_loss
 
 close = torch.testing.assert_close
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from closed_form_scenes import Ball
 
-from sds.exportable import Exportable
-from sds.level import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
+from sds.export import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
 from sds.mesh import extract_mesh, recoloured, sample_lattice, surface_points
+from sds.radiance import RadianceField
 from sds.turntable import turntable_cameras
 from toyworld.solids import SOLIDS, occupancy, signed_distance
 
@@ -21,7 +21,7 @@ def seeded():
 
 
 def solid(density, lower=(-1.0, -1.0, -1.0), upper=(1.0, 1.0, 1.0), colour=lambda p: (p + 1) / 2):
-    return Exportable(density=density, colour=colour, render=lambda *_: pytest.fail("no picture is needed"),
+    return RadianceField(density=density, colour=colour, render=lambda *_: pytest.fail("no picture is needed"),
                       lower=lower, upper=upper)  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_the_lattice_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     whole = sample_lattice(scene, 20)
     assert whole.values[3, 5, 7] == pytest.approx(-0.7 + 2 * -0.5 + 3 * -0.3)
     monkeypatch.setattr("sds.mesh.CHUNK", 900)
-    monkeypatch.setattr("sds.exportable.CHUNK", 100)
+    monkeypatch.setattr("sds.radiance.CHUNK", 100)
     assert torch.equal(sample_lattice(scene, 20).values, whole.values)
 
 
@@ -159,8 +159,8 @@ def test_fog_is_left_out_because_pictures_do_not_show_it():
 @pytest.mark.parametrize(("scene", "level", "message"), [
     (Ball(density=0.04).scene(), 0.01, r"the scene is empty: its largest density .* is 0\.04 .* train longer"),
     (Ball(density=0.0).scene(), 0.01, "the scene is empty"),
-    (Ball(radius=3.0).scene(distance=9.0), 30.0, r"the scene is full: .* opacity regulariser"),
-    (Ball(radius=1.45).scene(distance=9.0), 30.0, r"the scene is full: .* opacity regulariser"),  # all but corners
+    (Ball(radius=3.0).scene(distance=9.0), 30.0, r"the scene is full: .* opacity penalty"),
+    (Ball(radius=1.45).scene(distance=9.0), 30.0, r"the scene is full: .* opacity penalty"),  # all but corners
     (Ball().scene(), 70.0, r"no surface at level 70\.0: the largest density is 60"),
 ])  # fmt: skip
 def test_a_scene_without_a_surface_says_so(scene, level, message):

@@ -7,17 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import sds.checks as scene_checks
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
 from scorefield.training.checkpoint import differences
 from scorefield.training.identity import identity
-from sds import guards
-from sds.lora import low_rank_denoiser
+from sds import recovery
 from sds.losses import ScoreDistillation
 from sds.options import PRESETS
-from sds.vsd import VSD, Untold
+from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
 
 CPU = torch.device("cpu")
 MUG = replace(scene_options.toyworld(), prompt="a red mug", steps=100, guidance=(5.0, 3.0))
@@ -32,8 +30,8 @@ def teacher():
 def test_presets_are_sound(name, tmp_path):
     config = replace(PRESETS[name](), prompt="a corgi", out=tmp_path / "run")
     assert config.preset == name
-    scene_checks.check_scene(config)
-    guards.check_opacity(guards.opacity_all_round(scenes.build_scene(config), size=8), 0)
+    train_sds.check_scene(config)
+    recovery.check_opacity(recovery.opacity_all_round(scenes.build_scene(config), size=8), 0)
     for step in (0, config.steps // 2, config.steps):
         assert sum(number for _, number in scenes.cameras_at(config, step)) == config.batch_size
         scenes.penalties_at(config, step)
@@ -91,7 +89,7 @@ def test_the_probe_asks_the_teacher_as_the_loss_does(teacher):
     config = replace(MUG, method="vsd", rescale=0.5)
     task = train_sds.build_task(config, teacher, Accelerator(cpu=True))
     target = scenes.build_probe(config, task, teacher).target
-    assert isinstance(target, Untold)
+    assert isinstance(target, WithoutConditions)
     assert target.names == task.method(0).phi_only
     assert (target.denoiser.scale, target.denoiser.rescale) == (3.0, 0.5)
 

@@ -9,11 +9,10 @@ import torch
 from scorefield.gradient import ScoreGradient
 from scorefield.schedule import RectifiedFlow, Schedule, VariancePreserving
 from sds.canvas import Canvas
-from sds.looks import Look
-from sds.lora import CAMERA
 from sds.losses import csd, sds
 from sds.probe import FRACTIONS, Probe
-from sds.vsd import Untold
+from sds.training import Observation
+from sds.vsd import CAMERA, WithoutConditions
 
 close = torch.testing.assert_close
 MEAN, VP = 0.25, VariancePreserving.scaled_linear()
@@ -35,22 +34,22 @@ def canvas(generator):
 
 
 def views_of(canvas, asked, penalty=0.3):
-    """A look at each particle alone, which writes down whether it was asked for a graph."""
+    """Each particle alone, and whether it was asked for a graph."""
 
-    def look_at(number):
-        def look(step):
+    def alone(number):
+        def observe(step):
             asked.append((number, step, torch.is_grad_enabled()))
             x0 = canvas()[number : number + 1]
-            return Look(x0, {CAMERA: torch.ones(1, 3, 4)}, penalty * x0.square().sum())
+            return Observation(x0, {CAMERA: torch.ones(1, 3, 4)}, penalty * x0.square().sum())
 
-        return look
+        return observe
 
-    return [look_at(number) for number in range(len(canvas.pixels))]
+    return [alone(number) for number in range(len(canvas.pixels))]
 
 
 def make_probe(canvas, schedule, penalty=0.0, asked=None, **changes):
-    looks = views_of(canvas, [] if asked is None else asked, penalty)
-    settings = {"looks": looks, "target": Point(schedule), "decode": lambda x0: 2 * x0, "network": canvas}
+    views = views_of(canvas, [] if asked is None else asked, penalty)
+    settings = {"views": views, "target": Point(schedule), "decode": lambda x0: 2 * x0, "network": canvas}
     return Probe(**{**settings, **changes})
 
 
@@ -120,7 +119,7 @@ def test_the_target_is_told_what_it_is_not_kept_from(canvas):
             return super().__call__(x_t, t, cond)
 
     told = []
-    for target, expected in ((Told(VP), {CAMERA}), (Untold(Told(VP), (CAMERA,)), set())):
+    for target, expected in ((Told(VP), {CAMERA}), (WithoutConditions(Told(VP), (CAMERA,)), set())):
         told.clear()
         make_probe(canvas, VP, target=target).pictures(0)
         assert told == [expected] * len(FRACTIONS)

@@ -21,7 +21,7 @@ import sds.parts as scenes
 import sds.recipe as train_sds
 from scorefield.atomic import MARKER
 from scorefield.gradient import ScoreGradient
-from sds import guards, views
+from sds import recovery, scene
 
 TINY = {
     "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "render_size": (8, 8),
@@ -141,8 +141,8 @@ def test_a_scene_that_is_lost_again_and_again_stops_with_the_reason(monkeypatch,
 
 def test_an_empty_scene_is_an_alarm(monkeypatch, tmp_path, capfd):
     """It is found in the step that is about to be saved, whether or not the opacity is otherwise due."""
-    monkeypatch.setattr(guards, "EMPTY", 0.9)
-    with pytest.raises(guards.LostSceneError, match="the scene is empty in step 2"):
+    monkeypatch.setattr(recovery, "EMPTY", 0.9)
+    with pytest.raises(recovery.LostSceneError, match="the scene is empty in step 2"):
         train_sds.main(tiny(tmp_path / "run", probe_every=0, max_rollbacks=1))
     assert "rolled back to step 0" in capfd.readouterr().err
     # The bad state was never saved.
@@ -175,7 +175,7 @@ BAD = [
     ({"size": 62}, "multiples of"),
     ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
     ({"backdrops": ("whitish",)}, "names of colours"),
-    ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low lie below --t-high"),
+    ({"t_low": (0.5, 0.5), "t_high": (0.4, 0.4)}, "--t-low must not exceed --t-high"),
     ({"t_high": (1.2, 0.5)}, "--t-high must lie in"),
     ({"anneal": (0.5, 0.2)}, "--anneal must rise"),
     ({"guidance": (-1.0, 1.0)}, "--guidance must be at least 0"),
@@ -215,7 +215,7 @@ def test_what_would_fail_in_the_end_is_found_before_the_training(monkeypatch, tm
         with pytest.raises(ValueError, match="ffmpeg"):
             train_sds.main(tiny(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(views.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(scene.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"scorefield\[nerf\]"):
             train_sds.main(tiny(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ from torch import nn
 
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
-from sds.guards import (
+from sds.recovery import (
     EMPTY,
     FULL,
     LostSceneError,

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sds import scene as module
+from sds.cameras import CameraDistribution, orbit
 from sds.field import DenseGrid, Field, cone_blob
 from sds.scene import Scene, background_network, frequency_network, grid_scene, ray_weights
 from sds.shading import Shading
-from sds.views import CameraDistribution, orbit
 from toyworld.camera import FIELD_OF_VIEW, focal_length
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene
@@ -360,7 +360,7 @@ def test_the_scene_for_a_cpu_starts_as_a_ball_of_matter(monkeypatch):
     assert rendering.opacity[:, 0, 8, 8].min() > 0.99
     assert rendering.opacity[:, 0, [0, 0, 16, 16], [0, 16, 0, 16]].max() < 0.01
     assert 0.05 < rendering.opacity.mean() < 0.35
-    monkeypatch.setattr("sds.views.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sds.scene.importlib.util.find_spec", lambda name: None)
     for make in (grid_scene, lambda: background_network(generator=seeded())):
         with pytest.raises(ImportError, match=r"scorefield\[nerf\]"):
             make()

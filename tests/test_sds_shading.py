@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
+from sds.cameras import CameraDistribution
 from sds.shading import Shading, ShadingSchedule, random_background, shaded
-from sds.views import CameraDistribution
 
 close = torch.testing.assert_close
 

@@ -21,18 +21,14 @@ from scorefield.schedule import RectifiedFlow, Schedule, VariancePreserving
 from scorefield.times import constant
 from scorefield.training.checkpoint import save
 from scorefield.training.loop import train
+from sds.cameras import WORDS, CameraDistribution
 from sds.canvas import Canvas
-from sds.editing import DDS
-from sds.learning import SceneDistillation
-from sds.looks import Backdrop, CanvasLooks, Look, SceneLooks
-from sds.lora import CAMERA, low_rank_denoiser
-from sds.losses import csd, sds, vsd, x0_reconstruction
-from sds.regularisers import Penalties, distortion_loss, entropy_loss, opacity_loss, orientation_loss
-from sds.renders import averaged_gradient, distillation_loss, encoded
+from sds.losses import DDS, averaged_gradient, csd, distillation_loss, sds, vsd, x0_reconstruction
+from sds.penalties import Penalties, distortion_loss, entropy_loss, opacity_loss, orientation_loss
 from sds.scene import background_network, grid_scene
 from sds.shading import ShadingSchedule
-from sds.views import WORDS, CameraDistribution
-from sds.vsd import VSD
+from sds.training import Backdrop, CanvasSubject, Observation, SceneDistillation, SceneSubject, encoded
+from sds.vsd import CAMERA, VSD, low_rank_denoiser
 
 close = torch.testing.assert_close
 COLOURS = ((1.0, 1.0, 1.0), (-1.0, 0.0, 0.5))
@@ -74,32 +70,32 @@ def numbered(offset):
 WHITE = [Backdrop(numbered(0.0), COLOURS[0])]
 
 
-def make_looks(**changes):
+def make_subject(**changes):
     options = {
         "scene": small_scene(), "encode": lambda images: images, "size": (8, 8),
         "cameras": lambda step: [(AROUND, 4)], "resolution": lambda step: 8,
         "backdrops": [*WHITE, Backdrop(numbered(10.0), COLOURS[1])],
     }  # fmt: skip
-    return SceneLooks(**{**options, **changes})
+    return SceneSubject(**{**options, **changes})
 
 
-def test_a_look_is_that_of_its_step_and_rank():
-    looks = make_looks()
-    first, again = looks.look(Rng(0, 3)), looks.look(Rng(0, 3))
+def test_what_is_seen_is_that_of_its_step_and_rank():
+    subject = make_subject()
+    first, again = subject.observe(Rng(0, 3)), subject.observe(Rng(0, 3))
     close(first.x0, again.x0, rtol=0, atol=0)
     close(first.cond, again.cond)
     for other in (Rng(0, 4), Rng(1, 3)):
-        assert not torch.equal(first.x0, looks.look(other).x0)
-    two = make_looks(num_ranks=2)
-    assert not torch.equal(two.look(Rng(0, 3)).x0, two.look(Rng(0, 3, rank=1)).x0)
+        assert not torch.equal(first.x0, subject.observe(other).x0)
+    two = make_subject(num_ranks=2)
+    assert not torch.equal(two.observe(Rng(0, 3)).x0, two.observe(Rng(0, 3, rank=1)).x0)
     assert first.x0.requires_grad
 
 
 def test_every_view_has_the_words_of_its_backdrop_and_azimuth_and_stands_before_its_colour():
-    looks, seen = make_looks(scene=empty(small_scene())), set()
+    subject, seen = make_subject(scene=empty(small_scene())), set()
     for step in range(30):
-        look = looks.look(Rng(0, step))
-        for image, number in zip(look.x0, look.cond["prompt"][:, 0].tolist(), strict=True):
+        view = subject.observe(Rng(0, step))
+        for image, number in zip(view.x0, view.cond["prompt"][:, 0].tolist(), strict=True):
             backdrop, word = divmod(number, 10)
             close(image.mean((1, 2)), torch.tensor(COLOURS[int(backdrop)]), rtol=0, atol=1e-3)
             seen.add((backdrop, word))
@@ -108,32 +104,32 @@ def test_every_view_has_the_words_of_its_backdrop_and_azimuth_and_stands_before_
     views = AROUND.draw(8, seeded())
     off = views.azimuth.abs()
     expected = torch.where(off <= 45, 0.0, torch.where(off >= 135, 2.0, 1.0))
-    close(looks.conditions(views, torch.zeros(8, dtype=torch.long))["prompt"][:, 0], expected)
+    close(subject.conditions(views, torch.zeros(8, dtype=torch.long))["prompt"][:, 0], expected)
     assert WORDS[:3] == ("front", "side", "back")
 
 
 def test_cameras_of_several_distributions_make_one_batch_and_ranks_share_the_sectors():
     asked, above = [], still_cameras(elevation=(80.0, 90.0))
-    looks = make_looks(
+    subject = make_subject(
         cameras=lambda step: asked.append(step) or [(AROUND, 3), (above, 1)], num_ranks=2, backdrops=WHITE,
         tell_camera=True,
     )  # fmt: skip
     for rank in (0, 1):
-        cond = looks.look(Rng(0, 7, rank=rank)).cond
+        cond = subject.observe(Rng(0, 7, rank=rank)).cond
         assert cond["prompt"][3, 0] == 3, "overhead"
         views = AROUND.draw(3, Rng(0, 7, rank=rank)("views"), rank=rank, num_ranks=2)
         close(cond[CAMERA][:3], views.camera_to_world)
         assert ((views.azimuth + 180) / 60).floor().long().tolist() == [rank, rank + 2, rank + 4]
     assert asked == [7, 7]
-    assert CAMERA not in make_looks().look(Rng(0, 0)).cond
+    assert CAMERA not in make_subject().observe(Rng(0, 0)).cond
 
 
 def test_renders_have_the_resolution_of_the_step_and_the_teachers_proportions():
-    looks = make_looks(resolution=lambda step: 4 if step < 2 else 8, size=(8, 16))
+    subject = make_subject(resolution=lambda step: 4 if step < 2 else 8, size=(8, 16))
     views, chosen = AROUND.draw(2, seeded()), torch.zeros(2, dtype=torch.long)
-    assert looks.render(views, chosen, 1, None, None).rgb.shape == (2, 3, 4, 8)
-    assert looks.render(views, chosen, 2, None, None).rgb.shape == (2, 3, 8, 16)
-    assert looks.look(Rng(0, 0)).x0.shape == (4, 3, 8, 16)  # the teacher's size, whatever was rendered
+    assert subject.render(views, chosen, 1, None, None).rgb.shape == (2, 3, 4, 8)
+    assert subject.render(views, chosen, 2, None, None).rgb.shape == (2, 3, 8, 16)
+    assert subject.observe(Rng(0, 0)).x0.shape == (4, 3, 8, 16)  # the teacher's size, whatever was rendered
 
 
 def test_a_scene_stands_before_its_own_background_or_a_random_colour(generator):
@@ -142,23 +138,23 @@ def test_a_scene_stands_before_its_own_background_or_a_random_colour(generator):
         [Backdrop(numbered(0.0))],
     )
     own, coloured = (
-        make_looks(scene=scene, backdrops=plain, own_background=share).look(Rng(0, 0)).x0[0].flatten(1).std(1)
+        make_subject(scene=scene, backdrops=plain, own_background=share).observe(Rng(0, 0)).x0[0].flatten(1).std(1)
         for share in (1.0, 0.0)
     )
     assert own.min() > 0  # a network of directions
     assert coloured.max() < 1e-3
     with pytest.raises(ValueError, match="background of its own"):
-        make_looks(backdrops=plain).look(Rng(0, 0))
+        make_subject(backdrops=plain).observe(Rng(0, 0))
     for backdrops in ([], [Backdrop({}), Backdrop({})], [Backdrop({}), Backdrop({}, (0.0, 0.0, 0.0))]):
-        with pytest.raises(ValueError, match="all have a colour, or be one without"):
-            make_looks(backdrops=backdrops)
+        with pytest.raises(ValueError, match="all have a colour, or be a single one without"):
+            make_subject(backdrops=backdrops)
 
 
 def test_light_is_drawn_for_every_view_of_a_step():
     scene, schedule = small_scene(), ShadingSchedule(albedo_until=5, lit=1.0, textureless=0.0)
-    plain, lit = make_looks(scene=scene), make_looks(scene=scene, shading=schedule.draw)
-    close(plain.look(Rng(0, 4)).x0, lit.look(Rng(0, 4)).x0)
-    assert (plain.look(Rng(0, 5)).x0 - lit.look(Rng(0, 5)).x0).abs().max() > 0.05
+    plain, lit = make_subject(scene=scene), make_subject(scene=scene, shading=schedule.draw)
+    close(plain.observe(Rng(0, 4)).x0, lit.observe(Rng(0, 4)).x0)
+    assert (plain.observe(Rng(0, 5)).x0 - lit.observe(Rng(0, 5)).x0).abs().max() > 0.05
 
 
 def test_penalties_are_the_weighted_means_of_their_views(generator):
@@ -183,11 +179,11 @@ def test_penalties_are_the_weighted_means_of_their_views(generator):
 
 def test_the_orientation_penalty_of_a_step_teaches_geometry():
     """Its weights are constants: without normals that have a gradient, as nerfstudio's, nothing would move."""
-    looks = make_looks(penalties=lambda step: Penalties(orientation=float(step)))
-    assert looks.look(Rng(0, 0)).penalty == 0
-    look = looks.look(Rng(0, 1))
-    assert look.penalty > 0
-    gradients = torch.autograd.grad(look.penalty, list(looks.scene.parameters()))
+    subject = make_subject(penalties=lambda step: Penalties(orientation=float(step)))
+    assert subject.observe(Rng(0, 0)).penalty == 0
+    seen = subject.observe(Rng(0, 1))
+    assert seen.penalty > 0
+    gradients = torch.autograd.grad(seen.penalty, list(subject.scene.parameters()))
     assert all(gradient[:, 0].abs().max() > 0 for gradient in gradients)
     assert not any(gradient[:, 1:].any() for gradient in gradients)
 
@@ -293,7 +289,7 @@ def teacher(folder):
 
 def scene_of(teacher, scene=None, **settings):
     backdrops = [Backdrop(teacher.prompts(list(WORDS)), colour) for colour in settings.pop("colours", COLOURS[:1])]
-    return make_looks(
+    return make_subject(
         scene=scene or small_scene(), encode=teacher.encode, size=teacher.size, backdrops=backdrops,
         cameras=lambda step: [(CameraDistribution(), 2)], **settings,
     )  # fmt: skip
@@ -346,7 +342,7 @@ def test_the_encoder_is_shown_renders_from_minus_one_to_one(teacher):
     seen = []
     teacher.codec.vae.encoder.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     for colour in (-1.0, 1.0):
-        scene_of(teacher, empty(small_scene()), colours=((colour,) * 3,)).look(Rng(0, 0))
+        scene_of(teacher, empty(small_scene()), colours=((colour,) * 3,)).observe(Rng(0, 0))
         close(seen[-1], torch.full((2, 3, *teacher.size), colour))
 
 
@@ -403,8 +399,8 @@ def canvas(generator):
 
 
 def make_task(canvas, teacher, **changes):
-    looks = CanvasLooks(canvas=canvas, conditions={"prompt": torch.tensor([[0.5]], dtype=torch.float64)})
-    return SceneDistillation(**{"subject": looks, "method": lambda step: sds(teacher), **changes})
+    subject = CanvasSubject(canvas=canvas, conditions={"prompt": torch.tensor([[0.5]], dtype=torch.float64)})
+    return SceneDistillation(**{"subject": subject, "method": lambda step: sds(teacher), **changes})
 
 
 def test_the_loss_of_a_step_pulls_by_the_closed_form_over_the_batch_with_its_penalty_added(canvas):
@@ -418,10 +414,10 @@ def test_the_loss_of_a_step_pulls_by_the_closed_form_over_the_batch_with_its_pen
     close(canvas.pixels.grad, factor * (canvas.pixels.detach() - 0.5) / 3, rtol=1e-6, atol=0)
     assert asked == [11]
 
-    class Tidy(CanvasLooks):
-        def look(self, rng):
-            look = super().look(rng)
-            return Look(look.x0, look.cond, 2 * look.x0.square().sum(), {"opacity": torch.tensor(0.25)})
+    class Tidy(CanvasSubject):
+        def observe(self, rng):
+            seen = super().observe(rng)
+            return Observation(seen.x0, seen.cond, 2 * seen.x0.square().sum(), {"opacity": torch.tensor(0.25)})
 
     tidy = make_task(canvas, None, subject=Tidy(**vars(task.subject)), method=task.method)
     values = tidy.loss(tidy.rollout({}, ("scene",), rng), rng)
@@ -431,13 +427,13 @@ def test_the_loss_of_a_step_pulls_by_the_closed_form_over_the_batch_with_its_pen
 
 
 def test_the_scene_is_rendered_once_for_all_draws_of_a_step(canvas):
-    teacher, looks = Point(VP), []
+    teacher, renders = Point(VP), []
     task = make_task(canvas, teacher, num_draws=4)
-    canvas.register_forward_hook(lambda *_: looks.append(1))
+    canvas.register_forward_hook(lambda *_: renders.append(1))
     optimizer = torch.optim.SGD(canvas.parameters(), lr=0.1)
     for _ in train(task.phases(optimizer), task.batches, Accelerator(cpu=True), rollout=task.rollout, steps=2):
         pass
-    assert looks == [1, 1]
+    assert renders == [1, 1]
     assert teacher.calls == [12, 12]
 
 
@@ -457,8 +453,8 @@ def test_phi_learns_from_the_renders_of_the_scenes_step_and_only_vsd_has_one(can
     teacher_net, phi_net = freeze(Net()), Net()
     teacher = NetworkDenoiser(teacher_net, VP, "x0")
     method = VSD(teacher=teacher, phi=NetworkDenoiser(phi_net, VP, "x0"))
-    looks = CanvasLooks(canvas=canvas, conditions={"prompt": torch.zeros(1, 1)})
-    task = SceneDistillation(subject=looks, method=lambda step: method)
+    subject = CanvasSubject(canvas=canvas, conditions={"prompt": torch.zeros(1, 1)})
+    task = SceneDistillation(subject=subject, method=lambda step: method)
     scene, phi = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (canvas, phi_net))
     phases = task.phases(scene, phi=phi)
     assert [phase.name for phase in phases] == ["scene", "phi"]
@@ -469,7 +465,7 @@ def test_phi_learns_from_the_renders_of_the_scenes_step_and_only_vsd_has_one(can
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, False, True]
     assert set(phases[0].networks()) | set(phases[1].networks()) == {"scene", "phi"}
     for wrong, given in ((task, None), (make_task(canvas, teacher), phi)):
-        with pytest.raises(ValueError, match="VSD, and no other loss"):
+        with pytest.raises(ValueError, match="VSD needs an optimizer for its phi"):
             wrong.phases(scene, phi=given)
 
 

@@ -16,10 +16,8 @@ from scorefield.times import constant, uniform
 from scorefield.training.checkpoint import load, save
 from scorefield.training.loop import Phase, train
 from sds.canvas import Canvas
-from sds.lora import low_rank_denoiser
-from sds.losses import unit, vsd
-from sds.renders import distillation_loss
-from sds.vsd import VSD
+from sds.losses import distillation_loss, unit, vsd
+from sds.vsd import VSD, low_rank_denoiser
 
 B = 6
 NULL = {"class_labels": torch.tensor([2])}

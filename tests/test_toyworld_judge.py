@@ -141,7 +141,7 @@ def test_training_is_deterministic_and_measures_what_is_stored(tmp_path):
 
 def test_the_script_writes_a_judge(tmp_path, capsys):
     folder = script.main(script.Config(out=tmp_path / "judge", device="cpu", **TINIEST))
-    assert "right about 12 renders" in capsys.readouterr().out
+    assert "accuracy on 12 held-out renders" in capsys.readouterr().out
     assert json.loads((folder / "judge.json").read_text())["steps"] == 3
     assert load_judge(folder).facts.num_held_out == 12
     with pytest.raises(ValueError, match="--steps must be above 0"):
@@ -149,15 +149,15 @@ def test_the_script_writes_a_judge(tmp_path, capsys):
 
 
 def test_what_is_no_judge_is_refused(shipped, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no judge of train_judge\.py"):
+    with pytest.raises(ValueError, match=r"holds no judge that train_judge\.py wrote"):
         load_judge(tmp_path)
     folder = save_judge(shipped, tmp_path / "judge")
     description = (folder / "judge.json").read_text()
     for broken in (description.replace(module.FORMAT, "other"), description.replace('"seed": 0,', ""), "[]"):
         (folder / "judge.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"holds no judge of train_judge\.py"):
+        with pytest.raises(ValueError, match=r"holds no judge that train_judge\.py wrote"):
             load_judge(folder)
-    with pytest.raises(ValueError, match="only a judge with facts is saved"):
+    with pytest.raises(ValueError, match="the judge has no facts"):
         save_judge(Judge(), tmp_path / "untrained")
     with pytest.raises(ValueError, match=r"the judge sees pictures \(b, 3, 64, 64\); got \(1, 3, 32, 32\)"):
         shipped(torch.zeros(1, 3, 32, 32))

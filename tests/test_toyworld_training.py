@@ -121,7 +121,7 @@ def test_what_is_saved_is_the_average_which_the_same_command_finds_done(trained,
         train_toyworld.main(train_toyworld.Config(out=trained.parent, **SMALL, learning_rate=5e-4))
     assert capsys.readouterr().out.count("resumed from step 2") == 1, "the autoencoder stays"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
+    with pytest.raises(ValueError, match="a single process"):
         train_toyworld.main(train_toyworld.Config(out=tmp_path / "x", **SMALL))
     assert not (tmp_path / "x").exists()
 

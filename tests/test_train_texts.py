@@ -583,5 +583,5 @@ def test_students_are_measured_beside_their_teacher(students, tmp_path):
     assert figures[str(students[0])]["frechet_distance"] != figures[str(students[1])]["frechet_distance"]
     with Image.open(tmp_path / "figures" / "contact_sheet.png") as sheet:
         assert sheet.size[1] >= 3 * 64
-    with refused(r"is no folder that .*distill.* wrote"):
+    with refused(r"is not a folder that .*distill.* wrote"):
         evaluate_students.main(replace(config, students=(tmp_path,)))

@@ -1,17 +1,18 @@
-"""A rendered world of nine solids with captions, so that teachers, scenes and judges mean something offline.
+"""A rendered world of nine solids with captions, so that teachers, scenes and judges can be tested offline.
 
 Conventions:
 
-- The world has z up, and the front of a solid points to +x; azimuth 0 looks at it, azimuth 90 from +y. Degrees.
-- ``camera_to_world`` is nerfstudio's and OpenGL's: x right, y up, z backwards.
-- Pictures are in [-1, 1], (b, 3, h, w), in display values; ``toyworld.render`` states how they are lit.
+- In the world z is up, and the front of a solid faces +x. A camera at azimuth 0 sees the front, one at azimuth 90
+stands on +y. Angles are in degrees.
+- ``camera_to_world`` follows nerfstudio and OpenGL: x right, y up, z backwards.
+- Pictures are (b, 3, h, w) in [-1, 1], in display values; :mod:`toyworld.render` says how they are lit.
 """
 
 from pathlib import Path
 
 
 def pipeline_folder() -> Path:
-    """The trained text-to-image pipeline that ships: a ``StableDiffusionPipeline`` of diffusers, 64 x 64 pixels.
+    """Return the folder of the shipped text-to-image pipeline, diffusers' ``StableDiffusionPipeline``, 64 x 64.
 
         StableDiffusionPipeline.from_pretrained(pipeline_folder())
         scorefield.models.teacher.load_teacher("toyworld")

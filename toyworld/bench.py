@@ -1,4 +1,4 @@
-"""What the judge of the toy world says of pictures, beside renders that nothing was trained on."""
+"""Figures of generated toy-world pictures: answers of the judge, and distances to renders never trained on."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ from toyworld.judge import Judge, accuracies, as_pictures, load_judge
 from toyworld.renders import rendered
 
 SIZE = (64, 64)
-"""Height and width that the judge sees."""
+"""Height and width of the judge's input."""
 
 NUM_RENDERS = 2000
-"""Renders that a training compares its student's pictures with."""
+"""Renders with which a training compares its student's pictures."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Captions to draw, and what their pictures are compared with.
+    """Captions to draw, and the judge and reference features that their pictures are measured with.
 
     Attributes:
-        judge: of the toy world.
-        attributes: of held-out scenes, one per picture.
-        reference: features of renders of other held-out scenes.
+        judge: The toy world's judge.
+        attributes: Attributes of held-out scenes, one per picture.
+        reference: Features of renders of other held-out scenes.
     """
 
     judge: Judge
@@ -45,7 +45,7 @@ class Bench:
         return [caption(one) for one in self.attributes]
 
     def figures(self, pictures: Tensor) -> dict[str, float]:
-        """Fréchet distance, KID and the shares of right answers for pictures (n, 3, 64, 64) in [-1, 1]."""
+        """Return Fréchet distance, KID and the shares of right answers for pictures (n, 3, 64, 64) in [-1, 1]."""
         features = extract_features(self.judge.features, pictures)
         right = accuracies(self.judge, pictures, self.attributes)
         return {
@@ -55,7 +55,7 @@ class Bench:
 
 
 def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
-    """Return the scenes that ``scorefield toyworld evaluate`` asks for; renders are kept in the cache."""
+    """Return the bench of ``scorefield toyworld evaluate``. Its renders are kept in the cache."""
     attributes = [describe(scene) for scene in draw_scenes(range(HELD_OUT, HELD_OUT + num_prompts), seed)]
     folder, first = default_cache_folder().parent / "toyworld", 2 * HELD_OUT
     starts = range(first, first + num_renders, 1000)
@@ -66,15 +66,16 @@ def make_bench(num_prompts: int, num_renders: int, seed: int) -> Bench:
 
 
 def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int], Mapping[str, float]]:
-    """The bench's figures every ``--eval-every`` steps and at the end, of a student of the toy world.
+    """Return a function that measures a student of the toy world every ``--eval-every`` steps and at the last.
 
-    Scenes are those of seed 1: ``scorefield toyworld students``, which reports at last, measures on others.
+    It takes a step and returns its figures; between those steps there are none. Its scenes have seed 1.
+    ``scorefield toyworld students``, which makes the final report, measures on others.
     """
     if not config.eval_every or not is_first_rank():
         return lambda step: {}
     bench = make_bench(config.eval_images, NUM_RENDERS, seed=1)
     device = source.device
-    # The prompts are new to a teacher whose text encoders are gone, so it is loaded again for a moment.
+    # The text encoders have been dropped, so the teacher is loaded again to encode these prompts.
     cond = {name: value.to(device) for name, value in encoded(config, bench.prompts).items()}
 
     def watch(step: int) -> dict[str, float]:
@@ -87,7 +88,7 @@ def text_watch(config: Any, student: Student, source: Teacher) -> Callable[[int]
 
 
 def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-    """Conditions of prompts of the toy world's pipeline."""
+    """Return the conditions of prompts, encoded by the text encoder of ``--teacher``."""
     teacher = load_teacher(
         config.teacher, size=config.size or None, allow_pickle=config.allow_pickle,
         variant=config.variant or None,
@@ -99,7 +100,7 @@ def encoded(config: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
 def draw_pictures(
     student: Student, source: Teacher, cond: Mapping[str, Tensor], number: int, batch_size: int = 50
 ) -> Tensor:
-    """Pictures (n, 3, h, w) in [-1, 1], each from noise of its own, on the CPU."""
+    """Return pictures (n, 3, h, w) in [-1, 1] on the CPU, each from noise of its own."""
     made = []
     for part in torch.arange(number).split(batch_size):
         generators = [derived_generator(1, "picture", int(row)) for row in part]

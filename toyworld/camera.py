@@ -1,9 +1,9 @@
-"""Cameras on a sphere round the origin, their rays, and the words for where they look from.
+"""Cameras on a sphere around the origin, their rays, and the view words for their positions.
 
-The world has z up. ``camera_to_world`` (3, 4) is nerfstudio's and OpenGL's: its columns are the camera's x axis
+In the world z is up. ``camera_to_world`` (3, 4) follows nerfstudio and OpenGL: its columns are the camera's x axis
 (right), y axis (up), z axis (backwards: the camera looks along -z) and position. All angles are in degrees.
 
-Azimuth 0 is on +x, where the front of every solid points, and grows counter-clockwise seen from above: azimuth 90
+Azimuth 0 is on +x, where the front of every solid faces, and grows counter-clockwise seen from above: azimuth 90
 is on +y. Elevation 90 is straight above.
 """
 
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 FIELD_OF_VIEW = 40.0
-"""Vertical, of every picture of this world."""
+"""Vertical field of view of every picture of this world."""
 
 VIEWS = ("front", "side", "back", "overhead")
-"""Words of text-to-3D's view-dependent prompts."""
+"""View words, as in the view-dependent prompts of text-to-3D."""
 
 OVERHEAD_ABOVE = 60.0
-"""Views from above this elevation are called overhead, whatever the azimuth (DreamFusion, arXiv 2209.14988)."""
+"""Views above this elevation are overhead, whatever their azimuth (DreamFusion, arXiv 2209.14988)."""
 
 FRONT_WITHIN = 45.0
-"""Azimuths at most this far from 0 are the front, from 180 the back, all others a side."""
+"""Azimuths at most this far from 0 are the front, from 180 the back; all others are a side."""
 
 
 def view_word(azimuth: float, elevation: float) -> str:
-    """What a camera there is said to see: one of ``VIEWS``."""
+    """Return the view word, one of ``VIEWS``, for a camera at this azimuth and elevation."""
     if elevation > OVERHEAD_ABOVE:
         return "overhead"
     from_front = abs((azimuth + 180) % 360 - 180)
@@ -36,11 +36,12 @@ def view_word(azimuth: float, elevation: float) -> str:
 
 
 def orbit(azimuth: float, elevation: float, distance: float) -> Tensor:
-    """``camera_to_world`` (3, 4), float64, of a camera at ``distance`` from the origin, which it looks at.
+    """Return ``camera_to_world`` (3, 4), float64, of a camera ``distance`` away from the origin, facing it.
 
-    The right axis is always horizontal, so straight above is no special case: there, up is where -x was in front.
+    The right axis is always horizontal, so straight above is no special case: at azimuth 0, the up axis is -x
+    there.
     """
-    # Python's functions, because torch's round the last digit differently in the middle and at the end of a batch.
+    # Python's functions: torch's may round the last digit differently at another place in a batch.
     sin_a, cos_a = math.sin(math.radians(azimuth)), math.cos(math.radians(azimuth))
     sin_e, cos_e = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
     back = (cos_e * cos_a, cos_e * sin_a, sin_e)
@@ -51,19 +52,22 @@ def orbit(azimuth: float, elevation: float, distance: float) -> Tensor:
 
 
 def focal_length(size: int, field_of_view: float = FIELD_OF_VIEW) -> float:
-    """Focal length in pixels of square pictures ``size`` high; the principal point is at ``size / 2``."""
+    """Return the focal length in pixels of pictures of ``size`` x ``size`` square pixels.
+
+    The principal point is at ``size / 2``.
+    """
     return size / 2 / math.tan(math.radians(field_of_view) / 2)
 
 
 def ray_directions(camera_to_world: Tensor, column: Tensor, row: Tensor, focal: float, size: int) -> Tensor:
-    """Unit directions (3, n) in the world of rays through points of the picture.
+    """Return unit directions (3, n), in the world, of rays through points of the picture.
 
     Args:
         camera_to_world: (n, 3, 4), or (1, 3, 4) for one camera.
         column: (n,) in pixels from the left edge; the centre of the first pixel is at 0.5.
         row: (n,) in pixels from the upper edge.
-        focal: length in pixels.
-        size: height and width in pixels.
+        focal: Focal length in pixels.
+        size: Height and width in pixels.
     """
     x, y = (column - size / 2) / focal, (size / 2 - row) / focal
     # Term by term: a matrix product may round differently for another number of rays.

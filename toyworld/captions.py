@@ -1,6 +1,6 @@
-"""Captions of scenes: "a red mug on a white background, side view", and back.
+"""Captions of scenes, such as "a red mug on a white background, side view", and their parser.
 
-The grammar, whose view and background may be left out::
+The grammar, in which background and view may be left out::
 
     caption := article colour shape [" on a " background " background"] [", " view " view"]
     article := "a", or "an" before a vowel
@@ -17,18 +17,20 @@ WORDS = (
     *("a", "an", "on", "background", "view", ","),
     *(word.lower() for name in (*COLOURS, *BACKGROUNDS, *VIEWS, *SHAPES) for word in name.split()),
 )
-"""Every word and mark of the captions, in lower case, which is all that tokenizers see."""
+"""Every word and punctuation mark of the captions, in lower case, since tokenizers see only that."""
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says.
+    """Attributes that a caption states.
 
     Attributes:
-        shape: one of ``SHAPES``.
-        colour: one of ``COLOURS``.
-        background: one of ``BACKGROUNDS``, or None where nothing is said about it.
-        view: one of ``VIEWS``, or None.
+        shape: One of ``SHAPES``.
+        colour: One of ``COLOURS``.
+        background: One of ``BACKGROUNDS``, or None if the caption does not state it.
+        view: One of ``VIEWS``, or None likewise.
+
+    Raises ``ValueError`` for other words.
     """
 
     shape: str
@@ -46,12 +48,12 @@ class Attributes:
 
 
 def describe(scene: Scene) -> Attributes:
-    """All that a caption can say about a scene."""
+    """Return all attributes that a caption can state about a scene."""
     return Attributes(scene.shape, scene.colour, scene.background, view_word(scene.azimuth, scene.elevation))
 
 
 def caption(attributes: Attributes) -> str:
-    """The caption of these attributes; :func:`parse` gives them back."""
+    """Return the caption with these attributes; :func:`parse` is its inverse."""
     article = "an" if attributes.colour[0] in "aeiou" else "a"
     background = f" on a {attributes.background} background" if attributes.background else ""
     view = f", {attributes.view} view" if attributes.view else ""
@@ -59,16 +61,16 @@ def caption(attributes: Attributes) -> str:
 
 
 def parse(text: str) -> Attributes:
-    """The attributes of a caption, in any case of letters, with either article.
+    """Return the attributes of a caption. The case of letters does not matter, nor which article is used.
 
-    Raises ``ValueError`` for what is no caption.
+    Raises ``ValueError`` if ``text`` is not a caption.
     """
     found = _CAPTION.fullmatch(" ".join(text.split()))
     if not found:
         raise ValueError(
-            f"no caption of the toy world: {text!r}. Expected, for example, 'a red mug on a white background, "
-            f"side view', with or without background and view; colours: {', '.join(COLOURS)}; shapes: "
-            f"{', '.join(SHAPES)}; backgrounds: {', '.join(BACKGROUNDS)}; views: {', '.join(VIEWS)}."
+            f"{text!r} is not a caption of the toy world. Write one such as 'a red mug on a white background, "
+            f"side view'; background and view may be left out. Colours: {', '.join(COLOURS)}. Shapes: "
+            f"{', '.join(SHAPES)}. Backgrounds: {', '.join(BACKGROUNDS)}. Views: {', '.join(VIEWS)}."
         )
     words = {name: word.lower() if word else None for name, word in found.groupdict().items()}
     shape = next(shape for shape in SHAPES if shape.lower() == words["shape"])

@@ -1,4 +1,4 @@
-"""The painter of circles: a small model of pixels that draws what captions of ``controlnet.circles`` say."""
+"""A small pixel-space model, the painter, that draws the circles of ``controlnet.circles`` from their captions."""
 
 import json
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from scorefield.models.pretrained import PartReader
 from scorefield.models.teacher import Teacher
 
 FACTS = "circles.json"
-"""The file by which a folder is known as one of train_circles.py."""
+"""File that marks a folder as written by train_circles.py."""
 
 PATCHES = Patches(2)
 
 PALETTE = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "black")
-"""Colours of the small circles: the corners of the cube, which nobody confuses."""
+"""Colours of the small circles: the corners of the colour cube, which cannot be confused."""
 
 
 def make_circles_unet(size: int) -> UNet2DConditionModel:
-    """A small network of v for pictures of ``size`` pixels in patches, told two colours."""
+    """Return a small v-prediction network for patches of ``size`` pixel pictures, conditioned on two colours."""
     channels = 3 * PATCHES.factor**2
     return UNet2DConditionModel(
         sample_size=size // PATCHES.factor, in_channels=channels, out_channels=channels,
@@ -40,7 +40,7 @@ def make_circles_unet(size: int) -> UNet2DConditionModel:
 
 
 def encode_captions(captions: Sequence[str]) -> Cond:
-    """Captions such as "red circle with blue background" as two tokens of one colour each; zeros for none.
+    """Return captions such as "red circle with blue background" as two tokens, one per colour; zeros if empty.
 
     Raises ``ValueError`` for any other caption.
     """
@@ -57,14 +57,14 @@ def encode_captions(captions: Sequence[str]) -> Cond:
 
 
 def painter(network: nn.Module, size: int, source: Path | None = None) -> Teacher:
-    """The network as a teacher, on Stable Diffusion's noise levels."""
+    """Return the network as a teacher, on Stable Diffusion's noise levels."""
     denoiser, side = NetworkDenoiser(network, VariancePreserving.scaled_linear(), "v"), size // PATCHES.factor
     shape = (3 * PATCHES.factor**2, side, side)
     return Teacher(denoiser, shape, codec=PATCHES, texts=encode_captions, source=source)
 
 
 def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
-    """Write the painter of circles; :func:`load_circles` reads it."""
+    """Write the painter into a folder that :func:`load_circles` reads."""
     with whole_folder(folder) as temporary:
         unet.save_pretrained(temporary, safe_serialization=True)
         (temporary / FACTS).write_text(json.dumps({"size": size}))
@@ -73,11 +73,12 @@ def save_circles(folder: Path, unet: Any, size: int, card: str) -> Path:
 
 
 def load_circles(folder: Path) -> Teacher:
-    """A folder of :func:`save_circles`. Raises ``ValueError`` for one that is damaged."""
+    """Return the painter in a folder of :func:`save_circles`. Raises ``ValueError`` for a damaged folder."""
     unet = PartReader(torch.float32, torch.device("cpu")).read(UNet2DConditionModel, folder)
     size = read_json(folder / FACTS).get("size")
     if not isinstance(size, int) or not 0 < size < 2**16 or size % PATCHES.factor:
         raise ValueError(
-            f"{folder / FACTS}: size must be the pixels of a side; got {str(size)[:40]}. Was it edited?"
+            f"{folder / FACTS}: size must be the width of the pictures in pixels, a multiple of {PATCHES.factor}; "
+            f"got {str(size)[:40]}. If the file was edited, restore it."
         )
     return painter(DiffusersNetwork(unet), size, folder)

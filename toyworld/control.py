@@ -1,4 +1,4 @@
-"""Samples for ControlNets whose truth is known: solids of the toy world, and the circles of fill50k."""
+"""Data with known ground truth for ControlNets: solids of the toy world, and the circles of fill50k."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ class ToyWorld:
     """Rendered solids as ``controlnet.samples.Samples``; see :func:`render_world`.
 
     Attributes:
-        scenes: what the pictures show; see :func:`choose_scenes`.
-        pictures: image and maps by name, (n, c, 64, 64) of bytes.
+        scenes: The rendered scenes; see :func:`choose_scenes`.
+        pictures: Image and maps by name, (n, c, 64, 64) bytes.
     """
 
     scenes: Sequence[Scene]
@@ -43,23 +43,23 @@ class ToyWorld:
         return len(self.scenes)
 
     def caption(self, index: int) -> str:
-        """The prompt."""
+        """Return the prompt of a sample."""
         return toyworld.captions_of([self.scenes[index]])[0]
 
     def identity(self, index: int) -> str:
-        """Hash of the picture."""
+        """Return the hash of a sample's picture."""
         return content_key(self.pictures["image"][index])
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Picture and maps of a sample."""
+        """Return the picture and the maps of a sample."""
         return {name: part[index] for name, part in self.pictures.items()}
 
 
 def solids(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
-    """Return rendered solids, 64 x 64, and what is known about them.
+    """Return rendered solids, 64 x 64 pixels, with their ground truth.
 
     Raises:
-        ValueError: another size, or a hint that they do not hold.
+        ValueError: The size is another, or the samples have no such hint.
     """
     check_source(hint, ToyWorld.kinds)
     if size != (64, 64):
@@ -69,7 +69,7 @@ def solids(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: in
 
 
 def known_solids(training: ToyWorld, held_out: ToyWorld) -> Made:
-    """Return samples with their judges."""
+    """Return samples with the functions that score images against them."""
 
     def shown(images: Tensor, indices: Sequence[int]) -> Mapping[str, float]:
         captions = [parse(held_out.caption(index)) for index in indices]
@@ -77,16 +77,16 @@ def known_solids(training: ToyWorld, held_out: ToyWorld) -> Made:
 
     return Made(
         training=training, held_out=held_out, truth=lambda indices: {}, accuracies=shown,
-        # A mask does not say how the surface inside it lies.
+        # A mask says nothing about the surface inside it.
         judge=lambda source: judge_silhouettes if source == "mask" else judge_solids,
     )  # fmt: skip
 
 
 def circles(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: int) -> Made:
-    """Return circles in the colours of the painter, and which colour each has.
+    """Return circles in the painter's colours, with the colour of each.
 
     Raises:
-        ValueError: a hint that they do not hold.
+        ValueError: The samples have no such hint.
     """
     check_source(hint, Circles.kinds)
     training = Circles(size[0], num_samples, colours=PALETTE, distinct=True)
@@ -102,7 +102,10 @@ def circles(hint: Hint, size: tuple[int, int], num_samples: int, num_held_out: i
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether no adapter learns what the scene's caption says: one solid of nine of each colour and ground."""
+    """Return whether a scene's combination is held out: one solid in nine for each colour and background.
+
+    Adapters are not trained on the captions of such scenes.
+    """
     solid, colour, ground = (
         list(words).index(word)
         for words, word in ((SHAPES, scene.shape), (COLOURS, scene.colour), (BACKGROUNDS, scene.background))
@@ -111,13 +114,16 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def choose_scenes(num_samples: int, *, held_out: bool) -> list[Scene]:
-    """Scenes to learn from, or to judge by: they share neither pictures nor what captions say beside the view."""
+    """Return scenes for training, or held-out ones.
+
+    The two sets share no pictures, and no combination of shape, colour and background.
+    """
     drawn = map(toyworld.draw_scene, itertools.count(toyworld.HELD_OUT if held_out else 0))
     return list(itertools.islice((scene for scene in drawn if is_held_out(scene) == held_out), num_samples))
 
 
 def render_world(scenes: Sequence[Scene]) -> ToyWorld:
-    """Scenes with their pictures: a minute for 5,000, and 40 kB each."""
+    """Return scenes with their pictures. 5,000 take a minute, and 40 kB each."""
     parts = []
     for first in progress(range(0, len(scenes), 100), "renders, in hundreds"):
         rendering = render(scenes[first : first + 100])
@@ -127,9 +133,9 @@ def render_world(scenes: Sequence[Scene]) -> ToyWorld:
 
 
 def judge_silhouettes(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of one object on a plain ground: does it cover what it should, and has a circle its colour?
+    """Return scores of images of one object on a plain background: does its silhouette fit, and a circle's colour?
 
-    What the hint says beyond the silhouette is not judged; see :func:`judge_solids`.
+    Whatever else the hint says about the object is not scored here; see :func:`judge_solids`.
     """
     made = silhouettes(images)
     wanted = probe.truth["mask"].to(made.device)
@@ -142,10 +148,11 @@ def judge_silhouettes(images: Tensor, probe: Probe) -> dict[str, Tensor]:
 
 
 def judge_solids(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of a solid in the toy world's light: its silhouette, and "shading", which shows how its surface lies.
+    """Return the scores of a solid's silhouette, and "shading", which shows how its surface is oriented.
 
-    Within the true silhouette, brightness is compared with the true image's; an adapter that obeys the silhouette
-    alone, and fills it flatly or by another solid's surface, does not reach it.
+    Within the true silhouette, brightness is compared with the true image's. An adapter that follows only the
+    silhouette, and fills it with a flat colour or with another solid's surface, does not reach the true image's
+    score.
     """
     mask = probe.truth["mask"].to(images.device)
     made, wanted = (brightness(some.to(images.device)) for some in (images, probe.images))
@@ -153,10 +160,10 @@ def judge_solids(images: Tensor, probe: Probe) -> dict[str, Tensor]:
 
 
 def silhouettes(images: Tensor, least: float = 0.1) -> Tensor:
-    """(b, 1, h, w): 1 where an image in [-1, 1] differs from its ground, the median colour of its corners.
+    """Return (b, 1, h, w): 1 where an image in [-1, 1] differs from its background, the median of its corners.
 
-    A pixel differs if it is nearer to the largest difference of the image than to none; smaller ones than
-    ``least``, of a range of 1, are noise. A circle of ``controlnet.circles`` covers one corner at most.
+    A pixel differs if its colour distance is above half of the largest distance in the image. Distances up to
+    ``least``, in a range of 1, are noise. A circle of ``controlnet.circles`` covers at most one corner.
     """
     pixels = (images.clamp(-1, 1).float() + 1) / 2
     corners = torch.stack(_corners(pixels))
@@ -172,7 +179,7 @@ def _corners(pixels: Tensor, side: int = 2) -> list[Tensor]:
 
 
 def nearest_colour(images: Tensor, mask: Tensor) -> Tensor:
-    """(b,) number in ``PALETTE`` of the mean colour within a mask (b, 1, h, w); -1 where that is empty."""
+    """Return (b,) the number in ``PALETTE`` of the mean colour within a mask (b, 1, h, w); -1 if it is empty."""
     area = mask.flatten(1).sum(1)
     mean = (images.clamp(-1, 1).float() * mask).flatten(2).sum(2) / area.clamp(min=1)[:, None]
     nearest = torch.cdist(mean, colour_values(PALETTE).to(mean)).argmin(1)

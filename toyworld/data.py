@@ -1,8 +1,8 @@
-"""An endless data set of the toy world: a seed and an index determine a scene, on every machine.
+"""The toy world as an endless data set: a seed and an index determine the same scene on every machine.
 
-Shapes, colours, backgrounds and views are drawn uniformly and independently; within a view, the camera keeps
-``MARGIN`` degrees of azimuth away from where another word begins, and of elevation as ``ELEVATIONS`` say: a
-caption then never names one of two views between which nobody could decide.
+Shapes, colours, backgrounds and views are drawn uniformly and independently. Cameras stay ``MARGIN`` degrees of
+azimuth away from where the view word changes, and within ``ELEVATIONS``, so that no picture lies between two view
+words.
 """
 
 import json
@@ -23,29 +23,29 @@ from toyworld.render import Rendering, render
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 MARGIN = 10.0
-"""Degrees between the azimuths that are drawn and those at which the word for the view changes."""
+"""Smallest distance, in degrees, between a camera's azimuth and those at which the view word changes."""
 
 ELEVATIONS = {"overhead": (65.0, 90.0), "other": (15.0, 45.0)}
-"""Range in degrees, uniform; the word changes at 60."""
+"""Ranges of elevation in degrees, uniform; the view word changes at 60."""
 
 DISTANCES = (2.6, 3.1)
-"""Range of the camera's distance from the origin, uniform; every solid is then wholly in the picture."""
+"""Range of the camera's distance from the origin, uniform. Every solid is then entirely in the picture."""
 
 OFFSET = 0.1
-"""Largest coordinate of a solid's position; uniform in that cube."""
+"""Largest absolute coordinate of a solid's position, which is uniform in that cube."""
 
 NEAREST, FARTHEST = 1.6, 4.1
-"""Depths shown in hint images as white and black."""
+"""Depths that hint images show as white and black."""
 
 
 HELD_OUT = 10**9
-"""Samples of this index and above are for tests: nothing is trained on them."""
+"""Samples from this index on are for tests: nothing is trained on them."""
 
 
 def draw_scene(index: int, seed: int = 0) -> Scene:
-    """Scene number ``index`` of the data set ``seed``, both whole numbers from 0, of any integer type.
+    """Return scene number ``index`` of the data set ``seed``.
 
-    Raises ``ValueError`` below 0, ``TypeError`` for what is no whole number.
+    Raises ``ValueError`` for an index or seed below 0, ``TypeError`` for one that is not an integer.
     """
     index, seed = operator.index(index), operator.index(seed)
     if index < 0 or seed < 0:
@@ -69,7 +69,7 @@ def draw_scene(index: int, seed: int = 0) -> Scene:
 
 
 def draw_azimuth(view: str, generator: Generator) -> float:
-    """Azimuth in [-180, 180) of a camera that sees this view, ``MARGIN`` away from where another one begins."""
+    """Return an azimuth in [-180, 180) of this view, at least ``MARGIN`` away from where another view begins."""
     if view == "overhead":
         return 360 * _uniform(generator) - 180
     centre = {"front": 0.0, "back": 180.0, "side": 90.0 if _uniform(generator) < 0.5 else -90.0}[view]
@@ -78,12 +78,12 @@ def draw_azimuth(view: str, generator: Generator) -> float:
 
 
 def draw_scenes(indices: Iterable[int], seed: int = 0) -> list[Scene]:
-    """The scenes of these numbers."""
+    """Return the scenes with these indices."""
     return [draw_scene(index, seed) for index in indices]
 
 
 def captions_of(scenes: Sequence[Scene]) -> list[str]:
-    """The full caption of each scene."""
+    """Return the full caption of each scene."""
     return [caption(describe(scene)) for scene in scenes]
 
 
@@ -94,10 +94,12 @@ def _uniform(generator: Generator) -> float:
 def export_folder(folder: Path | str, num_samples: int, *, seed: int = 0, start: int = 0, size: int = 64) -> Path:
     """Write scenes ``start`` to ``start + num_samples`` as a folder that ``load_dataset("imagefolder")`` reads.
 
-    Each line of ``metadata.jsonl`` names a picture and its caption (``text``), what the caption says (``shape``,
+    Each line of ``metadata.jsonl`` has a picture and its caption (``text``), the caption's attributes (``shape``,
     ``colour``, ``background``, ``view``), the camera and position of the scene, and four hint images
     (``depth_file_name`` ..., columns ``depth``, ``normals``, ``mask`` and ``edges`` of the data set); see
     :func:`hint_images`. The folder appears whole or not at all, and replaces an older one of that name.
+
+    Raises ``ValueError`` for fewer than one sample, or a negative start.
     """
     if num_samples < 1 or start < 0:
         raise ValueError(f"expected num_samples >= 1 and start >= 0; got {num_samples} and {start}.")
@@ -111,11 +113,11 @@ def export_folder(folder: Path | str, num_samples: int, *, seed: int = 0, start:
 
 
 def hint_images(rendering: Rendering) -> dict[str, Tensor]:
-    """What a ControlNet may be conditioned on, as bytes (b, channels, size, size).
+    """Return images that a ControlNet may be conditioned on, as bytes (b, channels, size, size).
 
-    depth is white at ``NEAREST``, falls linearly to black at ``FARTHEST``, and is black where nothing is met;
-    normals are in the camera's frame (right, up, backwards), -1 to 1 as 0 to 255, grey where nothing is met; mask
-    and edges are white or black.
+    depth is white at ``NEAREST``, falls linearly to black at ``FARTHEST``, and is black where the ray hits
+    nothing. normals are in the camera's frame (right, up, backwards), -1 to 1 as 0 to 255, grey where the ray hits
+    nothing. mask and edges are white or black.
     """
     nearness = (FARTHEST - rendering.depth) / (FARTHEST - NEAREST)
     axes = rendering.camera_to_world[:, :, :3]
@@ -129,7 +131,7 @@ def hint_images(rendering: Rendering) -> dict[str, Tensor]:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """[0, 1] to 0 to 255."""
+    """Return images in [0, 1] as bytes, 0 to 255."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 

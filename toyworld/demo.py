@@ -1,9 +1,9 @@
-"""The main job on real digits: train a teacher, distil it to one step, score both, show the pictures.
+"""Demo on real digits: train a teacher, distil it to one step, score both, and show pictures of both.
 
     scorefield demo            # minutes on a CPU
     scorefield demo --long     # longer training, closer to the teacher
 
-Writes report.json and samples.png under --out, beside the checkpoints and TensorBoard logs of both trainings.
+Writes report.json and samples.png under --out, besides the checkpoints and TensorBoard logs of both trainings.
 """
 
 import json
@@ -33,7 +33,7 @@ from toyworld.options import Demo, check_demo
 
 
 def main(config: Demo) -> Path:
-    """Run the whole job and return the path of the report."""
+    """Run the whole demo and return the path of the report."""
     check(config)
     recipe, teacher_out = teacher_config(config), config.out / "teacher"
     if config.dry_run:
@@ -49,7 +49,7 @@ def main(config: Demo) -> Path:
     noise = torch.randn(len(judge.labels), *SHAPE, generator=torch.Generator().manual_seed(config.seed))
     one_step = Student(student.denoiser, student.times)
     report, images = evaluate(config, judge, teacher.denoiser, one_step, noise)
-    # A second call finds the trainings done, or goes on with them: its seconds are not those of the job.
+    # If a training was resumed or already done, these seconds are not those of the whole job.
     report |= {"seconds": round(time.perf_counter() - start, 1), "resumed": resumed, "seed": config.seed}
     path = config.out / "report.json"
     with whole_file(path) as temporary:
@@ -60,34 +60,35 @@ def main(config: Demo) -> Path:
 
 
 def check(config: Demo) -> None:
-    """Raise ``ValueError`` for anything that would fail later, before the first training."""
+    """Raise ``ValueError`` for options that would fail later, before the first training starts."""
     check_demo(config)
     every = student_config(config, Path()).student_every
     if config.student_iterations < every:
         raise ValueError(
-            f"--student-iterations must be at least {every}, the student's first; got {config.student_iterations}."
+            f"--student-iterations must be at least {every}, the first that updates the student; got "
+            f"{config.student_iterations}."
         )
 
 
 def check_length(config: Demo, steps: int) -> None:
-    """Raise ``ValueError`` where ``--out`` holds a student of a teacher that would now be trained for longer."""
+    """Raise ``ValueError`` if ``--out`` holds a student whose teacher had another number of steps."""
     held = checkpoint.described(config.out / "teacher" / "checkpoints").get("steps", steps)
     begun = any(checkpoint.steps(config.out / "student" / stage / "checkpoints") for stage in ("", "warm-up"))
     if begun and held != steps:
         raise ValueError(
-            f"--out {config.out} holds a student of a teacher of {held:,} steps; this command trains one of "
-            f"{steps:,}. Choose another --out."
+            f"--out {config.out} holds a student whose teacher was trained for {held:,} steps; this command "
+            f"trains it for {steps:,}. Choose another --out."
         )
 
 
 def teacher_config(config: Demo) -> TrainTeacher:
-    """The recipe of the teacher."""
+    """Return the options of the teacher's training."""
     steps = config.teacher_steps * (2 if config.long else 1)
     return TrainTeacher(out=config.out / "teacher", steps=steps, seed=config.seed)
 
 
 def student_config(config: Demo, teacher: Path) -> Distill:
-    """The recipe of the distillation; longer only in its number of iterations."""
+    """Return the options of the distillation. Only the number of iterations depends on ``--long``."""
     steps = config.student_iterations * (2 if config.long else 1)
     return replace(digits(), teacher=str(teacher), out=config.out / "student", steps=steps, seed=config.seed)
 
@@ -96,7 +97,7 @@ def student_config(config: Demo, teacher: Path) -> Distill:
 def evaluate(
     config: Demo, judge: Judge, teacher: NetworkDenoiser, student: Student, noise: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The figures, and the images they were measured on: same noise and labels for all."""
+    """Return the figures, and the images they were measured on, from the same noise and labels for all."""
     cond, times = {"class_labels": judge.labels}, grid(teacher.schedule, config.sampling_steps, spacing="uniform")
     x_t = initial_noise(teacher.schedule, noise, float(times[0]))
     slow, fast = sample(teacher, x_t, cond, times=times), student.sample(noise, cond)
@@ -125,7 +126,7 @@ def evaluate(
 
 
 def speedup(teacher: NetworkDenoiser, student: Student, x_t: Tensor, labels: Tensor, times: Tensor) -> float:
-    """The teacher's seconds over the student's for the same images: medians of three turns each."""
+    """Return the teacher's seconds over the student's for the same images; both are medians of three runs."""
     cond, turns = {"class_labels": labels}, []
     for _ in range(3):
         marks = [time.perf_counter()]
@@ -138,7 +139,7 @@ def speedup(teacher: NetworkDenoiser, student: Student, x_t: Tensor, labels: Ten
 
 
 def draw(images: dict[str, Tensor], labels: Tensor, path: Path, columns: int = 20, scale: int = 5) -> None:
-    """One row per sampler, two samples of each digit, under the row's name; scaled without smoothing."""
+    """Write a picture with a named row per sampler: two samples of each digit, enlarged without smoothing."""
     per_class = columns // NUM_CLASSES
     chosen = torch.cat([(labels == digit).nonzero()[:per_class, 0] for digit in range(NUM_CLASSES)])
     cell, caption, margin = 8 * scale + 4, 24, 10
@@ -157,7 +158,7 @@ def draw(images: dict[str, Tensor], labels: Tensor, path: Path, columns: int = 2
 
 
 def show(report: dict[str, Any], out: Path) -> None:
-    """The figures as a table, and where the pictures are."""
+    """Print the figures as a table, and where the pictures are."""
     print(f"\n{'':24}{'Fréchet':>9}{'KID':>9}{'accuracy':>10}   (64-d features of a digit classifier)")
     rows = {
         "real against real": "test",

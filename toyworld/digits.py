@@ -1,6 +1,7 @@
-"""scikit-learn's 1,797 handwritten digits, 8 x 8: the data of the demo and the judge that scores it.
+"""scikit-learn's 1,797 handwritten digits, 8 x 8: the demo's data, and the classifier that scores its samples.
 
-The split is fixed: 900 images train the teacher, 300 the feature classifier, 597 score. Nothing is downloaded.
+The split is fixed: 900 images train the teacher, 300 the classifier, and 597 are the reference. Nothing is
+downloaded.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,17 @@ SPLIT = (900, 300, 597)
 
 
 def load_digits() -> tuple[Labelled, Labelled, Labelled]:
-    """The three parts: 900 to train on, 300 for the classifier, 597 to score with."""
+    """Return the three parts: 900 images to train on, 300 for the classifier, 597 to score with.
+
+    Raises ``ValueError`` without scikit-learn.
+    """
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise ValueError('the digits come with scikit-learn: pip install -e ".[demo]", or pass --data.') from error
+        raise ValueError(
+            "the digits come with scikit-learn, which is not installed. Install it, with pip install -e "
+            '".[demo]", or pass images of your own with --data.'
+        ) from error
     data = load()
     order = np.random.RandomState(0).permutation(len(data.target))
     images = torch.tensor(data.images[order] / 8 - 1, dtype=torch.float32)[:, None]
@@ -40,7 +47,7 @@ def training_images() -> Labelled:
 
 
 class DigitClassifier(nn.Module):
-    """A small convolutional classifier; its 64 penultimate activations are the feature space of the figures."""
+    """A small convolutional classifier. Its 64 penultimate activations are the feature space of the figures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,13 +59,13 @@ class DigitClassifier(nn.Module):
         self.logits = nn.Linear(64, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, 10)."""
+        """Return logits (b, 10)."""
         logits: Tensor = self.logits(self.features(images))
         return logits
 
 
 def train_classifier(part: Labelled, seed: int, steps: int = 600) -> DigitClassifier:
-    """Train the judge on its own 300 images, with one-pixel shifts and noise."""
+    """Train the classifier on its own 300 images, with one-pixel shifts and noise, and return it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -88,7 +95,7 @@ def _shifted(images: Tensor, generator: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """Fréchet and kernel distance to the 597 images, and agreement of judge and requested label."""
+    """Fréchet and kernel distance to the 597 images, and agreement of the classifier with the requested labels."""
 
     fd: float
     kid: float
@@ -106,7 +113,7 @@ class Judge:
         self.accuracy = agreement(self.classifier(self.held_out.images), self.held_out.labels)
 
     def score(self, images: Tensor, labels: Tensor) -> Score:
-        """Figures of any labelled images; clamped to [-1, 1] first, as a picture would be."""
+        """Return the figures of labelled images, first clamped to [-1, 1] as they would be in a picture."""
         images = images.clamp(-1, 1)
         features = extract_features(self.classifier.features, images)
         logits = self.classifier.logits(features)
@@ -117,16 +124,19 @@ class Judge:
         )
 
     def floor(self) -> Score:
-        """Real against real: the teacher's 900 training images."""
+        """Return the figures of the teacher's 900 training images: real images against real ones."""
         return self.score(self.train.images, self.train.labels)
 
     def nearest(self, images: Tensor) -> float:
-        """Mean pixel distance to the nearest training image; below the held-out images' own means copying."""
+        """Return the mean pixel distance to the nearest training image.
+
+        A value below that of the held-out images means that images were copied.
+        """
         return float(torch.cdist(images.clamp(-1, 1).flatten(1), self.train.images.flatten(1)).amin(1).mean())
 
 
 def proportional_labels(labels: Tensor, num_images: int) -> Tensor:
-    """``num_images`` sorted labels with the frequencies of ``labels``, by largest remainder."""
+    """Return ``num_images`` sorted labels with the frequencies of ``labels``, by the largest-remainder method."""
     share = torch.bincount(labels, minlength=NUM_CLASSES).double() / len(labels) * num_images
     counts = share.floor().long()
     largest = (share - counts).argsort(descending=True)[: num_images - int(counts.sum())]

@@ -1,9 +1,9 @@
-"""Does the toy world's pipeline draw what it is asked? The judge's answers, Fréchet distances, a contact sheet.
+"""Evaluation of a toy-world pipeline: does it draw what its prompts say?
 
     scorefield toyworld evaluate --teacher runs/toyworld/pipeline --out runs/toyworld/figures
 
-The pipeline is called as any program would that imports diffusers alone; the judge and the renders only look at
-what came out. Its parts are read strictly: no pickles, no code, nothing missing.
+Writes the judge's answers, Fréchet distances and a contact sheet. The pipeline is called like any diffusers
+pipeline; judge and renders see only its images. Its parts are read strictly: no pickles, no code, nothing missing.
 """
 
 import json
@@ -42,7 +42,7 @@ PIPELINES = {"StableDiffusionPipeline": 0.0, "ZImagePipeline": 1.0}
 
 
 def main(config: EvaluatePipeline) -> Path:
-    """Measure, print and write the figures."""
+    """Measure the pipeline, print and write the figures, and return their folder."""
     check_pipeline(config)
     check_device(config.device)
     folder = Path(named_folder(config.teacher))
@@ -61,7 +61,7 @@ def main(config: EvaluatePipeline) -> Path:
     )
     own = accuracies(judge, as_pictures(renders), attributes)
     drawn = accuracies(judge, made, attributes)
-    unseen = others[: config.num_prompts]  # of its own pictures, the reference would be nearer than it should
+    unseen = others[: config.num_prompts]  # not those of the reference, which would be too near to themselves
     decoded = round_trip(pipeline, unseen)
     sets = {"pipeline": made, "renders": unseen, "vae_round_trip": decoded}
     reference = extract_features(judge.features, wanted)
@@ -148,7 +148,7 @@ def check_captions(prompts: Sequence[str], tokenizer: Any) -> None:
 
 
 def load_scheduler(folder: Path) -> Any:
-    """The scheduler in ``folder / "scheduler"``. Raises ``ValueError`` unless it is one of diffusers."""
+    """Return the scheduler in ``folder / "scheduler"``. Raises ``ValueError`` unless it is one of diffusers."""
     settings = read_json(folder / "scheduler" / "scheduler_config.json")
     name = settings.get("_class_name")
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
@@ -175,7 +175,7 @@ def draw(config: EvaluatePipeline, pipeline: Any, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def round_trip(pipeline: Any, images: Tensor) -> Tensor:
-    """Images through the autoencoder and back: what the best latents would look like."""
+    """Return images after a pass through the autoencoder and back: what perfect latents would look like."""
     parts = []
     for part in images.split(100):
         latents = pipeline.vae.encode(part.to(pipeline.device)).latent_dist.mean
@@ -184,5 +184,5 @@ def round_trip(pipeline: Any, images: Tensor) -> Tensor:
 
 
 def psnr(made: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], of the mean squared error over all of them."""
+    """Return the peak signal-to-noise ratio in dB of images in [-1, 1], over all their pixels."""
     return float(10 * (4 / (made - wanted).square().mean()).log10())

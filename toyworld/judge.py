@@ -1,6 +1,6 @@
-"""The judge: a small classifier that says what a picture of the toy world shows, and how surely it knows.
+"""The judge: a small classifier of toy-world pictures by shape, colour, background and view.
 
-Its answers about generated pictures are read beside its own accuracy on renders, which ``judge.json`` states; its
+Read its answers about generated pictures next to its own accuracy on renders, which ``judge.json`` states. Its
 features, the 96 activations before the answers, are the space of Fréchet distances. Both ship with the package.
 """
 
@@ -30,7 +30,7 @@ from toyworld.solids import VIEWED_SHAPES
 FORMAT = "scorefield-judge-1"
 
 ANSWERS = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "view": VIEWS}
-"""What is judged, and the answers in the order of their logits."""
+"""The judge's questions, and the answers in the order of their logits."""
 
 NOT_ASKED = -1
 """Label of a question that a picture does not answer."""
@@ -38,16 +38,17 @@ NOT_ASKED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """How a judge was trained, and how often it is right about renders it was not trained on.
+    """How a judge was trained, and its accuracy on renders it was not trained on.
 
     Attributes:
-        seed: of the scenes, the weights and the augmentation.
-        steps: optimiser steps.
-        batch_size: pictures per step.
-        num_images: different renders seen.
-        num_held_out: renders that the accuracies are measured on.
-        accuracies: share of right answers to each question; view only of mug, chair, arrow and letter L.
-        augmented_accuracies: the same after the blur, noise and contrast of the training.
+        seed: Seed of the scenes, the weights and the augmentation.
+        steps: Optimiser steps.
+        batch_size: Pictures per step.
+        num_images: Different renders in the training data.
+        num_held_out: Renders on which the accuracies are measured.
+        accuracies: Share of right answers to each question. The view is asked only for mug, chair, arrow and
+            letter L.
+        augmented_accuracies: The same, with the blur, noise and contrast changes of the training.
     """
 
     seed: int
@@ -60,7 +61,11 @@ class Facts:
 
 
 class Judge(nn.Module):
-    """Pictures (b, 3, 64, 64) to logits of every question in ``ANSWERS``; ``facts`` once it is trained."""
+    """A network from pictures (b, 3, 64, 64) to logits for every question in ``ANSWERS``.
+
+    Attributes:
+        facts: How it was trained and how accurate it is; None before the training.
+    """
 
     facts: Facts | None = None
 
@@ -75,20 +80,26 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(96, len(words)) for name, words in ANSWERS.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (b, 96) of pictures, which are clamped to [-1, 1], as they would be to be looked at."""
+        """Return features (b, 96) of pictures, which are first clamped to [-1, 1], as they would be for display.
+
+        Raises ``ValueError`` for pictures of another shape.
+        """
         if images.shape[1:] != (3, 64, 64):
             raise ValueError(f"the judge sees pictures (b, 3, 64, 64); got {tuple(images.shape)}. Resize them.")
         result: Tensor = self.body(images.clamp(-1, 1))
         return result
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits (b, answers) of each question."""
+        """Return logits (b, answers) for each question."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def labels_of(attributes: Sequence[Attributes]) -> dict[str, Tensor]:
-    """Numbers (b,) of the right answers; ``NOT_ASKED`` where a caption is silent or all views look alike."""
+    """Return the numbers (b,) of the right answers to each question.
+
+    ``NOT_ASKED`` marks what the caption does not state, and views of solids that look the same from all sides.
+    """
 
     def label(one: Attributes, question: str) -> int:
         word = getattr(one, question)
@@ -100,7 +111,7 @@ def labels_of(attributes: Sequence[Attributes]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def right_answers(judge: Judge, images: Tensor, attributes: Sequence[Attributes]) -> dict[str, Tensor]:
-    """Whether each asked question is answered as ``attributes`` say: (number asked,), bool."""
+    """Return, for each question, whether the answers agree with ``attributes``: (number asked,) bool."""
     labels = labels_of(attributes)
     parts = [judge(part) for part in images.split(256)]
     right = {}
@@ -111,7 +122,7 @@ def right_answers(judge: Judge, images: Tensor, attributes: Sequence[Attributes]
 
 
 def accuracies(judge: Judge, images: Tensor, attributes: Sequence[Attributes]) -> dict[str, float]:
-    """Share of asked questions that are answered as ``attributes`` say; nan where none was asked."""
+    """Return the share of right answers to each question, nan for a question that was never asked."""
     answers = right_answers(judge, images, attributes)
     return {question: float(right.double().mean()) for question, right in answers.items()}
 
@@ -126,9 +137,10 @@ def train_judge(
     learning_rate: float = 4e-3,
     device: torch.device | str = "cpu",
 ) -> Judge:
-    """Train on renders, some blurred, noisy or of another contrast, so that decoded latents are judged fairly.
+    """Train a judge on renders and return it. Blur, noise and contrast changes make it fair to decoded latents.
 
-    AdamW under a one-cycle schedule; the weights end rounded to float16, as they are stored, and are measured so.
+    The optimiser is AdamW under a one-cycle schedule. The final weights are rounded to float16, as they are
+    stored, and the accuracies are those of the rounded weights.
     """
     images, attributes = render_pictures(range(num_images), seed)
     labels = labels_of(attributes)
@@ -165,7 +177,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def render_pictures(indices: range, seed: int) -> tuple[Tensor, list[Attributes]]:
-    """Pictures (n, 3, 64, 64), as bytes, and what they show."""
+    """Return pictures (n, 3, 64, 64), as bytes, and their attributes."""
     scenes = draw_scenes(indices, seed)
     starts = progress(range(0, len(scenes), 500), "renders, in batches of 500")
     images = [as_bytes((render(scenes[start : start + 500]).rgb + 1) / 2) for start in starts]
@@ -173,12 +185,12 @@ def render_pictures(indices: range, seed: int) -> tuple[Tensor, list[Attributes]
 
 
 def as_pictures(images: Tensor) -> Tensor:
-    """0 to 255 to [-1, 1]."""
+    """Return bytes, 0 to 255, as pictures in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def augmented(images: Tensor, generator: Generator) -> Tensor:
-    """Pictures (b, 3, h, w) with blur, contrast, brightness and noise of strengths drawn for each."""
+    """Return pictures (b, 3, h, w) with random blur, contrast, brightness and noise, each of random strength."""
     strength = torch.rand(5, len(images), 1, 1, 1, generator=generator)
     binomial = torch.tensor([0.25, 0.5, 0.25])
     kernel = (binomial[:, None] * binomial).expand(3, 1, 3, 3)
@@ -190,9 +202,12 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
 
 
 def save_judge(judge: Judge, folder: Path) -> Path:
-    """Write a trained judge's weights, float16, and facts into a folder; load them with :func:`load_judge`."""
+    """Write a trained judge's weights (float16) and facts into a folder that :func:`load_judge` reads.
+
+    Raises ``ValueError`` for a judge without facts.
+    """
     if judge.facts is None:
-        raise ValueError("only a judge with facts is saved: train_judge measures them.")
+        raise ValueError("the judge has no facts, which train_judge measures; save a judge that it returned.")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
     with whole_file(folder / "judge.safetensors") as temporary:
@@ -203,7 +218,7 @@ def save_judge(judge: Judge, folder: Path) -> Path:
 
 
 def load_judge(folder: Path | None = None, *, device: torch.device | str = "cpu") -> Judge:
-    """The judge in ``folder``, or the one that ships, frozen. Raises ``ValueError`` if there is none."""
+    """Return the frozen judge in ``folder``, or the one that ships. Raises ``ValueError`` if there is none."""
     folder = Path(__file__).parent if folder is None else folder
     try:
         description = load_json(folder / "judge.json")
@@ -214,5 +229,5 @@ def load_judge(folder: Path | None = None, *, device: torch.device | str = "cpu"
         check_finite(judge.state_dict(), folder / "judge.safetensors")
         judge.facts = Facts(**description)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no judge of train_judge.py: {error}") from error
+        raise ValueError(f"{folder} holds no judge that train_judge.py wrote: {error}") from error
     return judge.to(device).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""The parts of the toy world's text-to-image pipeline, before they have learned anything, and how they become one.
+"""Untrained parts of the toy world's text-to-image pipeline, and the function that saves them as one.
 
-Latent diffusion in the shape of Stable Diffusion 2 (v-prediction), some hundred times smaller: everything is built
-by diffusers and transformers, so the finished folder loads wherever a ``StableDiffusionPipeline`` does.
+It is latent diffusion in the shape of Stable Diffusion 2 (v-prediction), some hundred times smaller. All parts are
+built by diffusers and transformers, so the finished folder loads wherever a ``StableDiffusionPipeline`` does.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from scorefield.atomic import whole_folder
 from toyworld.captions import WORDS
 
 SIZE = 64
-"""Height and width of an image in pixels; its latent has 4 channels of a quarter of that."""
+"""Height and width of an image in pixels. Its latent has 4 channels and a quarter of the height and width."""
 
 LENGTH = 24
-"""Tokens of a prompt, start and end among them."""
+"""Tokens of a prompt, including start and end."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
@@ -46,7 +46,7 @@ def make_merges(words: Iterable[list[str]]) -> list[tuple[str, str]]:
 
 
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
-    """Byte-pair encoding: the earliest merge first, wherever it fits."""
+    """Apply a byte-pair encoding: the earliest merge first, wherever it matches."""
     for merge in merges:
         place = 0
         while place < len(pieces) - 1:
@@ -57,7 +57,7 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
 
 
 def make_vae() -> Any:
-    """An AutoencoderKL from 64 x 64 x 3 to 16 x 16 x 4, about a million parameters."""
+    """Return an AutoencoderKL from 64 x 64 x 3 to 16 x 16 x 4, of about a million parameters."""
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, sample_size=SIZE, block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -66,7 +66,7 @@ def make_vae() -> Any:
 
 
 def make_text_encoder(vocabulary: int) -> CLIPTextModel:
-    """A CLIP text model of two layers."""
+    """Return a CLIP text model of two layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=96, intermediate_size=384, num_hidden_layers=2,
@@ -76,7 +76,10 @@ def make_text_encoder(vocabulary: int) -> CLIPTextModel:
 
 
 def make_unet() -> Any:
-    """A UNet2DConditionModel of three resolutions, text at all but the first; about five million parameters."""
+    """Return a UNet2DConditionModel of three resolutions and about five million parameters.
+
+    All resolutions but the first attend to the text.
+    """
     return UNet2DConditionModel(
         sample_size=SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 96, 112),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -86,7 +89,7 @@ def make_unet() -> Any:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's betas, v-prediction, its last step at t = 0."""
+    """Return a scheduler with Stable Diffusion's betas and v-prediction, whose last step is at t = 0."""
     scheduler: DDIMScheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
@@ -95,28 +98,28 @@ def make_scheduler() -> DDIMScheduler:
 
 
 class Autoencoding(nn.Module):
-    """Encode, draw from the posterior, decode; one module, so that several ranks can wrap it."""
+    """An autoencoder with a draw from the posterior, as one module, so that several ranks can wrap it."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructions (b, 3, h, w) from latents mean + std * noise, and KL to N(0, 1) per sample (b,)."""
+        """Return reconstructions (b, 3, h, w) from latents mean + std * noise, and KL to N(0, 1) per sample."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise
         return self.vae.decode(latents).sample, posterior.kl()
 
 
 class TextToLatent(nn.Module):
-    """Text encoder and UNet as one network of v, trained together: forward(z_t, t, tokens)."""
+    """Text encoder and UNet as one v-prediction network, trained together: forward(z_t, t, tokens)."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: Any) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
 
     def forward(self, z_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Predict v (b, 4, h, w) for latents at timesteps t (b,) under tokens (b, length)."""
+        """Return v (b, 4, h, w) for latents at timesteps t (b,), conditioned on tokens (b, length)."""
         states = self.text_encoder(input_ids=tokens).last_hidden_state
         velocity: Tensor = self.unet(z_t, t, encoder_hidden_states=states.to(z_t.dtype)).sample
         return velocity
@@ -125,8 +128,8 @@ class TextToLatent(nn.Module):
 def save_pipeline(folder: Path, vae: Any, text_encoder: CLIPTextModel, unet: Any, card: str) -> Path:
     """Write a diffusers folder with ``card`` as its README; UNet and VAE in float16, the text encoder in float32.
 
-    A folder that is float16 throughout does not run when it is loaded plainly: the UNet would come as float32, the
-    text encoder as float16.
+    A folder with a float16 text encoder would not run when it is loaded without a dtype: the UNet would become
+    float32, the text encoder would stay float16.
     """
     parts: dict[str, Any] = {"vae": vae.half(), "unet": unet.half(), "text_encoder": text_encoder.float()}
     pipeline: Any = StableDiffusionPipeline(
@@ -140,7 +143,7 @@ def save_pipeline(folder: Path, vae: Any, text_encoder: CLIPTextModel, unet: Any
 
 
 def tokens_of(texts: list[str], tokenizer: CLIPTokenizer) -> Tensor:
-    """(n, ``LENGTH``) token numbers, padded and cut."""
+    """Return token numbers (n, ``LENGTH``), padded and truncated."""
     tokens: Tensor = tokenizer(
         texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     ).input_ids

@@ -1,8 +1,8 @@
-"""Pictures of scenes, with the geometry behind every pixel.
+"""Renderer of scenes: pictures, with the geometry behind every pixel.
 
-Light convention: one directional light moves with the camera, over its right shoulder, and there are no shadows.
-The colour of a surface is its own colour times ``0.65 + 0.35 normal . light``, between 0.3 and 1, in display
-values (no gamma). So no view word can be told from the light alone.
+Lighting: one directional light moves with the camera, over its right shoulder, and there are no shadows. A surface
+shows its own colour times ``0.65 + 0.35 normal . light``, which lies between 0.3 and 1, in display values (no
+gamma). So the light alone does not reveal the view.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ LIGHT = (0.48, 0.64, 0.60)
 """Unit vector towards the light in the camera's frame: right, up, backwards."""
 
 CHUNK = 32
-"""Scenes traced together: few enough for the cache of a processor core. Changes no result."""
+"""Scenes traced together; few enough for the cache of a processor core. It changes no result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """Pictures (b, channels, size, size) of b scenes; rows from the top.
+    """Pictures (b, channels, size, size) of b scenes, rows from the top.
 
     Attributes:
-        rgb: (b, 3, size, size) in [-1, 1]; averaged over four rays a pixel along edges.
-        depth: (b, 1, size, size), distance from the camera along the ray through the pixel's centre, in world
-            units; 0 where that ray meets nothing.
-        normals: (b, 3, size, size), unit, in world coordinates; 0 where the ray meets nothing.
-        mask: (b, 1, size, size), bool: whether the ray through the pixel's centre meets the solid.
-        edges: (b, 1, size, size), bool: where mask, depth or normals change abruptly to a neighbouring pixel.
-        camera_to_world: (b, 3, 4), nerfstudio's and OpenGL's; see ``toyworld.camera``.
-        field_of_view: vertical, in degrees; pixels are square and the principal point is the centre.
+        rgb: (b, 3, size, size) in [-1, 1], averaged over four rays per pixel along edges.
+        depth: (b, 1, size, size) distance from the camera along the ray through the pixel's centre, in world
+            units; 0 where that ray hits nothing.
+        normals: (b, 3, size, size) unit vectors in world coordinates; 0 where the ray hits nothing.
+        mask: (b, 1, size, size) bool: whether the ray through the pixel's centre hits the solid.
+        edges: (b, 1, size, size) bool: where mask, depth or normals change abruptly to a neighbouring pixel.
+        camera_to_world: (b, 3, 4), as in nerfstudio and OpenGL; see :mod:`toyworld.camera`.
+        field_of_view: Vertical, in degrees. Pixels are square and the principal point is the centre.
     """
 
     rgb: Tensor
@@ -48,7 +48,7 @@ class Rendering:
 
     @property
     def focal_length(self) -> float:
-        """In pixels, of both axes."""
+        """Focal length in pixels, the same for both axes."""
         return focal_length(self.rgb.shape[-1], self.field_of_view)
 
 
@@ -61,9 +61,9 @@ def render(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Rendering:
-    """Render scenes; a picture does not depend on the others of its batch.
+    """Render scenes. A picture does not depend on the other scenes of its batch.
 
-    Raises ``ValueError`` for no scenes, or a size or field of view that no picture has.
+    Raises ``ValueError`` for no scenes, or a size or field of view out of range.
     """
     if not scenes or size < 1 or not 0 < field_of_view < 180:
         raise ValueError(
@@ -91,7 +91,7 @@ def render(
 
 
 def shade(normals: Tensor, camera_to_world: Tensor) -> Tensor:
-    """Brightness (n,) in [0.3, 1] of surfaces with unit normals (3, n) in the world, before cameras (n, 3, 4)."""
+    """Return brightness (n,) in [0.3, 1] of surfaces with unit world normals (3, n), for cameras (n, 3, 4)."""
     right, up, back = camera_to_world[..., :3].permute(2, 1, 0)
     x, y, z = LIGHT[0] * right + LIGHT[1] * up + LIGHT[2] * back
     return 0.65 + 0.35 * (normals[0] * x + normals[1] * y + normals[2] * z)
@@ -99,7 +99,7 @@ def shade(normals: Tensor, camera_to_world: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Scenes with the same solid; the tensors have a row for each."""
+    """Scenes of the same solid; each tensor has a row per scene."""
 
     solid: Solid
     camera: Tensor
@@ -110,7 +110,7 @@ class _Chunk:
     size: int
 
     def trace(self, number: Tensor, column: Tensor, row: Tensor) -> tuple[Hits, Tensor, Tensor]:
-        """What rays through points of the pictures ``number`` (n,) meet, where (3, n), and colours (3, n)."""
+        """Return hits of rays through points of the pictures ``number`` (n,), their points (3, n) and colours."""
         camera, origin = self.camera[number], self.origin[number].T
         direction = ray_directions(camera, column, row, self.focal, self.size)
         hits = trace(self.solid, origin, direction)
@@ -146,13 +146,13 @@ def _render_chunk(
 
 
 def _edges(points: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
-    """Pixels (b, 1, h, w) beside, above or below one that sees another face, or the same one behind a step."""
+    """Return the pixels (b, 1, h, w) next to, above or below one that shows another face, or a step in depth."""
     edges = torch.zeros_like(mask)
     for axis in (2, 3):
         length = mask.shape[axis] - 1
         here, there = ([x.narrow(axis, at, length) for x in (points, normals, mask, edges)] for at in (0, 1))
         turned = (here[1] * there[1]).sum(1, keepdim=True) < 0.8
-        # A step along the normal: a plane seen at a flat angle changes its depth as much as a step does.
+        # Measured along the normal: on a plane at a grazing angle, depth changes as much as at a step.
         apart = ((here[0] - there[0]) * here[1]).sum(1, keepdim=True).abs() > 0.05
         changed = (here[2] != there[2]) | (here[2] & there[2] & (turned | apart))
         here[3] |= changed
@@ -161,7 +161,7 @@ def _edges(points: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
 
 
 def _antialiased(chunk: _Chunk, rgb: Tensor, edges: Tensor) -> Tensor:
-    """``rgb`` (b, 3, h, w) with the mean of 2 x 2 rays in every pixel of an edge, in place."""
+    """Return ``rgb`` (b, 3, h, w), changed in place: every pixel of an edge is the mean of 2 x 2 rays."""
     number, row, column = edges[:, 0].nonzero(as_tuple=True)
     quarters = [
         chunk.trace(number, column.to(rgb.dtype) + x, row.to(rgb.dtype) + y)[2]

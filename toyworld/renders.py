@@ -1,4 +1,4 @@
-"""Captioned renders to train on: made once, kept in files, and read again."""
+"""Rendered training data with captions, rendered once and kept in files."""
 
 import functools
 from collections.abc import Sequence
@@ -22,11 +22,12 @@ from toyworld.render import render
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What the stages learn from.
+    """Training data of the pipeline's stages.
 
     Attributes:
         images: (n, 3, 64, 64) bytes.
-        tokens: (n, 4, length): full captions, without view, without background, without both.
+        tokens: (n, 4, length) tokens of the full captions, those without view, without background, and without
+            both.
         empty: (length,) tokens of the empty caption.
     """
 
@@ -36,7 +37,7 @@ class World:
 
 
 def make_world(out: Path, num_images: int, seed: int) -> World:
-    """Render the scenes, or read what an earlier call rendered, and write their captions."""
+    """Render the scenes, or read them if they were rendered before, and return them with their captions."""
     starts = progress(range(0, num_images, 1000), "renders, in thousands")
     images = torch.cat([rendered(out, start, min(start + 1000, num_images), seed) for start in starts])
     described = [describe(scene) for scene in draw_scenes(range(num_images), seed)]
@@ -47,7 +48,7 @@ def make_world(out: Path, num_images: int, seed: int) -> World:
 
 
 def rendered(out: Path, start: int, end: int, seed: int) -> Tensor:
-    """Images ``start`` to ``end`` as bytes, kept in ``out/renders`` as long as the renderer draws the same."""
+    """Return images ``start`` to ``end`` as bytes, kept in ``out/renders`` until the renderer changes."""
 
     def make(_: Sequence[Content]) -> list[dict[str, Tensor]]:
         parts = [_drawn(range(first, min(first + 100, end)), seed) for first in range(start, end, 100)]
@@ -63,12 +64,12 @@ def _drawn(numbers: Sequence[int], seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _renderer() -> str:
-    # The renderer's version: what it draws of a few scenes.
+    # The hash of a few renders identifies the renderer's version.
     return content_key(_drawn(range(8), 0))
 
 
 def draw_captions(world: World, chosen: Tensor, part_dropout: float, caption_dropout: float, rng: Rng) -> Tensor:
-    """Tokens (b, length) of images ``chosen``: captions that lack their view, background, both, or everything."""
+    """Return tokens (b, length) of images ``chosen``: some captions lack view, background, both, or everything."""
     drawn = torch.rand(3, len(chosen), generator=rng("captions"))
     without_view, without_background = (drawn[:2] < part_dropout).long()
     tokens = world.tokens[chosen, without_view + 2 * without_background]
@@ -77,15 +78,15 @@ def draw_captions(world: World, chosen: Tensor, part_dropout: float, caption_dro
 
 
 WORLD_SIZE = 4000
-"""Captions, where no number is asked for."""
+"""Default number of captions."""
 
 PART_DROPOUT = 0.2
-"""Share of the toy world's captions without view, and of those without background, as its pipeline was trained."""
+"""Share of captions without view, and of captions without background, in the training of the shipped pipeline."""
 
 
 @dataclass(frozen=True)
 class Renders:
-    """The toy world's first renders, which are made, or read from a file, a thousand at a time."""
+    """The first ``num`` renders of the toy world, rendered, or read from a file, a thousand at a time."""
 
     num: int
     size: ClassVar[tuple[int, int]] = (64, 64)
@@ -105,7 +106,7 @@ def _renders(folder: Path, start: int, end: int) -> Tensor:
 
 
 def world_texts(num: int = 0, seed: int = 0) -> Texts:
-    """Captions of the toy world's training scenes, some without view or background, and their renders."""
+    """Return captions of the toy world's training scenes, some without view or background, and their renders."""
     num = num or WORLD_SIZE
     described = [describe(scene) for scene in draw_scenes(range(num))]
     prompts = tuple(caption(thinned(one, number, seed)) for number, one in enumerate(described))
@@ -113,7 +114,7 @@ def world_texts(num: int = 0, seed: int = 0) -> Texts:
 
 
 def thinned(attributes: Attributes, number: int, seed: int) -> Attributes:
-    """A caption's attributes without some of those that may be left out."""
+    """Return a caption's attributes, at random without view or background."""
     view, background = (
         torch.rand(2, generator=derived_generator(seed, "caption", number)) < PART_DROPOUT
     ).tolist()

@@ -1,4 +1,4 @@
-"""A scene of the toy world: one solid of one colour before one background, and a camera."""
+"""Scenes of the toy world: one solid of one colour over one background, and a camera."""
 
 import math
 from dataclasses import dataclass
@@ -18,24 +18,26 @@ COLOURS = {
     "purple": (0.52, 0.12, 0.78),
     "pink": (1.00, 0.52, 0.76),
 }
-"""RGB in [0, 1] of the solids, in full light. All have a hue, and no background has one."""
+"""RGB of the solids in full light, in [0, 1]. All have a hue; no background has one."""
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
-"""RGB in [0, 1]."""
+"""RGB of the backgrounds, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows.
+    """The content of one picture.
 
     Attributes:
-        shape: one of ``SHAPES``.
-        colour: one of ``COLOURS``.
-        background: one of ``BACKGROUNDS``.
-        azimuth: of the camera in degrees; 0 looks at the front of the solid.
-        elevation: of the camera in degrees above the horizon, in [-90, 90].
-        distance: of the camera from the world's origin, which it looks at.
-        position: of the solid's own origin in the world.
+        shape: One of ``SHAPES``.
+        colour: One of ``COLOURS``.
+        background: One of ``BACKGROUNDS``.
+        azimuth: Azimuth of the camera in degrees; 0 sees the front of the solid.
+        elevation: Elevation of the camera in degrees above the horizon, in [-90, 90].
+        distance: Distance of the camera from the world's origin, which it looks at.
+        position: Position of the solid's own origin in the world.
+
+    Raises ``ValueError`` for unknown words, numbers that are not finite, and a camera inside the solid.
     """
 
     shape: str
@@ -64,7 +66,7 @@ class Scene:
 
 
 def check_word(what: str, word: str, known: object) -> None:
-    """Raise ``ValueError`` unless ``word`` is among ``known`` words."""
+    """Raise ``ValueError`` unless ``word`` is one of ``known``."""
     words = list(known)  # type: ignore[call-overload]
     if word not in words:
         raise ValueError(f"{what} must be one of {', '.join(words)}; got {word!r}.")

@@ -1,15 +1,16 @@
-"""Nine solids as signed distances, in their own frame: z up, front towards +x, within 0.8 of the origin.
+"""Nine solids as signed distance functions in frames of their own: z up, front +x, within 0.81 of the origin.
 
-What the front is, which is what view words are about:
+View words refer to the front of a solid:
 
-- mug: the handle points to the front; from a side it stands out, from the back the body hides it.
-- chair: the sitter looks to the front; the back rest is at the back.
+- mug: the handle is at the front. From a side it stands out; from the back the body hides it.
+- chair: the sitter looks to the front; the backrest is at the back.
 - arrow: lies flat and points to the front.
 - letter L: stands upright and reads as an L from the front; from the back it is mirrored.
-- sphere, cylinder, cone and torus look the same all round, a cube does after every quarter turn.
+- sphere, cylinder, cone and torus look the same from all sides, a cube after every quarter turn.
 
-Distances are negative inside. Near a face they are Euclidean, with a gradient of length one; off an edge, where
-several faces meet, the largest distance to one of them is taken, which is less: never too far a step for a ray.
+Distances are negative inside. Near a face they are Euclidean, with a gradient of length one. Off an edge, where
+several faces meet, the distance is the largest distance to one of the faces. That is less than the Euclidean
+distance, so a ray never steps too far.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ RADIUS = 0.81
 """Every solid lies within this distance of its own origin."""
 
 VIEWED_SHAPES = ("mug", "chair", "arrow", "letter L")
-"""The solids that look different from the front, a side, the back and overhead."""
+"""Solids that look different from the front, a side, the back and overhead."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Solid:
     """A shape.
 
     Attributes:
-        distance: signed distance (n,) of points (3, n).
-        lower: corner of the tight bounding box with the smallest x, y, z.
-        upper: corner with the largest.
+        distance: Points (3, n) -> signed distance (n,).
+        lower: Corner of the tight bounding box with the smallest x, y, z.
+        upper: Opposite corner.
     """
 
     distance: Callable[[Tensor], Tensor]
@@ -41,17 +42,20 @@ class Solid:
 
 
 def signed_distance(shape: str, points: Tensor) -> Tensor:
-    """Signed distance (...) of points (..., 3) in the solid's frame. Raises ``ValueError`` for other names."""
+    """Return the signed distance (...) of points (..., 3) in the solid's frame.
+
+    Raises ``ValueError`` for an unknown shape.
+    """
     return find_solid(shape).distance(points.reshape(-1, 3).T).reshape(points.shape[:-1])
 
 
 def occupancy(shape: str, points: Tensor, position: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Tensor:
-    """Whether points (..., 3) in world coordinates lie in the solid at ``position``: (...), bool; ground truth."""
+    """Return whether points (..., 3) in world coordinates lie in the solid at ``position``: (...) bool."""
     return signed_distance(shape, points - points.new_tensor(position)) <= 0
 
 
 def find_solid(shape: str) -> Solid:
-    """The solid of that name. Raises ``ValueError`` for a name that is none."""
+    """Return the solid of that name. Raises ``ValueError`` for an unknown name."""
     if shape not in SOLIDS:
         raise ValueError(f"shape must be one of {', '.join(SOLIDS)}; got {shape!r}.")
     return SOLIDS[shape]

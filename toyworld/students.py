@@ -1,9 +1,10 @@
-"""How near are few-step students to their teacher? The judge's answers, Fréchet distances, a contact sheet.
+"""Evaluation of few-step students of the toy world's pipeline against their teacher.
 
     scorefield toyworld students --students runs/text-1step/student runs/text-4step/student
 
-Teacher and students are called as any program would that imports diffusers alone. The teacher's pictures are made
-once and kept in the cache. Scenes, noise and figures are those of `scorefield toyworld evaluate`.
+Writes the judge's answers, Fréchet distances and a contact sheet. Teacher and students are called like any
+diffusers pipeline. The teacher's pictures are made once and kept in the cache. Scenes, noise and figures are those
+of `scorefield toyworld evaluate`.
 """
 
 import json
@@ -32,7 +33,7 @@ from toyworld.options import EvaluatePipeline, EvaluateStudents, check_students
 
 
 def main(config: EvaluateStudents) -> Path:
-    """Measure, print and write the figures."""
+    """Measure teacher and students, print and write the figures, and return their folder."""
     check(config)
     bench = make_bench(config.num_prompts, config.num_renders, config.seed)
     drawn = {"teacher": teacher_pictures(config, bench)}
@@ -67,14 +68,14 @@ def check(config: EvaluateStudents) -> None:
     for folder in config.students:
         if not read_student_facts(folder):
             raise ValueError(
-                f"--students {folder} is no folder that `scorefield distill` wrote for a text-to-image teacher, "
-                "or another program saved it again."
+                f"--students {folder} is not a folder that `scorefield distill` wrote for a text-to-image model, "
+                "or another program has saved it again. Pass the folder of the student as it was written."
             )
     check_teacher(Path(named_folder(config.teacher)))
 
 
 def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
-    """The teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
+    """Return the teacher's pictures (n, 3, 64, 64), from the cache if they were drawn before."""
     pipeline = load_teacher(config)
     check_size(pipeline, config.teacher)
     weights = fingerprint([*network_of(pipeline).parameters(), *pipeline.vae.parameters()])
@@ -89,12 +90,12 @@ def teacher_pictures(config: EvaluateStudents, bench: Bench) -> Tensor:
 
 
 def load_teacher(config: EvaluateStudents) -> Any:
-    """The teacher's pipeline."""
+    """Return the teacher's pipeline."""
     return load_pipeline(config.teacher, config.device, allow_pickle=config.allow_pickle, variant=config.variant)
 
 
 def student_pictures(config: EvaluateStudents, folder: Path, bench: Bench) -> Tensor:
-    """A student's pictures, at its own number of steps."""
+    """Return a student's pictures, drawn with its own number of steps."""
     facts = read_student_facts(folder)
     pipeline = load_student(config, folder)
     steps, guidance = facts["dmd2_num_inference_steps"], facts["dmd2_guidance_scale"]
@@ -102,7 +103,10 @@ def student_pictures(config: EvaluateStudents, folder: Path, bench: Bench) -> Te
 
 
 def load_student(config: EvaluateStudents, folder: Path) -> Any:
-    """The student's own pipeline, or the teacher's with the student's LoRA and scheduler."""
+    """Return the student's own pipeline, or the teacher's with the student's LoRA and scheduler.
+
+    Raises ``ValueError`` for weights that cannot be read.
+    """
     if not (folder / LORA_FACTS).is_file():
         return load_pipeline(folder, config.device)
     pipeline = load_teacher(config)
@@ -112,11 +116,11 @@ def load_student(config: EvaluateStudents, folder: Path) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--students {folder}: its weights {LORA} cannot be read: {error}") from error
     check_finite(weights, folder / LORA)
-    pipeline.load_lora_weights(weights)  # not the folder, of which diffusers would also take a pickle
+    pipeline.load_lora_weights(weights)  # not the folder, from which diffusers would also load a pickle
     pipeline.scheduler = load_scheduler(folder)
     return pipeline
 
 
 def drawing(config: EvaluateStudents, steps: int, guidance: float) -> EvaluatePipeline:
-    """How to draw: each prompt from noise of its own, the same for teacher and students."""
+    """Return options with which teacher and students draw each prompt from the same noise."""
     return EvaluatePipeline(steps=steps, guidance=guidance, batch_size=config.batch_size, seed=config.seed)

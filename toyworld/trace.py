@@ -1,4 +1,7 @@
-"""Where rays meet a solid: sphere tracing (Hart 1996, doi 10.1007/s003710050084) from its bounding box on."""
+"""Intersection of rays with a solid, by sphere tracing from its bounding box (Hart 1996).
+
+Source: doi 10.1007/s003710050084.
+"""
 
 from dataclasses import dataclass
 
@@ -8,26 +11,27 @@ from torch import Tensor
 from toyworld.solids import Solid
 
 SHELL = 1e-4
-"""Rays march to between once and twice this distance; Newton's method finds the surface from there."""
+"""Rays march until they are between once and twice this distance away; Newton's method finds the surface from
+there."""
 
 FREE_STEPS, FORCED_STEPS, FORCED = 40, 120, 0.0125
-"""A ray almost parallel to a face comes to a standstill beside it, though something else may be behind. After so
-many steps of the distance, every further one is at least ``FORCED`` long; together they cross any solid. Rays slow
-enough to need them may miss a corner that they would cut by less, and so may those that came near a surface, met
-nothing and march on: twice at most."""
+"""A ray almost parallel to a face comes to a standstill near it, though something else may lie behind. So after
+``FREE_STEPS`` steps of the distance, every further one is at least ``FORCED`` long; ``FORCED_STEPS`` of them cross
+any solid. Rays slow enough to need them may miss a corner if they cross less than ``FORCED`` of it. So may rays
+that came near a surface, hit nothing and marched on, which happens at most twice."""
 
 NEWTON_STEPS = 8
-"""Each squares the error; a face needs one."""
+"""Each step squares the error; a face needs one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """Where n rays first meet a solid.
+    """First intersections of n rays with a solid.
 
     Attributes:
-        depth: (n,) from the origin along the unit direction; 0 where nothing is met.
-        normal: (3, n), unit, outwards; 0 where nothing is met.
-        hit: (n,), bool.
+        depth: (n,) distance from the origin along the unit direction; 0 without a hit.
+        normal: (3, n) unit outward normal; 0 without a hit.
+        hit: (n,) bool.
     """
 
     depth: Tensor
@@ -36,12 +40,12 @@ class Hits:
 
 
 def trace(solid: Solid, origin: Tensor, direction: Tensor) -> Hits:
-    """First meetings of rays with a solid, in the frame of the solid.
+    """Return the first intersections of rays with a solid, in the solid's frame.
 
     Args:
-        solid: what is met.
+        solid: The solid.
         origin: (3, n), outside the solid.
-        direction: (3, n), unit.
+        direction: (3, n), unit vectors.
     """
     near, far = _box_interval(solid, origin, direction)
     depth, normal = torch.zeros_like(near), torch.zeros_like(direction)
@@ -61,10 +65,10 @@ def trace(solid: Solid, origin: Tensor, direction: Tensor) -> Hits:
 
 
 def _box_interval(solid: Solid, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Depths (n,) at which rays enter and leave the bounding box; near >= far where they pass it."""
+    """Return the depths (n,) at which rays enter and leave the bounding box; near >= far if they miss it."""
     margin = 1e-3
     lower, upper = (origin.new_tensor(corner)[:, None] for corner in (solid.lower, solid.upper))
-    # A zero would make 0 / 0 where the origin is in the plane of a face.
+    # A zero would give 0 / 0 where the origin lies in the plane of a face.
     safe = torch.where(direction.abs() < 1e-12, torch.full_like(direction, 1e-12), direction)
     first, second = (lower - margin - origin) / safe, (upper + margin - origin) / safe
     return torch.minimum(first, second).amax(0), torch.maximum(first, second).amin(0)
@@ -73,7 +77,7 @@ def _box_interval(solid: Solid, origin: Tensor, direction: Tensor) -> tuple[Tens
 def _march(
     solid: Solid, origin: Tensor, direction: Tensor, near: Tensor, far: Tensor, free_steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Which rays come near the surface (m,), as numbers, and at what depth (m,)."""
+    """Return the numbers (m,) of the rays that come near the surface, and the depths (m,) at which they do."""
     ray = torch.arange(len(near), device=near.device)
     rays: list[Tensor] = []
     depths: list[Tensor] = []
@@ -94,7 +98,7 @@ def _march(
 
 
 def _meet(solid: Solid, origin: Tensor, direction: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rays meet the surface near ``depth``, as numbers (m,); their depths (m,) and normals (3, m) there."""
+    """Return the numbers (m,) of the rays that hit the surface near ``depth``, with their depths and normals."""
     rounding = 16 * torch.finfo(depth.dtype).eps
     ray = torch.arange(len(depth), device=depth.device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -115,7 +119,7 @@ def _meet(solid: Solid, origin: Tensor, direction: Tensor, depth: Tensor) -> tup
 
 
 def _gradient(solid: Solid, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) and its unit gradient (3, n) at points (3, n)."""
+    """Return the distance (n,) and its unit gradient (3, n) at points (3, n)."""
     with torch.inference_mode(False), torch.enable_grad():
         point = point.clone().requires_grad_()
         distance = solid.distance(point)

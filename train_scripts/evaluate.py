@@ -1,4 +1,4 @@
-"""What ``scorefield evaluate`` does, for ``accelerate launch train_scripts/evaluate.py``."""
+"""Run ``scorefield evaluate``; for ``accelerate launch train_scripts/evaluate.py``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What ``scorefield toyworld students`` does, for ``accelerate launch train_scripts/evaluate_students.py``."""
+"""Run ``scorefield toyworld students``; for ``accelerate launch train_scripts/evaluate_students.py``."""
 
 import sys
 

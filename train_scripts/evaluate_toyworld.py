@@ -1,4 +1,4 @@
-"""What ``scorefield toyworld evaluate`` does, for ``accelerate launch train_scripts/evaluate_toyworld.py``."""
+"""Run ``scorefield toyworld evaluate``; for ``accelerate launch train_scripts/evaluate_toyworld.py``."""
 
 import sys
 

@@ -1,3 +1,3 @@
-"""The place of ``Teacher`` in earlier versions: wrappers of users that import it from here still work."""
+"""Former module of ``Teacher``, kept so that users' wrappers that import it from here still work."""
 
 from scorefield.models.teacher import Teacher as Teacher

@@ -1,4 +1,4 @@
-"""What ``scorefield demo`` does, for ``accelerate launch train_scripts/quickstart.py``."""
+"""Run ``scorefield demo``; for ``accelerate launch train_scripts/quickstart.py``."""
 
 import sys
 

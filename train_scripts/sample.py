@@ -1,4 +1,4 @@
-"""What ``scorefield sample`` does, for ``accelerate launch train_scripts/sample.py``."""
+"""Run ``scorefield sample``; for ``accelerate launch train_scripts/sample.py``."""
 
 import sys
 

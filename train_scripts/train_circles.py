@@ -1,10 +1,10 @@
-"""Train the painter of circles from nothing: a small model of pixels that follows captions.
+"""Train the painter of circles from scratch: a small pixel-space model that follows captions.
 
     python train_scripts/train_circles.py --out runs/circles
     scorefield control circles --out runs/circles-control
 
-It draws what fill50k asks for ("red circle with blue background") wherever it likes, until `scorefield control`
-tells it where. The result is in --out/base.
+It draws what fill50k's captions say ("red circle with blue background") at a random place, until `scorefield
+control` trains an adapter that sets the place. The result is in --out/base.
 """
 
 from dataclasses import dataclass
@@ -39,19 +39,19 @@ class Config(RunOptions):
     out: Path = Path("runs/circles")
     """Folder for checkpoints, logs and the finished model."""
     size: int = 32
-    """Pixels of a side."""
+    """Height and width of the pictures in pixels."""
     num_samples: int = 50_000
-    """Different circles."""
+    """Number of different circles."""
     steps: int = 1200
-    """Iterations in all."""
+    """Total number of iterations."""
     batch_size: int = 64
     """Pictures per micro-batch."""
     learning_rate: float = 1e-3
-    """Peak learning rate; a cosine ends it at zero."""
+    """Peak learning rate. It falls to zero along a cosine."""
     caption_dropout: float = 0.1
-    """Share of empty captions, so that the model can be guided."""
+    """Share of captions that are emptied, so that the model can be guided."""
     ema_decay: float = 0.995
-    """Of the averaged weights, which are what is saved."""
+    """Decay of the averaged weights, which are the ones that are saved."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     save_every: int = 200
@@ -102,7 +102,7 @@ def main(config: Config) -> Path:
 
 
 def make_phase(config: Config, teacher: Teacher) -> Phase:
-    """The squared error of v at uniform times, AdamW, a cosine, an average."""
+    """Return the phase: squared error of v at uniform times, AdamW, a cosine schedule and averaged weights."""
     denoiser, network = teacher.denoiser, teacher.denoiser.network
 
     def loss(batch: dict[str, Any], rng: Rng) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def make_phase(config: Config, teacher: Teacher) -> Phase:
 
 @torch.no_grad()
 def preview(teacher: Teacher, captions: list[str]) -> Tensor:
-    """Pictures of these captions, always from the same noise."""
+    """Return pictures of these captions, always from the same noise."""
     noise = torch.randn(len(captions), *teacher.shape, generator=torch.Generator().manual_seed(0))
     model = guided(teacher.denoiser, 2.0, teacher.negative())
     times = grid(model.schedule, 25)
@@ -129,7 +129,7 @@ def preview(teacher: Teacher, captions: list[str]) -> Tensor:
 
 
 def card(config: Config) -> str:
-    """The model card: how this folder was made."""
+    """Return the model card, which says how the folder was made."""
     return f"""---
 license: apache-2.0
 tags: [text-to-image]

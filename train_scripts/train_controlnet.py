@@ -1,4 +1,4 @@
-"""What ``scorefield control`` does, for ``accelerate launch train_scripts/train_controlnet.py``."""
+"""Run ``scorefield control``; for ``accelerate launch train_scripts/train_controlnet.py``."""
 
 import sys
 

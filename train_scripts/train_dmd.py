@@ -1,4 +1,4 @@
-"""What ``scorefield distill`` does, for ``accelerate launch train_scripts/train_dmd.py``."""
+"""Run ``scorefield distill``; for ``accelerate launch train_scripts/train_dmd.py``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What ``scorefield features`` does, for ``accelerate launch train_scripts/train_features.py``."""
+"""Run ``scorefield features``; for ``accelerate launch train_scripts/train_features.py``."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Train the judge of the toy world: what shape, colour, background and view does a picture show?
+"""Train the judge of the toy world, a classifier of shape, colour, background and view.
 
     python train_scripts/train_judge.py --out runs/judge
 
-The package's own judge, toyworld/judge.safetensors and judge.json, was made by this command; under another one,
-figures are not comparable.
+The shipped judge, toyworld/judge.safetensors and judge.json, was made by this command. Figures of another judge
+are not comparable.
 """
 
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ class Config:
     """Train the judge of the toy world."""
 
     out: Path = Path("runs/judge")
-    """Folder for weights and facts."""
+    """Folder for the weights and facts."""
     steps: int = 3000
     """Optimiser steps."""
     batch_size: int = 64
     """Pictures per step."""
     num_images: int = 24_000
-    """Renders to train on; kept in memory, 12 kB each."""
+    """Renders to train on. They are kept in memory, at 12 kB each."""
     num_held_out: int = 4000
-    """Other renders, to measure the judge on."""
+    """Further renders on which the judge is measured."""
     learning_rate: float = 4e-3
-    """Peak of a one-cycle schedule."""
+    """Peak learning rate of a one-cycle schedule."""
     seed: int = 0
-    """Of the scenes, the weights and the augmentation."""
+    """Seed of the scenes, the weights and the augmentation."""
     device: str = default_device()
-    """Where to train."""
+    """Where to train, such as cpu or cuda."""
 
 
 def main(config: Config) -> Path:
-    """Train and return the folder of the judge."""
+    """Train the judge and return its folder."""
     check_numbers(config, positive=("steps", "batch_size", "num_images", "num_held_out", "learning_rate"))
     check_out(config.out)
     check_device(config.device)
@@ -49,7 +49,7 @@ def main(config: Config) -> Path:
     save_judge(judge, config.out)
     if judge.facts:
         shares = ", ".join(f"{question} {share:.4f}" for question, share in judge.facts.accuracies.items())
-        print(f"right about {config.num_held_out} renders that were held out: {shares}; judge in {config.out}")
+        print(f"accuracy on {config.num_held_out} held-out renders: {shares}; judge in {config.out}")
     return config.out
 
 

@@ -1,4 +1,4 @@
-"""What ``scorefield sds`` does, for ``accelerate launch train_scripts/train_sds.py``."""
+"""Run ``scorefield sds``; for ``accelerate launch train_scripts/train_sds.py``."""
 
 import sys
 

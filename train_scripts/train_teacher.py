@@ -1,4 +1,4 @@
-"""What ``scorefield teacher`` does, for ``accelerate launch train_scripts/train_teacher.py``."""
+"""Run ``scorefield teacher``; for ``accelerate launch train_scripts/train_teacher.py``."""
 
 import sys
 

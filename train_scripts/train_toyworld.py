@@ -1,10 +1,10 @@
-"""Train the text-to-image pipeline of the toy world from nothing: renders, autoencoder, latent diffusion model.
+"""Train the toy world's text-to-image pipeline from scratch: renders, autoencoder, latent diffusion model.
 
     python train_scripts/train_toyworld.py --out runs/toyworld
 
-Four stages, each resumed where it stopped when the same command is given again: images are rendered to a file; the
-autoencoder learns them; text encoder and UNet learn its latents; the averaged weights become a diffusers folder in
---out/pipeline.
+There are four stages: render images to a file, train the autoencoder on them, train text encoder and UNet on its
+latents, and save the averaged weights as a diffusers folder in --out/pipeline. A stage that was stopped resumes
+when the same command is given again.
 """
 
 import os
@@ -51,27 +51,27 @@ class Config(RunOptions):
     out: Path = Path("runs/toyworld")
     """Folder for renders, checkpoints, logs and the finished pipeline."""
     num_images: int = 30_000
-    """Renders to learn from: scenes 0 to this, less one."""
+    """Number of renders to train on: scenes 0 to num_images - 1."""
     steps: int = 4500
     """Iterations of text encoder and UNet."""
     vae_steps: int = 4000
     """Iterations of the autoencoder."""
     batch_size: int = 64
-    """Captioned latents per micro-batch."""
+    """Latents with captions per micro-batch."""
     vae_batch_size: int = 16
-    """Images per micro-batch."""
+    """Images per micro-batch of the autoencoder."""
     learning_rate: float = 1e-3
     """Peak learning rate of text encoder and UNet."""
     vae_lr: float = 1e-3
     """Peak learning rate of the autoencoder."""
     kl_weight: float = 1e-6
-    """Of the latents' KL to N(0, 1), per image, beside the mean squared error per pixel."""
+    """Weight of the latents' KL to N(0, 1), per image, relative to the mean squared error per pixel."""
     caption_dropout: float = 0.1
-    """Share of empty captions, so that the model can be guided."""
+    """Share of captions that are emptied, so that the model can be guided."""
     part_dropout: float = 0.2
-    """Share of captions that leave out the background, and, drawn apart, the view."""
+    """Share of captions without background and, drawn separately, share without view."""
     ema_decay: float = 0.999
-    """Of the averaged weights, which are what is saved."""
+    """Decay of the averaged weights, which are the ones that are saved."""
     precision: Literal["no", "bf16"] = "bf16"
     """Autocast precision; weights stay float32."""
     save_every: int = 500
@@ -86,7 +86,9 @@ def main(config: Config) -> Path:
     """Run all stages and return the pipeline's folder."""
     check_run(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the toy world is trained by one process; start it without a launcher.")
+        raise ValueError(
+            "train_toyworld.py runs as a single process, but a launcher started several. Start it with python."
+        )
     check_numbers(
         config, positive=("num_images", "vae_steps", "vae_batch_size", "learning_rate", "vae_lr"),
         not_negative=("kl_weight",), shares=("caption_dropout", "part_dropout", "ema_decay"),
@@ -111,7 +113,7 @@ def main(config: Config) -> Path:
 
 
 def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
-    """The averaged autoencoder, its scaling factor set to the inverse standard deviation of its latents."""
+    """Return the averaged autoencoder. Its scaling factor is the inverse standard deviation of its latents."""
     stage = replace(config, out=config.out / "vae", steps=config.vae_steps, batch_size=config.vae_batch_size)
     accelerator = start(stage)
     wrapped = prepare(network, stage, accelerator)
@@ -138,25 +140,28 @@ def train_vae(config: Config, world: World, network: Autoencoding) -> Any:
 
 
 def vae_loss(network: nn.Module, images: Tensor, kl_weight: float, rng: Rng) -> dict[str, Tensor]:
-    """Mean squared error of images in [-1, 1] from a draw of their posterior, and its KL to N(0, 1)."""
+    """Return the loss of images in [-1, 1]: squared error of a posterior draw, plus weighted KL to N(0, 1)."""
     side = images.shape[-1] // 4
     noise = torch.randn(len(images), 4, side, side, generator=rng("posterior")).to(images.device)
     made, kl = network(images, noise)
     error = (made.float() - images).square().mean()
-    # Of images whose range is 2.
+    # The images have a range of 2, whose square is 4.
     return {"loss": error + kl_weight * kl.mean(), "psnr": 10 * (4 / error).log10(), "kl": kl.mean()}
 
 
 @torch.no_grad()
 def latents_of(vae: Any, images: Tensor) -> Tensor:
-    """Means of the posteriors of images in bytes, unscaled."""
+    """Return the posterior means of images, given as bytes; they are not scaled."""
     device = next(vae.parameters()).device
     parts = [vae.encode(as_floats(part).to(device)).latent_dist.mean.cpu() for part in images.split(250)]
     return torch.cat(parts)
 
 
 def encode(config: Config, vae: Any, world: World) -> Tensor:
-    """All latents, scaled to unit variance, kept in ``--out/latents`` under the hash of what they are of."""
+    """Return all latents, scaled to unit variance.
+
+    They are cached in ``--out/latents`` by the hash of autoencoder and images.
+    """
     cache = TensorCache(config.out / "latents", fingerprint(vae.parameters()))
     made = cache.fetch(
         [world.images], lambda _: [{"latents": latents_of(vae, world.images) * vae.config.scaling_factor}]
@@ -167,7 +172,7 @@ def encode(config: Config, vae: Any, world: World) -> Tensor:
 def train_text_to_image(
     config: Config, world: World, latents: Tensor, vae: Any, network: TextToLatent
 ) -> TextToLatent:
-    """The averaged text encoder and UNet."""
+    """Return the averaged text encoder and UNet."""
     stage = replace(config, out=config.out / "text-to-image")
     accelerator = start(stage)
     schedule = VariancePreserving.scaled_linear()
@@ -202,7 +207,7 @@ def train_text_to_image(
 
 
 def latent_loss(denoiser: NetworkDenoiser, batch: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
-    """Mean squared error of v at uniform times."""
+    """Return the mean squared error of v at uniform times."""
     errors, t = denoising_errors(
         denoiser, batch["latents"], {"tokens": batch["tokens"]}, times=uniform(0, 1),
         weight=prediction_weight("v"), generator=rng("noise"),
@@ -213,7 +218,7 @@ def latent_loss(denoiser: NetworkDenoiser, batch: dict[str, Tensor], rng: Rng) -
 def new_phase(
     name: str, network: nn.Module, loss: Callable[..., dict[str, Tensor]], learning_rate: float, stage: Config
 ) -> Phase:
-    """AdamW, a cosine to zero and a moving average."""
+    """Return a phase with AdamW, a cosine schedule to zero and averaged weights."""
     optimizer = adamw(network, learning_rate, betas=(0.9, 0.99), kind=stage.optimizer)
     return Phase(
         name=name, network=network, optimizer=optimizer, loss=loss, ema=EMA(network, stage.ema_decay),
@@ -222,7 +227,7 @@ def new_phase(
 
 
 def averaged(phase: Phase) -> nn.Module:
-    """The network whose weights are the moving average."""
+    """Return the network whose weights are the moving average."""
     assert phase.ema is not None
     return phase.ema.network
 
@@ -231,14 +236,17 @@ def run_stage(
     stage: Config, phase: Phase, batches: Callable[[Rng], Any], accelerator: Accelerator,
     inputs: dict[str, str], others: tuple[str, ...], preview: Callable[[], Tensor],
 ) -> None:  # fmt: skip
-    """Train one phase to its end, from its newest checkpoint, whatever the options of the ``others`` are now."""
+    """Train one phase to its end from its newest checkpoint.
+
+    The options named in ``others`` may have changed since.
+    """
     own = {name: value for name, value in identity(stage, accelerator, inputs).items() if name not in others}
     first = resume(stage, [phase], accelerator, own)
     fit(stage, [phase], batches, accelerator, own=own, first=first, columns=16, preview=preview)
 
 
 def card(config: Config) -> str:
-    """The model card: how this folder was made."""
+    """Return the model card, which says how the folder was made."""
     return f"""---
 license: apache-2.0
 library_name: diffusers

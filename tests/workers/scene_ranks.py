@@ -9,13 +9,12 @@ from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase, train
-from sds.guards import num_rollbacks, roll_back
-from sds.learning import SceneDistillation
-from sds.looks import Backdrop, SceneLooks
+from sds.cameras import CameraDistribution
 from sds.losses import sds
-from sds.regularisers import Penalties
+from sds.penalties import Penalties
+from sds.recovery import num_rollbacks, roll_back
 from sds.scene import grid_scene
-from sds.views import CameraDistribution
+from sds.training import Backdrop, SceneDistillation, SceneSubject
 
 CAMERAS = CameraDistribution(distance=(2.7, 3.0), elevation=(0.0, 45.0), focal=(1.37, 1.37))
 
@@ -32,13 +31,13 @@ class Grey:
 
 def make_task(num_ranks):
     backdrops = [Backdrop({"level": torch.full((4, 1), level)}, (level,) * 3) for level in (0.0, 0.5)]
-    looks = SceneLooks(
+    subject = SceneSubject(
         scene=grid_scene(resolutions=(4, 8), num_samples=8), encode=lambda images: images, size=(8, 8),
         cameras=lambda step: [(CAMERAS, 2)], backdrops=backdrops, resolution=lambda step: 8,
         penalties=lambda step: Penalties(entropy=1.0), num_ranks=num_ranks,
     )  # fmt: skip
     teacher = Grey(VariancePreserving.scaled_linear())
-    return SceneDistillation(subject=looks, method=lambda step: sds(teacher), num_draws=2)
+    return SceneDistillation(subject=subject, method=lambda step: sds(teacher), num_draws=2)
 
 
 def gradient_of(task, rng):

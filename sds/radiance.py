@@ -1,51 +1,54 @@
-"""What the export needs to know of a scene: three functions and a box. Any kind of scene has them.
+"""Radiance fields as plain functions: all that the export needs to know of a scene of any kind.
 
-The world has z up and the front of an object faces +x. Cameras are nerfstudio's and OpenGL's: x right, y up, z
-backwards, ``camera_to_world`` (3, 4) holding these axes and the position as columns.
+In the world z is up and the front of an object faces +x. Cameras follow nerfstudio and OpenGL: x right, y up, z
+backwards. ``camera_to_world`` (3, 4) holds these axes and the position as columns.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sds.cameras import Views
+from sds.scene import Render, Scene
+
 Colour = tuple[float, float, float]
 """RGB in [0, 1], in display values (sRGB)."""
 
 Corner = tuple[float, float, float]
-"""x, y and z in the world."""
+"""x, y and z in world coordinates."""
 
 CHUNK = 1 << 18
-"""Points asked for at once: bounds memory, changes no result."""
+"""Number of points evaluated at once. It bounds the memory and changes no result."""
 
 
 class Pictures(Protocol):
-    """Pictures of b cameras, rows from the top; anything with these four tensors will do."""
+    """Interface of pictures from b cameras, rows from the top."""
 
     @property
     def rgb(self) -> Float[Tensor, "b 3 h w"]:
-        """In [-1, 1], in display values, before a background."""
+        """Colours in [-1, 1], in display values, over the background."""
 
     @property
     def depth(self) -> Float[Tensor, "b 1 h w"]:
-        """Distance from the camera along the ray in world units; counts only where opacity is above a half."""
+        """Distance from the camera along the ray in world units. Used only where the opacity is above 0.5."""
 
     @property
     def normals(self) -> Float[Tensor, "b 3 h w"] | None:
-        """In world coordinates, outwards, of any length; counts only where there is opacity. Not None here."""
+        """Outward normals in world coordinates, of any length; not None. Used only where there is opacity."""
 
     @property
     def opacity(self) -> Float[Tensor, "b 1 h w"]:
-        """In [0, 1]: how much of the background is hidden."""
+        """Share of the background that is hidden, in [0, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """Pictures as :class:`Pictures` says, on the CPU."""
+    """Pictures from b cameras on the CPU; see :class:`Pictures`."""
 
     rgb: Tensor
     depth: Tensor
@@ -54,21 +57,24 @@ class Rendered:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Exportable:
-    """A scene as plain functions, called without gradient and in pieces.
+class RadianceField:
+    """Density, colour and renders of a scene as plain functions, which are called without gradient and in pieces.
 
     Attributes:
-        density: (n,) of points (n, 3): per world unit, so that a segment of length d hides
-            1 - exp(-density d) of what is behind.
-        colour: (n, 3) in [0, 1] of points (n, 3): what a picture shows there. Albedo, if pictures are unlit.
-        render: pictures of cameras (b, 3, 4), ``size`` high and wide, with colours as of ``colour`` (no light that
-            a mesh cannot have) over the constant ``background``.
-        lower: corner of the box that holds the object, with the smallest x, y, z.
-        upper: corner with the largest.
-        field_of_view: vertical, in degrees, of ``render``; pixels are square, the principal point is the centre.
-        distance: from the origin at which the scene is looked at.
-        background: that ``render`` puts behind the scene.
-        device: where points and cameras are made.
+        density: Points (n, 3) -> density (n,) per world unit: a segment of length d hides the share 1 -
+            exp(-density d) of what is behind it.
+        colour: Points (n, 3) -> colours (n, 3) in [0, 1], as pictures show them. Albedo if pictures are unlit.
+        render: (cameras (b, 3, 4), size) -> pictures of ``size`` x ``size`` pixels over the constant
+            ``background``. They show the colours of ``colour``, without light that a mesh cannot have.
+        lower: Corner of the box that holds the object, with the smallest x, y, z.
+        upper: Opposite corner.
+        field_of_view: Vertical field of view of ``render``, in degrees. Pixels are square, and the principal point
+            is the centre.
+        distance: Distance of the export's cameras from the origin.
+        background: Background of ``render``.
+        device: Device on which points and cameras are made.
+
+    Raises ``ValueError`` for a box without volume, or another value that is out of range.
     """
 
     density: Callable[[Tensor], Tensor]
@@ -95,19 +101,28 @@ class Exportable:
 
     @torch.no_grad()
     def densities(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
-        """Float32 on the CPU. Raises ``ValueError`` for another shape, and for nan or inf."""
+        """Return densities (n,) of points (n, 3), float32 on the CPU.
+
+        Raises ``ValueError`` if ``density`` returns another shape, nan or inf.
+        """
         return _asked("density", self.density, points, (), self.device)
 
     @torch.no_grad()
     def colours(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-        """Float32 on the CPU. Raises ``ValueError`` for another shape, and for values outside [0, 1]."""
+        """Return colours (n, 3) of points (n, 3), float32 on the CPU.
+
+        Raises ``ValueError`` if ``colour`` returns another shape, nan, inf or values outside [0, 1].
+        """
         colours = _asked("colour", self.colour, points, (3,), self.device)
         _check_range("colour", colours, 0.0, 1.0)
         return colours.clamp(0, 1)
 
     @torch.no_grad()
     def pictures(self, camera_to_world: Float[Tensor, "b 3 4"], size: int, batch_size: int = 4) -> Rendered:
-        """Of any number of cameras. Raises ``ValueError`` for what is not a picture."""
+        """Return pictures from any number of cameras (b, 3, 4), rendered ``batch_size`` at a time, on the CPU.
+
+        Raises ``ValueError`` if ``render`` returns other shapes, values out of range, nan, inf or no normals.
+        """
         parts = []
         for cameras in camera_to_world.split(batch_size):
             seen = self.render(cameras.to(self.device), size)
@@ -119,7 +134,7 @@ CHANNELS = (("rgb", 3), ("depth", 1), ("normals", 3), ("opacity", 1))
 
 
 def check_colour(name: str, colour: Colour) -> None:
-    """Raise ``ValueError`` for what is no RGB in [0, 1]."""
+    """Raise ``ValueError`` unless ``colour`` is an RGB triple in [0, 1]."""
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ValueError(f"{name} must be three numbers in [0, 1]; got {colour}.")
 
@@ -172,3 +187,35 @@ def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
     smallest, largest = float(values.min()), float(values.max())
     if smallest < low - 1e-3 or largest > high + 1e-3:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {smallest:.4g} to {largest:.4g}.")
+
+
+def radiance_field(
+    scene: Scene, *, distance: float, field_of_view: float, background: Colour = (1.0, 1.0, 1.0)
+) -> RadianceField:
+    """Return a scene's albedo over one colour: what a mesh with vertex colours can show.
+
+    Args:
+        scene: A scene on any device.
+        distance: Distance of the cameras from the origin.
+        field_of_view: Vertical field of view of the cameras, in degrees.
+        background: RGB in [0, 1].
+    """
+    device = next(scene.parameters()).device
+    focal = 0.5 / math.tan(math.radians(field_of_view) / 2)
+    backdrop = torch.tensor(background, device=device) * 2 - 1
+
+    def render(camera_to_world: Tensor, size: int) -> Render:
+        camera = camera_to_world.float()
+        angles = camera.new_zeros(len(camera))
+        views = Views(camera, angles + focal, angles, angles)
+        # Normals build a short-lived graph of their own; none is kept for the parameters.
+        pictures = scene(views, height=size, width=size, background=backdrop, normals=True)
+        # Faint matter in front of the background has normals too, which would show in a picture of normals.
+        return replace(pictures, normals=pictures.normals * (pictures.opacity > 0.5))
+
+    half = scene.field.half_size
+    return RadianceField(
+        density=lambda points: scene.field(points).density, colour=lambda points: scene.field(points).albedo,
+        render=render, lower=(-half,) * 3, upper=(half,) * 3, field_of_view=field_of_view, distance=distance,
+        background=background, device=device,
+    )  # fmt: skip

@@ -1,12 +1,11 @@
-"""Where a scene is looked at from, and the words a text teacher is told about it.
+"""Cameras of a scene: random views, and the view words that a text-to-image teacher is told about them.
 
-The world has z up, and the object in about [-1, 1]^3. ``camera_to_world`` (3, 4) is nerfstudio's and OpenGL's: its
-columns are the camera's x axis (right), y axis (up), z axis (backwards: the camera looks along -z) and position.
-All angles are in degrees. Azimuth 0 is on +x, which is the front, and grows counter-clockwise seen from above;
-elevation 90 is straight above.
+In the world z is up, and the object lies in about [-1, 1]^3. ``camera_to_world`` (3, 4) follows nerfstudio and
+OpenGL: its columns are the camera's x axis (right), y axis (up), z axis (backwards: the camera looks along -z) and
+position. All angles are in degrees. Azimuth 0 is on +x, which is the front, and grows counter-clockwise seen from
+above. Elevation 90 is straight above.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,24 +19,18 @@ from scorefield.denoiser import Cond
 Range = tuple[float, float]
 
 WORDS = ("front", "side", "back", "overhead")
-"""What view-dependent prompts call a view; the order of all weights and conditions here."""
-
-
-def check_nerfstudio() -> None:
-    """Raise ``ImportError``, naming the extra to install, where nerfstudio is missing."""
-    if importlib.util.find_spec("nerfstudio") is None:
-        raise ImportError("scenes in 3D need nerfstudio, which is an extra: pip install 'scorefield[nerf]'.")
+"""View words of prompts; all weights and conditions here are in this order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """b cameras, of no particular resolution.
+    """Poses and focal lengths of b cameras; the resolution is chosen when they render.
 
     Attributes:
         camera_to_world: (b, 3, 4).
-        focal: (b,) focal length over the height of the picture: 0.5 / tan(vertical field of view / 2).
-        azimuth: (b,) in degrees, before any jitter of the position: what prompts are chosen by.
-        elevation: (b,) in degrees, likewise.
+        focal: (b,) focal length in picture heights: 0.5 / tan(vertical field of view / 2).
+        azimuth: (b,) in degrees, before any jitter of the position; view words are chosen by it.
+        elevation: (b,) in degrees, likewise before jitter.
     """
 
     camera_to_world: Float[Tensor, "b 3 4"]
@@ -53,16 +46,17 @@ class Views:
 
     @property
     def position(self) -> Float[Tensor, "b 3"]:
-        """Of the cameras, in the world."""
+        """Positions of the cameras in the world."""
         return self.camera_to_world[:, :, 3]
 
     def directions(self, height: int, width: int) -> Float[Tensor, "b h w 3"]:
-        """Unit directions in the world of the rays through the centres of all pixels.
+        """Return the unit directions, in the world, of rays through the centres of all pixels.
 
-        Pixels are square and the principal point is the centre. They are those of nerfstudio's ``Cameras``, which
-        computes them in float32 by an indexing that torch is to change.
+        Pixels are square and the principal point is the centre of the picture. The directions equal those of
+        nerfstudio's ``Cameras``, which computes them in float32 by an indexing that torch has announced it will
+        change.
 
-        Raises ``ValueError`` for a picture without pixels.
+        Raises ``ValueError`` for a height or width below 1.
         """
         if height < 1 or width < 1:
             raise ValueError(f"height and width must be at least 1 pixel; got {height} and {width}.")
@@ -75,14 +69,20 @@ class Views:
 
 
 def concatenated(views: Sequence[Views]) -> Views:
-    """All views in one batch."""
+    """Return all views in one batch."""
     return Views(*(torch.cat(values) for values in zip(*(vars(view).values() for view in views), strict=True)))
 
 
 def orbit(azimuth: Tensor, elevation: Tensor, distance: Tensor, focal: Tensor) -> Views:
-    """Views (b,) of the world's origin from a sphere round it; the camera's right is always horizontal.
+    """Return views (b,) of the world's origin from a sphere around it; the camera's right axis is horizontal.
 
-    Straight above is no special case: there, up is where -x was in front.
+    Straight above is no special case: at azimuth 0, the camera's up axis is -x there.
+
+    Args:
+        azimuth: (b,) in degrees.
+        elevation: (b,) in degrees.
+        distance: (b,) from the origin.
+        focal: (b,) in picture heights.
     """
     position, up = _sphere(azimuth, elevation)
     pose = look_at(position * distance[:, None], torch.zeros_like(position), up)
@@ -92,7 +92,10 @@ def orbit(azimuth: Tensor, elevation: Tensor, distance: Tensor, focal: Tensor) -
 def look_at(
     position: Float[Tensor, "b 3"], target: Float[Tensor, "b 3"], up: Float[Tensor, "b 3"]
 ) -> Float[Tensor, "b 3 4"]:
-    """``camera_to_world`` of cameras that look at ``target``; ``up`` must not point along the line of sight."""
+    """Return ``camera_to_world`` of cameras at ``position`` that look at ``target``.
+
+    ``up`` must not be parallel to the line of sight.
+    """
     back = torch.nn.functional.normalize(position - target, dim=1)
     right = torch.nn.functional.normalize(torch.linalg.cross(up, back), dim=1)
     return torch.stack([right, torch.linalg.cross(back, right), back, position], dim=2)
@@ -102,20 +105,23 @@ def look_at(
 class CameraDistribution:
     """Random cameras; the defaults are DreamFusion's (arXiv 2209.14988, section 3.2 and Appendix A.2).
 
-    DreamFusion's scene fills a sphere of radius 1.4, in which the cameras move. A scene that is to be seen as a
-    whole needs a larger distance: 2.6 to 3.1 at focal 1.37, which is a field of view of 40 degrees.
+    DreamFusion's scene fills a sphere of radius 1.4, inside which the cameras move. To show the whole scene, use a
+    larger distance: 2.6 to 3.1 at focal length 1.37, which is a field of view of 40 degrees.
 
     Attributes:
-        distance: of the camera from the origin, uniform.
-        azimuth: in degrees, uniform and stratified: see :meth:`draw`.
-        elevation: in degrees; with probability ``uniform_angle`` uniform in the angle, else in the area of the
-            sphere. The first favours the pole, the second the horizon.
-        uniform_angle: that probability.
-        focal: over the height of the picture, uniform; the paper's multiple of the width.
-        position_jitter: of the camera, uniform in a cube of twice this edge.
-        target_jitter: standard deviation, on each axis, of the point that is looked at. The paper's N(0, 0.2 I)
-            taken as a variance would often miss the object; implementations read a deviation.
-        up_jitter: standard deviation, on each axis, of what is added to the upward vector; likewise.
+        distance: Range of distances from the origin, uniform.
+        azimuth: Range in degrees, uniform and stratified; see :meth:`draw`.
+        elevation: Range in degrees. With probability ``uniform_angle`` it is uniform in the angle, otherwise in
+            the area of the sphere. The first favours the pole, the second the horizon.
+        uniform_angle: Probability of an elevation that is uniform in the angle.
+        focal: Range of focal lengths in picture heights, uniform. The paper gives multiples of the width.
+        position_jitter: The camera's position is shifted uniformly within a cube whose edge is twice this value.
+        target_jitter: Standard deviation, on each axis, of the point that the camera looks at. If the paper's N(0,
+            0.2 I) meant a variance, cameras would often miss the object; implementations take 0.2 as the standard
+            deviation.
+        up_jitter: Standard deviation, on each axis, of what is added to the up direction; likewise.
+
+    Raises ``ValueError`` for ranges that are reversed or out of bounds.
     """
 
     distance: Range = (1.0, 1.5)
@@ -137,13 +143,16 @@ class CameraDistribution:
         if not -90 <= self.elevation[0] <= self.elevation[1] <= 90:
             raise ValueError(f"elevation must lie in [-90, 90] degrees; got {self.elevation}.")
         if not 0 <= self.uniform_angle <= 1:
-            raise ValueError(f"uniform_angle is a probability; got {self.uniform_angle}.")
+            raise ValueError(f"uniform_angle is a probability in [0, 1]; got {self.uniform_angle}.")
 
     def draw(self, num_views: int, generator: Generator, *, rank: int = 0, num_ranks: int = 1) -> Views:
-        """Independent views, but for the azimuths: one in each of ``num_ranks * num_views`` equal sectors.
+        """Return random views. All but their azimuths are independent.
 
-        Ranks take turns at the sectors, so that views go round the scene on every rank. Each rank passes a
-        generator of its own. Raises ``ValueError`` for no views, or a rank that is none of ``num_ranks``.
+        The azimuth range is divided into ``num_ranks * num_views`` equal sectors with one view in each. Ranks take
+        turns at the sectors, so that on every rank the views go all round the scene. Each rank passes a generator
+        of its own.
+
+        Raises ``ValueError`` for ``num_views`` below 1, or a rank outside 0 to ``num_ranks`` - 1.
         """
         if num_views < 1 or not 0 <= rank < num_ranks:
             raise ValueError(
@@ -164,7 +173,12 @@ class CameraDistribution:
         return Views(*(value.float() for value in (pose, focal, azimuth, elevation)))
 
     def widened(self, progress: float, *, azimuth: float = 0.0, elevation: float = 15.0) -> "CameraDistribution":
-        """Progressive views: at progress 0 all from one direction, at 1 from the whole range, linear between.
+        """Return a distribution that is one direction at progress 0 and the whole range at 1, linear between.
+
+        Args:
+            progress: Progress in [0, 1].
+            azimuth: Azimuth of the first direction in degrees.
+            elevation: Elevation of the first direction in degrees.
 
         Raises ``ValueError`` unless 0 <= progress <= 1.
         """
@@ -178,10 +192,10 @@ class CameraDistribution:
         return replace(self, azimuth=between(azimuth, self.azimuth), elevation=between(elevation, self.elevation))
 
     def quarters(self, spread: float) -> list["CameraDistribution"]:
-        """Front, left, back and right, each within ``spread`` times 45 degrees: at 1 they cover all azimuths.
+        """Return distributions of front, left, back and right views, each within ``spread`` times 45 degrees.
 
-        Away from the middle of their quarters view words are vague, and a scene that begins there turns as it
-        likes. Raises ``ValueError`` unless 0 <= spread <= 1.
+        At spread 1 they cover all azimuths. View words are ambiguous near the borders of the quarters; a scene
+        that starts with such views may turn any way. Raises ``ValueError`` unless 0 <= spread <= 1.
         """
         if not 0 <= spread <= 1:
             raise ValueError(f"spread must lie in [0, 1]; got {spread}.")
@@ -197,7 +211,7 @@ class CameraDistribution:
 
 
 def view_prompts(prompt: str) -> list[str]:
-    """The prompt for each of ``WORDS``: "a red mug" gives "a red mug, front view" and so on.
+    """Return the prompt for each of ``WORDS``: "a red mug" gives "a red mug, front view" and so on.
 
     Raises ``ValueError`` for an empty prompt.
     """
@@ -207,12 +221,13 @@ def view_prompts(prompt: str) -> list[str]:
 
 
 def word_bins(views: Views, *, front_within: float = 45.0, overhead_above: float = 60.0) -> Float[Tensor, "b 4"]:
-    """One-hot weights of ``WORDS``: DreamFusion's discrete view prompts (arXiv 2209.14988, section 3.2).
+    """Return one-hot weights of ``WORDS``: DreamFusion's discrete view prompts (arXiv 2209.14988, section 3.2).
 
     Args:
         views: b views.
-        front_within: azimuths at most this far from 0 are the front, from 180 the back, all others a side.
-        overhead_above: views from above this elevation are overhead, whatever the azimuth.
+        front_within: Azimuths at most this far from 0 are the front, from 180 the back; all others are a side. In
+            degrees.
+        overhead_above: Views above this elevation, in degrees, are overhead whatever their azimuth.
     """
     off_front = _off_front(views.azimuth)
     word = torch.where(off_front <= front_within, 0, torch.where(off_front >= 180 - front_within, 2, 1))
@@ -221,10 +236,10 @@ def word_bins(views: Views, *, front_within: float = 45.0, overhead_above: float
 
 
 def word_weights(views: Views, *, overhead: Range = (30.0, 90.0)) -> Float[Tensor, "b 4"]:
-    """Weights of ``WORDS`` that change linearly with the angles and sum to 1, for interpolated conditions.
+    """Return weights of ``WORDS`` that change linearly with the angles and sum to 1, to interpolate conditions.
 
-    Front, side and back have weight 1 at azimuths 0, +-90 and 180, and cross half-way, as the bins do; overhead
-    rises from 0 to 1 between the elevations ``overhead``.
+    Front, side and back have weight 1 at azimuths 0, +-90 and 180, and are equal half-way between, where the bins
+    change. The weight of overhead rises from 0 to 1 between the two elevations of ``overhead``.
     """
     turn = _off_front(views.azimuth) / 90
     around = torch.stack([(1 - turn).clamp(min=0), 1 - (turn - 1).abs(), (turn - 1).clamp(min=0)], dim=1)
@@ -233,10 +248,10 @@ def word_weights(views: Views, *, overhead: Range = (30.0, 90.0)) -> Float[Tenso
 
 
 def view_conditions(conditions: Cond, weights: Float[Tensor, "b 4"]) -> Cond:
-    """The condition of each view, from those of the four ``view_prompts`` in their order.
+    """Return the condition of each view, mixed from the conditions of the four ``view_prompts``, in their order.
 
-    Embeddings are averaged with the weights; whole numbers, such as a mask of tokens, are those of the heaviest
-    word. Raises ``ValueError`` for conditions of another batch than four.
+    Embeddings are averaged with the weights. Integer tensors, such as a mask of tokens, are those of the heaviest
+    word. Raises ``ValueError`` for conditions of a batch other than four.
     """
     for name, value in conditions.items():
         if len(value) != len(WORDS):
@@ -254,12 +269,12 @@ def view_conditions(conditions: Cond, weights: Float[Tensor, "b 4"]) -> Cond:
 
 
 def _off_front(azimuth: Tensor) -> Tensor:
-    """Degrees in [0, 180] between azimuths and the front."""
+    """Return the angles, in [0, 180] degrees, between azimuths and the front."""
     return ((azimuth + 180) % 360 - 180).abs()
 
 
 def _sphere(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (b, 3) on the unit sphere, and what is up (b, 3) for a camera there that looks at the centre."""
+    """Return points (b, 3) on the unit sphere, and the up directions (b, 3) of cameras there that look inwards."""
     (sin_a, cos_a), (sin_e, cos_e) = ((x.deg2rad().sin(), x.deg2rad().cos()) for x in (azimuth, elevation))
     return (
         torch.stack([cos_e * cos_a, cos_e * sin_a, sin_e], dim=1),

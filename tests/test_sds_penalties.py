@@ -6,7 +6,7 @@ import pytest
 import torch
 from nerfstudio.model_components.losses import lossfun_distortion
 
-from sds.regularisers import (
+from sds.penalties import (
     distortion_loss,
     entropy_loss,
     opacity_loss,

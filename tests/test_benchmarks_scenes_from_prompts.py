@@ -2,14 +2,13 @@
 
 import json
 
-import prompted_scenes
 import pytest
+import scenes_from_prompts
 import torch
 from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs
 
 from sds.field import Field
-from sds.finish import save_scene
-from sds.scene import grid_scene
+from sds.scene import grid_scene, save_scene
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene
 
@@ -18,14 +17,14 @@ close = torch.testing.assert_close
 
 def solid(azimuth, scale=1.0):
     return ToyScene(
-        shape="mug", colour="red", background="white", azimuth=azimuth, elevation=prompted_scenes.ELEVATION,
+        shape="mug", colour="red", background="white", azimuth=azimuth, elevation=scenes_from_prompts.ELEVATION,
         distance=DISTANCE / scale,
     )  # fmt: skip
 
 
 def test_a_turned_and_scaled_solid_is_found():
-    pictures = render([solid(float(a) + 40, 1.1) for a in range(0, 360, 15)], size=prompted_scenes.SIZE)
-    fit = prompted_scenes.best_fit(pictures.rgb + 1e-3, "mug", "red", [1.0, 1.1, 1.12])
+    pictures = render([solid(float(a) + 40, 1.1) for a in range(0, 360, 15)], size=scenes_from_prompts.SIZE)
+    fit = scenes_from_prompts.best_fit(pictures.rgb + 1e-3, "mug", "red", [1.0, 1.1, 1.12])
     assert (fit.degrees, fit.scale) == (40, 1.1)
     assert fit.psnr == pytest.approx(20 * 3.301, rel=1e-3)  # an error of 1e-3 / 2 everywhere
     close(fit.truth.rgb, pictures.rgb)
@@ -33,16 +32,16 @@ def test_a_turned_and_scaled_solid_is_found():
 
 
 def test_psnr_counts_the_crop_alone_and_opacity_what_is_outside_the_widened_silhouette():
-    truth = prompted_scenes.turned(prompted_scenes.true_views("mug", "red", 1.0), 0)
+    truth = scenes_from_prompts.turned(scenes_from_prompts.true_views("mug", "red", 1.0), 0)
     rgb = truth.rgb.clone()
     rgb[:, :, 0, 0] -= 1
     assert bool(crop_psnrs(rgb, truth.rgb, truth.mask).isinf().all())
     mask, opacity = torch.zeros(1, 1, 9, 9, dtype=torch.bool), torch.zeros(1, 1, 9, 9)
     mask[0, 0, 4, 4] = True
     opacity[0, 0, 2:7, 2:7] = 1.0  # two pixels round it: near
-    assert prompted_scenes.outside(opacity, mask) == 0
+    assert scenes_from_prompts.outside(opacity, mask) == 0
     opacity[0, 0, 0, :] = 0.5
-    assert prompted_scenes.outside(opacity, mask) == pytest.approx(9 * 0.5 / (81 - 25))
+    assert scenes_from_prompts.outside(opacity, mask) == pytest.approx(9 * 0.5 / (81 - 25))
 
 
 def test_bars():
@@ -50,10 +49,10 @@ def test_bars():
         "shape": 0.84, "shape_of_true_renders": 0.98, "colour": 0.9, "colour_of_true_renders": 1.0, "psnr": 16.0,
         "psnr_bar": 16.0, "opacity_outside": 0.03,
     }  # fmt: skip
-    assert prompted_scenes.reached(figures)
+    assert scenes_from_prompts.reached(figures)
     for name, value in {"shape": 0.82, "colour": 0.89, "psnr": 15.9, "opacity_outside": 0.031}.items():
-        assert not prompted_scenes.reached({**figures, name: value})
-    assert prompted_scenes.BARS == {"cone": 20.0, "torus": 20.0}
+        assert not scenes_from_prompts.reached({**figures, name: value})
+    assert scenes_from_prompts.BARS == {"cone": 20.0, "torus": 20.0}
 
 
 def write_run(folder, **changes):
@@ -69,16 +68,18 @@ def write_run(folder, **changes):
 
 
 def test_a_run_is_measured_and_the_figures_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompted_scenes, "SCALES", [0.95])
-    monkeypatch.setattr(prompted_scenes, "FINER", [0.0, 0.05])
+    monkeypatch.setattr(scenes_from_prompts, "SCALES", [0.95])
+    monkeypatch.setattr(scenes_from_prompts, "FINER", [0.0, 0.05])
     scene = write_run(tmp_path / "run")
-    figures = prompted_scenes.evaluate(tmp_path / "run")
+    figures = scenes_from_prompts.evaluate(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == pytest.approx(figures)
     assert (tmp_path / "run" / "evaluation.png").is_file()
     assert figures["psnr_all_background"] < figures["psnr_best_ellipsoid"]
     assert figures["shape_of_true_renders"] > 0.9
-    rgb = prompted_scenes.turntable(scene).rgb
-    truth = prompted_scenes.turned(prompted_scenes.true_views("mug", "red", figures["scale"]), figures["degrees"])
+    rgb = scenes_from_prompts.turntable(scene).rgb
+    truth = scenes_from_prompts.turned(
+        scenes_from_prompts.true_views("mug", "red", figures["scale"]), figures["degrees"]
+    )
     assert figures["psnr"] == pytest.approx(float(crop_psnrs(rgb, truth.rgb, truth.mask).mean()))
     assert BACKGROUND.tolist() == [1, 1, 1]
 
@@ -94,17 +95,17 @@ def test_an_ellipsoid_is_as_large_in_any_cube():
 def test_other_and_damaged_runs_are_refused(tmp_path):
     for changes in ({"field": "hash"}, {"canvas": True}, {"backdrops": []}):
         write_run(tmp_path / "run", **changes)
-        with pytest.raises(ValueError, match="no run of the toyworld preset"):
-            prompted_scenes.load_run(tmp_path / "run")
+        with pytest.raises(ValueError, match="was not made by the toyworld preset"):
+            scenes_from_prompts.load_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        prompted_scenes.load_run(tmp_path)
+        scenes_from_prompts.load_run(tmp_path)
     write_run(tmp_path / "run")
     weights = tmp_path / "run" / "scene.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="holds no weights of such a scene"):
-        prompted_scenes.load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="is damaged or holds another kind of scene"):
+        scenes_from_prompts.load_run(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"field": "grid"}')
     with pytest.raises(ValueError, match=r"config\.json lacks backdrops, blob"):
-        prompted_scenes.load_run(tmp_path / "run")
+        scenes_from_prompts.load_run(tmp_path / "run")
     with pytest.raises(ValueError, match="--runs"):
-        prompted_scenes.main(prompted_scenes.Config())
+        scenes_from_prompts.main(scenes_from_prompts.Config())

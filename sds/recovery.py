@@ -1,10 +1,11 @@
-"""What to do when a scene goes wrong: say so, go back to the last good state, and go on more carefully.
+"""Recovery of lost scenes: detect them, go back to the last good checkpoint, and go on at lower learning rates.
 
-A score's gradient does not stop a scene from thinning out to nothing, from filling its cube up to the cameras, or
-from becoming nan. :func:`check_opacity` of :func:`opacity_all_round` sees the first two, ``loop.train``
-and ``checkpoint.check_finite`` the third; asked in every step that is about to be saved, they raise before
-the bad state becomes a checkpoint. :func:`roll_back` loads a checkpoint, lowers the learning rates, and writes
-that down in the checkpoint: a run that is killed after a rollback resumes as if it had not been.
+The gradient of a score does not keep a scene from thinning out to nothing, from filling its cube up to the
+cameras, or from becoming nan. :func:`check_opacity` of :func:`opacity_all_round` detects the first two,
+``loop.train`` and ``checkpoint.check_finite`` the third. They are called in every step that is about to be saved,
+so they raise before the bad state becomes a checkpoint. :func:`roll_back` loads a checkpoint, lowers the learning
+rates, and records that in the checkpoint: a run that is killed after a rollback resumes as if it had not been
+killed.
 """
 
 import math
@@ -18,32 +19,32 @@ from torch.optim import Optimizer
 from scorefield.randomness import derived_generator
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
+from sds.cameras import orbit
 from sds.scene import Scene
-from sds.views import orbit
 
 EMPTY, FULL = 0.003, 0.97
-"""Mean opacity of all sides of a cube below and above which the scene in it is lost."""
+"""A scene is lost if its mean opacity from all four sides of the cube is below the first or above the second."""
 
 ROLLBACKS, GONE_BACK_TO = "rollbacks", "gone_back_to"
-"""Entries of an optimizer's first group: how often the run went back, and to which step the last time. Checkpoints
-hold them with the optimizer."""
+"""Entries of an optimizer's first parameter group: how often the run went back, and to which step the last time.
+Checkpoints hold them with the optimizer."""
 
 
 class LostSceneError(FloatingPointError):
-    """A scene that shows nothing, or nothing but itself."""
+    """A scene is empty, or it fills its whole cube."""
 
 
 @torch.no_grad()
 def opacity_all_round(scene: Scene, *, size: int = 32, focal: float = 1.37) -> float:
-    """Mean opacity in pictures of the four sides of a scene's cube, each of which just fills its picture.
+    """Return the mean opacity in pictures of the four sides of a scene's cube; each side just fills its picture.
 
-    Random views of a step cannot tell a scene that is lost from one that is looked at from nearby. Nothing is
-    drawn here: the same scene has the same opacity on every rank, and a run is the same with and without.
+    The random views of a step cannot tell a lost scene from one that is seen from nearby. Nothing is random here,
+    so all ranks agree, and a run is the same with and without this check.
 
     Args:
-        scene: on any device.
-        size: of the pictures in pixels.
-        focal: of the cameras, over the height of the picture.
+        scene: A scene on any device.
+        size: Height and width of the pictures in pixels.
+        focal: Focal length in picture heights.
     """
     four = torch.ones(4)
     views = orbit(90 * torch.arange(4.0), 0 * four, scene.field.half_size * (1 + 2 * focal) * four, focal * four)
@@ -51,13 +52,13 @@ def opacity_all_round(scene: Scene, *, size: int = 32, focal: float = 1.37) -> f
 
 
 def check_opacity(opacity: float, step: int) -> None:
-    """Raise :class:`LostSceneError` for a mean opacity that no good scene has from all round."""
+    """Raise :class:`LostSceneError` if a mean opacity from :func:`opacity_all_round` is that of a lost scene."""
     if EMPTY <= opacity <= FULL:
         return
     what, weight = "not finite", ""
     if not math.isnan(opacity):
         what, weight = (
-            ("empty", "opacity and entropy penalties") if opacity < EMPTY else ("full", "score, by --guidance")
+            ("empty", "opacity and entropy penalties") if opacity < EMPTY else ("full", "score (--guidance)")
         )
         weight = f", or the weight of the {weight}"
     raise LostSceneError(
@@ -67,7 +68,7 @@ def check_opacity(opacity: float, step: int) -> None:
 
 
 def num_rollbacks(optimizer: Optimizer) -> int:
-    """How often a run has gone back, this and all earlier times it was started."""
+    """Return how often a run has gone back, in this process and in all earlier ones."""
     return int(optimizer.param_groups[0].get(ROLLBACKS, 0))
 
 
@@ -77,19 +78,20 @@ def roll_back(
 ) -> int:  # fmt: skip
     """Restore a checkpoint, multiply all learning rates by ``factor``, and return the step to go on from.
 
-    That is the newest checkpoint; if the run has gone back to it before, so that it is lost again without having
-    reached another, the one before, if it is still there. Rates are lowered once for each time the run went back.
+    It restores the newest checkpoint. If the run went back to that one before, and was lost again before it
+    reached the next, it restores the one before, if that still exists. Rates are lowered once for each time the
+    run went back.
 
     Args:
-        folder: of the checkpoints; the caller has saved one at step 0.
-        phases: as passed to ``train``; the optimizer of the first counts.
-        own: the run's config, as for ``checkpoint.load``.
-        factor: in (0, 1).
-        write: whether this process writes the checkpoint; one of several.
-        wait: returns once all processes have called it: ``Accelerator.wait_for_everyone``.
+        folder: Folder of the checkpoints; the caller has saved one at step 0.
+        phases: As passed to ``train``; the count is kept in the first phase's optimizer.
+        own: The run's config, as for ``checkpoint.load``.
+        factor: Factor in (0, 1).
+        write: Whether this process writes the checkpoint; of several, one does.
+        wait: Returns once all processes have called it: ``Accelerator.wait_for_everyone``.
 
     Raises:
-        ValueError: factor outside (0, 1), or no checkpoint to go back to.
+        ValueError: ``factor`` is outside (0, 1), or there is no checkpoint.
     """
     if not 0 < factor < 1:
         raise ValueError(f"factor must lie in (0, 1); got {factor}.")
@@ -112,7 +114,7 @@ def roll_back(
 
 
 def seed_after(seed: int, rollbacks: int) -> int:
-    """The seed to go on with: other cameras and noises than those that led astray."""
+    """Return the seed to go on with, so that cameras and noises differ from those before the rollback."""
     return seed if rollbacks == 0 else derived_generator("rollback", seed, rollbacks).initial_seed()
 
 

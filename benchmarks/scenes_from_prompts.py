@@ -1,12 +1,12 @@
-"""Are scenes made from prompts of the toy world right? Measured against the true solids, beside baselines.
+"""Quality of scenes made from prompts of the toy world, measured against the true solids, beside baselines.
 
-    python benchmarks/prompted_scenes.py --runs runs/demo-3d/red-mug-0 runs/demo-3d/red-mug-1
+    python benchmarks/scenes_from_prompts.py --runs runs/demo-3d/red-mug-0 runs/demo-3d/red-mug-1
 
-For each run of ``scorefield sds``, from 24 views of a turntable: how often the judge names shape and colour, as a
-share of how often it does so for true renders from the same views; PSNR on the object's crop against the true
-solid, turned and scaled for the best fit (nothing else is fitted), beside a white picture and the best ellipsoid;
-the mean opacity outside the true silhouette, widened by two pixels. Writes evaluation.json and evaluation.png into
-the run.
+Measured for each run of ``scorefield sds``, from 24 views of a turntable: how often the judge names shape and
+colour, as a share of how often it does so for true renders from the same views; PSNR on the object's crop against
+the true solid, turned and scaled for the best fit (nothing else is adjusted), next to a white picture and the best
+ellipsoid; the mean opacity outside the true silhouette, widened by two pixels. Writes evaluation.json and
+evaluation.png into the run.
 """
 
 import json
@@ -23,8 +23,7 @@ from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, best_ellipsoid, crop_psn
 
 from scorefield.atomic import whole_file
 from sds.field import Field, cone_blob
-from sds.finish import load_scene
-from sds.scene import Render, Scene, grid_scene
+from sds.scene import Render, Scene, grid_scene, load_scene
 from toyworld.captions import Attributes, parse
 from toyworld.judge import accuracies, load_judge
 from toyworld.render import Rendering, render
@@ -35,14 +34,14 @@ NUM_VIEWS = 24
 ELEVATION = 30.0
 SIZE = 64
 TURN = 5
-"""Degrees between the rotations that are tried; every third is that of a view."""
+"""Degrees between the rotations that are tried. Every third is that of a view."""
 
 SCALES = [round(0.75 + 0.05 * number, 2) for number in range(11)]
 FINER = [round(0.01 * number, 2) for number in range(-4, 5)]
-"""Scales that are tried first, and what is then added to the best of them."""
+"""Offsets that are added to the best of the first scales."""
 
 BARS = {"cone": 20.0, "torus": 20.0}
-"""PSNR wanted, in dB; 16 for all other solids."""
+"""PSNR required, in dB; 16 for all other solids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Truth:
 
 
 def true_views(shape: str, colour: str, scale: float) -> Truth:
-    """The solid from every ``TURN`` degrees: scaling it is looking at it from nearer by."""
+    """Return the solid from every ``TURN`` degrees. Scaling it equals looking at it from nearer by."""
     scenes = [
         ToyScene(
             shape=shape, colour=colour, background="white", azimuth=float(azimuth), elevation=ELEVATION,
@@ -75,7 +74,7 @@ def true_views(shape: str, colour: str, scale: float) -> Truth:
 
 
 def turned(truth: Truth, degrees: int) -> Truth:
-    """The 24 views of the turntable, of a solid turned by a multiple of ``TURN``."""
+    """Return the 24 views of the turntable, of a solid turned by a multiple of ``TURN``."""
     step = 360 // TURN // NUM_VIEWS
     chosen = (torch.arange(NUM_VIEWS) * step + degrees // TURN) % len(truth.rgb)
     return Truth(truth.rgb[chosen], truth.mask[chosen])
@@ -83,7 +82,7 @@ def turned(truth: Truth, degrees: int) -> Truth:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The turn and scale of the solid that is most like some pictures."""
+    """Turn and scale at which the solid looks most like some pictures."""
 
     psnr: float
     degrees: int
@@ -92,7 +91,7 @@ class Fit:
 
 
 def best_fit(rgb: Tensor, shape: str, colour: str, scales: list[float]) -> Fit:
-    """The best of all turns at these scales, by mean PSNR on the crop."""
+    """Return the best of all turns at these scales, by mean PSNR on the crop."""
     fits = []
     for scale in scales:
         truth = true_views(shape, colour, scale)
@@ -105,13 +104,13 @@ def best_fit(rgb: Tensor, shape: str, colour: str, scales: list[float]) -> Fit:
 
 @torch.no_grad()
 def turntable(scene: Scene) -> Render:
-    """24 views before white."""
+    """Return renders of 24 views over white."""
     views = ring(torch.arange(NUM_VIEWS) * 360.0 / NUM_VIEWS, torch.full((NUM_VIEWS,), ELEVATION))
     return scene(views, height=SIZE, width=SIZE, background=BACKGROUND)
 
 
 def ellipsoid_scene(shape: str, truth: Truth, half_size: float) -> Scene:
-    """The ellipsoid that fits the true solid best, in the mean colour of its pixels."""
+    """Return the ellipsoid that fits the true solid best, in the mean colour of its pixels."""
     points = voxels()
     centre, radii, _ = best_ellipsoid(filled(occupancy(shape, points).numpy()), points, sphere=False)
     colour = (truth.rgb.transpose(0, 1)[:, truth.mask[:, 0]].mean(1) + 1) / 2
@@ -122,21 +121,21 @@ def ellipsoid_scene(shape: str, truth: Truth, half_size: float) -> Scene:
 
 
 def outside(opacity: Tensor, mask: Tensor, pixels: int = 2) -> float:
-    """Mean opacity of the pixels further than ``pixels`` from the silhouette."""
+    """Return the mean opacity of the pixels more than ``pixels`` away from the silhouette."""
     near = torch.nn.functional.max_pool2d(mask.float(), 2 * pixels + 1, 1, pixels)
     return float((opacity * (1 - near)).sum() / (1 - near).sum())
 
 
 def load_run(folder: Path) -> tuple[Scene, Attributes]:
-    """The scene of a finished run and what its prompt asks for. Raises ``ValueError`` for other runs."""
+    """Return the scene of a finished run and its prompt's attributes. Raises ``ValueError`` for other runs."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run of `scorefield sds`: it holds no config.json.")
+        raise ValueError(f"--runs {folder} is not a run of `scorefield sds`: it holds no config.json.")
     config = json.loads(path.read_text())
     if missing := {"prompt", "field", "backdrops", "half_size", "num_samples", "initial", "blob"} - config.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; expected what `scorefield sds` writes.")
     if config["field"] != "grid" or config.get("canvas") or not config["backdrops"]:
-        raise ValueError(f"{folder} is no run of the toyworld preset.")
+        raise ValueError(f"--runs {folder} was not made by the toyworld preset: a grid before named backdrops.")
     scene = grid_scene(
         half_size=config["half_size"], num_samples=config["num_samples"], initial=config["initial"],
         blob=cone_blob(*config["blob"]),
@@ -146,7 +145,7 @@ def load_run(folder: Path) -> tuple[Scene, Attributes]:
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
-    """All figures of a run; also written into it."""
+    """Return all figures of a run, and write them into it."""
     scene, asked = load_run(folder)
     pictures = turntable(scene)
     coarse = best_fit(pictures.rgb, asked.shape, asked.colour, SCALES)
@@ -178,7 +177,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
 
 
 def reached(figures: dict[str, Any]) -> bool:
-    """Whether a scene reaches every bar."""
+    """Return whether a scene reaches every bar."""
     return bool(
         figures["shape"] >= 0.85 * figures["shape_of_true_renders"]
         and figures["colour"] >= 0.9 * figures["colour_of_true_renders"]
@@ -190,7 +189,7 @@ def reached(figures: dict[str, Any]) -> bool:
 def main(config: Config) -> None:
     """Measure and print a table. Raises ``ValueError`` for runs that cannot be measured."""
     if not config.runs:
-        raise ValueError("--runs needs the folders of finished runs.")
+        raise ValueError("--runs is empty; pass the folders of finished runs of `scorefield sds`.")
     print("| run | shape | colour | PSNR dB | bar | white | ellipsoid | opacity outside | all bars |")
     print("|---|---|---|---|---|---|---|---|---|")
     for folder in config.runs:
