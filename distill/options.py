@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from scorefield.choices import LongPrompts
+from scorefield.choices import LongPrompts, Quantize
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
 from scorefield.training.options import (
@@ -29,6 +29,9 @@ class Student:
     """Folder of a finished student to start from instead of the teacher. With --lora: folder of a LoRA."""
     lora: bool = False
     """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
+    quantize: Quantize = "no"
+    """Round the shared weights, for memory, to 4 bits (nf4, needs bitsandbytes) or to 8 (int8, needs torchao).
+    Only with --lora."""
     lora_rank: int = 64
     """Rank of both LoRAs."""
     lora_alpha: float = 0.0
@@ -187,12 +190,13 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
 
 TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
+    "quantize",
     "validation_prompts",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "features")
 IMAGE_PRESETS = ("auto", "digits")
 MIN_GUARD = 64
-LORA_ONLY = ("lora_rank", "lora_alpha")
+LORA_ONLY = ("lora_rank", "lora_alpha", "quantize")
 
 
 def check(config: Config) -> None:

@@ -64,7 +64,7 @@ def frozen_teacher(config: Config, device: torch.device) -> Teacher:
     return load_teacher(
         config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
         size=config.size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
-        variant=config.variant or None,
+        variant=config.variant or None, rounding=config.quantize,
     )  # fmt: skip
 
 

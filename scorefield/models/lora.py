@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
 from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.quantize import dequantized
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of attention in diffusers' networks."""
@@ -204,14 +205,22 @@ def _place(name: str) -> str:
 
 
 def merged(twin: Twin) -> nn.Module:
-    """A network of the original class whose weights are a copy of the shared ones with the changes added."""
+    """Return a network of the original class whose weights are a copy of the shared ones with the changes added.
+
+    Rounded weights become plain ones, with what the rounding lost still lost.
+    """
     network = copy.deepcopy(twin.backbone)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
+            layer.base_layer = dequantized(layer.get_base_layer())  # peft merges into plain weights
             layer.merge()
             parent, _, last = name.rpartition(".")
             setattr(network.get_submodule(parent), last, layer.get_base_layer())
+    for name, module in list(network.named_modules()):
+        if (plain := dequantized(module)) is not module:
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, plain)
     return network.requires_grad_(False)
 
 
