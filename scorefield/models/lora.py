@@ -10,6 +10,7 @@ their gradients in one all-reduce.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -61,7 +62,9 @@ class Twin(nn.Module):
         twin = _twin(network)
         # A whole number times the rank would do for peft as well; its type says int, its arithmetic does not.
         settings: Any = {"r": rank, "lora_alpha": scale * rank, "target_modules": list(targets)}
-        inject_adapter_in_model(LoraConfig(**settings), twin)
+        with warnings.catch_warnings():  # it cannot merge into weights that torchao rounded, which merged() does
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+            inject_adapter_in_model(LoraConfig(**settings), twin)
         changes = {name: p for name, p in twin.named_parameters() if p.requires_grad}
         for name, parameter in changes.items():
             _initialise(name, parameter, rank, generator)
@@ -213,10 +216,13 @@ def merged(twin: Twin) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
-            layer.base_layer = dequantized(layer.get_base_layer())  # peft merges into plain weights
-            layer.merge()
+            base = dequantized(layer.get_base_layer())
+            if base is layer.get_base_layer():
+                layer.merge()
+            else:
+                base.weight.data += layer.get_delta_weight("default").to(base.weight)
             parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, layer.get_base_layer())
+            setattr(network.get_submodule(parent), last, base)
     for name, module in list(network.named_modules()):
         if (plain := dequantized(module)) is not module:
             parent, _, last = name.rpartition(".")

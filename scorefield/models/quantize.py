@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from scorefield.choices import Quantize
 
+SMALLEST = 4096
+"""Weights of the smallest layer that is rounded: below, the tables of the scales outweigh what is saved."""
+
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
@@ -45,9 +48,12 @@ def quantize(network: nn.Module, how: Quantize, device: torch.device | str = "cp
     check_quantize(how)
     if how == "no":
         return network.to(device)
-    names = [name for name, module in network.named_modules() if type(module) is nn.Linear and _in_block(name)]
+    names = [name for name, module in network.named_modules() if _is_rounded(name, module)]
     if not names:
-        raise ValueError(f"a {type(network).__name__} has no linear layers in blocks; leave out --quantize {how}.")
+        raise ValueError(
+            f"a {type(network).__name__} has no linear layers of {SMALLEST:,} weights in blocks; leave out "
+            f"--quantize {how}."
+        )
     for name in names:
         parent, _, last = name.rpartition(".")
         owner, layer = network.get_submodule(parent), network.get_submodule(name)
@@ -59,6 +65,16 @@ def count_weights(network: nn.Module) -> tuple[int, int]:
     """Return how many parameters a network has, and their bytes with the scales of those that are rounded."""
     parameters = list(network.parameters())
     return sum(map(_number_of, parameters)), sum(map(_bytes_of, parameters))
+
+
+def stored(weight: Any) -> list[Tensor]:
+    """Return the tensors that hold a weight: itself, or rounded numbers and their scales."""
+    if state := getattr(weight, "quant_state", None):
+        nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        return [weight.data, state.absmax, state.code, *nested]
+    if is_quantized(weight):
+        return [getattr(weight, name) for name in weight.tensor_data_names]
+    return [weight]
 
 
 def dequantized(layer: nn.Module) -> nn.Module:
@@ -91,9 +107,10 @@ def is_quantized(weight: object) -> bool:
     return hasattr(weight, "quant_state") or type(weight).__module__.startswith("torchao.")
 
 
-def _in_block(name: str) -> bool:
+def _is_rounded(name: str, module: nn.Module) -> bool:
     # Blocks stand in lists: "transformer_blocks.0.attn.to_q". What is before and behind them is small.
-    return any(part.isdigit() for part in name.split("."))
+    in_block = any(part.isdigit() for part in name.split("."))
+    return in_block and type(module) is nn.Linear and module.weight.numel() >= SMALLEST
 
 
 def _nf4(layer: Any, device: torch.device | str) -> nn.Module:
@@ -110,6 +127,9 @@ def _nf4(layer: Any, device: torch.device | str) -> nn.Module:
     )
     rounded.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=rounded)
     rounded.bias = layer.bias
+    # On CPUs with AVX512 a call without gradients would pack the weights, which several roles share, into a form
+    # that later calls get no gradient through.
+    rounded.support_avx512bf16_for_cpu = False
     return rounded.to(device)  # which rounds
 
 
@@ -126,13 +146,5 @@ def _number_of(parameter: Any) -> int:
     return int(parameter.numel() if state is None else state.shape.numel())
 
 
-def _bytes_of(parameter: Any) -> int:
-    if state := getattr(parameter, "quant_state", None):
-        held = [parameter.data, state.absmax, state.code]
-        if state.nested:
-            held += [state.state2.absmax, state.state2.code, state.offset]
-        return sum(one.numel() * one.element_size() for one in held)
-    if is_quantized(parameter):
-        inner = [getattr(parameter, name) for name in parameter.tensor_data_names]
-        return sum(one.numel() * one.element_size() for one in inner)
-    return int(parameter.numel() * parameter.element_size())
+def _bytes_of(parameter: Tensor) -> int:
+    return sum(one.numel() * one.element_size() for one in stored(parameter))

@@ -26,6 +26,7 @@ from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
 from scorefield.models.prompts import LongPrompts, PromptEncoder
+from scorefield.models.quantize import stored
 from scorefield.models.saved_network import network_of
 from scorefield.models.storage import DESCRIPTION, TIMES, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
@@ -250,7 +251,8 @@ def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
     state = denoiser.network.state_dict().values()
     meaning = [describe_schedule(denoiser.schedule), denoiser.kind, denoiser.time_scale, *facts]
     words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
-    return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
+    held = [part for tensor in state if isinstance(tensor, Tensor) for part in stored(tensor)]
+    return fingerprint([words, *held])
 
 
 def load_teacher(
