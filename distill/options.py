@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from scorefield.choices import LongPrompts
+from scorefield.choices import LongPrompts, Quantize
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
 from scorefield.training.options import (
@@ -32,6 +32,9 @@ class Student:
     .safetensors file in diffusers' or kohya's keys."""
     lora: bool = False
     """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
+    quantize: Quantize = "no"
+    """Round the shared weights, for memory, to 4 bits (nf4, needs bitsandbytes) or to 8 (int8, needs torchao).
+    Only with --lora."""
     lora_rank: int = 64
     """Rank of both LoRAs."""
     lora_alpha: float = 0.0
@@ -192,12 +195,12 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
 
 TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
-    "validation_prompts", "kohya_keys",
+    "validation_prompts", "kohya_keys", "quantize",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "memory_limit", "features")
 IMAGE_PRESETS = ("auto", "digits")
 MIN_GUARD = 64
-LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys")
+LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys", "quantize")
 
 
 def check(config: Config) -> None:

@@ -232,7 +232,7 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
         source = load_teacher(
             config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
             size=config.size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
-            variant=config.variant or None,
+            variant=config.variant or None, rounding=config.quantize,
         )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
@@ -280,6 +280,8 @@ def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_p
         f"{config.preset}: {config.steps:,} iterations of batch {batch_size:,}, "
         f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
     )
+    if config.quantize != "no":
+        card += f" It learned on the teacher's weights rounded to {config.quantize}."
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
     return export_student(
         student, pipeline_of(teacher), folder, card=card, base_model=base, size=teacher.size,

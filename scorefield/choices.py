@@ -8,6 +8,9 @@ LongPrompts = Literal["stop", "skip", "cut"]
 OnBadData = Literal["stop", "skip"]
 """What to do about samples that cannot be used."""
 
+Quantize = Literal["no", "nf4", "int8"]
+"""How the weights of a frozen network are rounded: not at all, to 4 bits, or to 8."""
+
 Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 """What a picture means, and so how it is resized, mirrored and scaled:
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from scorefield.choices import Quantize
 from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_run
 
 Pair = tuple[float, float]
@@ -181,6 +182,9 @@ class Config(Loss, Scene, Cameras, Penalties, Watch, LoadOptions, RunOptions):
     """What to do about a prompt that, with its view words, is longer than the text encoders read."""
     size: int = 0
     """Height and width of the teacher's images in pixels. 0 means the teacher's own."""
+    quantize: Quantize = "no"
+    """Round the teacher's weights, for memory, to 4 bits (nf4, needs bitsandbytes) or to 8 (int8, needs
+    torchao)."""
     tiny_vae: str = ""
     """Name or folder of an AutoencoderTiny to encode renders with, at less than half of a step's cost."""
 

@@ -15,6 +15,7 @@ from scorefield import Cond, Denoiser, guided
 from scorefield.cache import fingerprint
 from scorefield.gradient import TimeWeight
 from scorefield.models.codec import Codec
+from scorefield.models.quantize import stored
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
@@ -62,7 +63,7 @@ def frozen_teacher(config: Config, device: torch.device) -> Teacher:
     return load_teacher(
         config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device,
         size=config.size or None, tiny_vae=config.tiny_vae or None, allow_pickle=config.allow_pickle,
-        variant=config.variant or None,
+        variant=config.variant or None, rounding=config.quantize,
     )  # fmt: skip
 
 
@@ -80,9 +81,10 @@ def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
     codec: list[Tensor] = []
     if isinstance(teacher.codec, Codec):
         codec = [*teacher.codec.vae.state_dict().values(), teacher.codec.numbers]
+    weights = [part for parameter in teacher.denoiser.network.parameters() for part in stored(parameter)]
     said = [value for cond in words for _, value in sorted(cond.items())]
     return {
-        "teacher": fingerprint(teacher.denoiser.network.parameters()), "codec": fingerprint(codec),
+        "teacher": fingerprint(weights), "codec": fingerprint(codec),
         "conditions": fingerprint(said),
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from scorefield.atomic import check_replaceable
-from scorefield.choices import LongPrompts, OnBadData, Solver, Spacing
+from scorefield.choices import LongPrompts, OnBadData, Quantize, Solver, Spacing
 from scorefield.data.options import DataOptions
 from scorefield.files import load_json
 from scorefield.training.launcher import check_alone, default_device
@@ -70,6 +70,9 @@ class Sample(Sampling, LoadOptions):
     250."""
     precision: Literal["no", "bf16"] = "no"
     """Autocast precision. bf16 also loads the weights of a text-to-image model in bf16."""
+    quantize: Quantize = "no"
+    """Round the weights of a pipeline's network, for memory, to 4 bits (nf4, needs bitsandbytes) or to 8 (int8,
+    needs torchao)."""
     long_prompts: LongPrompts = "stop"
     """What to do about prompts that are longer than the text encoders read: stop, skip them, or cut them."""
     on_bad_data: OnBadData = "stop"

@@ -114,7 +114,7 @@ def load(config: Sample, device: torch.device) -> Teacher:
     teacher = load_teacher(
         config.teacher, config.network, device=device, size=config.size or None, allow_pickle=config.allow_pickle,
         variant=config.variant or None, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        few_steps=True,
+        few_steps=True, rounding=config.quantize,
     )  # fmt: skip
     if teacher.texts is not None:
         if not config.prompts:

@@ -10,6 +10,7 @@ their gradients in one all-reduce.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
 from scorefield.denoiser import NetworkDenoiser
+from scorefield.models.quantize import dequantized
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of attention in diffusers' networks."""
@@ -64,7 +66,9 @@ class Twin(nn.Module):
         twin = _twin(network)
         # A whole number times the rank would do for peft as well; its type says int, its arithmetic does not.
         settings: Any = {"r": rank, "lora_alpha": scale * rank, "target_modules": list(targets)}
-        inject_adapter_in_model(LoraConfig(**settings), twin)
+        with warnings.catch_warnings():  # it cannot merge into weights that torchao rounded, which merged() does
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+            inject_adapter_in_model(LoraConfig(**settings), twin)
         changes = {name: p for name, p in twin.named_parameters() if p.requires_grad}
         for name, parameter in changes.items():
             _initialise(name, parameter, rank, generator)
@@ -208,14 +212,25 @@ def _place(name: str) -> str:
 
 
 def merged(twin: Twin) -> nn.Module:
-    """A network of the original class whose weights are a copy of the shared ones with the changes added."""
+    """Return a network of the original class whose weights are a copy of the shared ones with the changes added.
+
+    Rounded weights become plain ones, with what the rounding lost still lost.
+    """
     network = copy.deepcopy(twin.backbone)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
-            layer.merge()
+            base = dequantized(layer.get_base_layer())
+            if base is layer.get_base_layer():
+                layer.merge()
+            else:
+                base.weight.data += layer.get_delta_weight("default").to(base.weight)
             parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, layer.get_base_layer())
+            setattr(network.get_submodule(parent), last, base)
+    for name, module in list(network.named_modules()):
+        if (plain := dequantized(module)) is not module:
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, plain)
     return network.requires_grad_(False)
 
 

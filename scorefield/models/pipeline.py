@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from scorefield.choices import Quantize
 from scorefield.denoiser import Cond
 from scorefield.files import read_json
 from scorefield.models.codec import Codec, load_codec, read_codec_config
@@ -30,6 +31,7 @@ from scorefield.models.pretrained import (
     read_schedule,
 )
 from scorefield.models.prompts import Encode, PromptEncoder, default_cache_folder
+from scorefield.models.quantize import quantize
 from scorefield.schedule import Kind, Schedule
 
 
@@ -116,9 +118,17 @@ class Pipeline:
         """How many latents along a side the network takes as one token."""
         return self.family.token_side(read_config(self.family.network, self.part(self.family.part)))
 
-    def network(self) -> Any:
-        """The frozen network, a model of diffusers. Raises as ``PartReader.read`` does."""
-        return self.reader.read(self.family.network, self.part(self.family.part))
+    def network(self, rounding: Quantize = "no") -> Any:
+        """Return the frozen network, a model of diffusers, with rounded weights if asked for.
+
+        Raises as ``PartReader.read`` and :func:`scorefield.models.quantize.quantize` do.
+        """
+        part, kind = self.part(self.family.part), self.family.network
+        if rounding == "no":
+            return self.reader.read(kind, part)
+        return quantize(
+            replace(self.reader, device=torch.device("cpu")).read(kind, part), rounding, self.reader.device
+        )
 
     def codec(self, dtype: torch.dtype | None = None, *, slicing: bool = False, tiling: bool = False) -> Codec:
         """The autoencoder, in the reader's dtype or another. Raises as :func:`load_codec` does."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scorefield.cache import fingerprint
+from scorefield.choices import Quantize
 from scorefield.denoiser import Cond, Conditioned, Denoiser, NetworkDenoiser, freeze
 from scorefield.guidance import Norm, guided
 from scorefield.models.codec import Codec, Patches
@@ -25,6 +26,7 @@ from scorefield.models.pipeline import Pipeline, open_pipeline
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
 from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
 from scorefield.models.prompts import LongPrompts, PromptEncoder, size_ids
+from scorefield.models.quantize import stored
 from scorefield.models.saved_network import network_of
 from scorefield.models.storage import DESCRIPTION, TIMES, describe_schedule, load_denoiser, read_facts
 from scorefield.models.user_code import call, code_of
@@ -248,7 +250,8 @@ def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
     state = denoiser.network.state_dict().values()
     meaning = [describe_schedule(denoiser.schedule), denoiser.kind, denoiser.time_scale, *facts]
     words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
-    return fingerprint([words, *(tensor for tensor in state if isinstance(tensor, Tensor))])
+    held = [part for tensor in state if isinstance(tensor, Tensor) for part in stored(tensor)]
+    return fingerprint([words, *held])
 
 
 def load_teacher(
@@ -257,6 +260,7 @@ def load_teacher(
     tiny_vae: str | Path | None = None, slicing: bool = False, tiling: bool = False,
     cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
     revision: str | None = None, vae_dtype: torch.dtype | None = None, few_steps: bool = False,
+    rounding: Quantize = "no",
 ) -> Teacher:  # fmt: skip
     """A frozen teacher or student, from one of
 
@@ -284,6 +288,7 @@ def load_teacher(
         revision: branch, tag or commit of a download.
         vae_dtype: of the autoencoder alone, as for images that are encoded once and learned from; else ``dtype``.
         few_steps: take a distilled pipeline, too, which its scheduler tells: it is right at few times only.
+        rounding: of the weights of a pipeline's network, which then cannot be copied into one that learns.
 
     Raises ``ValueError`` for anything else, weights that are missing, pickled, damaged or do not fit, a folder
     that needs ``network``, and options that cannot be or that the model has no use for.
@@ -301,12 +306,14 @@ def load_teacher(
         with reading(name):
             pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
             check_options(pipeline.family.latent, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
-            return _from_pipeline(pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling)
+            return _from_pipeline(
+                pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling, rounding=rounding
+            )
     teacher = _from_function(str(name)) if is_function else _from_folder(folder, str(file), network)
     other_size = size is not None and teacher.size not in (size, (size, size))
     _check_unused(
         teacher, name, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling, allow_pickle=allow_pickle,
-        variant=variant, revision=revision, size=other_size,
+        variant=variant, revision=revision, size=other_size, quantize=rounding != "no",
     )  # fmt: skip
     freeze(teacher.denoiser.network).to(device)
     return teacher
@@ -357,7 +364,7 @@ def _check_unused(teacher: Teacher, name: str | Path, **options: object) -> None
 
 def _from_pipeline(
     pipeline: Pipeline, size: int | tuple[int, int] | None, vae_dtype: torch.dtype | None,
-    cache: Path | str | None, few_steps: bool, *, slicing: bool, tiling: bool,
+    cache: Path | str | None, few_steps: bool, *, slicing: bool, tiling: bool, rounding: Quantize = "no",
 ) -> Teacher:  # fmt: skip
     family, settings, index = pipeline.family, pipeline.scheduler, pipeline.index
     if not few_steps:
@@ -367,7 +374,7 @@ def _from_pipeline(
     shape = pipeline.check(size, tiling=tiling)
     side = pipeline.token_side()
     shift = family.shift(settings, (shape[1] // side) * (shape[2] // side)) if family.flow else 1.0
-    model: Any = pipeline.network()
+    model: Any = pipeline.network(rounding)
     # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
     times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))

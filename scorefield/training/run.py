@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from scorefield.models.quantize import count_weights
 from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
@@ -244,8 +245,7 @@ def show_plan(
     # Beside each gradient AdamW keeps two moments.
     state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
     for role, network in roles.items():
-        number = sum(p.numel() for p in network.parameters())
-        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        number, weights = count_weights(network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
         print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")

@@ -1,0 +1,183 @@
+"""Rounded teachers: what they compute, the gradients through them, LoRAs on top, and what comes out at the end.
+
+They need bitsandbytes and torchao: pip install -e ".[quantize]".
+"""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import tiny_transformers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from distill.options import Config, check
+from scorefield.cli import main
+from scorefield.denoiser import freeze
+from scorefield.models import quantize as module
+from scorefield.models.lora import Twin, merged, shared_backbone
+from scorefield.models.quantize import count_weights, dequantized, is_quantized, quantize
+from scorefield.models.teacher import load_teacher
+
+
+def needs(how):
+    return pytest.param(how, marks=pytest.mark.skipif(
+        module.find_spec(module.PACKAGES[how]) is None, reason=f"needs {module.PACKAGES[how]}"
+    ))  # fmt: skip
+
+
+HOW = [needs("nf4"), needs("int8")]
+BITS = {"nf4": 4.127, "int8": 8}
+LARGEST = {"nf4": 0.16, "int8": 0.005}
+"""Rounding error relative to the largest weight: half of the widest gap, (1 - 0.6962) / 2 and 1 / 254."""
+
+
+class Blocks(nn.Module):
+    """A transformer in miniature: an embedding, a list of blocks, an end."""
+
+    def __init__(self, width=64, depth=2):
+        super().__init__()
+        self.start, self.end = nn.Linear(8, width), nn.Linear(width, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(depth)
+        )
+
+    def forward(self, x, t=None):
+        h = self.start(x)
+        for block in self.blocks:
+            h = h + block(h).tanh()
+        return self.end(h)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return freeze(Blocks())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_only_linear_layers_in_blocks_are_rounded_and_each_within_its_error(network, how):
+    before = copy.deepcopy(network)
+    quantize(network, how)
+    rounded = {name for name, parameter in network.named_parameters() if is_quantized(parameter)}
+    assert rounded == {"blocks.0.1.weight", "blocks.1.1.weight"}
+    for name in ("start.weight", "end.weight", "blocks.0.0.weight", "blocks.0.1.bias"):
+        assert torch.equal(network.get_parameter(name), before.get_parameter(name))
+    for number in range(2):
+        full, plain = before.blocks[number][1].weight, dequantized(network.blocks[number][1]).weight
+        assert plain.dtype == full.dtype
+        error = (plain - full).abs().max() / full.abs().max()
+        assert 0 < error <= LARGEST[how]
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_output_and_gradient_are_those_of_the_rounded_function(network, how):
+    quantize(network, how)
+    plain = copy.deepcopy(network)
+    for block in plain.blocks:
+        block[1] = dequantized(block[1])
+    answers = []
+    for one in (network, plain):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        y = one(x)
+        y.square().sum().backward()
+        answers.append((y.detach(), x.grad))
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_bytes_are_counted_with_the_scales(how):
+    network = quantize(freeze(Blocks(width=512, depth=3)), how)
+    number, size = count_weights(network)
+    rounded = 3 * 512 * 512
+    assert number == sum(parameter.numel() for parameter in Blocks(width=512, depth=3).parameters())
+    assert size == pytest.approx(4 * (number - rounded) + rounded * BITS[how] / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_low_rank_changes_learn_on_rounded_weights_and_are_merged_into_plain_ones(network, how):
+    quantize(network, how)
+    assert is_quantized(network.get_parameter("blocks.0.1.weight"))
+    twin = Twin(network, rank=2, targets=["blocks.0.1"], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(twin(x), network(x)), "it starts as the network itself"
+    assert twin.backbone.get_parameter("blocks.1.1.weight") is network.get_parameter("blocks.1.1.weight"), (
+        "one copy"
+    )
+    twin(x).square().sum().backward()
+    grads = [parameter.grad for parameter in twin.parameters()]
+    assert len(grads) == 2
+    assert sum(float(grad.abs().sum()) for grad in grads) > 0
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += 0.1
+    whole = merged(twin)
+    assert not any(is_quantized(parameter) for parameter in whole.parameters())
+    torch.testing.assert_close(whole(x), twin(x), rtol=1e-5, atol=1e-5)
+    twin_copy = copy.deepcopy(twin)  # as its moving average is
+    torch.testing.assert_close(twin_copy(x), twin(x))
+
+
+def test_a_network_without_blocks_and_a_missing_package_are_refused(network, monkeypatch):
+    assert quantize(network, "no") is network
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for how, package in (("nf4", "bitsandbytes"), ("int8", "torchao")):
+        with pytest.raises(ValueError, match=f"--quantize {how} needs: pip install {package}"):
+            quantize(network, how)
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="no linear layers of 4,096 weights in blocks; leave out --quantize nf4"):
+        quantize(nn.Linear(4, 4), "nf4")
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["toyworld", "flux"])
+def test_a_pipeline_is_loaded_rounded_and_its_gradient_reaches_the_image(tmp_path, family, how):
+    if family == "flux":
+        tiny_transformers.flux().save_pretrained(tmp_path / "flux")
+    plain, rounded = (
+        load_teacher(tmp_path / "flux" if family == "flux" else "toyworld", rounding=one, cache=tmp_path / "cache")
+        for one in ("no", how)
+    )
+    numbers = [count_weights(teacher.denoiser.network) for teacher in (plain, rounded)]
+    assert numbers[0][0] == numbers[1][0]
+    assert numbers[0][1] > numbers[1][1]
+    cond, x_t = plain.prompts(["a red mug"]), torch.randn(1, *plain.shape, requires_grad=True)
+    t = torch.full((1,), 0.5 if family == "flux" else 500.0)
+    answers = [teacher.denoiser(x_t, t, cond) for teacher in (plain, rounded)]
+    assert float((answers[0] - answers[1]).detach().abs().max()) > 0
+    assert float((answers[0] - answers[1]).detach().square().mean() / answers[0].detach().square().mean()) < 0.1
+    answers[1].square().sum().backward()
+    assert bool(x_t.grad.isfinite().all())
+    assert float(x_t.grad.abs().max()) > 0
+    student, fake = shared_backbone(rounded.denoiser, rank=2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(student(x_t, t, cond), answers[1])
+    assert next(fake.network.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_lora_is_distilled_on_rounded_weights_and_stock_diffusers_loads_it(tmp_path, how):
+    tiny_transformers.flux().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red mug\na blue chair\n")
+    words = [
+        "distill", "--teacher", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--lora",
+        "--lora-rank", 2, "--quantize", how, "--steps", 2, "--student-every", 1, "--warmup-steps", 2,
+        "--num-pairs", 4, "--pair-steps", 2, "--fake-warmup", 1, "--batch-size", 2, "--guard-images", 0,
+        "--gan-weight", 0, "--skip-teacher-check",
+        "--warmup-lr", 1e-3, "--out", tmp_path / "run", "--precision", "no", "--long-prompts", "cut",
+    ]  # fmt: skip
+    main([str(word) for word in words])
+    student = tmp_path / "run" / "student"
+    assert f"rounded to {how}" in (student / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.load_lora_weights(student)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["quantize"] == how
+
+
+def test_only_a_lora_may_learn_from_rounded_weights(tmp_path):
+    config = replace(Config(preset="text", prompts="p.txt", out=tmp_path / "run"), quantize="nf4")
+    with pytest.raises(ValueError, match="--quantize is for LoRAs: pass --lora"):
+        check(config)
