@@ -28,13 +28,11 @@ class Student:
     free: ClassVar[tuple[str, ...]] = ("kohya_keys",)
 
     init_from: str = ""
-    """Folder of a finished student to start from instead of the teacher. With --lora: folder of a LoRA, or a
-    .safetensors file in diffusers' or kohya's keys."""
+    """Finished student to start from: its folder, or of a LoRA a .safetensors file in diffusers' or kohya's keys."""
     lora: bool = False
     """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
     quantize: Quantize = "no"
-    """Round the shared weights, for memory, to 4 bits (nf4, needs bitsandbytes) or to 8 (int8, needs torchao).
-    Only with --lora."""
+    """With --lora: round the shared weights to 4 bits (needs bitsandbytes) or 8 (needs torchao), for memory."""
     lora_rank: int = 64
     """Rank of both LoRAs."""
     lora_alpha: float = 0.0

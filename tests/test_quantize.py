@@ -138,10 +138,8 @@ def test_a_network_without_blocks_and_a_missing_package_are_refused(network, mon
 def test_a_pipeline_is_loaded_rounded_and_its_gradient_reaches_the_image(tmp_path, family, how):
     if family == "flux":
         tiny_transformers.flux().save_pretrained(tmp_path / "flux")
-    plain, rounded = (
-        load_teacher(tmp_path / "flux" if family == "flux" else "toyworld", rounding=one, cache=tmp_path / "cache")
-        for one in ("no", how)
-    )
+    name, cache = tmp_path / "flux" if family == "flux" else "toyworld", tmp_path / "cache"
+    plain, rounded = (load_teacher(name, rounding=rounding, cache=cache) for rounding in ("no", how))
     numbers = [count_weights(teacher.denoiser.network) for teacher in (plain, rounded)]
     assert numbers[0][0] == numbers[1][0]
     assert numbers[0][1] > numbers[1][1]

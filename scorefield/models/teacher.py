@@ -437,10 +437,8 @@ def _from_folder(folder: Path, file: str, network: str) -> Teacher:
 def _from_function(name: str) -> Teacher:
     teacher = call(name)
     if not isinstance(teacher, Teacher):
-        raise ValueError(
-            f"{name} must return a scorefield.models.teacher.Teacher(denoiser, shape, num_classes); got "
-            f"{type(teacher).__name__}."
-        )
+        got = type(teacher).__name__
+        raise ValueError(f"{name} must return a Teacher(denoiser, shape, num_classes) of scorefield; got {got}.")
     # With what is saved beside a student, the name is only a hint.
     facts = {
         "network": "function", "options": {"name": name}, "shape": list(teacher.shape),
