@@ -28,7 +28,7 @@ class Student:
     free: ClassVar[tuple[str, ...]] = ("kohya_keys",)
 
     init_from: str = ""
-    """Finished student to start from: its folder, or of a LoRA a .safetensors file in diffusers' or kohya's keys."""
+    """Finished student to start from: its folder, or a LoRA's .safetensors file in diffusers' or kohya's keys."""
     lora: bool = False
     """Train the student and the fake score as LoRAs on one shared copy of the teacher's weights."""
     quantize: Quantize = "no"

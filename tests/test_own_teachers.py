@@ -124,7 +124,7 @@ def test_a_function_of_the_user_is_a_teacher_and_its_student_is_found_again(own_
 @pytest.mark.parametrize(("name", "said"), [
     ("sys:exit", "sys:exit ends the program"), ("leaves:make", "leaves:make: its module ends the program"),
     ("json:loads", "json:loads must be a function that is called without arguments"), (".x:f", "expected"),
-    ("os:getcwd", "os:getcwd must return a scorefield"), ("mine:missing", "no such function"),
+    ("os:getcwd", "os:getcwd must return a Teacher"), ("mine:missing", "no such function"),
 ])  # fmt: skip
 def test_a_function_that_makes_no_teacher_is_refused(own_module, tmp_path, name, said):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)")
