@@ -45,7 +45,7 @@ class HintEmbedding(ControlNetConditioningEmbedding):
     _gradient_checkpointing_func: Any = None
 
     def forward(self, conditioning: Tensor) -> Tensor:
-        """(b, channels, h, w) to the features of x_t."""
+        """Return (b, channels, h, w) to the features of x_t."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             embedded: Tensor = self._gradient_checkpointing_func(super().forward, conditioning)
             return embedded
@@ -73,7 +73,8 @@ class EncoderCopy(nn.Module):
         self.factor = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
 
     def forward(self, x_t: Tensor, t: Tensor, hint: Tensor, **cond: Tensor) -> dict[str, Tensor]:
-        """The residuals, finest first, the middle block's last; ``hint`` (b, channels, h, w) lies in [0, 1].
+        """Return the residuals, finest first, the middle block's last; ``hint`` (b, channels, h, w) lies in [0,
+        1].
 
         A hint of one channel serves a model of three, as the grey image that it is. Raises ``ValueError`` for a
         hint of another shape.
@@ -97,7 +98,7 @@ class EncoderCopy(nn.Module):
 def copy_encoder(
     base: NetworkDenoiser, *, hint_channels: int = 3, factor: int = 8, widths: tuple[int, ...] | None = None
 ) -> EncoderCopy:
-    """A fresh ControlNet for ``base``, in float32 on its device; copy before the base is cast to bf16.
+    """Return a fresh ControlNet for ``base``, in float32 on its device; copy before the base is cast to bf16.
 
     Args:
         base: a UNet2DConditionModel of latents or of pixels: Stable Diffusion 1.x and 2.x, SDXL, or one's own.
@@ -158,7 +159,7 @@ def calibrate(adapter: EncoderCopy, hints: Tensor) -> None:
 
 
 def unet_of(base: NetworkDenoiser) -> Any:
-    """The UNet2DConditionModel of ``base``. Raises ``ValueError`` for any other network."""
+    """Return the UNet2DConditionModel of ``base``. Raises ``ValueError`` for any other network."""
     network = base.network
     model = network.model if isinstance(network, DiffusersNetwork) else None
     if not isinstance(model, UNet2DConditionModel):
@@ -196,18 +197,23 @@ class ControlledDenoiser:
         return self.base.schedule
 
     def with_hint(self, hint: Tensor) -> Self:
-        """The same for other hints, which adapters of transformers encode."""
+        """Return the same for other hints, which adapters of transformers encode."""
         adapter = unwrap(self.adapter)
         if isinstance(adapter, TransformerCopy | ControlLoRA):
             hint = adapter.prepare(hint)
         return replace(self, hint=hint)
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The expected clean image. Raises ``ValueError`` without a hint, or if it does not fit the batch."""
+        """Return the expected clean image.
+
+        Raises ``ValueError`` without a hint, or if it does not fit the batch.
+        """
         return self.with_residuals(x_t, t, cond)[0]
 
     def with_residuals(self, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, Cond]:
-        """The expected clean image, and what the adapter added to the base's layers: nothing, if it is a LoRA."""
+        """Return the expected clean image, and what the adapter added to the base's layers: nothing, if it is a
+        LoRA.
+        """
         if not isinstance(unwrap(self.adapter), ControlLoRA):
             residuals = self.residuals(x_t, t, cond)
             return self.base(x_t, t, {**cond, **residuals}), residuals
@@ -217,7 +223,7 @@ class ControlledDenoiser:
         return replace(self.base, network=self.adapter)(x_t, t, {**cond, HINT: hint.to(x_t.device)}), {}
 
     def residuals(self, x_t: Images, t: PerSample, cond: Cond) -> Cond:
-        """What the adapter adds to the base, scaled."""
+        """Return what the adapter adds to the base, scaled."""
         hint, first = self._hint_and_first(len(x_t))
         if first == 0 and self._is_guided(x_t):
             # As its pipeline does: asked for the prompts, which come last, and added under the negative ones too.
@@ -240,14 +246,16 @@ class ControlledDenoiser:
         }
 
     def _is_guided(self, x_t: Tensor) -> bool:
-        """Whether a batch is that of guidance, the same images twice, and the adapter wants the prompts alone."""
+        """Return whether a batch is that of guidance, the same images twice, and the adapter wants the prompts
+        alone.
+        """
         n = 0 if self.hint is None else len(self.hint)
         adapter = unwrap(self.adapter)
         wants = isinstance(adapter, TransformerCopy) and adapter.prompt_only
         return wants and len(x_t) == 2 * n and torch.equal(x_t[:n], x_t[n:])
 
     def unwrapped(self) -> Self:
-        """The same without DDP wrappers, for calls that are not part of the adapter's own training step."""
+        """Return the same without DDP wrappers, for calls that are not part of the adapter's own training step."""
         return replace(self, base=self.base.unwrapped(), adapter=unwrap(self.adapter))
 
     def _hint_and_first(self, batch: int) -> tuple[Tensor, int]:

@@ -47,7 +47,7 @@ class Canny:
             check_range(f"{name} of Canny", getattr(self, name), most=LARGEST)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, 1, h, w) in the dtype of x, of images (b, 1 or 3, h, w) in [-1, 1]."""
+        """Return (b, 1, h, w) in the dtype of x, of images (b, 1 or 3, h, w) in [-1, 1]."""
         first, second = drawn(self.low, generators, x), drawn(self.high, generators, x)
         return canny(x, torch.minimum(first, second), torch.maximum(first, second))
 

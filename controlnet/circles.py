@@ -111,7 +111,7 @@ def outlines(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 1 size si
 
 
 def pictures(circles: Sequence[Circle], size: int) -> Float[Tensor, "b 3 size size"]:
-    """The circles in their colours, in [-1, 1]."""
+    """Return the circles in their colours, in [-1, 1]."""
     colour, background = (
         colour_values(getattr(circle, name) for circle in circles)[:, :, None, None]
         for name in ("colour", "background")
@@ -159,17 +159,17 @@ class Circles:
         return self.num_samples
 
     def circle(self, index: int) -> Circle:
-        """The truth about a sample. Raises ``IndexError`` beyond the last."""
+        """Return the truth about a sample. Raises ``IndexError`` beyond the last."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         return draw_circle(self.start + index, self.seed, self.colours, distinct=self.distinct)
 
     def caption(self, index: int) -> str:
-        """The prompt."""
+        """Return the prompt."""
         return self.circle(index).caption
 
     def identity(self, index: int) -> str:
-        """All that the picture follows from."""
+        """Return all that the picture follows from."""
         return f"circles {self.size} {self.circle(index)}"
 
     def load(self, index: int) -> dict[str, Tensor]:

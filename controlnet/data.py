@@ -110,7 +110,7 @@ class ControlBatches:
         return self.finish(self.load(rng.index, rng.seed), rng.seed)
 
     def ahead(self, num_ranks: int = 1) -> Callable[[Rng], dict[str, Any]]:
-        """The same batches, the next of which is loaded in a thread meanwhile; see :func:`read_ahead`."""
+        """Return the same batches, the next of which is loaded in a thread meanwhile; see :func:`read_ahead`."""
         return read_ahead(self.load, lambda loaded, rng: self.finish(loaded, rng.seed), num_ranks)
 
     def load(self, number: int, seed: int) -> Loaded:
@@ -127,7 +127,7 @@ class ControlBatches:
 
     @torch.no_grad()
     def finish(self, loaded: Loaded, seed: int) -> dict[str, Any]:
-        """What :meth:`__call__` returns, made of a loaded batch on the device."""
+        """Return what :meth:`__call__` returns, made of a loaded batch on the device."""
         batch = self._undropped(loaded, seed)
         batch.pop("images")
 
@@ -211,13 +211,13 @@ class ControlBatches:
         return self.size if self.buckets is None else self.buckets.shape(index)
 
     def alike(self, number: int) -> list[int]:
-        """The first few samples of one shape, the most frequent one."""
+        """Return the first few samples of one shape, the most frequent one."""
         alike = torch.arange(len(self.samples)) if self.buckets is None else max(self.buckets.members, key=len)
         return alike[:number].tolist()
 
 
 def replace_rows(cond: Cond, null: Cond, chosen: Tensor) -> dict[str, Tensor]:
-    """The condition ``null``, batch 1, in place of the (b,) ``chosen`` rows of ``cond``.
+    """Return the condition ``null``, batch 1, in place of the (b,) ``chosen`` rows of ``cond``.
 
     Raises ``ValueError`` if they hold different things.
     """

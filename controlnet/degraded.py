@@ -40,7 +40,7 @@ class Tile:
         check_range("factor", self.factor, least=1)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, channels, h, w). A side that the factor does not divide ends in a smaller tile."""
+        """Return (b, channels, h, w). A side that the factor does not divide ends in a smaller tile."""
         return _by_factor(_tiles, unit(x), self.factor, generators)
 
 
@@ -61,7 +61,7 @@ class LowResolution:
         check_range("factor", self.factor, least=1)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, channels, h, w)."""
+        """Return (b, channels, h, w)."""
         return _by_factor(_small_and_large, unit(x), self.factor, generators)
 
 
@@ -109,7 +109,7 @@ class Blur:
         check_range("sigma", self.sigma)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, channels, h, w)."""
+        """Return (b, channels, h, w)."""
         scale = in_pixels(1.0, x)
         sigma = scale * drawn(self.sigma, generators, x)
         return blurred(unit(x), sigma, scale * self.sigma[1]).clamp(0, 1)
@@ -142,7 +142,7 @@ class Inpaint:
         return self.image_channels + 1
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, image_channels + 1, h, w)."""
+        """Return (b, image_channels + 1, h, w)."""
         check_generators(x, generators)
         missing = torch.stack([self._mask(x, generator) for generator in generators])[:, None].to(x.dtype)
         return torch.cat([unit(x) * (1 - missing), missing], 1)
@@ -200,7 +200,7 @@ class Palette:
             raise ValueError(f"need num_colours >= 1 and rounds >= 0; got {self.num_colours}, {self.rounds}.")
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, channels, h, w)."""
+        """Return (b, channels, h, w)."""
         step = max(1, math.ceil(max(x.shape[2:]) / 64))
         points = unit(x)[:, :, ::step, ::step].flatten(2).transpose(1, 2)
         centres = _spread(points, self.num_colours, drawn((0.0, 1.0), generators, x).flatten())

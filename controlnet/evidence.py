@@ -35,7 +35,7 @@ Share = Callable[[Callable[[Tensor], Tensor], int], Tensor]
 
 
 def alone(work: Callable[[Tensor], Tensor], num_rows: int) -> Tensor:
-    """All rows on one rank."""
+    """Return all rows on one rank."""
     return work(torch.arange(num_rows))
 
 
@@ -68,7 +68,7 @@ class Probe:
         return len(self.x0)
 
     def shuffled(self) -> Self:
-        """Each sample with the hint, image and truth of the one half a round away; x0 and cond stay.
+        """Return each sample with the hint, image and truth of the one half a round away; x0 and cond stay.
 
         Neighbours may be much alike, such as frames of one film.
         """
@@ -85,7 +85,7 @@ The first line of its docstring says in cards what is judged.
 
 
 def hint_judge(annotate: Callable[[Tensor], Tensor], scores: Mapping[str, Score]) -> Judge:
-    """A judge that makes hints of the images and compares them with the probe's.
+    """Return a judge that makes hints of the images and compares them with the probe's.
 
     Args:
         annotate: images in [-1, 1] to hints in [0, 1], as the hints of the probe were made, with fixed parameters.
@@ -133,7 +133,7 @@ def paired_gap(
     denoiser: ControlledDenoiser, probe: Probe, *, times: TimeSampler = ALL_TIMES,
     weight: TimeWeight | None = None, seed: int = 0, batch_size: int = 16, share: Share = alone,
 ) -> Gap:  # fmt: skip
-    """The paired gap on fixed x0, t and noise; neither depends on the batch size or the number of ranks.
+    """Return the paired gap on fixed x0, t and noise; neither depends on the batch size or the number of ranks.
 
     Args:
         denoiser: its own hint is ignored.
@@ -236,7 +236,9 @@ class Validation:
     errors: Collection[str] = ERRORS
 
     def images(self, denoiser: ControlledDenoiser | NetworkDenoiser) -> Tensor:
-        """(n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare base."""
+        """Return (n, 3, h, w) on the CPU, clamped to [-1, 1], the same for each rank; without control for a bare
+        base.
+        """
         denoiser, probe = denoiser.unwrapped(), self.probe
         times = grid(denoiser.schedule, self.num_steps, shift=self.shift, spacing="uniform")
 
@@ -257,7 +259,7 @@ class Validation:
         return guided(model, self.guidance, {} if self.told else self.negative, norm=self.norm)
 
     def standings(self, images: Tensor) -> dict[str, Standing]:
-        """What the judge says of ``images``, with floor and ceiling."""
+        """Return the scores of ``images``, with floor and ceiling."""
         values, floor = _means(self.judge(images, self.probe)), _means(self.judge(images, self.probe.shuffled()))
         return {
             name: Standing(value, floor[name], self.ceiling[name], error=name in self.errors)

@@ -75,7 +75,7 @@ def save_adapter(
 
 
 def lora_weights(adapter: ControlLoRA) -> dict[str, Tensor]:
-    """The changes of a control LoRA by the names that ``load_lora_weights`` reads."""
+    """Return the changes of a control LoRA by the names that ``load_lora_weights`` reads."""
     return {f"transformer.{name}": value for name, value in adapter_weights(adapter.twin).items()}
 
 
@@ -94,7 +94,7 @@ def _of_three_channels(model: Any) -> Any:
 def load_adapter(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> EncoderCopy:
-    """A frozen adapter from a folder of ``save_adapter`` or diffusers, or a model's name (downloaded once).
+    """Return a frozen adapter from a folder of ``save_adapter`` or diffusers, or a model's name (downloaded once).
 
     One of three channels takes hints of one, too. To train it on, ``requires_grad_(True)``. Raises ``ValueError``
     for weights that are missing, pickled, damaged or of another class.
@@ -108,7 +108,7 @@ def model_card(
     limits: str, licence: str | None = None, hint_channels: int = 3, pipeline: bool = True, unlocked: bool = False,
     usage: str = "",
 ) -> str:  # fmt: skip
-    """The README of an exported folder, in the form of model hubs.
+    """Return the README of an exported folder, in the form of model hubs.
 
     Args:
         base: the pipeline that the adapter belongs to.
@@ -157,7 +157,7 @@ USAGE_OF_NO_PIPELINE = """\
 
 
 def usage_of(adapter: nn.Module, base: str) -> str:
-    """How diffusers draws with the adapter of a transformer; empty for other adapters.
+    """Return how diffusers draws with the adapter of a transformer; empty for other adapters.
 
     A ControlNet of a transformer keeps hints as pictures of three channels: the pipeline encodes them.
     """
@@ -232,7 +232,7 @@ def _relative(standing: Standing) -> str:
 
 
 def contact_sheet(probe: Probe, images: Tensor, columns: int = 16, *, most: int = 64, side: int = 256) -> Tensor:
-    """(1, 3, H, W) in [0, 1]: rows of hints, real images and samples, in turn.
+    """Return (1, 3, H, W) in [0, 1]: rows of hints, real images and samples, in turn.
 
     Args:
         probe: of n samples.

@@ -25,7 +25,7 @@ class Depth:
     channels: ClassVar[int] = 1
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, 1, h, w). A sample of one distance alone is white."""
+        """Return (b, 1, h, w). A sample of one distance alone is white."""
         check_generators(x, generators)
         met = (x > 0) & x.isfinite()
         near = torch.where(met, x, math.inf).amin((1, 2, 3), keepdim=True)
@@ -60,7 +60,10 @@ class Segmentation:
         return self.num_classes
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, channels, h, w). Raises ``ValueError`` for a label that is no class; waits for the device for it."""
+        """Return (b, channels, h, w).
+
+        Raises ``ValueError`` for a label that is no class; waits for the device for it.
+        """
         check_generators(x, generators)
         labels = x[:, 0].long()
         known = (labels >= 0) & (labels < self.num_classes)

@@ -45,7 +45,7 @@ class Hint(Protocol):
         ...
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, c, h, w) to (b, channels, h, w) in [0, 1]; one generator for each sample."""
+        """Return (b, c, h, w) to (b, channels, h, w) in [0, 1]; one generator for each sample."""
         ...
 
 
@@ -108,7 +108,7 @@ class Precomputed:
     channels: int = 1
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """The map. Raises ``ValueError`` if its channels cannot become those asked for."""
+        """Return the map. Raises ``ValueError`` if its channels cannot become those asked for."""
         check_generators(x, generators)
         if x.shape[1] == self.channels:
             return x
@@ -120,13 +120,13 @@ class Precomputed:
 
 
 def draws(bounds: Range, generators: Sequence[Generator]) -> list[float]:
-    """A number between the bounds for each sample, on the host."""
+    """Return a number between the bounds for each sample, on the host."""
     low, high = bounds
     return [low + (high - low) * float(torch.rand((), generator=g, dtype=torch.float64)) for g in generators]
 
 
 def drawn(bounds: Range, generators: Sequence[Generator], x: Images) -> Tensor:
-    """The same as (b, 1, 1, 1) factors for ``x``, in float32 or better.
+    """Return the same as (b, 1, 1, 1) factors for ``x``, in float32 or better.
 
     Raises ``ValueError`` unless there is one generator for each sample.
     """
@@ -136,7 +136,7 @@ def drawn(bounds: Range, generators: Sequence[Generator], x: Images) -> Tensor:
 
 
 def in_pixels(length: float, x: Images) -> float:
-    """A length of this module in pixels of ``x``."""
+    """Return a length of this module in pixels of ``x``."""
     return length * min(x.shape[-2:]) / REFERENCE_SIDE
 
 
@@ -146,14 +146,16 @@ def unit(images: Images) -> Images:
 
 
 def brightness(images: Images) -> Images:
-    """Images in [-1, 1], grey or colour, to (b, 1, h, w) in [0, 1]."""
+    """Return images in [-1, 1], grey or colour, to (b, 1, h, w) in [0, 1]."""
     from kornia.color import rgb_to_grayscale
 
     return unit(images) if images.shape[1] == 1 else rgb_to_grayscale(unit(images))
 
 
 def blurred(x: Images, sigma: float | Tensor, largest: float) -> Images:
-    """A Gaussian blur of ``sigma`` pixels, one number or (b, 1, 1, 1) of at most ``largest``; borders go on."""
+    """Return a Gaussian blur of ``sigma`` pixels, one number or (b, 1, 1, 1) of at most ``largest``; borders go
+    on.
+    """
     from kornia.filters import gaussian_blur2d
 
     if largest == 0:

@@ -32,14 +32,14 @@ def make_probe(batches: ControlBatches, task: Task, indices: range) -> Probe:
 
 
 def make_judge(task: Task) -> Judge:
-    """How obedience is read off images: see the functions below."""
+    """Return how obedience is read off images: see the functions below."""
     if task.hint.source != "image":
         return judge_likeness if task.made is None else task.made.judge(task.hint.source)
     return judge_inpainting if isinstance(task.hint, Inpaint) else annotation_judge(task.hint)
 
 
 def annotation_judge(hint: Hint) -> Judge:
-    """The judge of hints that are made of images.
+    """Return the judge of hints that are made of images.
 
     Each is made by the parameters that the hint to compare with had drawn, so that another sample's differs by
     what it shows, not by its parameters.
@@ -48,7 +48,7 @@ def annotation_judge(hint: Hint) -> Judge:
     scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
 
     def judge(images: Tensor, probe: Probe) -> Mapping[str, Tensor]:
-        """Of hints that are made of images: does the same annotator find them in what was drawn?"""
+        """Compare hints with what their annotator finds in the images that were drawn."""
         numbers = probe.truth["number"].tolist()
         generators = hint_generators(0, numbers, [0] * len(numbers), "hint 0")
         return hint_judge(lambda images: hint(images, generators), scores)(images, probe)
@@ -57,7 +57,7 @@ def annotation_judge(hint: Hint) -> Judge:
 
 
 def judge_inpainting(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of what was kept: is it still there? What is missing, and the mask itself, would agree in any image."""
+    """Compare what was kept. What is missing, and the mask itself, would agree in any image."""
     hint = probe.hint.to(images.device)
     wanted, kept = hint[:, :-1], 1 - hint[:, -1:]
     made = unit(images) * kept
@@ -65,7 +65,7 @@ def judge_inpainting(images: Tensor, probe: Probe) -> dict[str, Tensor]:
 
 
 def judge_likeness(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Of hints that cannot be read off an image: are its soft edges those of the image that the hint is of?"""
+    """Compare soft edges with those of the hint's own image, for hints that cannot be read off an image."""
     generators = hint_generators(0, range(len(images)), [0] * len(images))
     made, wanted = (SOFT(some.cpu(), generators) for some in (images, probe.images))
     return {name: score(made, wanted) for name, score in {"likeness": ssim, "rmse": DENSE_SCORES["rmse"]}.items()}

@@ -50,7 +50,7 @@ class SoftEdge:
             raise ValueError(f"need scales >= 0, and levels of 0 or at least 2; got {self.scales}, {self.levels}.")
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, 1, h, w)."""
+        """Return (b, 1, h, w)."""
         from kornia.filters import get_gaussian_kernel1d, sobel
 
         gain, grey = drawn(self.gain, generators, x), brightness(x)
@@ -88,7 +88,7 @@ class LineArt:
         check_range("radius", self.radius)
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, 1, h, w)."""
+        """Return (b, 1, h, w)."""
         scale = in_pixels(1.0, x)
         around = blurred(unit(x), scale * drawn(self.radius, generators, x), scale * self.radius[1])
         darker = (around - unit(x)).amin(1, keepdim=True).clamp(min=0)
@@ -119,7 +119,7 @@ class Scribble:
             raise ValueError(f"need smoothing >= 0 and edges of one channel; got {self.smoothing}, {self.edges}.")
 
     def __call__(self, x: Images, generators: Sequence[Generator]) -> Hints:
-        """(b, 1, h, w), 0 or 1."""
+        """Return (b, 1, h, w), 0 or 1."""
         sigma = in_pixels(self.smoothing, x)
         lines = self.edges(blurred(x, sigma, sigma), generators)
         return thicken(lines, [max(1, round(in_pixels(value, x))) for value in draws(self.thickness, generators)])

@@ -188,7 +188,9 @@ def checked_inputs(
 
 
 def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> Teacher:
-    """The teacher for the captions of these samples, which all ranks encode together, without text encoders."""
+    """Return the teacher for the captions of these samples, which all ranks encode together, without text
+    encoders.
+    """
     if isinstance(teacher.texts, PromptEncoder):
         captions, rank = [*task.captions(), ""], accelerator.process_index
         share_prompts(teacher.texts, captions, rank=rank, num_ranks=accelerator.num_processes)
@@ -201,7 +203,10 @@ Adapter = EncoderCopy | TransformerCopy | ControlLoRA
 
 
 def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
-    """A fresh adapter for the hints of the task. Raises ``ValueError`` for options that do not fit its teacher."""
+    """Return a fresh adapter for the hints of the task.
+
+    Raises ``ValueError`` for options that do not fit its teacher.
+    """
     assert teacher.codec is not None
     is_transformer = is_of_tokens(teacher.denoiser)
     if is_transformer and config.unlocked:
@@ -253,14 +258,14 @@ def make_batches(
 
 
 def freeze_base(config: Config, network: nn.Module) -> None:
-    """In bf16 if that is what is computed in, unless a part of it is to learn."""
+    """Freeze the base, in bf16 if that is what is computed in, unless a part of it is to learn."""
     freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
 
 
 def make_denoiser(
     config: Config, teacher: Teacher, adapter: Adapter, accelerator: Accelerator
 ) -> ControlledDenoiser:
-    """The teacher frozen, and the adapter, wrapped for several ranks."""
+    """Return the teacher frozen, and the adapter, wrapped for several ranks."""
     network = teacher.denoiser.network
     freeze_base(config, network)
     for part in (network, adapter.backbone if isinstance(adapter, ControlLoRA) else adapter):
@@ -275,7 +280,7 @@ def make_denoiser(
 
 
 def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenoiser:
-    """The base as it is before training: itself, or with a copy on the CPU of the decoder that will learn."""
+    """Return the base as it is before training: itself, or with the decoder that will learn copied to the CPU."""
     if not isinstance(network, nn.ModuleDict):
         return denoiser.base
     decoder = {name: freeze(copy.deepcopy(part)).cpu() for name, part in network.items() if name != "adapter"}
@@ -283,7 +288,7 @@ def untrained(denoiser: ControlledDenoiser, network: nn.Module) -> NetworkDenois
 
 
 def training_times(teacher: Teacher) -> TimeSampler:
-    """How times are drawn: logit-normal under the teacher's shift for a flow transformer, else uniform.
+    """Return how times are drawn: logit-normal under the teacher's shift for a flow transformer, else uniform.
 
     So SD3 was trained (arXiv 2403.03206, Eq. 19 and 23), and those that followed it.
     """
@@ -309,7 +314,7 @@ def facts(
     config: Config, teacher: Teacher, task: Task, report: dict[str, Any], denoiser: ControlledDenoiser,
     images_per_step: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a card says of the training."""
+    """Return what a card says of the training."""
     sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
     return {
         "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels"

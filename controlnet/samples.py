@@ -39,17 +39,17 @@ class Samples(Protocol):
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
-        """Of every picture of a sample: "image", and maps by name."""
+        """The kind of every picture of a sample: "image", and maps by name."""
         ...
 
     def __len__(self) -> int: ...
 
     def caption(self, index: int) -> str:
-        """The prompt of a sample."""
+        """Return the prompt of a sample."""
         ...
 
     def identity(self, index: int) -> str:
-        """Names the image of a sample: the latents kept under it are valid as long as it stays."""
+        """Return the names the image of a sample: the latents kept under it are valid as long as it stays."""
         ...
 
     def load(self, index: int) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class Pictures:
         return len(self.rows)
 
     def caption(self, index: int) -> str:
-        """The sample's prompt."""
+        """Return the sample's prompt."""
         text: str = self.rows[index].caption or ""
         return text
 
@@ -95,7 +95,7 @@ class Pictures:
         return f"{self.digests[index]} {height}x{width} {self.channels} {self.convert}"
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Image and maps, (c, h, w) each, of one size that covers that of its views.
+        """Return image and maps, (c, h, w) each, of one size that covers that of its views.
 
         Raises ``ValueError`` for a file that has changed into something unusable.
         """
@@ -116,11 +116,11 @@ class Pictures:
         )  # fmt: skip
 
     def in_full_buckets(self, batch_size: int) -> "Pictures":
-        """The same with the pictures of a shape that has no batch in the nearest one that has."""
+        """Return the same with the pictures of a shape that has no batch in the nearest one that has."""
         return replace(self, shapes=filled(self.shapes, batch_size))
 
     def in_one_shape(self) -> "Pictures":
-        """The same without buckets."""
+        """Return the same without buckets."""
         return replace(self, shapes=())
 
     def _stored(self, index: int) -> tuple[int, int]:
@@ -215,7 +215,7 @@ class Verdict:
 
 
 def judge(row: Row, form: Form, verdicts: TensorCache | None) -> Verdict:
-    """What is to be said of a sample; it is decoded unless a verdict about its files is there."""
+    """Return what is wrong with a sample, if anything; it is decoded unless its files were checked before."""
     try:
         if row.fault or (form.captioned and (fault := _caption_fault(row))):
             raise ValueError(f"{row.name} {row.fault or fault}")

@@ -67,7 +67,7 @@ class Task:
     made: Made | None = None
 
     def captions(self) -> list[str]:
-        """All prompts."""
+        """Return all prompts."""
         return [some.caption(index) for some in (self.training, self.held_out) for index in range(len(some))]
 
     def identity(self) -> str:
@@ -86,13 +86,13 @@ class Task:
 
 
 def kind_of(options: TaskOptions) -> Kind:
-    """What a map of own data means, unless --hint-kind says it: depth are distances, mask is a mask, and so on."""
+    """Return what a map of own data means, unless --hint-kind says it: depth are distances, and so on."""
     named: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
     return options.hint_kind or named.get(options.hint, "image")
 
 
 def make_hint(options: TaskOptions) -> Hint:
-    """The hint that --hint names. Raises ``ValueError`` for channels that it cannot have."""
+    """Return the hint that --hint names. Raises ``ValueError`` for channels that it cannot have."""
     if options.hint in ANNOTATORS:
         return ANNOTATORS[options.hint]
     if ships("control", options.data):

@@ -47,7 +47,7 @@ def control_phase(
     times: TimeSampler = ALL_TIMES, weight: TimeWeight | None = None, ema: EMA | None = None,
     lr_schedule: LRScheduler | None = None,
 ) -> Phase:  # fmt: skip
-    """The phase in which the adapter learns, for :func:`scorefield.training.loop.train`.
+    """Return the phase in which the adapter learns, for :func:`scorefield.training.loop.train`.
 
     A batch is {"x0": latents or pixels, "hint": (b, c, h, w) in [0, 1], "cond": Cond}. Prompts and hints are
     dropped where batches are made, for base and adapter alike (half of the prompts in arXiv 2302.05543, 3.4).

@@ -33,7 +33,7 @@ class Evidence:
         return next(iter(self.standings.values())).relative
 
     def shows(self, threshold: float = 0.5) -> bool:
-        """Whether samples obey, ``threshold`` of the way from floor to ceiling, and the loss uses the hint."""
+        """Return whether samples obey, ``threshold`` of the way to the ceiling, and the loss uses the hint."""
         return self.relative >= threshold and self.gap.significant
 
     def figures(self) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Evidence:
 
 
 def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive: int = 2) -> int | None:
-    """The step at which control was learned, or None: the first of ``consecutive`` looks that show it.
+    """Return the step at which control was learned, or None: the first of ``consecutive`` looks that show it.
 
     ``threshold`` is that of :meth:`Evidence.shows`. A function of the record alone, so a resumed
     run finds the same step. Raises ``ValueError`` for a threshold outside (0, 1] or no look at all.
@@ -67,7 +67,7 @@ def learned_at(history: Sequence[Evidence], threshold: float = 0.5, consecutive:
 
 
 def told(history: Sequence[Evidence], consecutive: int = 2) -> str:
-    """The event in words that go on from "control ", without a verdict where too little was seen for one."""
+    """Return the event in words that go on from "control ", with no verdict where too little was seen."""
     learned = learned_at(history, consecutive=consecutive)
     if learned is not None:
         return f"was learned at step {learned:,}"
@@ -141,7 +141,10 @@ class EvidenceLog:
         return self
 
     def read(self, before: float = math.inf) -> list[Evidence]:
-        """The looks at steps below ``before``. Raises ``ValueError`` for a file that holds anything else."""
+        """Return the looks at steps below ``before``.
+
+        Raises ``ValueError`` for a file that holds anything else.
+        """
         if not self.path.is_file():
             return []
         try:

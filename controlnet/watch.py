@@ -27,7 +27,7 @@ from scorefield.training.report import log
 
 
 def fingerprint_of(config: Any, task: Task, indices: range) -> str:
-    """Of all that two looks must have in common to be compared, beside what a checkpoint resumes only under."""
+    """Return a hash of what two evaluations must share to be compared, beside what binds a checkpoint."""
     samples = [part for i in indices for part in (task.held_out.identity(i), task.held_out.caption(i))]
     return content_key(repr(task.hint), f"{config.guidance} {config.sampling_steps}", *samples)[:16]
 
@@ -73,7 +73,7 @@ class ControlWatch:
     warned: bool = field(default=False, init=False)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The figures of a look, if one is due; also the event, or a warning, in words."""
+        """Return the figures of a look, if one is due; also the event, or a warning, in words."""
         every = self.config.eval_every
         if step != self.config.steps and (not every or step % every):
             return {}
@@ -111,7 +111,7 @@ class ControlWatch:
 def take_look(
     step: int, validation: Validation, denoiser: ControlledDenoiser, accelerator: Accelerator
 ) -> tuple[Evidence, Tensor]:
-    """The evidence, and the images it was read off, in the precision of the training; all ranks get both."""
+    """Return the evidence and the images it was read off, in the training's precision, on all ranks."""
     with working("loss gap of the hints"), accelerator.autocast():
         gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
         images = validation.images(denoiser)
@@ -122,7 +122,7 @@ def make_report(
     task: Task, validation: Validation, denoiser: ControlledDenoiser, base: NetworkDenoiser, log: EvidenceLog,
     indices: range, step: int, accelerator: Accelerator,
 ) -> tuple[dict[str, Any], Evidence, Tensor]:  # fmt: skip
-    """The final figures, beside those of the base without control on the same prompts and noise.
+    """Return the final figures, beside those of the base without control on the same prompts and noise.
 
     Args:
         task: what was learned.
@@ -157,6 +157,6 @@ def make_report(
 
 
 def in_full(standing: Standing) -> dict[str, float | None]:
-    """Value, floor, ceiling, and where the value stands between them; None if that says nothing."""
+    """Return value, floor, ceiling, and where the value stands between them; None if that says nothing."""
     relative = None if math.isnan(standing.relative) else standing.relative
     return {"value": standing.value, "floor": standing.floor, "ceiling": standing.ceiling, "relative": relative}

@@ -41,7 +41,7 @@ class Critic(nn.Module):
         self.network, self.bottleneck, self.head = network, bottleneck, head
 
     def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:
-        """The network's prediction and (b,) logits, positive for real."""
+        """Return the network's prediction and (b,) logits, positive for real."""
         kept: list[Tensor] = []
         owner = getattr(self.network, "backbone", self.network)
         # Hooked per call: a hook that stays would not survive copy.deepcopy or a wrapped network.
@@ -56,7 +56,7 @@ class Critic(nn.Module):
 
 
 def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Cond) -> Float[Tensor, " b"]:
-    """The critic's logits, at the cost of the network up to the bottleneck: about half of it.
+    """Return the critic's logits, at the cost of the network up to the bottleneck: about half of it.
 
     Args:
         denoiser: its network is, or holds, a :class:`Critic`; not wrapped in DDP, which would wait for the rest.
@@ -158,7 +158,7 @@ LISTENS = "the GAN term listens to activations (b, c) or (b, c, h, w)"
 
 
 def find_bottleneck(network: nn.Module, name: str | None) -> str:
-    """Name of the submodule a critic reads: ``name``, the network's own choice, or its mid_block.
+    """Return the name of the submodule a critic reads: ``name``, the network's own choice, or its mid_block.
 
     Raises ``ValueError`` where there is no such submodule, or none is known and none is named: a transformer has
     none.
@@ -179,7 +179,7 @@ def find_bottleneck(network: nn.Module, name: str | None) -> str:
 def probe_bottleneck(
     denoiser: NetworkDenoiser, shape: Sequence[int], cond: Cond, name: str | None
 ) -> tuple[str, int, int]:
-    """Name, channels and shorter side of the activations of :func:`find_bottleneck`; 1 means no space.
+    """Return the name, channels and shorter side of the activations of :func:`find_bottleneck`; 1 means no space.
 
     Args:
         denoiser: whose network is asked once.

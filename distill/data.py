@@ -26,7 +26,7 @@ PIXELS = 2**20
 
 
 def student_data(config: Config, teacher: Teacher) -> ImageSet | None:
-    """The images of ``--data``; None if none are named and nothing uses them.
+    """Return the images of ``--data``; None if none are named and nothing uses them.
 
     The GAN term and ``--features`` need images. The digits that ship stand in for a teacher of digits alone.
 
@@ -64,7 +64,7 @@ def check_data(data: ImageSet, teacher: Teacher) -> None:
 def student_batches(
     config: Config, teacher: Teacher, data: ImageSet | None, device: torch.device, num_ranks: int = 1
 ) -> Callable[[Rng], dict[str, Any]]:
-    """What makes a batch from an ``Rng``: real images and their conditions; without images, classes at random."""
+    """Return a function that makes a batch: real images and their conditions, or without images random classes."""
 
     def conditions(rng: Rng) -> dict[str, Any]:
         labels = torch.randint(max(1, teacher.num_classes), (config.batch_size,), generator=rng("labels"))
@@ -102,7 +102,10 @@ class RealLatents:
     digests: Sequence[str] = ()
 
     def __call__(self, chosen: Tensor) -> Tensor:
-        """(b, c, h, w) of the images with these numbers, float32. Raises ``ValueError`` naming a bad image."""
+        """Return (b, c, h, w) of the images with these numbers, float32.
+
+        Raises ``ValueError`` naming a bad image.
+        """
         numbers = chosen.tolist()
 
         def pixels(places: list[int]) -> Tensor:
@@ -111,7 +114,7 @@ class RealLatents:
         return self.latents([self.digests[number] for number in numbers], pixels, self.device)["latents"]
 
     def pixels(self, number: int) -> Tensor:
-        """Bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
+        """Return the bytes (3, h, w) of an image: its central part in the teacher's proportions, resized."""
         image = self.images[number]
         if isinstance(image, Tensor):
             if tuple(image.shape[1:]) != self.size:
@@ -131,12 +134,12 @@ class RealLatents:
         return digest, ""
 
     def some(self, numbers: Sequence[int]) -> "RealLatents":
-        """Of the images with these numbers."""
+        """Return the latents of the images with these numbers."""
         images: Any = Subset(self.images, numbers)  # type: ignore[arg-type]
         return replace(self, images=images, digests=[self.digests[number] for number in numbers])
 
     def identity(self) -> str:
-        """A hash of all images and of what encodes them."""
+        """Return a hash of all images and of what encodes them."""
         assert self.latents.cache is not None
         return hashlib.sha256("\n".join([self.latents.cache.identity, *self.digests]).encode()).hexdigest()[:16]
 
@@ -145,7 +148,7 @@ def check_images(
     images: Pictures, teacher: Teacher, *, rank: int = 0, num_ranks: int = 1,
     gather: Callable[[list[Any]], list[Any]] = list,
 ) -> tuple[RealLatents, list[str]]:  # fmt: skip
-    """The images as latents, and what is wrong with each of them; the ranks share the work."""
+    """Return the images as latents, and what is wrong with each of them; the ranks share the work."""
     codec = teacher.codec
     assert isinstance(codec, Codec)
     facts = torch.cat([codec.numbers, torch.tensor(teacher.size, dtype=torch.float32)])

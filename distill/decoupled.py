@@ -43,7 +43,7 @@ class SeparateGuidance:
     below_step: bool = True
 
     def times(self, student: Student, step: int) -> TimeSampler:
-        """Times of the guidance term for images of a step, counted from 0, in the customary spacing.
+        """Return the times of the guidance term for images of a step, counted from 0, in the customary spacing.
 
         Raises ``ValueError`` for a step that is asked below ``low``.
         """
@@ -67,7 +67,7 @@ class SeparateGuidance:
 def decoupled_gradient(
     teacher: Guided, fake: Denoiser, x0: Images, cond: Cond, *, matching: Noisy, guidance: Noisy, weight: Weight
 ) -> ScoreGradient:
-    """Weight (fake - positive) at one noise level plus weight (scale - 1) (negative - positive) at another.
+    """Return weight (fake - positive) at one noise level plus weight (scale - 1) (negative - positive) at another.
 
     In x0 space, where a difference of scores is a difference of clean images, times a factor that is part of the
     weight. Each term has the weight of the coupled gradient, with its guided target, at its own noise level. So at

@@ -18,7 +18,7 @@ from scorefield.schedule import Schedule, per_sample
 
 
 def unit(t: Tensor, schedule: Schedule) -> Tensor:
-    """The same weight, 1, for the divergence at every t."""
+    """Return the same weight, 1, for the divergence at every t."""
     del schedule
     return torch.ones_like(t, dtype=torch.float64)
 

@@ -138,7 +138,9 @@ class DMD:
         guidance.check(self.student)
 
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """Weight * (fake - teacher) at one draw of t and noise; ``fake_cond`` adds to or overrides ``cond``."""
+        """Return weight * (fake - teacher) at one draw of t and noise; ``fake_cond`` adds to or overrides
+        ``cond``.
+        """
         baseline = Conditioned(self.fake.unwrapped(), fake_cond)
         return self._difference(baseline).gradient(x0, cond, generator=generator)
 
@@ -238,7 +240,7 @@ class DMD:
         self, student_optimizer: Optimizer, fake_optimizer: Optimizer, *, student_ema: EMA | None = None,
         student_lr: LRScheduler | None = None, fake_lr: LRScheduler | None = None,
     ) -> list[Phase]:  # fmt: skip
-        """The two phases in DMD2's order for :func:`loop.train`, beside ``rollout=dmd.rollout``.
+        """Return the two phases in DMD2's order for :func:`loop.train`, beside ``rollout=dmd.rollout``.
 
         The student first, then the fake score on the same images of the old student.
         """
@@ -253,7 +255,7 @@ class DMD:
         return [student, fake]
 
     def noisy(self, x0: Images, cond: Cond, times: TimeSampler, generator: Generator) -> tuple[PerSample, Images]:
-        """Times, drawn first, and x0 noised to them."""
+        """Return the times, drawn first, and x0 noised to them."""
         schedule = self.fake.schedule
         t = times(len(x0), schedule, generator).to(x0.device)
         return t, schedule.diffuse(x0, standard_normal(x0, cond, t, generator), t)

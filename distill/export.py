@@ -35,7 +35,7 @@ LORA = LORA_FILE
 
 
 def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> tuple[float, ...]:
-    """The times of :func:`scheduler_for`: DMD2's 999, 749, 499, 249; for flows 1, 0.75, 0.5, 0.25.
+    """Return the times of :func:`scheduler_for`: DMD2's 999, 749, 499, 249; for flows 1, 0.75, 0.5, 0.25.
 
     Flows are asked at unshifted times, whatever shift the teacher's own scheduler has (SD3: 3), and always from 1.
 
@@ -59,7 +59,7 @@ def lcm_times(schedule: Schedule, num_steps: int, highest: float = math.inf) -> 
 
 
 def scheduler_for(student: Student, settings: Mapping[str, Any]) -> Any:
-    """The scheduler of diffusers that asks at the student's times, in as many steps as it has.
+    """Return the scheduler of diffusers that asks at the student's times, in as many steps as it has.
 
     LCMScheduler for variance-preserving teachers, FlowMatchLCMScheduler for flows: between two steps both draw new
     noise on the clean image, as :meth:`distill.student.Student.sample` does. SD3's pipeline does not hand its
@@ -256,7 +256,7 @@ def copied_parts(pipeline: Path, variant: str | None = None) -> list[str]:
 
 
 def read_student_facts(folder: Path) -> dict[str, Any]:
-    """The ``dmd2_*`` entries of an exported folder, empty for any other."""
+    """Return the ``dmd2_*`` entries of an exported folder, empty for any other."""
     file = folder / (LORA_FACTS if (folder / LORA_FACTS).is_file() else INDEX)
     if not file.is_file():
         return {}
@@ -264,7 +264,7 @@ def read_student_facts(folder: Path) -> dict[str, Any]:
 
 
 def _told_scale(family: Family, model: Any) -> float:
-    """The guidance scale that the student's network is told (FLUX.1-dev, FLUX.2-dev); 1 for others: none."""
+    """Return the guidance scale that the student's network is told (FLUX.1-dev, FLUX.2-dev); else 1, for none."""
     return family.embedded if model.config.get("guidance_embeds") else 1.0
 
 

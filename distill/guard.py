@@ -46,7 +46,7 @@ class Look:
     left_out: tuple[float, ...]
 
     def figures(self) -> dict[str, float]:
-        """The numbers that are logged."""
+        """Return the numbers that are logged."""
         names = ("distance", "kernel", "error", "brightness")
         return {f"guard/{name}": getattr(self, name) for name in names}
 
@@ -118,7 +118,7 @@ class Guard:
         )
 
     def images(self, student: Student) -> Images:
-        """Images of the student from the pairs' noise; the noise between its steps is always the same."""
+        """Return images of the student from the pairs' noise; the noise between its steps is always the same."""
         device = next(student.denoiser.network.parameters()).device
         made = []
         for number, part in enumerate(torch.arange(len(self.pairs.noise)).split(self.batch)):
@@ -171,13 +171,14 @@ def pooled(features: Tensor) -> Float[Tensor, "b d"]:
 
 
 def left_out(number: int) -> list[Tensor]:
-    """The numbers of all images but those of one group, for each of :data:`GROUPS` interleaved groups."""
+    """Return the numbers of all images but those of one group, for each of :data:`GROUPS` interleaved groups."""
     every = torch.arange(number)
     return [every[every % GROUPS != group] for group in range(GROUPS)]
 
 
 def middle_layer(denoiser: NetworkDenoiser, shape: Sequence[int], cond: Cond) -> str:
-    """Name of the submodule whose output describes an image: a UNet's bottleneck, or the middle of a stack.
+    """Return the name of the submodule whose output describes an image: a UNet's bottleneck, or the middle of a
+    stack.
 
     A module's own ``bottleneck`` attribute or a ``mid_block`` is taken at its word. Otherwise one pass of the
     network shows which outputs depend on the image (embeddings of time and conditions do not) and have the fewest
@@ -243,11 +244,11 @@ def _time(denoiser: NetworkDenoiser, ratio: float) -> Tensor:
 
 
 def as_record(look: Look, step: int) -> dict[str, object]:
-    """The look as numbers and lists, which a checkpoint can hold."""
+    """Return the look as numbers and lists, which a checkpoint can hold."""
     return {"step": step, **{name: getattr(look, name) for name in look.__dataclass_fields__}}
 
 
 def from_record(record: Mapping[str, object]) -> Look:
-    """The look that :func:`as_record` wrote."""
+    """Return the look that :func:`as_record` wrote."""
     numbers = {name: record[name] for name in Look.__dataclass_fields__}
     return Look(**{**numbers, "left_out": tuple(record["left_out"])})  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ class Guarded:
         return (best[0],)
 
     def look(self) -> Look:
-        """The student as it is now, seen by the first rank."""
+        """Return the student as it is now, seen by the first rank."""
         seen: list[Any] = [None]
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():

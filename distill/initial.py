@@ -36,7 +36,7 @@ class Initial:
     weights: Mapping[str, Tensor]
 
     def identity(self) -> str:
-        """A hash of the weights."""
+        """Return a hash of the weights."""
         return fingerprint(self.weights[name] for name in sorted(self.weights))
 
     def give(self, student: nn.Module) -> None:

@@ -19,7 +19,7 @@ makes them with these as ``rank`` and ``num_ranks``."""
 
 
 def default_pairs_folder() -> Path:
-    """Where pairs are kept unless a folder is named: ``pairs`` beside the cache of the prompts."""
+    """Return where pairs are kept unless a folder is named: ``pairs`` beside the cache of the prompts."""
     return default_cache_folder().parent / "pairs"
 
 
@@ -65,7 +65,8 @@ def stored_pairs(
     make: MakeShard, key: str, num: int, folder: Path | None = None, *, shard_size: int = 512, rank: int = 0,
     num_ranks: int = 1, wait: Callable[[], object] = lambda: None, bar: Progress | None = None,
 ) -> Pairs:  # fmt: skip
-    """The pairs of ``key``, in the order of their items; those that are not in ``folder`` are made and kept there.
+    """Return the pairs of ``key``, in the order of their items; those that are not in ``folder`` are made and kept
+    there.
 
     The set is cut into shards, whose number depends on neither ranks nor runs. Every rank makes its share of the
     missing ones, waits for the others, and reads all. A damaged shard counts as missing; so does one that another

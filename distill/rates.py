@@ -97,7 +97,7 @@ def range_test(
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """A sixth of the last rate at which the loss, averaged over three steps, is below where it began.
+    """Return a sixth of the last rate at which the loss, averaged over three steps, is below where it began.
 
     There a step undoes what the steps before it gained. Where the loss is lowest says less: a network that is
     asked something new falls to a first plateau at rates far below those that it can be trained at.

@@ -157,7 +157,7 @@ def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diag
 
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:
-    """A few samples of the first ten classes, always from the same noise."""
+    """Return a few samples of the first ten classes, always from the same noise."""
     labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(labels), *teacher.shape, generator=generator).to(teacher.device)

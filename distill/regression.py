@@ -184,7 +184,8 @@ def make_pairs(
 
 
 def teacher_batch(pairs: Pairs, size: int, rng: Rng, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A batch whose "real" images are the teacher's, each with the condition that it was made under as "cond".
+    """Return a batch whose "real" images are the teacher's, each with the condition that it was made under as
+    "cond".
 
     For :class:`distill.dmd.GAN` where there are no data: the critic then tells the student from its teacher, which
     a student can reach, not from data that the teacher misses as well (arXiv 2606.12575, abstract: "more

@@ -88,7 +88,7 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
 
 
 def probe(teacher: Teacher, bottleneck: str | None) -> tuple[str, int, int]:
-    """What a critic would listen to; raises ``ValueError`` as ``adversarial.probe_bottleneck`` does."""
+    """Return what a critic would listen to. Raises ``ValueError`` as ``adversarial.probe_bottleneck`` does."""
     return probe_bottleneck(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()), bottleneck)
 
 
@@ -102,7 +102,7 @@ def listens(teacher: Teacher, bottleneck: str | None) -> bool:
 
 
 def plan_of_pairs(config: Config) -> str:
-    """What ``--dry-run`` says about the work before the first iteration."""
+    """Return what ``--dry-run`` says about the work before the first iteration."""
     if not config.warmup_steps and not config.regression_weight:
         return ""
     number = config.num_pairs + config.guard_images
@@ -153,13 +153,13 @@ def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
 
 
 def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module) -> dict[str, nn.Module]:
-    """The networks that a run holds, for ``--dry-run``."""
+    """Return the networks that a run holds, for ``--dry-run``."""
     followed = {"its average": freeze(copy.deepcopy(student))} if config.ema_decay else {}
     return {"teacher": teacher, "student": student, **followed, "fake": fake}
 
 
 def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
-    """The recipe of this script as a :class:`distill.dmd.DMD`."""
+    """Return the recipe of this script as a :class:`distill.dmd.DMD`."""
     target = teacher.guided(config.guidance)
     gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
     facts = teacher.facts
@@ -227,7 +227,7 @@ def teacher_pairs(
     config: Config, target: Denoiser, teacher: Teacher, accelerator: Accelerator, *, number: int,
     identity: str, purpose: str = "pairs", keep: tuple[float, ...] = (),
 ) -> Pairs:  # fmt: skip
-    """Pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
+    """Return pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
 
     They are kept on disk, where other runs find them; ranks share the work. Without gradients there is room for
     eight times the batch of the training.
@@ -279,12 +279,12 @@ def teacher_pairs(
 
 
 def average_of(network: nn.Module, config: Config) -> EMA | None:
-    """The network's moving average; none at --ema-decay 0, where the network itself is what is saved."""
+    """Return the network's moving average; none at --ema-decay 0, where the network itself is what is saved."""
     return EMA(network, config.ema_decay) if config.ema_decay else None
 
 
 def averaged(phase: Phase) -> nn.Module:
-    """What is saved of a phase: the average of its network, or where there is none the network itself."""
+    """Return the network that is saved of a phase: its average, or where there is none itself."""
     return unwrap(phase.network) if phase.ema is None else phase.ema.network
 
 

@@ -41,7 +41,7 @@ class SiD(DMD):
     student_every: int = 1
 
     def gradient(self, x0: Images, cond: Cond, fake_cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """The gradient of the loss with respect to x0; none reaches a weight of teacher or fake score."""
+        """Return the gradient of the loss with respect to x0; none reaches a weight of teacher or fake score."""
         x = x0.detach().requires_grad_()
         with torch.enable_grad():
             t, x_t = self.noisy(x, cond, self.times, generator)

@@ -55,7 +55,7 @@ class Stages:
         return self.config.out / "checkpoints"
 
     def pairs(self, number: int, purpose: str) -> Pairs:
-        """Pairs of the teacher, made or found on disk."""
+        """Return pairs of the teacher, made or found on disk."""
         return teacher_pairs(
             self.config, self.method.teacher, self.teacher, self.accelerator, number=number,
             identity=self.own["teacher"], purpose=purpose, keep=self.method.student.times[1:],
@@ -112,7 +112,7 @@ def make_regression(stages: Stages) -> Regression | None:
 
 
 def make_guard(stages: Stages) -> Guard | None:
-    """A guard with held-out pairs; none at --guard-images 0."""
+    """Return a guard with held-out pairs; none at --guard-images 0."""
     config, teacher = stages.config, stages.teacher
     if not config.guard_images:
         return None
@@ -139,7 +139,7 @@ def begin(stages: Stages, regression: Regression | None, phases: list[Phase], gu
 
 
 def measured_rates(stages: Stages, regression: Regression | None) -> Rates:
-    """The rates of all stages: given ones, or fractions of what a range test finds. Says what it found."""
+    """Return the rates of all stages: given ones, or fractions of what a range test finds. Says what it found."""
     config, method, accelerator = stages.config, stages.method, stages.accelerator
     if config.student_lr and config.fake_lr and (config.warmup_lr or not config.warmup_steps):
         return Rates(config.warmup_lr, config.student_lr, config.fake_lr)

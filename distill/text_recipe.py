@@ -214,14 +214,18 @@ def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator
 
 
 def pipeline_of(teacher: Teacher) -> Path:
-    """The folder of its pipeline, whose parts its student needs. Raises ``ValueError`` for a teacher without."""
+    """Return the folder of its pipeline, whose parts its student needs.
+
+    Raises ``ValueError`` for a teacher without.
+    """
     if teacher.source is None or not (teacher.source / INDEX).is_file():
         raise ValueError("--teacher must be a pipeline of diffusers to be distilled with --prompts.")
     return teacher.source
 
 
 def load_source(config: Config, device: torch.device, cache: Path | None = None) -> Teacher:
-    """The teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in ``cache``.
+    """Return the teacher on its device, in bf16 where the run is and there is a GPU; prompts are kept in
+    ``cache``.
 
     Its autoencoder is float32: what it makes of real images once is learned from all along.
 
@@ -240,7 +244,7 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
 
 
 def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
-    """A copy of the teacher as ``fitting.prepare`` wraps it; a LoRA, which is not wrapped, on its device."""
+    """Return a copy of the teacher as ``prepare`` wraps it; a LoRA, which is not wrapped, on its device."""
     return network.to(accelerator.device) if config.lora else prepare(network, config, accelerator)
 
 
@@ -256,7 +260,7 @@ def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str | None]:
-    """What a run reads, as inputs of :func:`command.identity`."""
+    """Return fingerprints of what a run reads, as inputs of :func:`identity`."""
     teacher, latents = inputs.teacher, inputs.latents
     return {
         "teacher": teacher.identity(), "prompts": inputs.texts.identity(),

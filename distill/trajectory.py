@@ -25,7 +25,7 @@ States = Mapping[float, Tensor]
 
 
 def through(times: Float[Tensor, " n"], points: Sequence[float]) -> Float[Tensor, " m"]:
-    """The sampling grid ``times`` with ``points`` added, so that sampling stops at each of them exactly.
+    """Return the sampling grid ``times`` with ``points`` added, so that sampling stops at each of them exactly.
 
     Raises ``ValueError`` for a point above the grid, where sampling would not have begun.
     """
@@ -57,14 +57,16 @@ class Recorded:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The inner denoiser's answer."""
+        """Return the inner denoiser's answer."""
         if self.latest and (time := float(t[0])) in self.latest:  # a GPU waits for the number
             self.latest[time] = x_t.cpu()
         return self.denoiser(x_t, t, cond)
 
 
 def step_numbers(shares: Sequence[float], batch: int, rng: Rng) -> Int[Tensor, " batch"]:
-    """Which step each sample of a batch teaches, counted from 0: every step its share, to within one sample."""
+    """Return which step each sample of a batch teaches, counted from 0: every step its share, to within one
+    sample.
+    """
     ends = torch.tensor(shares, dtype=torch.float64).cumsum(0)
     offset = torch.rand((), generator=rng("trajectory"), dtype=torch.float64)
     places = (torch.arange(batch) + offset) / batch * ends[-1]
@@ -72,7 +74,7 @@ def step_numbers(shares: Sequence[float], batch: int, rng: Rng) -> Int[Tensor, "
 
 
 def inputs(student: Student, noise: Images, states: States, steps: Int[Tensor, " b"]) -> Images:
-    """What step ``steps[i]`` of the student sees of path i: its noise at the first, later the path's point.
+    """Return what step ``steps[i]`` of the student sees of path i: noise at the first, later the path's point.
 
     Raises ``ValueError`` where ``states`` lack a time of the student.
     """

@@ -30,7 +30,7 @@ Entry = dict[str, Tensor]
 
 
 def cache_folder() -> Path:
-    """Where everything is kept unless a folder is named: ``~/.cache/scorefield``, or in $XDG_CACHE_HOME."""
+    """Return where everything is kept unless a folder is named: ``~/.cache/scorefield``, or in $XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scorefield"
 
 
@@ -54,7 +54,7 @@ def hash_of(contents: Iterable[Content]) -> str:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Short hash of some tensors' contents: 16 hexadecimal digits."""
+    """Return short hash of some tensors' contents: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
@@ -77,16 +77,16 @@ class TensorCache:
     identity: str
 
     def path(self, content: Content) -> Path:
-        """The file of an entry, there or not."""
+        """Return the file of an entry, there or not."""
         key = content_key(self.identity, content)
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def load(self, content: Content) -> Entry | None:
-        """The entry of ``content``; None if there is none, or none that can be trusted."""
+        """Return the entry of ``content``; None if there is none, or none that can be trusted."""
         return _read(self.path(content))
 
     def holds(self, content: Content) -> bool:
-        """Whether there is an entry of ``content`` that can be trusted; all of it is read."""
+        """Return whether there is an entry of ``content`` that can be trusted; all of it is read."""
         return self.load(content) is not None
 
     def store(self, content: Content, tensors: Mapping[str, Tensor]) -> Entry:

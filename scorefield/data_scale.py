@@ -45,7 +45,7 @@ class RescaledData(nn.Module):
         self.scale, self.mean = scale, mean
 
     def forward(self, x_t: Images, t: PerSample, **cond: Tensor) -> Any:
-        """The prediction for x, or a tuple that starts with it if the network returns a tuple."""
+        """Return the prediction for x, or a tuple that starts with it if the network returns a tuple."""
         u = _time_of_y(self.inner, t, self.scale)
         alpha, sigma = self.inner.alpha(u), self.inner.sigma(u)
         # Both quotients are the same number; each is 0 / 0 at one end of time.
@@ -90,7 +90,9 @@ class RescaledData(nn.Module):
 def rescaled_data(
     denoiser: NetworkDenoiser, scale: float, mean: float | Sequence[float] | Tensor = 0.0
 ) -> NetworkDenoiser:
-    """A network that was trained on y = scale x + mean, as a denoiser of x in [-1, 1]. Exact for every schedule.
+    """Return a network that was trained on y = scale x + mean, as a denoiser of x in [-1, 1].
+
+    Exact for every schedule.
 
     ``rescaled_data(NetworkDenoiser(net, schedule), 0.5, 0.5)`` wraps a network of images in [0, 1], ``(0.5)`` one
     of [-0.5, 0.5], ``(1 / std, -mean / std)`` one of standardised images. Halving x_t alone would be wrong: half

@@ -27,7 +27,7 @@ class Denoiser(Protocol):
         """The forward process whose x_t and t this denoiser understands."""
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The expected clean image, shape of x_t; t holds one time per sample."""
+        """Return the expected clean image, shape of x_t; t holds one time per sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class NetworkDenoiser:
         check_kind(self.kind)
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The expected clean image, float32 or better. Raises ``ValueError`` if t is not (b,)."""
+        """Return the expected clean image, float32 or better. Raises ``ValueError`` if t is not (b,)."""
         return self.with_extras(x_t, t, cond)[0]
 
     def with_extras(self, x_t: Images, t: PerSample, cond: Cond) -> tuple[Tensor, tuple[Any, ...]]:
@@ -69,7 +69,7 @@ class NetworkDenoiser:
         return self.schedule.to_x0(prediction, x_t, t, self.kind), tuple(extras)
 
     def unwrapped(self) -> "NetworkDenoiser":
-        """The same without wrappers: for calls that are not part of this network's own training step."""
+        """Return the same without wrappers: for calls that are not part of this network's own training step."""
         return replace(self, network=unwrap(self.network))
 
 
@@ -117,7 +117,7 @@ class Rescheduled:
     schedule: Schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The expected clean image. Raises ``ValueError`` outside the inner schedule's noise levels."""
+        """Return the expected clean image. Raises ``ValueError`` outside the inner schedule's noise levels."""
         check_time(t, x_t)
         inner = self.denoiser.schedule
         ratio = self.schedule.ratio(t)
@@ -174,7 +174,7 @@ class Conditioned:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The inner denoiser under ``cond``, overridden by the fixed conditions expanded to the batch."""
+        """Return the inner denoiser under ``cond``, overridden by the fixed conditions expanded to the batch."""
         return self.denoiser(x_t, t, {**cond, **expand_cond(self.cond, len(x_t))})
 
 
@@ -197,7 +197,7 @@ def _repeat(value: Tensor, times: int) -> Tensor:
 
 
 def under_each(denoiser: Denoiser, x_t: Images, t: PerSample, conds: Sequence[Cond]) -> tuple[Tensor, ...]:
-    """The clean images under each of several conditions, from one call on a batch of ``len(conds)`` b.
+    """Return the clean images under each of several conditions, from one call on a batch of ``len(conds)`` b.
 
     Args:
         denoiser: of any kind.
@@ -227,12 +227,12 @@ def freeze(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def karras_denoiser(network: nn.Module, schedule: Karras, sigma_data: float = 0.5) -> NetworkDenoiser:
-    """A raw network under EDM preconditioning, as a :class:`Denoiser`."""
+    """Return a raw network under EDM preconditioning, as a :class:`Denoiser`."""
     return NetworkDenoiser(KarrasPreconditioning(network, sigma_data), schedule, "x0")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside wrappers of DDP and of ``torch.compile``, in either order, or the network itself."""
+    """Return the network inside wrappers of DDP and ``torch.compile``, in either order, or the network itself."""
     while True:
         inner = network.module if isinstance(network, DistributedDataParallel) else network
         # Compiled modules name their weights "_orig_mod. ...", which nothing else could load.

@@ -91,7 +91,7 @@ class GaussianMixture:
         return self.means[component] + per_sample(self.stds[component], noise) * noise
 
     def component(self, x: Images) -> Int[Tensor, " b"]:
-        """The most probable component of each clean sample: the mode it belongs to."""
+        """Return the most probable component of each clean sample: the mode it belongs to."""
         return self._log_joint(x, torch.full((len(x),), self.schedule.t_min), {}).argmax(1)
 
 

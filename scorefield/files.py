@@ -29,7 +29,7 @@ def check_regular(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-    """A regular file, opened to read bytes. Raises as :func:`check_regular` does."""
+    """Return a regular file, opened to read bytes. Raises as :func:`check_regular` does."""
     check_regular(path)
     return open(path, "rb")
 
@@ -41,7 +41,7 @@ def check_small(path: Path | str) -> None:
 
 
 def read_regular(path: Path | str) -> bytes:
-    """The bytes of a regular file. Raises as :func:`check_regular` does."""
+    """Return the bytes of a regular file. Raises as :func:`check_regular` does."""
     with open_regular(path) as file:
         return file.read()
 
@@ -53,7 +53,7 @@ def read_text(path: Path | str) -> str:
 
 
 def load_json(file: Path) -> Any:
-    """The content of a JSON file, in which all numbers are finite.
+    """Return the content of a JSON file, in which all numbers are finite.
 
     Python reads NaN, Infinity and 1e999 as numbers, which no check such as ``x <= 0`` would refuse later.
     Raises ``ValueError`` for them, for what is no JSON, nested too deep or larger than ``MOST_TEXT``; ``OSError``
@@ -68,7 +68,7 @@ def load_json(file: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``ValueError`` for a file that is missing or holds something else."""
+    """Return a JSON object. Raises ``ValueError`` for a file that is missing or holds something else."""
     try:
         content = load_json(file)
     except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ def standard_normal(x0: Tensor, cond: Cond, t: Tensor, generator: Generator) -> 
 
 
 def ratio_weight(power: float) -> Weight:
-    """(alpha / sigma)^power. With power 2 the DMD gradient is the gradient of KL(p_fake || p_real) at t."""
+    """Return (alpha / sigma)^power. With power 2 the DMD gradient is the gradient of KL(p_fake || p_real) at t."""
 
     def weight(x0: Tensor, target: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
         del target
@@ -100,7 +100,7 @@ class ScoreDistillation:
 
     @torch.no_grad()
     def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """The gradient at one draw of t and noise per sample; no gradient reaches any network.
+        """Return the gradient at one draw of t and noise per sample; no gradient reaches any network.
 
         Raises ``ValueError`` where teacher or baseline change the shape of x0.
         """
@@ -128,18 +128,20 @@ def check_shapes(x0: Images, answers: Mapping[str, Images]) -> None:
 
 
 def weighted_gap(weight: Tensor, gap: Images, t: PerSample) -> ScoreGradient:
-    """The gradient ``weight * gap`` and what is worth logging of it; ``weight`` broadcasts against the gap."""
+    """Return the gradient ``weight * gap`` and its figures for the log; ``weight`` broadcasts against the gap."""
     return described(weight * gap, gap, t)
 
 
 def described(value: Images, gap: Images, t: PerSample) -> ScoreGradient:
-    """A gradient and what is worth logging of it: its size, that of the gap between two denoisers, the times."""
+    """Return a gradient and what is worth logging of it: its size, that of the gap between two denoisers, the
+    times.
+    """
     metrics = {"gradient_rms": _rms(value), "gap_rms": _rms(gap), "t_mean": t.mean()}
     return ScoreGradient(value, {**metrics, TIME_NOT_FINITE: time_not_finite(value, t)})
 
 
 def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """A scalar whose gradient with respect to x0 is exactly ``gradient``; the scalar is float32 or better.
+    """Return a scalar whose gradient with respect to x0 is exactly ``gradient``; the scalar is float32 or better.
 
     An inner product: the usual ``0.5 * (x0 - (x0 - gradient).detach())**2`` rounds the gradient away in low
     precision (80 % error in bf16 where it is a thousandth of x0). The value itself means nothing; log the
@@ -151,7 +153,7 @@ def inject(x0: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Fl
 
 
 def prediction_weight(kind: Kind) -> TimeWeight:
-    """The weight that turns the error of x0 into the squared error of eps, v or flow; 1 for x0.
+    """Return the weight that turns the error of x0 into the squared error of eps, v or flow; 1 for x0.
 
     At sigma = 0, where only x0 can be read off the image, it is finite and the error of the others is 0.
     """
@@ -166,7 +168,9 @@ def prediction_weight(kind: Kind) -> TimeWeight:
 
 
 def karras_weight(sigma_data: float = 0.5) -> TimeWeight:
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (arXiv 2206.00364, Table 1), in terms of sigma / alpha."""
+    """Return (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (arXiv 2206.00364, Table 1), in terms of sigma /
+    alpha.
+    """
 
     def weight(t: Tensor, schedule: Schedule) -> Tensor:
         ratio = schedule.ratio(t)
@@ -218,7 +222,8 @@ def weighted_error(prediction: Images, x0: Images, t: Tensor, schedule: Schedule
 
 
 def time_not_finite(values: Tensor, t: PerSample) -> Tensor:
-    """The largest time of the samples whose values are not finite, -1 if all are; a scalar, read only on failure.
+    """Return the largest time of the samples whose values are not finite, -1 if all are; a scalar, read only on
+    failure.
 
     A loss returns it under :data:`TIME_NOT_FINITE`, so that a run that stops can say at which noise level.
     """

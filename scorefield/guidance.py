@@ -33,7 +33,7 @@ class Guided:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The guided clean image, from one call on a batch of 2b: negatives first."""
+        """Return the guided clean image, from one call on a batch of 2b: negatives first."""
         neg, pos = under_each(self.denoiser, x_t, t, (self.negative, cond))
         x0 = neg + self.scale * (pos - neg)
         if self.norm != "none":
@@ -87,7 +87,7 @@ class Perpendicular:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
-        """The guided clean image, from one call on (2 + n) b samples: null, negatives, positive."""
+        """Return the guided clean image, from one call on (2 + n) b samples: null, negatives, positive."""
         null, *negatives, pos = under_each(self.denoiser, x_t, t, (self.null, *self.negatives, cond))
         wanted = direction = pos - null
         weights = expand_cond({"weights": self.weights}, len(x_t))["weights"].to(x_t.device)

@@ -80,7 +80,7 @@ class Progress(AbstractContextManager["Progress"]):
         return (time.monotonic() - self._began) / done if done else float("nan")
 
     def line(self) -> str:
-        """What a log file is told: numbers, seconds an item, time left."""
+        """Return the line for a log file: numbers, seconds per item, time left."""
         elapsed = duration(time.monotonic() - self._began)
         if not self.total:
             return f"{self.name}: {elapsed} so far"
@@ -136,7 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all; known before there is an Accelerator."""
+    """Return whether this process speaks for all; known before there is an Accelerator."""
     return not os.environ.get("RANK", "").strip("0")
 
 

@@ -60,7 +60,7 @@ def normal_like(x: Tensor, generator: Generators | None) -> Tensor:
 
 
 def shuffled(num_items: int, batch_size: int, rng: Rng) -> Tensor:
-    """(batch_size,) item numbers of this micro-batch: shuffled epochs, end to end, from ``rng.index``."""
+    """Return (batch_size,) item numbers of this micro-batch: shuffled epochs, end to end, from ``rng.index``."""
     position = rng.index * batch_size + torch.arange(batch_size)
     chosen = torch.empty_like(position)
     for epoch in range(int(position[0]) // num_items, int(position[-1]) // num_items + 1):

@@ -63,7 +63,7 @@ class Multistep:
 
 
 def towards(schedule: Schedule, point: Point, x0: Images, s: PerSample) -> Images:
-    """From ``point`` to time s on the line on which the clean image is ``x0``: DDIM with eta = 0."""
+    """Return ``point`` moved to time s on the line on which the clean image is ``x0``: DDIM with eta = 0."""
     keep = schedule.sigma(s) / schedule.sigma(point.t)
     return _mix(point.x_t, keep, x0, schedule.alpha(s) - schedule.alpha(point.t) * keep)
 

@@ -65,11 +65,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
-        """Time at which sigma / alpha equals ``ratio``: the inverse of :meth:`ratio`."""
+        """Return time at which sigma / alpha equals ``ratio``: the inverse of :meth:`ratio`."""
 
     @abstractmethod
     def at(self, fraction: Tensor) -> Tensor:
-        """Time at a fraction in [0, 1] of the schedule's customary spacing, float64.
+        """Return time at a fraction in [0, 1] of the schedule's customary spacing, float64.
 
         Uniform time draws and sampling grids both use it: (integer) timesteps for variance-preserving
         schedules, t itself for flows, Karras et al.'s rho-spaced levels for EDM.
@@ -80,7 +80,7 @@ class Schedule(ABC):
         """Standard deviation of the pure noise a sampler starts from at time t (``init_noise_sigma``)."""
 
     def snap(self, t: Tensor) -> Tensor:
-        """The nearest time a teacher of this schedule was trained on: an integer, or t itself."""
+        """Return the nearest time a teacher of this schedule was trained on: an integer, or t itself."""
         return t.round() if self.cell else t
 
     def ratio(self, t: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Schedule(ABC):
         return self.sigma(t) / self.alpha(t)
 
     def diffuse(self, x0: Images, noise: Images, t: PerSample) -> Images:
-        """The noisy image alpha(t) x0 + sigma(t) noise. Raises ``ValueError`` if t is not (b,)."""
+        """Return the noisy image alpha(t) x0 + sigma(t) noise. Raises ``ValueError`` if t is not (b,)."""
         check_time(t, x0)
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * noise
 
@@ -114,7 +114,7 @@ class Schedule(ABC):
         return (x_t - sigma * output) / (alpha + sigma)
 
     def from_x0(self, x0: Images, x_t: Images, t: PerSample, kind: Kind) -> Images:
-        """The network output of the given kind that means ``x0``: the inverse of :meth:`to_x0`.
+        """Return the network output of the given kind that means ``x0``: the inverse of :meth:`to_x0`.
 
         Raises ``ValueError`` where sigma(t) = 0 unless kind is x0: no noise can be read off a clean image.
         """
@@ -156,11 +156,11 @@ class Karras(Schedule):
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The time itself."""
+        """Return the time itself."""
         return t.double()
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The ratio itself."""
+        """Return the ratio itself."""
         return ratio.double()
 
     def at(self, fraction: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class RectifiedFlow(Schedule):
         return 1 - t.double()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The time itself."""
+        """Return the time itself."""
         return t.double()
 
     def time(self, ratio: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def plan(
     *,
     shift: float = 1.0,
 ) -> Plan:
-    """How to sample with at most ``num_calls`` network calls an image, in one place for all who sample.
+    """Return how to sample with at most ``num_calls`` network calls an image, in one place for all who sample.
 
     Args:
         schedule: of the teacher.
@@ -86,7 +86,7 @@ def auto_solver(schedule: Schedule, num_calls: int) -> Solver:
 
 
 def auto_spacing(schedule: Schedule, solver: Solver, num_calls: int, shift: float = 1.0) -> Spacing:
-    """The grid that was best with a solver on such a schedule: docs/solvers.md has the figures.
+    """Return the grid that was best with a solver on such a schedule: docs/solvers.md has the figures.
 
     A schedule that begins beyond all useful noise levels is sampled from its own first time on: trained
     networks, unlike exact ones, do not survive the long first step of the other grids.

@@ -71,7 +71,7 @@ def log_uniform(low: float, high: float) -> TimeSampler:
 
 
 def constant(t: float) -> TimeSampler:
-    """The same time always, in the schedule's own units."""
+    """Return the same time always, in the schedule's own units."""
 
     def draw(n: int, schedule: Schedule, generator: Generator) -> Tensor:
         del schedule

@@ -107,7 +107,7 @@ def _refuse_places() -> None:
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error, and the exit code; nothing to say of a fault of the program."""
+    """Return what to say of an error, or None for a fault of the program, and the exit code."""
     refused = 1 if BEGUN in getattr(error, "__notes__", ()) else 2
     if is_full(error):
         return f"the disk is full, or its quota is used up: {error}. What was saved before is whole.", 1
@@ -183,6 +183,6 @@ def say(message: str) -> None:
 def one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as Python prints it, on one line whatever names it holds, without the line of code."""
+    """Return a warning as Python prints it, on one line whatever names it holds, without the line of code."""
     del line
     return f"{printable(filename)}:{lineno}: {category.__name__}: {printable(str(message))}\n"

@@ -48,7 +48,10 @@ def main(config: Evaluate) -> Path | None:
 
 
 def load_features(features: Path, device: str) -> tuple[Network, Classifier | None]:
-    """A feature network, and the classifier it is part of, if any. Raises ``ValueError`` if there is neither."""
+    """Return a feature network, and the classifier it is part of, if any.
+
+    Raises ``ValueError`` if there is neither.
+    """
     if features.is_dir():
         try:
             classifier = load_classifier(features).to(device)
@@ -66,7 +69,7 @@ def load_features(features: Path, device: str) -> tuple[Network, Classifier | No
 def load(
     name: str, resolution: int | None, channels: Literal["auto", "grey", "rgb"], config: Evaluate, option: str
 ) -> ImageSet:
-    """A set of images as the feature network wants them. Raises ``ValueError`` for too few."""
+    """Return a set of images as the feature network wants them. Raises ``ValueError`` for too few."""
     images = load_images(
         DataOptions(data=name, resolution=resolution, channels=channels, on_bad_data=config.on_bad_data), option
     )
@@ -81,7 +84,7 @@ def measure(
     network: Network, classifier: Classifier | None, generated: ImageSet, reference: ImageSet,
     config: Evaluate,
 ) -> dict[str, float | int | str]:  # fmt: skip
-    """The figures of one comparison."""
+    """Return the figures of one comparison."""
     made, real = (features_of(network, images, config) for images in (generated, reference))
     half = len(real) // 2
     figures: dict[str, float | int | str] = {
@@ -114,7 +117,7 @@ def accuracy(
 
 
 def class_numbers(names: tuple[str, ...], known: tuple[str, ...]) -> Tensor | None:
-    """For each class of a set its number in a classifier: by name if all are known, or else as it is numbered.
+    """Return each class's number in a classifier: by name if all are known, or else as it is numbered.
 
     None where neither can be: a set whose classes have other names, or numbers that the classifier does not have.
     """
@@ -126,17 +129,17 @@ def class_numbers(names: tuple[str, ...], known: tuple[str, ...]) -> Tensor | No
 
 
 def numbered(num_classes: int) -> tuple[str, ...]:
-    """The names of classes that have none."""
+    """Return the names of classes that have none."""
     return tuple(str(number) for number in range(num_classes))
 
 
 def shown(names: tuple[str, ...]) -> str:
-    """A few names, for a message."""
+    """Return a few names, for a message."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def chosen(images: ImageSet, config: Evaluate) -> Tensor:
-    """Numbers of the images that are measured."""
+    """Return numbers of the images that are measured."""
     return images.some(config.num_images or len(images))
 
 

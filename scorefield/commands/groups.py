@@ -50,7 +50,7 @@ def group_of(options: type, name: str) -> type:
 
 
 def _nested(options: type, default: Any) -> type:
-    """The options as a dataclass that holds one dataclass for each group; ungrouped ones come first."""
+    """Return the options as a dataclass that holds one dataclass for each group; ungrouped ones come first."""
     hints, texts = get_type_hints(options, include_extras=True), _texts(options)
     parts: dict[type, list[tuple[str, Any, Any]]] = {part: [] for part in options.__mro__}
     for field in dataclasses.fields(options):
@@ -73,7 +73,7 @@ def _nested(options: type, default: Any) -> type:
 
 
 def _texts(options: type) -> dict[str, str]:
-    """What each option is for, on one line: --help wraps it to the width of the terminal."""
+    """Return what each option is for, on one line: --help wraps it to the width of the terminal."""
     texts: dict[str, str] = {}
     for part in reversed(options.__mro__[:-1]):
         for found in docstring_parser.parse_from_object(part).params:

@@ -105,7 +105,7 @@ def facts_of(config: Sample, teacher: Teacher) -> Callable[[int], dict[str, Any]
 
 
 def load(config: Sample, device: torch.device) -> Teacher:
-    """The teacher or student; one of prompts is asked for those of ``--prompts``.
+    """Return the teacher or student; one of prompts is asked for those of ``--prompts``.
 
     Raises ``ValueError`` for a model that cannot be read, or that the other options are not for.
     """
@@ -129,7 +129,7 @@ def load(config: Sample, device: torch.device) -> Teacher:
 
 
 def read_prompts(config: Sample) -> tuple[str, ...]:
-    """What ``--prompts`` say, with what the files and folders hold that they name in the place of their names.
+    """Return the prompts of ``--prompts``; names of files and folders stand for the prompts in them.
 
     Raises ``ValueError`` for one that cannot be read, and for a name of a file that is not there.
     """
@@ -160,7 +160,7 @@ def names_a_source(prompt: str) -> bool:
 
 
 def columns(count: int) -> int:
-    """Of the grid: as many as make each column show one of ``count`` prompts, about ten."""
+    """Return the grid's number of columns, about ten, so that each shows one of ``count`` prompts."""
     return 10 if not count or count > 10 else 10 // count * count
 
 
@@ -215,7 +215,7 @@ def draw(config: Sample, teacher: Teacher, parts: Iterable[Tensor], labels: Tens
 
 
 def plan_of(config: Sample, teacher: Teacher) -> Plan:
-    """How a teacher is sampled under these options. Raises ``ValueError`` for more calls than timesteps."""
+    """Return how a teacher is sampled under these options. Raises ``ValueError`` for more calls than timesteps."""
     return plan(teacher.denoiser.schedule, config.steps, config.sampler, config.grid, shift=teacher.shift)
 
 
@@ -227,7 +227,7 @@ def report_plan(schedule: Schedule, chosen: Plan) -> None:
 
 
 def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
-    """All ranks' images in order; rank r holds numbers r, r + ranks, ..."""
+    """Return all ranks' images in order; rank r holds numbers r, r + ranks, ..."""
     if accelerator.num_processes == 1:
         return own
     most = -(-num_images // accelerator.num_processes)
@@ -270,6 +270,6 @@ def write(
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(1 or 3, h, w) bytes as a picture."""
+    """Return (1 or 3, h, w) bytes as a picture."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -65,7 +65,7 @@ def main(config: TrainTeacher) -> Path:
 
 
 def describe(config: TrainTeacher, data: ImageSet) -> dict[str, Any]:
-    """How the network is built: what is saved beside the weights."""
+    """Return how the network is built: what is saved beside the weights."""
     mlp = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
     unet = {
         "channels": list(config.unet_channels), "layers": config.unet_layers, "patch": config.unet_patch,
@@ -133,7 +133,7 @@ def teacher_phase(config: TrainTeacher, denoiser: NetworkDenoiser, facts: dict[s
 
 @torch.no_grad()
 def preview(teacher: Teacher, rows: int = 4) -> torch.Tensor:
-    """A few samples of the first ten classes in 18 steps, always from the same noise."""
+    """Return a few samples of the first ten classes in 18 steps, always from the same noise."""
     labels = torch.arange(min(10, max(1, teacher.num_classes))).repeat(rows).to(teacher.device)
     noise = torch.randn(len(labels), *teacher.shape, generator=torch.Generator().manual_seed(0)).to(labels.device)
     times = grid(teacher.denoiser.schedule, 18)

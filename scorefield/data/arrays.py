@@ -63,7 +63,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_archive(file: IO[bytes]) -> IO[bytes]:
-    """The npz file, at its start, if reading its arrays takes no more memory than it should.
+    """Return the npz file, at its start, if reading its arrays takes no more memory than it should.
 
     Raises ``ValueError`` for sizes in the archive's directory out of proportion to the file, and for an array
     whose header promises more than its member holds: numpy would first make room for it.
@@ -97,7 +97,10 @@ def check_packing(size: int, packed: int) -> None:
 
 
 def check_values(images: np.ndarray, source: str) -> np.ndarray:
-    """The images as uint8, or as float32 in [-1, 1]. Raises ``ValueError`` for any others, naming the first."""
+    """Return the images as uint8, or as float32 in [-1, 1].
+
+    Raises ``ValueError`` for any others, naming the first.
+    """
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind != "f":
@@ -114,7 +117,7 @@ def check_values(images: np.ndarray, source: str) -> np.ndarray:
 
 
 def is_idx(path: Path) -> bool:
-    """Whether ``path`` is an idx file of images, by its name, or a folder that holds one."""
+    """Return whether ``path`` is an idx file of images, by its name, or a folder that holds one."""
     return ("idx3-ubyte" in path.name and path.is_file()) or (
         path.is_dir() and any(path.glob("*images-idx3-ubyte*"))
     )
@@ -129,7 +132,8 @@ def idx_images(path: Path) -> Path:
 
 
 def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 1, h, w) and labels (n,) of ``...images-idx3-ubyte`` and ``...labels-idx1-ubyte``, plain or .gz.
+    """Return images (n, 1, h, w) and labels (n,) of ``...images-idx3-ubyte`` and ``...labels-idx1-ubyte``, plain
+    or .gz.
 
     Raises ``ValueError`` for files that are missing, cut or of other sizes.
     """
@@ -143,7 +147,7 @@ def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def labels_of(images: Path) -> Path | None:
-    """The labels beside an idx file of images, either of them packed or not; None if there are none."""
+    """Return the labels beside an idx file of images, either of them packed or not; None if there are none."""
     name = images.name.replace("images-idx3", "labels-idx1")
     names = (name, name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz")
     found = [images.with_name(one) for one in names if one != images.name]

@@ -80,7 +80,8 @@ class ImageSet:
         return content_key(pixels, f"{self.images.dtype} {tuple(self.images.shape[1:])}", self.labels)[:16]
 
     def some(self, most: int) -> Tensor:
-        """Numbers of all images in order, or, if there are more than ``most``, of that many, always the same.
+        """Return numbers of all images in order, or, if there are more than ``most``, of that many, always the
+        same.
 
         The first ones would not do: sources are sorted by class.
         """
@@ -98,7 +99,7 @@ class ImageSet:
         return math.sqrt(max(0.0, squares - total * total / number) / max(1.0, number - 1))
 
     def pixels(self, chosen: Tensor) -> Tensor:
-        """(b, c, size, size) of the images with these numbers. Raises ``ValueError`` for a spoilt file."""
+        """Return (b, c, size, size) of the images with these numbers. Raises ``ValueError`` for a spoilt file."""
         return torch.stack(list(in_threads(self._one, chosen.tolist()))) if self.unread else self.images[chosen]
 
     def _one(self, number: int) -> Tensor:
@@ -111,7 +112,7 @@ class ImageSet:
             raise ValueError(f"{picture.name} {error} It has changed since the run began.") from error
 
     def batch(self, chosen: Tensor, generator: Generator, device: torch.device | str = "cpu") -> Labelled:
-        """The chosen images, cropped, mirrored, in [-1, 1], and their labels."""
+        """Return the chosen images, cropped, mirrored, in [-1, 1], and their labels."""
         return self._cut(chosen, self.pixels(chosen), generator, device)
 
     def batches(
@@ -140,7 +141,7 @@ class ImageSet:
 
 
 def load_images(options: DataOptions, option: str = "--data") -> ImageSet:
-    """The images that ``options`` name; ``option`` is what named them, for messages.
+    """Return the images that ``options`` name; ``option`` is what named them, for messages.
 
     Raises ``ValueError`` for a source that is not there or not understood, for unusable images unless they are to
     be skipped, and if none is left.
@@ -171,7 +172,10 @@ def stored_size(resolution: int, crop: str) -> int:
 
 
 def decoded(picture: Picture, mode: str, size: int, least: int = 1) -> Tensor:
-    """The central square of a picture, resized: (c, size, size) of bytes. Raises as :func:`read_central` does."""
+    """Return the central square of a picture, resized: (c, size, size) of bytes.
+
+    Raises as :func:`read_central` does.
+    """
     return read_central(picture.read(), mode, (size, size), (least, least))
 
 
@@ -233,7 +237,7 @@ def hash_of_pixels(images: Tensor) -> str:
 
 
 def label_faults(listing: Listing) -> list[str]:
-    """For each row what is wrong with it or its label; labels may be missing where all are."""
+    """Return what is wrong with each row or its label; labels may be missing where all are."""
     labelled = any(row.label is not None for row in listing.rows)
     return [row.fault or (_label_fault(row, listing.class_names) if labelled else "") for row in listing.rows]
 

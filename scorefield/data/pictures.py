@@ -61,7 +61,7 @@ def _opened(data: bytes) -> tuple[str | None, Image.Image]:
 
 
 def is_turned(data: bytes) -> bool:
-    """Whether a picture's Exif tag says that it lies otherwise than its pixels do."""
+    """Return whether a picture's Exif tag says that it lies otherwise than its pixels do."""
     with Image.open(io.BytesIO(data)) as file:
         return file.getexif().get(ORIENTATION) in range(2, 9)
 
@@ -88,7 +88,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A picture file as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8.
+    """Return a picture file as an upright image of mode L or RGB; transparency is laid on white, 16 bits become 8.
 
     Raises ``ValueError`` for what is no picture or a damaged one, for floats outside [0, 1], and for 32-bit
     integers, whose white nobody knows; the message goes behind the file's name.
@@ -114,7 +114,7 @@ def _plain(kind: str | None, image: Image.Image) -> Image.Image:
 
 
 def converted(image: Image.Image, mode: str) -> Image.Image:
-    """The image in a mode of Pillow: itself, where it has that, and no copy."""
+    """Return the image in a mode of Pillow: itself, where it has that, and no copy."""
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -126,7 +126,8 @@ def _in_bytes(values: np.ndarray) -> Image.Image:
 
 
 def central(image: Image.Image, size: tuple[int, int], least: tuple[int, int] | None = None) -> Tensor:
-    """The central part of a picture in the proportions of ``size``, resized to it: (c, height, width) of bytes.
+    """Return the central part of a picture in the proportions of ``size``, resized to it: (c, height, width) of
+    bytes.
 
     Raises ``ValueError`` for a picture below half of ``least``, (height, width), by default ``size``.
     """
@@ -150,7 +151,8 @@ def read_central(data: bytes, mode: str, size: tuple[int, int], least: tuple[int
 
 
 def read_picture(data: bytes, kind: Kind, channels: int | None = None, *, convert: bool = False) -> Tensor:
-    """A picture file as (c, h, w): uint8, or float32 for depth and int64 for labels; upright by its Exif tag.
+    """Return a picture file as (c, h, w): uint8, or float32 for depth and int64 for labels; upright by its Exif
+    tag.
 
     Args:
         data: the file.
@@ -197,18 +199,18 @@ def _numbers(values: np.ndarray, kind: Kind) -> Tensor:
 
 
 def channels_first(array: np.ndarray) -> Tensor:
-    """(h, w) or (h, w, c) as (c, h, w): a copy, since Pillow's memory is read-only."""
+    """Return (h, w) or (h, w, c) as (c, h, w): a copy, since Pillow's memory is read-only."""
     return torch.from_numpy(np.array(np.atleast_3d(array).transpose(2, 0, 1), order="C"))
 
 
 def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest height and width of these proportions that cover ``size``."""
+    """Return the smallest height and width of these proportions that cover ``size``."""
     scale = max(size[0] / height, size[1] / width)
     return max(size[0], round(height * scale)), max(size[1], round(width * scale))
 
 
 def resized(picture: Tensor, kind: Kind, size: tuple[int, int]) -> Tensor:
-    """(c, h, w) or (n, c, h, w) at another height and width, of the same dtype; see :data:`Kind` for how.
+    """Return (c, h, w) or (n, c, h, w) at another height and width, of the same dtype; see :data:`Kind` for how.
 
     Images are bytes, or floats in [-1, 1].
     """
@@ -262,7 +264,7 @@ class View:
 def choose_view(
     height: int, width: int, size: tuple[int, int], *, mirrored: bool = False, generator: Generator | None = None
 ) -> View:
-    """The middle of a picture, or a random part of it if there is a generator.
+    """Return the middle of a picture, or a random part of it if there is a generator.
 
     Raises ``ValueError`` for a picture smaller than ``size``.
     """
@@ -281,5 +283,5 @@ def as_values(picture: Tensor, kind: Kind) -> Tensor:
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1]; floats as they are."""
+    """Return the bytes to [-1, 1]; floats as they are."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images

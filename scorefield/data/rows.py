@@ -34,7 +34,7 @@ class Picture(Protocol):
         ...
 
     def read(self) -> bytes:
-        """The bytes. Raises ``ValueError`` whose message goes behind the name."""
+        """Return the bytes. Raises ``ValueError`` whose message goes behind the name."""
         ...
 
 
@@ -191,7 +191,7 @@ class Listing:
 
 
 def row_of(values: Any, columns: Columns, folder: Path, place: str) -> Row:
-    """The named values of a line or a row of a table, read at ``place``, whose paths begin in ``folder``."""
+    """Return the named values of a line or a table's row, read at ``place``; its paths begin in ``folder``."""
     if not isinstance(values, Mapping):
         return Row(place, fault=f'must be an object such as {{"file_name": ...}}; got {str(values)[:80]!r}.')
     try:
@@ -228,7 +228,7 @@ def _picture(value: Any, folder: Path) -> Picture:
 
 
 def half_character(text: str) -> str:
-    r"""What is wrong with a text that holds half of a character, such as JSON's "\ud800"; empty for others."""
+    r"""Return what is wrong with a text that holds half of a character, as JSON's "\ud800"; empty for others."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -237,7 +237,7 @@ def half_character(text: str) -> str:
 
 
 def keep_good(listing: Listing, faults: Sequence[str], on_bad_data: str) -> list[int]:
-    """Numbers of the samples that have no fault; one line on stderr says what was left out and passed over.
+    """Return numbers of the samples that have no fault; one line on stderr says what was left out and passed over.
 
     Args:
         listing: of the samples.

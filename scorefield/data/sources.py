@@ -48,7 +48,7 @@ LARGEST_TEXT = 2**20
 
 
 def read_rows(source: Any, columns: Columns | None = None, option: str = "--data") -> Listing:
-    """The rows of a file, a folder, or a data set of ``datasets`` or its name; no picture is opened.
+    """Return the rows of a file, a folder, or a data set of ``datasets`` or its name; no picture is opened.
 
     Args:
         source: what the user named.

@@ -33,7 +33,9 @@ TABLES = (".parquet", ".jsonl", ".csv", ".tsv", ".json", ".txt")
 
 
 def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listing:
-    """The rows of files of one ending; of an unknown one, lines of text. Pictures are named from a file's folder.
+    """Return the rows of files of one ending; of an unknown one, lines of text.
+
+    Pictures are named from a file's folder.
 
     Raises ``ValueError`` for a file that is none of its kind; a line that cannot be used has a fault.
     """
@@ -57,13 +59,16 @@ def read_tables(source: Path, files: Sequence[Path], columns: Columns) -> Listin
 
 
 def decoded(path: Path) -> str:
-    """The text of a file. Bytes that are no UTF-8 become halves of characters, for :func:`text_fault` to find."""
+    """Return the text of a file.
+
+    Bytes that are no UTF-8 become halves of characters, for :func:`text_fault` to find.
+    """
     with opened(path) as file:
         return file.read()
 
 
 def opened(path: Path, newline: str = "\n") -> io.TextIOWrapper:
-    """A file of text, open to be read line by line. Raises ``ValueError`` for UTF-16."""
+    """Return a file of text, open to be read line by line. Raises ``ValueError`` for UTF-16."""
     file = open_regular(path)
     if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         file.close()
@@ -150,7 +155,7 @@ def reading_table(source: str) -> Iterator[None]:
 
 
 def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
-    """The training part of what ``load`` gets of the library ``datasets``, and what is said of other parts.
+    """Return the training part of what ``load`` gets of the library ``datasets``, and what is said of other parts.
 
     Raises ``ValueError`` naming the source if it cannot be loaded.
     """
@@ -167,7 +172,9 @@ def loaded(source: str, load: Callable[[Any], Any]) -> tuple[Any, str]:
 
 
 def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Listing:
-    """The rows of a ``datasets.Dataset``, whose paths begin in ``folder``. Its pictures stay where they are.
+    """Return the rows of a ``datasets.Dataset``, whose paths begin in ``folder``.
+
+    Its pictures stay where they are.
 
     Raises ``ValueError`` for anything else, and for columns that it lacks.
     """

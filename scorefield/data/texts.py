@@ -34,7 +34,7 @@ class Texts:
     images: Pictures = ()
 
     def identity(self) -> str:
-        """A hash of the prompts."""
+        """Return a hash of the prompts."""
         return content_key(*self.prompts)[:16]
 
     def some(self, numbers: Sequence[int]) -> "Texts":
@@ -44,7 +44,7 @@ class Texts:
 
 
 def read_texts(source: str, num: int = 0, seed: int = 0, on_bad_data: str = "stop") -> Texts:
-    """What ``--prompts`` names, the first ``num`` of them, or all. No image is opened.
+    """Return the prompts that ``--prompts`` names, the first ``num`` or all. No image is opened.
 
     Raises ``ValueError`` for a source that is not there, holds too few prompts, or samples that cannot be used.
     """

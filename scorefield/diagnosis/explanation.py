@@ -73,7 +73,7 @@ class Counted:
         self.calls = 0
 
     def __call__(self, *args: Any, **cond: Tensor) -> Any:
-        """The network's answer."""
+        """Return the network's answer."""
         self.calls += 1
         return self.network(*args, **cond)
 
@@ -144,7 +144,7 @@ class Asked:
 
     @property
     def linear(self) -> Errors:
-        """Of the better of the linear filter and a blur."""
+        """Return the errors of the better of the linear filter and a blur."""
         return torch.stack([torch.minimum(r["linear"], r["blurred"]).double() for r in self.rivals])
 
     @property
@@ -167,7 +167,7 @@ class Asked:
         return [i for i, one in enumerate(excess) if one.worse or one.mean == math.inf]
 
     def named(self) -> list[Finding]:
-        """The mistake that explains the errors best, or that this teacher does not denoise, or nothing."""
+        """Return the mistake that explains the errors best, or that this teacher does not denoise, or nothing."""
         own_kind = Mistake("kind", "", "", self.base)
         found = self._tried([own_kind, *mistakes(self.base, self.trial.x0, self.time_scale)])
         useless = self.useless or bool(self.worse_than_silence)
@@ -184,7 +184,9 @@ class Asked:
         return found or [Finding("does_not_denoise", "error", self._useless_message())]
 
     def from_samples(self) -> list[Finding]:
-        """The reading that knows its own samples best, if one does: all that there is to go by without data."""
+        """Return the reading that knows its own samples best, if one does: all that there is to go by without
+        data.
+        """
         few = self.trial.part(8, self.middle)
         candidates = mistakes(self.base, few.noise[0] / 2, self.time_scale)
         found = most_consistent(
@@ -260,7 +262,7 @@ class Asked:
         )
 
     def rows(self) -> tuple[Row, ...]:
-        """The table."""
+        """Return the table."""
         found = []
         for i, ratio in enumerate(self.trial.ratios):
             x0, rivals = self.x0[i], {name: float(error.mean()) for name, error in self.rivals[i].items()}

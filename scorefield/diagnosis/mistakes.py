@@ -144,7 +144,7 @@ def _times(base: Reading, time_scale: float) -> Iterator[Mistake]:
 
 
 def off_by(base: Reading, offset: int) -> Reading:
-    """The same network told integer times that are ``offset`` later, kept within the schedule."""
+    """Return the same network told integer times that are ``offset`` later, kept within the schedule."""
     high = base.schedule.t_max
     return replace(base, told=lambda t: base.told((t + offset).clamp(0, high)))
 
@@ -187,31 +187,31 @@ class _Louder(Schedule):
             object.__setattr__(self, name, getattr(self.schedule, name))
 
     def alpha(self, t: Tensor) -> Tensor:
-        """As the family of the inner schedule has it for a noise level: its sigma is 1 - alpha, or the root."""
+        """Return alpha as the inner schedule's family has it: sigma is 1 - alpha, or the root of 1 - alpha^2."""
         ratio = self.schedule.ratio(t) / self.factor
         if isinstance(self.schedule, Karras):
             return torch.ones_like(ratio)
         return 1 / (1 + ratio) if isinstance(self.schedule, RectifiedFlow) else (1 + ratio**2).rsqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Of the noise that is there."""
+        """Return the standard deviation of the noise that is there."""
         return self.schedule.ratio(t) / self.factor * self.alpha(t)
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The inner schedule's time of ``factor`` times the noise level."""
+        """Return the inner schedule's time of ``factor`` times the noise level."""
         return self.schedule.time(self.factor * ratio)
 
     def at(self, fraction: Tensor) -> Tensor:
-        """The inner schedule's."""
+        """Return the inner schedule's."""
         return self.schedule.at(fraction)
 
     def initial_std(self, t: Tensor) -> Tensor:
-        """The inner schedule's."""
+        """Return the inner schedule's."""
         return self.schedule.initial_std(t)
 
 
 def zero_snr(schedule: VariancePreserving) -> VariancePreserving:
-    """The schedule with its last alpha shifted to 0 and its first kept (arXiv 2305.08891, Algorithm 1)."""
+    """Return the schedule with its last alpha shifted to 0 and its first kept (arXiv 2305.08891, Algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
     table = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
     return VariancePreserving(table, schedule.integer)

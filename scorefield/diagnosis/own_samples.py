@@ -64,7 +64,8 @@ def most_consistent(
     base: Reading, output: Output, candidates: Iterable[Mistake], noise: Images, cond: Cond, generator: Generator,
     batch_size: int,
 ) -> tuple[Mistake, Output] | None:  # fmt: skip
-    """The reading that knows its own samples best, if it does so clearly; every other meaning of ``base`` counts.
+    """Return the reading that knows its own samples best, if it does so clearly; every other meaning of ``base``
+    counts.
 
     Args:
         base: as declared.

@@ -21,7 +21,7 @@ OUTPUTS: tuple[Output, ...] = tuple((kind, sign) for sign in (1, -1) for kind in
 
 
 def same(x: Tensor) -> Tensor:
-    """Its argument."""
+    """Return its argument."""
     return x
 
 
@@ -59,7 +59,7 @@ class Reading:
         return ratio.double() * scale
 
     def knows(self, ratio: Tensor) -> Tensor:
-        """Which of the noise levels the schedule covers, (b,) bool."""
+        """Return which of the noise levels the schedule covers, (b,) bool."""
         ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64)
         low, high = self.schedule.ratio(ends).tolist()
         level = self.levels(ratio)
@@ -67,7 +67,7 @@ class Reading:
 
     @torch.no_grad()
     def x0(self, noisy: Images, ratio: PerSample, cond: Cond) -> dict[Output, Tensor]:
-        """The clean image for ``noisy = x0 + ratio eps``, for every meaning that the output could have."""
+        """Return the clean image for ``noisy = x0 + ratio eps``, for every meaning that the output could have."""
         known = self.arrange(self.scale * noisy + self.shift)
         level = self.levels(ratio)
         schedule = self.schedule
@@ -117,7 +117,7 @@ def _meanings(output: Tensor, x_t: Images, t: PerSample, schedule: Schedule) -> 
 
 
 def declared(denoiser: Denoiser) -> tuple[Reading, Output]:
-    """The reading that ``denoiser`` has, and the meaning of its output; anything but a network answers x0."""
+    """Return the reading that ``denoiser`` has, and its kind of output; anything but a network answers x0."""
     if not isinstance(denoiser, NetworkDenoiser):
 
         def answer(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
@@ -132,5 +132,5 @@ def declared(denoiser: Denoiser) -> tuple[Reading, Output]:
 
 
 def c_noise(t: Tensor) -> Tensor:
-    """What EDM's networks are told of sigma (arXiv 2206.00364, Table 1)."""
+    """Return what EDM's networks are told of sigma (arXiv 2206.00364, Table 1)."""
     return t.log() / 4

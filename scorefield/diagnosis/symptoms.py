@@ -209,7 +209,7 @@ def _percent(log: float) -> str:
 
 
 def exchanged(cond: Cond) -> Cond | None:
-    """The conditions of other images, as many different ones as a rotation gives; None where all are alike."""
+    """Return the conditions of other images, as many as a rotation gives; None where all are alike."""
     n = len(next(iter(cond.values()), ()))
     rows = torch.cat([value.reshape(n, -1).double().cpu() for value in cond.values()], 1) if n > 1 else None
     if rows is None:

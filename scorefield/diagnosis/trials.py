@@ -45,13 +45,13 @@ class Trial:
     batch_size: int = 64
 
     def part(self, images: int, levels: list[int]) -> "Trial":
-        """The first images at some of the levels, with the same noise."""
+        """Return the first images at some of the levels, with the same noise."""
         cond = {name: value[:images] for name, value in self.cond.items()}
         noise = self.noise[levels, :images]
         return Trial(self.x0[:images], cond, self.ratios[levels], noise, self.batch_size)
 
     def under(self, cond: Cond) -> "Trial":
-        """The same under other conditions of batch n."""
+        """Return the same under other conditions of batch n."""
         return Trial(self.x0, cond, self.ratios, self.noise, self.batch_size)
 
     @property
@@ -61,7 +61,7 @@ class Trial:
 
 
 def make_trial(x0: Images, cond: Cond, ratios: Tensor, generator: Generator, batch_size: int) -> Trial:
-    """A trial with fresh noise."""
+    """Return a trial with fresh noise."""
     noise = normal_like(x0.new_empty(len(ratios), *x0.shape), generator)
     return Trial(x0, cond, ratios.double().to(x0.device), noise, batch_size)
 
@@ -147,6 +147,6 @@ def difference(a: Errors, b: Errors, floor: float) -> Difference:
 
 
 def best_of(found: Mapping[Output, Errors], base: Errors, floor: float) -> list[tuple[Output, Difference]]:
-    """All meanings of an output, the best against ``base`` first."""
+    """Return all meanings of an output, the best against ``base`` first."""
     compared = [(output, difference(error, base, floor)) for output, error in found.items()]
     return sorted(compared, key=lambda pair: pair[1].mean)

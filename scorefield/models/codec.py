@@ -62,7 +62,7 @@ class Codec:
     patch: int = 1
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
-        """(b, 3, h, w) images in [-1, 1] to (b, channels, h / factor, w / factor) latents.
+        """Return (b, 3, h, w) images in [-1, 1] to (b, channels, h / factor, w / factor) latents.
 
         Args:
             images: sides divisible by ``factor``.
@@ -94,7 +94,7 @@ class Codec:
         return (mean - shift) * scaling, std * scaling
 
     def decode(self, latents: Images) -> Tensor:
-        """(b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
+        """Return (b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
 
         Raises ``ValueError`` for latents of another shape.
         """
@@ -108,7 +108,7 @@ class Codec:
         return images.to(_precise(images))
 
     def identity(self) -> str:
-        """A hash of weights and scaling: latents kept under it are those of this autoencoder."""
+        """Return a hash of weights and scaling: latents kept under it are those of this autoencoder."""
         weights = [part for item in sorted(self.vae.state_dict().items()) for part in item]
         tensors = [part for part in (self.scaling, self.shift) if isinstance(part, Tensor)]
         numbers = () if tensors else (self.scaling, self.shift)
@@ -151,24 +151,24 @@ class Patches:
     factor: int = 2
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
-        """(b, 3, h, w) images to (b, 3 factor^2, h / factor, w / factor)."""
+        """Return (b, 3, h, w) images to (b, 3 factor^2, h / factor, w / factor)."""
         del generator
         return nn.functional.pixel_unshuffle(images, self.factor)
 
     def posterior(self, images: Images) -> tuple[Tensor, Tensor]:
-        """What :meth:`encode` returns, and a standard deviation of zero."""
+        """Return what :meth:`encode` returns, and a standard deviation of zero."""
         x0 = self.encode(images)
         return x0, torch.zeros_like(x0)
 
     def decode(self, latents: Images) -> Tensor:
-        """The inverse of :meth:`encode`."""
+        """Return the inverse of :meth:`encode`."""
         return nn.functional.pixel_shuffle(latents, self.factor)
 
 
 def load_codec(
     reader: PartReader, part: Path, *, upcast: bool = False, slicing: bool = False, tiling: bool = False
 ) -> Codec:
-    """The autoencoder in the folder ``part``: the ``vae`` of a pipeline, or an AutoencoderTiny.
+    """Return the autoencoder in the folder ``part``: the ``vae`` of a pipeline, or an AutoencoderTiny.
 
     Args:
         reader: its dtype and device.

@@ -173,7 +173,7 @@ def check_copyable(folder: Path, parts: Iterable[str], variant: str | None = Non
 
 
 def copied_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
-    """The files of a part that a copy needs, by list: configs, vocabulary, one set of weights.
+    """Return the files of a part that a copy needs, by list: configs, vocabulary, one set of weights.
 
     Those are the weights of ``variant`` where there are any, and pickles where there are no safetensors. Raises
     ``ValueError`` for one that is no regular file, or that is a link out of ``folder``; links of a download's

@@ -94,7 +94,7 @@ class Twin(nn.Module):
         self._told[name] = place
 
     def forward(self, *args: Any, **cond: Any) -> Any:
-        """What the network returns. Raises ``ValueError`` where a condition of :meth:`tell` is missing."""
+        """Return what the network returns. Raises ``ValueError`` where a condition of :meth:`tell` is missing."""
         with ExitStack() as hooks:
             for name, place in self._told.items():
                 if (value := cond.pop(name, None)) is None:
@@ -108,7 +108,7 @@ class Twin(nn.Module):
             return self.backbone(*args, **cond)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A twin with changes of its own on the same network."""
+        """Return a twin with changes of its own on the same network."""
         own = {id(p) for p in self.parameters()}
         shared = (*self.backbone.parameters(), *self.backbone.buffers())
         memo.update({id(tensor): tensor for tensor in shared if id(tensor) not in own})
@@ -177,7 +177,7 @@ def recompute_activations(network: nn.Module) -> None:
 
 
 def adapter_weights(twin: Twin) -> dict[str, Tensor]:
-    """The changes by the names that diffusers and peft load, such as "mid_block...to_q.lora_A.weight".
+    """Return the changes by the names that diffusers and peft load, such as "mid_block...to_q.lora_A.weight".
 
     The scale is multiplied into the second matrices, so that whoever loads them needs no lora_alpha: it is the
     rank. A leading "model." of :class:`scorefield.models.networks.DiffusersNetwork` is left out.

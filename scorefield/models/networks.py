@@ -66,7 +66,7 @@ class ResidualMLP(nn.Module):
     def forward(
         self, x_t: Images, t: PerSample, class_labels: Labels | None = None, step: Labels | None = None
     ) -> Float[Tensor, "b *shape"]:
-        """The prediction, shape of x_t. Raises ``ValueError`` for another shape or labels out of range."""
+        """Return the prediction, shape of x_t. Raises ``ValueError`` for another shape or labels out of range."""
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(f"x_t must have samples of shape {self.shape}; got {tuple(x_t.shape[1:])}.")
         angles = t[:, None] * self.frequencies
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         self.unet = unet
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The prediction, shape of x_t; t of order one, as EDM's log(sigma) / 4 and a flow's t are."""
+        """Return the prediction, shape of x_t; t of order one, as EDM's log(sigma) / 4 and a flow's t are."""
         patches = nn.functional.pixel_unshuffle(x_t, self.patch)
         # The embedding of diffusers' UNets is made for timesteps up to 1,000.
         prediction: Tensor = self.unet(patches, 1000 * t, class_labels).sample
@@ -290,7 +290,7 @@ def model_arguments(cond: Cond, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def build_network(facts: Mapping[str, Any], num_steps: int = 0) -> nn.Module:
-    """The network that ``facts`` of a saved teacher or student describe, with fresh weights.
+    """Return the network that ``facts`` of a saved teacher or student describe, with fresh weights.
 
     ``num_steps`` lets an MLP be told the step of a few-step student. Raises ``ValueError`` for facts that describe
     no network, one so large that building it would not end, or one that a function of a user builds.

@@ -54,7 +54,7 @@ class Pipeline:
     tiny_vae: Path | None = None
 
     def part(self, name: str) -> Path:
-        """The folder of a part."""
+        """Return the folder of a part."""
         if name == "vae":
             return self.tiny_vae or self.folder / "vae"
         return part_folder(self.folder, name)
@@ -89,7 +89,7 @@ class Pipeline:
         return schedule, kind
 
     def check(self, size: int | tuple[int, int] | None = None, *, tiling: bool = False) -> tuple[int, int, int]:
-        """The shape of x0 for pictures of ``size`` pixels, if all parts are there and fit together.
+        """Return the shape of x0 for pictures of ``size`` pixels, if all parts are there and fit together.
 
         Reads no weights. Raises ``ValueError`` for what is missing or does not fit.
         """
@@ -115,7 +115,7 @@ class Pipeline:
         )
 
     def token_side(self) -> int:
-        """How many latents along a side the network takes as one token."""
+        """Return how many latents along a side the network takes as one token."""
         return self.family.token_side(read_config(self.family.network, self.part(self.family.part)))
 
     def network(self, rounding: Quantize = "no") -> Any:
@@ -131,7 +131,7 @@ class Pipeline:
         )
 
     def codec(self, dtype: torch.dtype | None = None, *, slicing: bool = False, tiling: bool = False) -> Codec:
-        """The autoencoder, in the reader's dtype or another. Raises as :func:`load_codec` does."""
+        """Return the autoencoder, in the reader's dtype or another. Raises as :func:`load_codec` does."""
         reader = self.reader if dtype is None else replace(self.reader, dtype=dtype)
         return load_codec(reader, self.part("vae"), upcast=self.family.upcast, slicing=slicing, tiling=tiling)
 
@@ -146,7 +146,7 @@ class Pipeline:
     def prompts(
         self, network: nn.Module, cache: Path | str | None = None, *, negative: bool = False
     ) -> PromptEncoder:
-        """Its text encoders, which are read with the first prompt that is not in the folder ``cache``.
+        """Return its text encoders, which are read with the first prompt that is not in the folder ``cache``.
 
         With ``negative`` of negative prompts, which some families encode otherwise.
         """
@@ -192,7 +192,7 @@ class Pipeline:
 def open_pipeline(
     name: str | Path, reader: PartReader, *, revision: str | None = None, tiny_vae: str | Path | None = None
 ) -> Pipeline:
-    """The pipeline in a folder, or of a name, downloaded if need be.
+    """Return the pipeline in a folder, or of a name, downloaded if need be.
 
     Raises ``ValueError`` for a name that is neither, a class without family, and an index that names other files.
     """

@@ -20,7 +20,7 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device. Raises ``ValueError`` for one that torch does not know, or that is not here."""
+    """Return the device. Raises ``ValueError`` for one that torch does not know, or that is not here."""
     try:
         found = torch.device(device)
         torch.empty(0, device=found).cpu()
@@ -131,7 +131,7 @@ def latent_shape(
     config: Mapping[str, Any], channels: int, factor: int, size: int | tuple[int, int] | None, *,
     packing: int = 1, side: int = 1, usual: tuple[int, int] | None = None,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """(c, h, w) of x0.
+    """Return (c, h, w) of x0.
 
     Args:
         config: of the network.
@@ -200,7 +200,7 @@ def check_tokenizer(part: Path, *, bounded: bool = True) -> None:
 
 
 def tokenizer_class(index: Mapping[str, Any], part: str) -> Any:
-    """What ``model_index.json`` says of the folder ``part``: a tokenizer, or a processor that holds one (FLUX.2).
+    """Return the class that ``model_index.json`` names for ``part``: a tokenizer, or a processor (FLUX.2).
 
     Raises ``ValueError`` unless transformers has it.
     """

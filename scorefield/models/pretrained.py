@@ -75,7 +75,7 @@ class PartReader:
     variant: str | None = None
 
     def read(self, kind: type, part: Path, dtype: torch.dtype | None = None) -> nn.Module:
-        """A frozen network of class ``kind`` from the folder ``part``.
+        """Return a frozen network of class ``kind`` from the folder ``part``.
 
         Raises ``ValueError`` for weights that are missing, pickled or damaged, that do not fit, or that are not
         finite, and for what :func:`scorefield.models.components.check_part` refuses.
@@ -112,7 +112,7 @@ class PartReader:
         return freeze(network).to(self.device)
 
     def _read_single(self, kind: Any, file: Path, dtype: torch.dtype | None) -> nn.Module:
-        """A network from a file in its makers' own names, by diffusers' converter and the config beside it."""
+        """Return a network from a file in its makers' names, by diffusers' converter and the config beside it."""
         part, own = file.parent, dtype or self.dtype
         if not hasattr(kind, "from_single_file"):
             raise ValueError(
@@ -153,14 +153,17 @@ class PartReader:
                 check_size(part, self.files(part), build(config))
 
     def read_tokenizer(self, kind: Any, part: Path) -> Any:
-        """A tokenizer of class ``kind`` from the folder ``part``. Raises ``ValueError`` where it is damaged."""
+        """Return a tokenizer of class ``kind`` from the folder ``part``.
+
+        Raises ``ValueError`` where it is damaged.
+        """
         try:
             return kind.from_pretrained(part, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare ones
             raise ValueError(f"{part} cannot be read as {kind.__name__}: {error}") from error
 
     def files(self, part: Path) -> list[Path]:
-        """What is read of the folder ``part``: configs, vocabularies, and the weights of the variant in use."""
+        """Return what is read of the folder ``part``: configs, vocabularies, and weights of the variant in use."""
         files = sorted(path for path in part.iterdir() if path.is_file())
         if (single := single_file(part)) is not None:
             return [path for path in files if path.suffix in READ or path == single]
@@ -170,7 +173,7 @@ class PartReader:
         return [path for path in files if path.suffix in READ or path in used]
 
     def find_variant(self, part: Path) -> str | None:
-        """The variant to read from ``part``: the one asked for, or None where only plain weights are there.
+        """Return the variant to read from ``part``: the one asked for, or None where only plain weights are there.
 
         Raises:
             ValueError: no weights, or only pickled ones that are not allowed, or only other variants.
@@ -199,13 +202,16 @@ class PartReader:
 
 
 def single_name(files: Sequence[str]) -> str | None:
-    """The one name among some of a file of weights that is not of diffusers or transformers, if there is one."""
+    """Return the one name among some of a file of weights that is not of diffusers or transformers, if there is
+    one.
+    """
     weights = [name for name in files if name.endswith((*SAFE, GGUF))]
     return weights[0] if len(weights) == 1 and not weights[0].startswith(STANDARD) else None
 
 
 def single_file(part: Path) -> Path | None:
-    """The file in the folder ``part`` that holds a network in its makers' names, such as flux1-dev.safetensors.
+    """Return the file in the folder ``part`` that holds a network in its makers' names, such as
+    flux1-dev.safetensors.
 
     It stands in place of the weights that save_pretrained writes, beside their config.json.
     """
@@ -219,7 +225,7 @@ def find_pipeline(
     reader: PartReader,
     revision: str | None = None,
 ) -> Path:
-    """The folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
+    """Return the folder of a pipeline: as it is, or the local copy of a model that is downloaded if need be.
 
     Args:
         name: an existing folder, or a model's name.
@@ -247,7 +253,7 @@ def find_pipeline(
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a single network, such as an AutoencoderTiny: as it is, or downloaded if need be.
+    """Return the folder of a single network, such as an AutoencoderTiny: as it is, or downloaded if need be.
 
     Raises ``ValueError`` if there is neither.
     """
@@ -294,20 +300,22 @@ def _missing_message(name: str, error: Exception) -> str:
 
 
 def read_config(kind: type, part: Path) -> dict[str, Any]:
-    """The ``config.json`` of a network of diffusers, with the defaults of its class for what it does not say."""
+    """Return the ``config.json`` of a network of diffusers, with the defaults of its class for what it does not
+    say.
+    """
     parameters = inspect.signature(kind).parameters.values()
     defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
     return {**defaults, **read_json(part / "config.json")}
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """The folder of a pipeline's part; that of the pipeline for models that keep everything at the top."""
+    """Return the folder of a pipeline's part; that of the pipeline for models that keep everything at the top."""
     top = not (folder / part).is_dir() and (folder / "config.json").is_file()
     return folder if top else folder / part
 
 
 def read_schedule(settings: Mapping[str, Any]) -> tuple[Schedule, Kind]:
-    """The noise schedule of a ``scheduler_config.json``, and what the network that came with it predicts.
+    """Return the noise schedule of a ``scheduler_config.json``, and what the network that came with it predicts.
 
     How that scheduler takes steps, clips or spaces its timesteps belongs to sampling and is left out.
     Raises ``ValueError`` for the EDM family and for prediction types and betas that diffusers does not have.

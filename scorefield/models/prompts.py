@@ -30,7 +30,9 @@ BATCH = 16
 
 
 def default_cache_folder() -> Path:
-    """Where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``, or in $XDG_CACHE_HOME."""
+    """Return where prompts are kept unless a folder is named: ``~/.cache/scorefield/prompts``, or in
+    $XDG_CACHE_HOME.
+    """
     return cache_folder() / "prompts"
 
 
@@ -59,7 +61,7 @@ class PromptEncoder:
     _loaded: list[Encode] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        """The conditions of n prompts, batch n, on the CPU.
+        """Return the conditions of n prompts, batch n, on the CPU.
 
         Warns in one line of prompts that are longer than what the text encoders read, of each once. Raises
         ``ValueError`` for anything but a non-empty list of strings, for a prompt that is not in the cache after
@@ -79,7 +81,7 @@ class PromptEncoder:
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != CUT}
 
     def num_cut(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens at the end of each prompt the text encoders do not read; none of them is loaded."""
+        """Return how many tokens at the end of each prompt the text encoders do not read, without loading them."""
         surplus = self.load_surplus()
         cuts = {prompt: surplus(prompt) for prompt in dict.fromkeys(prompts)}
         return [cuts[prompt] for prompt in prompts]
@@ -94,7 +96,7 @@ class PromptEncoder:
                 bar.update(len(part))
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
-        """Numbers of the prompts to use; none is encoded. One line on stderr names what is skipped or cut.
+        """Return numbers of the prompts to use; none is encoded. One line on stderr names what is skipped or cut.
 
         Args:
             prompts: as they were read.
@@ -127,7 +129,7 @@ class PromptEncoder:
         self._loaded.clear()
 
     def dropped(self) -> "PromptEncoder":
-        """The same without text encoders: it knows the prompts in the cache only."""
+        """Return the same without text encoders: it knows the prompts in the cache only."""
         return replace(self, load=None)
 
     @torch.no_grad()
@@ -216,5 +218,5 @@ def told_size(cond: Cond, size: tuple[int, int]) -> Cond:
 
 
 def size_ids(size: tuple[int, int]) -> Tensor:
-    """(1, 6): original size, offset of the crop, target size, as SDXL is told them (arXiv 2307.01952, 2.2)."""
+    """Return (1, 6): original size, crop offset and target size, as SDXL is told them (arXiv 2307.01952, 2.2)."""
     return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)

@@ -48,7 +48,7 @@ def save_denoiser(denoiser: NetworkDenoiser, folder: Path, facts: Mapping[str, A
 
 
 def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
-    """The denoiser in ``folder``, its weights loaded into ``network``, in eval mode.
+    """Return the denoiser in ``folder``, its weights loaded into ``network``, in eval mode.
 
     Raises:
         ValueError: not a denoiser's folder, or weights that do not fit the network or are not finite.
@@ -68,7 +68,7 @@ def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts saved beside a denoiser. Raises ``ValueError`` if the folder holds none."""
+    """Return the facts saved beside a denoiser. Raises ``ValueError`` if the folder holds none."""
     return dict(_read(folder)["facts"])
 
 
@@ -97,7 +97,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def describe_schedule(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as JSON; :func:`restore_schedule` is the inverse."""
+    """Return a schedule as JSON; :func:`restore_schedule` is the inverse."""
     if isinstance(schedule, VariancePreserving):
         numbers = schedule.alphas_cumprod.tolist()
         return {"family": "VariancePreserving", "alphas_cumprod": numbers, "integer": schedule.integer}
@@ -107,7 +107,7 @@ def describe_schedule(schedule: Schedule) -> dict[str, Any]:
 
 
 def restore_schedule(description: Mapping[str, Any]) -> Schedule:
-    """The schedule that :func:`describe_schedule` wrote. Raises ``ValueError`` for an unknown family."""
+    """Return the schedule that :func:`describe_schedule` wrote. Raises ``ValueError`` for an unknown family."""
     arguments = {name: value for name, value in description.items() if name != "family"}
     for name, value in arguments.items():
         if name != "alphas_cumprod" and not (isinstance(value, int | float) and math.isfinite(value)):

@@ -50,7 +50,8 @@ class Student:
         return len(self.times)
 
     def simulate(self, noise: Images, cond: Cond, *, steps: int, generator: Generators | None = None) -> Images:
-        """The clean image after ``steps`` steps from standard normal ``noise``; gradient through the last alone.
+        """Return the clean image after ``steps`` steps from standard normal ``noise``; gradient through the last
+        alone.
 
         DMD2's backward simulation: the input of a training step is the student's own, as at inference.
         """
@@ -67,11 +68,11 @@ class Student:
 
     @torch.no_grad()
     def sample(self, noise: Images, cond: Cond, *, generator: Generators | None = None) -> Images:
-        """Images from standard normal ``noise`` in all steps; ``generator`` serves the noise between steps."""
+        """Return images from standard normal ``noise`` in all steps; ``generator`` draws noise between them."""
         return self.unwrapped().simulate(noise, cond, steps=self.num_steps, generator=generator)
 
     def unwrapped(self) -> "Student":
-        """The same student without a DDP wrapper, for calls that its reducer must not see."""
+        """Return the same student without a DDP wrapper, for calls that its reducer must not see."""
         return replace(self, denoiser=self.denoiser.unwrapped())
 
 
@@ -87,7 +88,7 @@ def save_student(student: Student, folder: Path, facts: Mapping[str, Any] | None
 
 
 def load_student(folder: Path, network: nn.Module) -> Student:
-    """The student in ``folder``, its weights loaded into ``network``.
+    """Return the student in ``folder``, its weights loaded into ``network``.
 
     Args:
         folder: written by :func:`save_student`.

@@ -121,7 +121,7 @@ class Teacher:
         return next(self.denoiser.network.parameters(), torch.empty(0)).device
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
-        """Images in [-1, 1] to x0, differentiable: ``Codec.encode``, or the images themselves."""
+        """Return images in [-1, 1] to x0, differentiable: ``Codec.encode``, or the images themselves."""
         return images if self.codec is None else self.codec.encode(images, generator=generator)
 
     def decode(self, x0: Images) -> Tensor:
@@ -129,7 +129,7 @@ class Teacher:
         return x0 if self.codec is None else self.codec.decode(x0)
 
     def prompts(self, prompts: Sequence[str]) -> Cond:
-        """The conditions of n prompts, batch n; each prompt is encoded once and then read from the disk.
+        """Return the conditions of n prompts, batch n; each prompt is encoded once and then read from the disk.
 
         Raises ``ValueError`` for a model without prompts, and for new prompts once text encoders were dropped.
         """
@@ -148,7 +148,7 @@ class Teacher:
         return cond
 
     def negative(self, prompt: str = "") -> Cond:
-        """The condition that guidance moves away from, batch 1, as the family's own pipeline makes it."""
+        """Return the condition that guidance moves away from, batch 1, as the family's own pipeline makes it."""
         cond = self.prompts([prompt]) if self.negatives is None else self._told(self.negatives([prompt]))
         if prompt or not self.zero_negative:
             return cond
@@ -156,13 +156,13 @@ class Teacher:
         return {name: value if name in told else torch.zeros_like(value) for name, value in cond.items()}
 
     def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
-        """Numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.fitting`` has it."""
+        """Return numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.fitting`` has it."""
         if isinstance(self.texts, PromptEncoder):
             return self.texts.fitting(prompts, long_prompts, source)
         return list(range(len(prompts)))
 
     def asked(self, prompts: Sequence[str], negative: str = "") -> "Teacher":
-        """The same teacher of these prompts: label i stands for prompt i.
+        """Return the same teacher of these prompts: label i stands for prompt i.
 
         The text encoders are freed once ``self`` is gone. More than a GiB of conditions is read from the cache.
         Raises as :meth:`prompts` does.
@@ -178,7 +178,7 @@ class Teacher:
         return replace(self.without_text_encoders(), num_classes=len(prompts), listed=listed)
 
     def cond(self, labels: Tensor) -> Cond:
-        """The condition of (n,) numbers of classes, or of prompts that were :meth:`asked`.
+        """Return the condition of (n,) numbers of classes, or of prompts that were :meth:`asked`.
 
         Empty for an unconditional model. Raises ``ValueError`` for labels that it does not have, looked at on the
         CPU only, and for a model of prompts that was asked none.
@@ -197,7 +197,7 @@ class Teacher:
         return {"class_labels": labels.to(self.device)}
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser under guidance, 1 for none beyond what it has built in.
+        """Return the denoiser under guidance, 1 for none beyond what it has built in.
 
         A network that is told a scale (FLUX.1-dev) is told this one; others get classifier-free guidance.
 
@@ -218,7 +218,7 @@ class Teacher:
         return guided(self.denoiser, scale, self.cond(torch.tensor([self.num_classes])))
 
     def identity(self) -> str:
-        """A hash of weights and meaning: two teachers of one identity give the same answers.
+        """Return a hash of weights and meaning: two teachers of one identity give the same answers.
 
         Prompts themselves are left out, the negative one is not.
         """
@@ -236,7 +236,7 @@ class Teacher:
                 texts.free()
 
     def without_text_encoders(self) -> "Teacher":
-        """The same teacher for prompts it has encoded before; the encoders are freed once ``self`` is gone."""
+        """Return the teacher for prompts it has encoded before; the encoders are freed once ``self`` is gone."""
         if not isinstance(self.texts, PromptEncoder):
             return self
         if self.zero_negative:
@@ -246,7 +246,7 @@ class Teacher:
 
 
 def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
-    """A hash of a denoiser's weights, of what they mean, and of JSON-able ``facts`` beside them."""
+    """Return a hash of a denoiser's weights, of what they mean, and of JSON-able ``facts`` beside them."""
     state = denoiser.network.state_dict().values()
     meaning = [describe_schedule(denoiser.schedule), denoiser.kind, denoiser.time_scale, *facts]
     words = torch.frombuffer(bytearray(json.dumps(meaning).encode()), dtype=torch.uint8)
@@ -262,7 +262,7 @@ def load_teacher(
     revision: str | None = None, vae_dtype: torch.dtype | None = None, few_steps: bool = False,
     rounding: Quantize = "no",
 ) -> Teacher:  # fmt: skip
-    """A frozen teacher or student, from one of
+    """Return a frozen teacher or student, from one of
 
     - "toyworld", the model that ships;
     - a folder that ``scorefield teacher``, ``scorefield distill`` or ``train_circles.py`` wrote;

@@ -16,7 +16,7 @@ from typing import Any
 
 
 def user_function(name: str) -> Callable[[], Any]:
-    """The function that the user typed as ``module:function``; runs the module.
+    """Return the function that the user typed as ``module:function``; runs the module.
 
     ``name.py`` in the current folder comes before installed packages.
 
@@ -38,7 +38,7 @@ def user_function(name: str) -> Callable[[], Any]:
 
 
 def call(name: str) -> Any:
-    """What the function returns. Raises ``ValueError`` as :func:`user_function` does, and if the call fails.
+    """Return what the function returns. Raises ``ValueError`` as :func:`user_function`, and if the call fails.
 
     Other exceptions are faults of the user's code, which needs their traceback.
     """
@@ -96,7 +96,7 @@ def _is_of(module: ModuleType, file: Path) -> bool:
 
 
 def code_of(name: str) -> str:
-    """A hash of the file that the user's function is written in; empty where there is none."""
+    """Return a hash of the file that the user's function is written in; empty where there is none."""
     try:
         file = inspect.getfile(user_function(name))
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

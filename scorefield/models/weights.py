@@ -12,7 +12,7 @@ from scorefield.files import check_regular
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file of safetensors; only its header is read.
+    """Return the names and shapes of the tensors in a file of safetensors; only its header is read.
 
     Raises ``ValueError`` for a file that is missing, damaged or not regular.
     """

@@ -36,7 +36,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def is_own(name: str) -> bool:
-    """Whether a file in a checkpoint's folder is one that :func:`save` writes."""
+    """Return whether a file in a checkpoint's folder is one that :func:`save` writes."""
     return "/" not in name and (name in (MANIFEST, "state.pt", "config.json") or name.endswith(".safetensors"))
 
 
@@ -104,7 +104,7 @@ def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str
 
 
 def newest(folder: Path, before: int | None = None) -> Path | None:
-    """The newest whole checkpoint, of a step below ``before`` if that is given; None if there is none.
+    """Return the newest whole checkpoint, of a step below ``before`` if that is given; None if there is none.
 
     A damaged checkpoint is named in a warning and the one before it used.
     """

@@ -45,7 +45,7 @@ def look(images: Tensor) -> Look:
 
 
 def alarms(seen: Look, wanted: Look) -> list[str]:
-    """What is wrong with the look of some images, in words; empty if nothing is."""
+    """Return what is wrong with the look of some images, in words; empty if nothing is."""
     said = []
     if not abs(seen.brightness - wanted.brightness) <= 0.1:  # so that nan is an alarm too
         said.append(f"brightness {seen.brightness:.2f}, expected {wanted.brightness:.2f}")
@@ -72,7 +72,7 @@ def check_evaluation(options: EvalOptions, data: ImageSet | None) -> None:
 def watcher(
     config: Any, model: Teacher, data: ImageSet | None, *, teacher: Teacher | None, save: Callable[[Path], Any]
 ) -> Watch:
-    """What to do after each step: figures of the averaged weights every ``--eval-every`` steps and at the end.
+    """Return what to do after each step: figures of the average every ``--eval-every`` steps and at the end.
 
     Args:
         config: :class:`EvalOptions` of a script, with its steps, seed, guidance if any, and out.
@@ -140,7 +140,7 @@ def compare(network: Classifier, images: Tensor, real: Tensor) -> dict[str, floa
 
 
 def load_features(folder: Path, data: ImageSet) -> Classifier:
-    """A feature network. Raises ``ValueError`` if it is of images of another shape."""
+    """Return a feature network. Raises ``ValueError`` if it is of images of another shape."""
     network = load_classifier(folder)
     if (network.facts.channels, network.facts.resolution) != data.shape[:2]:
         raise ValueError(
@@ -151,7 +151,7 @@ def load_features(folder: Path, data: ImageSet) -> Classifier:
 
 
 def is_best(best: Path, distances: Mapping[str, float]) -> bool:
-    """Whether the weights kept in ``best`` have a larger Fréchet distance, or there are none."""
+    """Return whether the weights kept in ``best`` have a larger Fréchet distance, or there are none."""
     try:
         kept = json.loads(best.with_suffix(".json").read_text())["frechet_distance"]
     except (OSError, ValueError, KeyError):

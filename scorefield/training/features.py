@@ -117,7 +117,7 @@ def save_classifier(network: Classifier, folder: Path) -> Path:
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """The classifier in ``folder``. Raises ``ValueError`` if there is none."""
+    """Return the classifier in ``folder``. Raises ``ValueError`` if there is none."""
     try:
         check_small(folder / "features.json")
         description = json.loads(read_text(folder / "features.json"))  # an accuracy may be unknown, NaN

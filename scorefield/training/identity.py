@@ -34,7 +34,7 @@ def check_ranks(config: Any, accelerator: Accelerator) -> None:
 
 
 def code_hash() -> str:
-    """Short hash of the packages and scripts, as they lie on this machine."""
+    """Return short hash of the packages and scripts, as they lie on this machine."""
     found = [find_spec(name) for name in PACKAGES]
     roots = [Path(place) for spec in found if spec for place in spec.submodule_search_locations or ()]
     digest = hashlib.sha256()
@@ -89,7 +89,7 @@ def note_identity(out: Path, own: Mapping[str, Any]) -> None:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """A config as JSON-able fields."""
+    """Return a config as JSON-able fields."""
     return dict(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 

@@ -36,7 +36,7 @@ class Memory(Generic[Key]):
         self._lock = threading.Lock()
 
     def get(self, key: Key) -> Entry | None:
-        """The tensors of ``key``, or None."""
+        """Return the tensors of ``key``, or None."""
         return self._kept.get(key)
 
     def keep(self, key: Key, tensors: Mapping[str, Tensor]) -> None:
@@ -69,7 +69,7 @@ class Latents:
     def __call__(
         self, names: Sequence[str], pixels: Callable[[list[int]], Tensor], device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """The tensors of some images, batch b, on ``device``; encoded and stored if they are not there.
+        """Return the tensors of some images, batch b, on ``device``; encoded and stored if they are not there.
 
         Args:
             names: what identifies each image, whatever made it.

@@ -101,7 +101,7 @@ class Phase:
         object.__setattr__(self, "given_rates", tuple(rates))
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each group of its optimizer now, by name; see :class:`Report`."""
+        """Return the rate of each group of its optimizer now, by name; see :class:`Report`."""
         groups = enumerate(self.optimizer.param_groups, 1)
         return {
             f"{self.name}/learning_rate{'' if number == 1 else f'_{number}'}": float(group["lr"])
@@ -109,7 +109,7 @@ class Phase:
         }
 
     def networks(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds of it, by file name: the network without its wrapper, and its average."""
+        """Return what a checkpoint holds, by file name: the network without its wrapper, and its average."""
         networks = {self.name: unwrap(self.network)}
         return networks if self.ema is None else {**networks, f"{self.name}.ema": self.ema.network}
 
@@ -136,7 +136,7 @@ class Report:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def read(self) -> dict[str, float]:
-        """The metrics as numbers; waits for the device once, so not every step on a GPU."""
+        """Return the metrics as numbers; waits for the device once, so not every step on a GPU."""
         values = torch.stack([value.float() for value in self.metrics.values()]).tolist()
         return dict(zip(self.metrics, values, strict=True))
 

@@ -129,5 +129,5 @@ def shared_rows(work: Callable[[Tensor], Tensor], num_rows: int, accelerator: Ac
 
 
 def is_ddp(network: nn.Module) -> bool:
-    """Whether DDP averages this network's gradients."""
+    """Return whether DDP averages this network's gradients."""
     return isinstance(getattr(network, "_orig_mod", network), DistributedDataParallel)

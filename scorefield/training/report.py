@@ -141,7 +141,7 @@ def close_log(accelerator: Accelerator) -> None:
 
 
 def as_grid(images: Tensor, columns: int) -> Tensor:
-    """Images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
+    """Return images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
     return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
 
 

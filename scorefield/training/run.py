@@ -55,7 +55,7 @@ def start(config: RunOptions) -> Accelerator:
 
 
 def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
-    """The network on its device, checkpointed, compiled and wrapped for several ranks as the options say.
+    """Return the network on its device, checkpointed, compiled and wrapped for several ranks as the options say.
 
     Raises ``ValueError`` where a network that cannot recompute its activations is asked to.
     """

@@ -20,7 +20,7 @@ COLUMNS = 8
 
 
 def num_checked(shape: Sequence[int]) -> int:
-    """How many images a teacher is asked about: 64, fewer where they are large, at least 8."""
+    """Return how many images a teacher is asked about: 64, fewer where they are large, at least 8."""
     return max(8, min(64, 2**20 // torch.Size(shape).numel()))
 
 
@@ -63,7 +63,7 @@ def check_teacher(
 
 
 def describe(found: Diagnosis, seconds: float) -> str:
-    """The table of a diagnosis, and how its images and samples look."""
+    """Return the table of a diagnosis, and how its images and samples look."""
     on = "its own samples, which show fewer mistakes than data" if found.own else "data"
     number = 0 if found.images is None else len(found.images)
     lines = [f"teacher check on {number} images ({on}): {found.calls} calls, {seconds:.1f} s"]

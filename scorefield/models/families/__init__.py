@@ -108,7 +108,7 @@ class Family:
 
 
 def family_of(index: Mapping[str, Any]) -> Family:
-    """The family that a ``model_index.json`` names. Raises ``ValueError`` for any other class.
+    """Return the family that a ``model_index.json`` names. Raises ``ValueError`` for any other class.
 
     A pair of names stands for a class in a Python file of the model's own, which is never run.
     """
@@ -148,7 +148,9 @@ def _family(module: str) -> Family:
 
 
 def has_part(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a ``model_index.json`` names a class for ``part``; one that is left out is [null, null] there."""
+    """Return whether a ``model_index.json`` names a class for ``part``; one that is left out is [null, null]
+    there.
+    """
     value = index.get(part)
     return isinstance(value, list) and bool(value) and value[0] is not None
 

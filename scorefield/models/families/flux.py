@@ -75,7 +75,7 @@ def call_control(
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of T5, and the pooled ones of CLIP."""
+    """Return the hidden states of T5, and the pooled ones of CLIP."""
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = FluxPipeline(**unused, **parts)

@@ -20,7 +20,7 @@ UNUSED = dict.fromkeys(("vae", "transformer", "scheduler"))
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of Mistral behind three of its layers."""
+    """Return the hidden states of Mistral behind three of its layers."""
     del network
     pipeline: Any = Flux2Pipeline(**UNUSED, **parts)
 

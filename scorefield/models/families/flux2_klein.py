@@ -51,7 +51,7 @@ def shift(settings: Mapping[str, Any], num_tokens: int) -> float:
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of Qwen3 behind three of its layers."""
+    """Return the hidden states of Qwen3 behind three of its layers."""
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = Flux2KleinPipeline(**unused, **parts)

@@ -29,7 +29,7 @@ def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of T5, and which of them are text."""
+    """Return the hidden states of T5, and which of them are text."""
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = PixArtSigmaPipeline(**unused, **parts)

@@ -49,7 +49,7 @@ def call_control(
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The last hidden states of Qwen2.5-VL behind the template, and which of them are text."""
+    """Return the last hidden states of Qwen2.5-VL behind the template, and which of them are text."""
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = QwenImagePipeline(**unused, **parts)

@@ -14,7 +14,7 @@ from scorefield.models.prompts import Encode
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of CLIP."""
+    """Return the hidden states of CLIP."""
     del network
     unused = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
     pipeline: Any = StableDiffusionPipeline(**unused, **parts, requires_safety_checker=False)

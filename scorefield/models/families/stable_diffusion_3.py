@@ -44,7 +44,7 @@ def call_control(
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of two CLIPs and T5, and the pooled ones of both CLIPs."""
+    """Return the hidden states of two CLIPs and T5, and the pooled ones of both CLIPs."""
     unused = dict.fromkeys({"vae", "scheduler", "text_encoder_3", "tokenizer_3"} - parts.keys())
     # The transformer is asked for the width of the zeros that stand in for a missing T5.
     pipeline: Any = StableDiffusion3Pipeline(**unused, **parts, transformer=network)

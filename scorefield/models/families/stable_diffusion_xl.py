@@ -14,7 +14,7 @@ from scorefield.models.prompts import Encode
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of two CLIPs, and the pooled ones of the second."""
+    """Return the hidden states of two CLIPs, and the pooled ones of the second."""
     del network
     unused = dict.fromkeys(("vae", "unet", "scheduler"))
     pipeline: Any = StableDiffusionXLPipeline(**unused, **parts, add_watermarker=False)

@@ -22,7 +22,7 @@ def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of UMT5."""
+    """Return the hidden states of UMT5."""
     del network
     unused = dict.fromkeys(("vae", "scheduler"))
     pipeline: Any = WanPipeline(**unused, **parts)

@@ -81,7 +81,7 @@ def call_control(
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
-    """The hidden states of Qwen3 before its last layer, and which of them are text."""
+    """Return the hidden states of Qwen3 before its last layer, and which of them are text."""
     del network
     unused = dict.fromkeys(("vae", "transformer", "scheduler"))
     pipeline: Any = ZImagePipeline(**unused, **parts)
