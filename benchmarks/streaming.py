@@ -126,14 +126,14 @@ def put_shard(path: Path, pictures: Iterator[tuple[int, Png]]) -> None:
 
 
 def put_table(path: Path, pictures: Iterator[tuple[int, Png]]) -> None:
-    """Write a parquet file of one group of rows, uncompressed."""
+    """Write a parquet file in groups of 100 rows, uncompressed."""
     import pyarrow as pa
     import pyarrow.parquet
 
     files = [{"bytes": one.start + bytes(one.zeros) + one.end, "path": None} for _, one in pictures]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     table = pa.table({"image": pa.array(files, kind)})
-    pyarrow.parquet.write_table(table, path.with_suffix(".parquet"), compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(table, path.with_suffix(".parquet"), 100, compression="none")
 
 
 def work(arguments: list[str], log: Path) -> None:

@@ -209,8 +209,8 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_data_set(tmp_path, kind):
     """Pictures of 240 MB as pixels: read as they are drawn they take a fraction, in memory all of it."""
     pictures = [png(number, side=500, level=0) for number in range(40)] * 8
-    small = put(tmp_path / "small", kind, pictures[:40], row_group=400)
-    large = put(tmp_path / "large", kind, pictures, row_group=400)  # all of it one group
+    small = put(tmp_path / "small", kind, pictures[:40], row_group=40)
+    large = put(tmp_path / "large", kind, pictures, row_group=40)
     # What is freed goes back to the system at once, so that only what is held counts.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "XDG_CACHE_HOME": str(tmp_path / "cache")}
 

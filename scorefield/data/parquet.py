@@ -1,7 +1,8 @@
 """Parquet files, unpacked: rows are drawn in any order, and a parquet file is read in groups of rows only.
 
-A group may be the whole file. So each file is unpacked once, a few rows at a time, into an Arrow file in the
-cache, where every picture lies at a known place. No network is asked for anything.
+So each file is unpacked once, a few rows at a time, into an Arrow file in the cache, where every picture lies at a
+known place. No network is asked for anything. Memory holds a page of the file twice: a group of rows at most, and
+about 1,024 rows where a group is larger and pyarrow wrote it.
 """
 
 import fcntl
