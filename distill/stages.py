@@ -235,16 +235,18 @@ def match_guarded(
             f"the run ended at step {first}, after {guarded.setbacks} setbacks; it goes on with --max-setbacks "
             f"above {guarded.setbacks}", file=sys.stderr,
         )  # fmt: skip
-    while not guarded.ended and first < stages.config.steps:
+    on = not guarded.ended  # at the last step, too: a kill may have come before it was looked at
+    while on:
         try:
             match(stages, phases, first, columns, preview, watch, keep=guarded)
-            first = stages.config.steps
+            on = False
         except SetbackError as setback:
             first = setback.step
             if guarded.setbacks >= guarded.max_setbacks:
                 guarded.end(stages.folder, stages.own, first, setback)
             else:
                 guarded.go_back(stages.folder, stages.own, setback)
+            on = not guarded.ended and first < stages.config.steps
     guarded.restore(stages.folder, stages.own)
     best = guarded.best
     if best is not None and stages.accelerator.is_main_process:

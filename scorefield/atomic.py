@@ -41,7 +41,8 @@ def whole_folder(final: Path, own: Callable[[str], bool] | None = None) -> Itera
         ValueError: ``final`` is a file, or holds files that no call wrote, or that were changed since.
     """
     final = Path(os.path.realpath(final))
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # a file, which cannot be listed below
+        final.parent.mkdir(parents=True, exist_ok=True)
     replaced = final.with_name(f".replaced-{_short(final.name)}")
     with _alone_in(final.parent):
         if replaced.exists() and not final.exists():

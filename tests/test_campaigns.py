@@ -21,11 +21,12 @@ import hostile_data
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
-from diffusers import ControlNetModel
 from hostile import CASES, Guard, campaign, listing, mutated, options_of, run, spoilt
 from PIL import Image
 
 import scorefield.commands.teacher as train_teacher
+from controlnet.adapter import copy_encoder
+from controlnet.export import save_adapter
 from distill.export import export_pipeline, lcm_times
 from distill.student import Student
 from scorefield.atomic import MARKER
@@ -57,7 +58,8 @@ def models(tmp_path_factory):
     shutil.rmtree(root / "run")
     known = load_teacher(root / "sd")
     export_pipeline(Student(known.denoiser, lcm_times(known.denoiser.schedule, 2)), root / "sd", root / "student")
-    ControlNetModel.from_unet(tiny.sd().unet, conditioning_channels=1).save_pretrained(root / "adapter")
+    adapter = copy_encoder(known.denoiser, hint_channels=1, factor=known.codec.factor)
+    save_adapter(adapter, root / "adapter", "A card.")
     save_classifier(Classifier(Facts(1, 8, 10)), root / "features")
     for folder in root.iterdir():
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):

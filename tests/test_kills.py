@@ -306,7 +306,7 @@ def results(out):
             found[name] = path.read_bytes()
     for folder in {path.parent for path in out.rglob("events.out*")}:
         events = EventAccumulator(str(folder)).Reload()
-        for tag in events.Tags()["scalars"]:
+        for tag in set(events.Tags()["scalars"]) - {"run/seconds_per_step"}:
             last = events.Scalars(tag)[-1]
             found[f"{folder.relative_to(out)} {tag}"] = (last.step, last.value)
     return found

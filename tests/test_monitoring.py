@@ -142,6 +142,29 @@ def test_the_best_of_a_run_killed_in_an_evaluation_is_that_of_an_undisturbed_one
     assert_same(found["whole"][1], found["cut"][1])
 
 
+@pytest.mark.parametrize("guard_images", [0, 64])
+def test_a_student_killed_in_its_last_evaluation_is_looked_at_again(
+    tmp_path, teacher, features, monkeypatch, guard_images
+):
+    found = iter([None, 1.0])
+
+    def compare(network, images, real):
+        if (distance := next(found)) is None:
+            raise Killed
+        return {"frechet_distance": distance, "kid": 0.0}
+
+    monkeypatch.setattr(monitoring, "compare", compare)
+    options = {"eval_every": 6, "features": features, "guard_images": guard_images, "guard_every": 3}
+    with pytest.raises(Killed):
+        distil(tmp_path, teacher, **options)
+    picture = tmp_path / "samples" / "step-000000006.png"
+    assert (tmp_path / "checkpoints" / "step-000000006").is_dir()
+    assert not picture.exists()
+    distil(tmp_path, teacher, **options)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 6
+    assert picture.exists()
+
+
 def test_a_new_run_forgets_the_best_of_the_one_before(tmp_path, teacher, features):
     distil(tmp_path, teacher, eval_every=3, features=features)
     (tmp_path / "best.json").write_text('{"frechet_distance": -1.0, "step": 9}')

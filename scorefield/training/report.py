@@ -119,10 +119,19 @@ def _again(accelerator: Accelerator, tracker: Any, step: int) -> list[Any]:
 def save_samples(images: Tensor, out: Path, step: int) -> None:
     """Write images (n, c, h, w) in [0, 1] as ``out/samples/step-....png``; a full disk costs the picture alone."""
     try:
-        with whole_file(out / SAMPLES / f"step-{step:09d}.png") as temporary:
+        with whole_file(_picture(out, step)) as temporary:
             save_image(images, temporary, format="png")
     except OSError as error:
         _say(f"no picture of step {step}, the run goes on: {error}")
+
+
+def has_samples(out: Path, step: int) -> bool:
+    """Return True where :func:`save_samples` has written the picture of a step."""
+    return _picture(out, step).exists()
+
+
+def _picture(out: Path, step: int) -> Path:
+    return out / SAMPLES / f"step-{step:09d}.png"
 
 
 def forget_samples(out: Path) -> None:

@@ -27,7 +27,7 @@ from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
 from scorefield.training.options import RunOptions
 from scorefield.training.ranks import check_launch, check_same, check_same_fields, check_told_device
-from scorefield.training.report import as_grid, close_log, forget_samples, log, start_logging
+from scorefield.training.report import as_grid, close_log, forget_samples, has_samples, log, start_logging
 from scorefield.training.stopping import stop_signals
 
 
@@ -157,8 +157,10 @@ def fit(
     )  # fmt: skip
     stop = 0
     with stop_signals(accelerator) as asked_to_stop:
-        if first:
-            look(first)  # which a kill in the look after its checkpoint would have left out
+        if first:  # a kill after its checkpoint would have left out the look, or the picture
+            look(first)
+            if accelerator.is_main_process and preview is not None and not has_samples(config.out, first):
+                log(accelerator, first, {}, as_grid(preview(), columns))
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)
