@@ -238,3 +238,26 @@ def test_what_has_no_controlnet_is_refused_in_words(place, tmp_path):
         with pytest.raises(ValueError, match=said):
             trained(place, name, tmp_path / "run", **changes)
         assert not (tmp_path / "run" / "controlnet").exists()
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "sd35"])
+def test_under_guidance_negatives_get_what_the_pipeline_gives_them(place, name):
+    """FLUX.1 and Qwen-Image add what the ControlNet says of the prompt; others ask it about the negative too."""
+    teacher = load(place, name)
+    noise, hint = noise_and_hint(teacher)
+    adapter = copy_transformer(teacher)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    controlled = ControlledDenoiser(teacher.denoiser, adapter).with_hint(hint)
+    cond, away = teacher.prompts(PROMPTS), teacher.negative("dull")
+    joined = {key: torch.cat([away[key].expand_as(value), value]) for key, value in cond.items()}
+    t = torch.tensor([0.3, 0.9])
+    both = controlled.residuals(torch.cat([noise, noise]), torch.cat([t, t]), joined)
+    alone = controlled.residuals(noise, t, cond)
+    for key, value in both.items():
+        negative, positive = value.chunk(2)
+        assert torch.allclose(positive, alone[key], atol=1e-5)
+        assert torch.equal(negative, positive) == (name != "sd35")
+    other = controlled.residuals(torch.cat([noise, noise + 1]), torch.cat([t, t]), joined)
+    assert not any(torch.equal(*value.chunk(2)) for value in other.values()), "two images each, and no guidance"

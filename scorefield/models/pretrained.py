@@ -202,11 +202,11 @@ class PartReader:
 
 
 def single_name(files: Sequence[str]) -> str | None:
-    """Return the one name among some of a file of weights that is not of diffusers or transformers, if there is
-    one.
-    """
-    weights = [name for name in files if name.endswith((*SAFE, GGUF))]
-    return weights[0] if len(weights) == 1 and not weights[0].startswith(STANDARD) else None
+    """Return the one name of a file of weights that is not of diffusers or transformers, if there is one."""
+    weights = [name for name in files if name.endswith((*SAFE, *PICKLED, GGUF))]
+    if len(weights) != 1 or weights[0].endswith(PICKLED) or weights[0].startswith(STANDARD):
+        return None
+    return weights[0]
 
 
 def single_file(part: Path) -> Path | None:
