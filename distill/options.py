@@ -1,6 +1,5 @@
 """Options of ``scorefield distill`` and its presets: numbers of papers, which PAPERS.md quotes, and our own."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,7 @@ import tyro
 from scorefield.choices import LongPrompts, Quantize
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
-from scorefield.training.options import (
-    EvalOptions,
-    LoadOptions,
-    RunOptions,
-    check_init_from,
-    check_numbers,
-    check_run,
-)
+from scorefield.training.options import EvalOptions, LoadOptions, RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,95 +183,7 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
         return ("steps", "max_setbacks", *rates)
 
 
-TEXT_ONLY = (
-    "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
-    "validation_prompts", "kohya_keys", "quantize",
-)  # fmt: skip
-IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "memory_limit", "features")
 IMAGE_PRESETS = ("auto", "digits")
-MIN_GUARD = 64
-LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys", "quantize")
-
-
-def check(config: Config) -> None:
-    """Raise ``ValueError`` for options that are out of range or contradict each other."""
-    check_run(config)
-    check_init_from(config.init_from, config.out)
-    check_numbers(
-        config,
-        positive=("student_every", "num_steps", "pair_steps", "lora_rank", "guard_every"),
-        not_negative=(
-            "guidance", "critic_weight", "regression_weight", "num_prompts", "size", "lora_alpha",
-            "eval_every", "num_pairs", "student_ratio", "fake_warmup", "guard_images", "max_setbacks",
-            "student_lr", "fake_lr", "warmup_lr",
-        ),
-        shares=("ema_decay",),
-    )  # fmt: skip
-    if config.steps < config.student_every:
-        raise ValueError(
-            f"--steps {config.steps} end before the student's first update, which comes at --student-every "
-            f"{config.student_every}."
-        )
-    for name in ("student_lr", "fake_lr", "warmup_lr"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at most 1; got {getattr(config, name)}.")
-    for name in ("gan_weight", "warmup_steps"):
-        if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {value}.")
-    low, high = config.ratio_range
-    if not (low == high == 0 or 0 < low < high < math.inf):
-        raise ValueError(f"--ratio-range needs 0 < first < last, or 0 0; got {low:g} {high:g}.")
-    if 0 < config.guard_images < MIN_GUARD:
-        raise ValueError(f"--guard-images must be 0 or at least {MIN_GUARD}; got {config.guard_images}.")
-    if config.times and len(config.times) != config.num_steps:
-        raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
-    if config.reals == "teacher" and config.warmup_steps == 0 and not config.regression_weight:
-        raise ValueError(
-            "--reals teacher takes the images of the teacher pairs, of which --warmup-steps 0 and "
-            "--regression-weight 0 make none. Pass one of them above 0, or --reals data."
-        )
-    if config.gan_weight and not config.critic_weight:
-        raise ValueError("--critic-weight 0 trains no critic for the GAN term. Pass 0.01, or --gan-weight 0.")
-    if config.prompts:
-        check_texts(config)
-    else:
-        check_no_texts(config)
-
-
-def check_texts(config: Config) -> None:
-    """Raise ``ValueError`` for options that contradict ``--prompts``."""
-    if config.preset in IMAGE_PRESETS:
-        raise ValueError(
-            f"preset {config.preset} is for teachers of images. With --prompts take text, or name no preset."
-        )
-    refuse_given(config, IMAGES_ONLY, "is for teachers of images: leave it out with --prompts.")
-    if not config.lora:
-        refuse_given(config, LORA_ONLY, "is for LoRAs: pass --lora, too.")
-    if config.lora and config.compile:
-        raise ValueError("--compile is not for --lora, whose networks listen to one another's weights.")
-    if any(not prompt.strip() for prompt in config.validation_prompts):
-        raise ValueError(f"--validation-prompts must say something; got {list(config.validation_prompts)}.")
-    if config.negative_prompt and config.guidance == 1:
-        raise ValueError("--negative-prompt is what guidance moves away from: pass --guidance above 1, too.")
-    if config.eval_every and config.eval_images < 2:
-        raise ValueError(f"--eval-images must be at least 2; got {config.eval_images}.")
-
-
-def check_no_texts(config: Config) -> None:
-    """Raise ``ValueError`` for options that need ``--prompts``."""
-    if config.preset not in IMAGE_PRESETS:
-        raise ValueError(f"preset {config.preset} is for text-to-image teachers: pass --prompts, too.")
-    refuse_given(config, TEXT_ONLY, "is for text-to-image teachers: pass --prompts, too.")
-
-
-def refuse_given(config: Config, names: Sequence[str], why: str) -> None:
-    """Raise ``ValueError`` for the first of some options that is not as the preset has it."""
-    usual = PRESETS[config.preset]()
-    for name in names:
-        if getattr(config, name) != getattr(usual, name):
-            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def auto() -> Config:

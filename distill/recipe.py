@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from distill.checks import check
 from distill.data import student_batches, student_data
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import initial_weights
-from distill.options import Config, check
+from distill.options import Config
 from distill.roles import (
     build_method,
     build_roles,

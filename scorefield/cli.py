@@ -52,7 +52,7 @@ COMMANDS = {
     "distill": Command(
         "Turn a teacher into a generator of one or a few steps (DMD, DMD2).",
         "distill.options:Config", "distill.recipe:main", presets="distill.options:presets_for",
-        check="distill.options:check",
+        check="distill.checks:check",
     ),
     "sds": Command(
         "Turn a prompt into a 3D scene (SDS, CSD, VSD).",

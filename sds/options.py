@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from scorefield.choices import Quantize
-from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_run
+from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_quantize, check_run
 
 Pair = tuple[float, float]
 
@@ -255,6 +255,7 @@ def check(config: Config) -> None:
     if os.path.isfile(config.prompt):
         raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
     _check_ranges(config)
+    check_quantize(config.quantize)
     if config.method == "csd" and config.rescale:
         raise ValueError(
             f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."

@@ -12,6 +12,7 @@ from refusals import refused
 import distill.options as distill_options
 import distill.roles as roles
 import scorefield.cli as cli
+from distill.checks import check
 from distill.decoupled import SeparateGuidance
 from distill.dmd import DMD
 from distill.options import IMAGE_PRESETS, PRESETS, Config
@@ -42,7 +43,7 @@ def test_a_preset_is_where_values_come_from_and_flags_override_it(monkeypatch):
         assert name in (*IMAGE_PRESETS, "text", "toyworld-4step", "toyworld-1step-lora") or f"`{name}`" in papers
         config = preset()
         assert config.preset == name
-        distill_options.check(config if config.prompts or name in IMAGE_PRESETS else replace(config, prompts="x"))
+        check(config if config.prompts or name in IMAGE_PRESETS else replace(config, prompts="x"))
 
 
 def test_prompts_have_numbers_of_their_own(monkeypatch):
@@ -51,7 +52,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
     assert parsed(monkeypatch, "--teacher", "x", "--prompts=y") == found
     assert (found.student_lr, found.gan_weight, found.warmup_steps) == (0.0, None, None), "measured, and settled"
     assert found.guidance > 1
-    distill_options.check(found)
+    check(found)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -87,7 +88,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
 def test_options_that_contradict_are_refused_before_anything_is_read(tmp_path, changes, message):
     config = Config(**{"preset": "text", "prompts": "x", "out": tmp_path, "warmup_steps": 0, **changes})
     with refused(message):
-        distill_options.check(config)
+        check(config)
 
 
 def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):

@@ -215,6 +215,8 @@ def test_a_demo_of_another_length_is_refused_before_its_teacher_is_trained_on(tm
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"steps": 6}))
     before = files_of(tmp_path)
-    with pytest.raises(ValueError, match=r"a student of a teacher of 6 steps; this command trains one of 12\."):
+    with pytest.raises(
+        ValueError, match=r"whose teacher was trained for 6 steps; this command trains it for 12\."
+    ):
         quickstart.main(quickstart.Demo(out=tmp_path, teacher_steps=6, long=True))
     assert files_of(tmp_path) == before

@@ -70,7 +70,7 @@ CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines",
 HEAVY = {
     *("parts", "vsd", "training", "recovery", "probe", "recipe", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
-    *("students", "judge", "renders", "lora_keys"),
+    *("students", "judge", "renders", "lora", "lora_keys"),
 }
 HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/")
 

@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from distill.options import Config, check
+from distill.checks import check
+from distill.options import Config
 from scorefield.cli import main
 from scorefield.denoiser import freeze
 from scorefield.models import quantize as module
@@ -126,10 +127,10 @@ def test_a_network_without_blocks_and_a_missing_package_are_refused(network, mon
     assert quantize(network, "no") is network
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     for how, package in (("nf4", "bitsandbytes"), ("int8", "torchao")):
-        with pytest.raises(ValueError, match=f"--quantize {how} needs: pip install {package}"):
+        with pytest.raises(ValueError, match=f"rounding weights to {how} needs: pip install {package}"):
             quantize(network, how)
     monkeypatch.setattr(module, "find_spec", lambda name: True)
-    with pytest.raises(ValueError, match="no linear layers of 4,096 weights in blocks; leave out --quantize nf4"):
+    with pytest.raises(ValueError, match="no linear layers of 4,096 weights in blocks: nothing to round to nf4"):
         quantize(nn.Linear(4, 4), "nf4")
 
 

@@ -218,7 +218,7 @@ def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_a
     train_dmd.main(replace(config, long_prompts="skip"))
     assert capsys.readouterr().err.count("by 3 tokens: skipped") == 1
     load = text_recipe.load_inputs
-    kept = load(replace(config, long_prompts="cut"), make_accelerator())
+    kept = load(replace(config, long_prompts="cut", out=tmp_path / "cut"), make_accelerator())
     assert kept.teacher.num_classes == len(kept.texts.prompts) == 3
     path.write_text("far too long for this\n")
     with refused("none is left"):

@@ -16,6 +16,7 @@ from scorefield.training.options import (
     check_init_from,
     check_numbers,
     check_out,
+    check_quantize,
     check_run,
 )
 
@@ -172,6 +173,7 @@ class TrainTeacher(Network, DataOptions, EvalOptions, RunOptions):
 def check_sample(config: Sample) -> None:
     """Raise ``ValueError`` for options that are out of range."""
     check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
+    check_quantize(config.quantize)
     if config.num_images is not None:
         check_numbers(config, positive=("num_images",))
 

@@ -18,7 +18,6 @@ from scorefield.data.rows import (
     IMAGE_COLUMNS,
     Cell,
     Columns,
-    File,
     Listing,
     Member,
     Picture,
@@ -213,24 +212,29 @@ def read_data_set(data: Any, source: str, columns: Columns, folder: Path) -> Lis
 def _pictures(data: Any, column: str, source: str, folder: Path) -> Iterator[Picture | None]:
     # The picture of each row, None where there is none. Pages that are mapped into memory would count as used.
     names = (f"{source}[{number}] {column!r}" for number in range(len(data)))
-    places = None if data._indices is not None else _places(data.cache_files, column, len(data), folder)
+    places = None if data._indices is not None else _places(data.cache_files, column, len(data))
     if places is None:
         table, empty = data.select_columns([column]), _nulls(data, column)
         for number, name in enumerate(names):
             yield None if number in empty else Cell(table, number, column, name, folder)
         return
-    for file, offsets, valid, paths in places:
+    table, row = data.select_columns([column]), 0
+    for file, offsets, valid, named in places:
         starts, sizes = offsets.tolist(), np.diff(offsets).tolist()
         for number, there in enumerate(valid):
             name = next(names)
-            yield Member(file, name, starts[number], sizes[number]) if there else paths.get(number)
+            if there:
+                yield Member(file, name, starts[number], sizes[number])
+            else:
+                yield Cell(table, row, column, name, folder) if number in named else None
+            row += 1
 
 
-Places = tuple[Path, np.ndarray, list[bool], dict[int, Picture]]
-"""Of n cells: their arrow file, (n + 1,) offsets in it, whether each has bytes, and files that others name."""
+Places = tuple[Path, np.ndarray, list[bool], set[int]]
+"""Of n cells: their arrow file, (n + 1,) offsets in it, whether each has bytes, and which others name a file."""
 
 
-def _places(files: Sequence[Mapping[str, str]], column: str, num_rows: int, folder: Path) -> list[Places] | None:
+def _places(files: Sequence[Mapping[str, str]], column: str, num_rows: int) -> list[Places] | None:
     # Where the bytes of a column lie in arrow files; None where that cannot be told, as of parts of a table.
     import pyarrow as pa
 
@@ -240,12 +244,12 @@ def _places(files: Sequence[Mapping[str, str]], column: str, num_rows: int, fold
             start, size = mapped.read_buffer(1).address, mapped.size()
             mapped.seek(0)
             for batch in pa.ipc.open_stream(mapped):
-                cells, paths = batch.column(column), dict[int, Picture]()
+                cells, paths = batch.column(column), set[int]()
                 if pa.types.is_struct(cells.type):  # as ``datasets`` keeps pictures
                     parts = {kind.name: part for kind, part in zip(cells.type, cells.flatten(), strict=True)}
                     cells, named = parts.get("bytes", cells), parts.get("path", pa.nulls(len(cells)))
                     given = named.to_pylist() if cells.null_count else []
-                    paths = {number: File(os.fspath(folder / name)) for number, name in enumerate(given) if name}
+                    paths = {number for number, name in enumerate(given) if name}
                 if cells.type not in (pa.binary(), pa.large_binary()):
                     return None
                 _, ends, content = cells.buffers()

@@ -23,7 +23,8 @@ def check_device(device: torch.device | str) -> torch.device:
     """Return the device. Raises ``ValueError`` for one that torch does not know, or that is not here."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found).cpu()
+        if found.type != "meta":
+            torch.empty(0, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"device must be one that is here, such as cpu; got {device!r} ({reason}).") from error

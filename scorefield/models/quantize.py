@@ -25,11 +25,11 @@ SMALLEST = 4096
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
-def check_quantize(how: Quantize) -> None:
+def check_package(how: Quantize) -> None:
     """Raise ``ValueError`` where the package that rounds the weights is not installed."""
     package = PACKAGES.get(how)
     if package and find_spec(package) is None:
-        raise ValueError(f"--quantize {how} needs: pip install {package}. Or leave it out.")
+        raise ValueError(f"rounding weights to {how} needs: pip install {package}.")
 
 
 def quantize(network: nn.Module, how: Quantize, device: torch.device | str = "cpu") -> nn.Module:
@@ -45,14 +45,14 @@ def quantize(network: nn.Module, how: Quantize, device: torch.device | str = "cp
     Raises:
         ValueError: the package is missing, or the network has no linear layer in a block.
     """
-    check_quantize(how)
+    check_package(how)
     if how == "no":
         return network.to(device)
     names = [name for name, module in network.named_modules() if _is_rounded(name, module)]
     if not names:
         raise ValueError(
-            f"a {type(network).__name__} has no linear layers of {SMALLEST:,} weights in blocks; leave out "
-            f"--quantize {how}."
+            f"a {type(network).__name__} has no linear layers of {SMALLEST:,} weights in blocks: nothing to round "
+            f"to {how}."
         )
     for name in names:
         parent, _, last = name.rpartition(".")

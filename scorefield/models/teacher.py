@@ -266,23 +266,20 @@ def load_teacher(
 
     - "toyworld", the model that ships;
     - a folder that ``scorefield teacher``, ``scorefield distill`` or ``train_circles.py`` wrote;
-    - a folder that ``save_pretrained`` wrote: Stable Diffusion 1.x (eps) and 2.x (v), SDXL, Stable Diffusion 3
-      (flow), or a UNet2DModel with its scheduler, alone or as a pipeline;
+    - a folder that ``save_pretrained`` wrote, of a family in docs/families.md or a UNet2DModel with its scheduler;
     - the name of such a model online, downloaded once;
-    - "module:function", a function of the user without arguments that returns a :class:`Teacher`. Naming it runs
-      its code. Nothing that a folder holds is run, or names what is.
+    - "module:function": the user's function, whose code is run. Nothing that a folder holds or names is run.
 
     Args:
         name: one of these.
         network: for the student of a module:function, the module:function that builds its network.
-        dtype: of all weights of a model of diffusers. SDXL's autoencoder overflows in float16 and stays float32.
+        dtype: of all weights of a pipeline; SDXL's autoencoder overflows in float16 and stays float32.
         device: of all weights.
         size: of the images in pixels, (height, width) or one number; the model's own by default.
         tiny_vae: an AutoencoderTiny in place of the model's autoencoder: rough, but its gradients are cheap.
         slicing: encode and decode one image at a time, for memory.
         tiling: encode and decode in blended tiles, for memory at large sizes; changes the result slightly.
-        cache: folder of encoded prompts, ``~/.cache/scorefield/prompts`` by default. Text encoders are loaded with
-            the first prompt that is not in it.
+        cache: folder of encoded prompts; text encoders are loaded with the first prompt that is not in it.
         allow_pickle: read pickled weights if there are no safetensors, with torch's restricted unpickler.
         variant: of the weight files, such as "fp16".
         revision: branch, tag or commit of a download.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from scorefield.atomic import check_replaceable
-from scorefield.choices import Tracker
+from scorefield.choices import Quantize, Tracker
 from scorefield.training.launcher import check_launcher, has_gpu
 
 PROBE = ".writing-probe-"
@@ -159,6 +159,13 @@ def check_trackers(report_to: Sequence[Tracker]) -> None:
     for name in report_to:
         if name != "none" and find_spec(name) is None:
             raise ValueError(f"--report-to {name} needs: pip install {name}. Or pass --report-to none.")
+
+
+def check_quantize(how: Quantize) -> None:
+    """Raise ``ValueError`` for a ``--quantize`` whose package is not installed."""
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}.get(how)
+    if package and find_spec(package) is None:
+        raise ValueError(f"--quantize {how} needs: pip install {package}. Or leave it out.")
 
 
 def check_device(name: str) -> None:

@@ -135,14 +135,13 @@ def fit(
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
     The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
-    ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
-    the run has to stop. It is called again for the step resumed from, since its look at that one may have been cut
-    off: two looks at the same weights must leave what one does. All call ``check`` with the step and whether it is
-    about to be saved, and it may raise, as do weights that are not finite. All call ``keep``, which returns the
-    steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every
-    rank after the last step, while they can still speak to each other: after the ``last`` stage they cannot.
-    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
-    Ctrl-C, with 130, and SIGHUP, with 129.
+    ``all_watch`` every rank calls it, to share its work. It may take long, so it is not called when the run has
+    to stop, and is called again for the step resumed from, since a kill may have cut it off: two looks at the
+    same weights must leave what one does. All call ``check`` with the step and whether it is about to be saved,
+    which may raise, as do weights that are not finite. All call ``keep``, which returns the steps whose
+    checkpoints must stay; such a step is saved at once. All call ``finish`` after the last step: after the
+    ``last`` stage they cannot speak.
+    SIGTERM, Ctrl-C and SIGHUP save a checkpoint first, and exit with 143, 130 and 129.
     """
 
     def look(step: int) -> None:
