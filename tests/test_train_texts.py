@@ -40,6 +40,7 @@ from distill.student import Student
 from scorefield.atomic import MARKER
 from scorefield.commands.options import Sample
 from scorefield.models import teacher as teachers
+from scorefield.models.codec import Codec
 from scorefield.models.lora import shared_backbone
 from scorefield.randomness import derived_generator
 from scorefield.training.latents import Memory
@@ -206,6 +207,19 @@ def test_what_was_encoded_is_read_from_the_disk_and_gives_the_same_student(root,
     shown = {"validation_prompts": ("a red mug", "cone")}
     stored = train_dmd.main(config_of(root, tmp_path / "run", **shown))
     assert_same(tensors(stored), tensors(finished["full"]))
+
+
+def test_training_begins_before_all_latents_are_made(root, tmp_path, monkeypatch):
+    """A picture is encoded when it is first drawn, and once: six of them, four to a batch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    events, encode, drawn = [], Codec.encode, text_recipe.shuffled
+    monkeypatch.setattr(Codec, "encode", lambda self, x: events.append(["encoded"] * len(x)) or encode(self, x))
+    monkeypatch.setattr(text_recipe, "shuffled", lambda *how: events.append(["drawn"]) or drawn(*how))
+    train_dmd.main(config_of(root, tmp_path / "run", seed=3))
+    said = [event for some in events for event in some]
+    assert said.count("encoded") == 6
+    assert said[:5] == ["drawn", *["encoded"] * 4]
+    assert said.index("drawn", 5) < len(said) - 1 - said[::-1].index("encoded"), "the others while it trained"
 
 
 def test_long_prompts_are_skipped_or_cut_if_asked(root, tmp_path, capsys, make_accelerator):
