@@ -261,7 +261,7 @@ def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
     """
     known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
     tokens = next((one for one in known if isinstance(one, Tokens)), None)
-    items = (output,) if isinstance(output, Tensor) else output
+    items: Any = (output,) if isinstance(output, Tensor) else output
     first: Tensor = items[0] if items[0] is not None else items[1]
     if tokens is None or first.ndim != 3:
         return first
