@@ -138,7 +138,8 @@ def make_tokenizer() -> Qwen2Tokenizer:
         words |= dict.fromkeys(word for word, _ in split.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
     merges: Any = make_merges(map(list, words))
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *map("".join, merges)]))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=PAD, unk_token=None)
+    none: Any = None  # every letter is a piece
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, pad_token=PAD, unk_token=none)
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
