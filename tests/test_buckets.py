@@ -31,6 +31,8 @@ def test_pictures_of_a_shape_without_a_batch_take_the_nearest_that_has_one():
     shapes = [WIDE] * 3 + [SQUARE] * 5 + [TALL] * 4
     assert filled(shapes, 3) == shapes
     assert filled(shapes, 4) == [SQUARE] * 8 + [TALL] * 4
+    together = filled([WIDE] * 2 + [SQUARE] * 2 + [TALL] * 4, 4)
+    assert together == [SQUARE] * 4 + [TALL] * 4, "two rare ones make a batch"
     assert len(set(filled(shapes, 8))) == 1
     assert len(set(filled(shapes, 100))) == 1
     for batch_size in range(1, 13):
