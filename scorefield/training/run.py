@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,14 +135,13 @@ def fit(
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
     The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
-    ``all_watch`` every rank calls it, so that they can share its work; it may take long, so it is not called when
-    the run has to stop. It is called again for the step resumed from, since its look at that one may have been cut
-    off: two looks at the same weights must leave what one does. All call ``check`` with the step and whether it is
-    about to be saved, and it may raise, as do weights that are not finite. All call ``keep``, which returns the
-    steps whose checkpoints must stay; a step that is among them is saved at once. ``finish`` is called on every
-    rank after the last step, while they can still speak to each other: after the ``last`` stage they cannot.
-    SIGTERM, which is how schedulers announce the end, saves a checkpoint first and then exits with 143; so do
-    Ctrl-C, with 130, and SIGHUP, with 129.
+    ``all_watch`` every rank calls it and shares its work; it may take long, so it is not called when the run has
+    to stop. It is called again for the step resumed from, where it may have been cut off: two looks at the same
+    weights must leave what one does. All call ``check`` with the step and whether it is about to be saved; it may
+    raise, as do weights that are not finite. All call ``keep``, which returns the steps whose checkpoints must
+    stay; such a step is saved at once. ``finish`` is called on every rank after the last step, while they can
+    still speak to each other: after the ``last`` stage they cannot. SIGTERM saves a checkpoint first and then
+    exits with 143; so do Ctrl-C, with 130, and SIGHUP, with 129.
     """
 
     def look(step: int) -> None:
@@ -158,8 +158,8 @@ def fit(
     with stop_signals(accelerator) as asked_to_stop:
         if first:  # a kill after its checkpoint would have left out the look, or the picture
             look(first)
-            if accelerator.is_main_process and preview is not None and not has_samples(config.out, first):
-                log(accelerator, first, {}, as_grid(preview(), columns))
+        if first and accelerator.is_main_process and preview and not has_samples(config.out, first):
+            log(accelerator, first, {}, as_grid(preview(), columns))
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)
@@ -179,11 +179,9 @@ def fit(
                 break
     if not stop:
         finish()
+    end = accelerator.end_training if stop or last else partial(close_log, accelerator)  # it parts the ranks, too
     with suppress(OSError):
-        if stop or last:
-            accelerator.end_training()
-        else:  # that would part the ranks, too
-            close_log(accelerator)
+        end()
     if stop:
         sys.exit(128 + stop)
 
