@@ -179,7 +179,8 @@ def fit(
                 break
     if not stop:
         finish()
-    end = accelerator.end_training if stop or last else partial(close_log, accelerator)  # it parts the ranks, too
+    # Its end parts the ranks, too.
+    end: Callable[[], Any] = accelerator.end_training if stop or last else partial(close_log, accelerator)
     with suppress(OSError):
         end()
     if stop:
