@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,8 +140,9 @@ def fit(
     to stop, and is called again for the step resumed from, since a kill may have cut it off: two looks at the
     same weights must leave what one does. All call ``check`` with the step and whether it is about to be saved,
     which may raise, as do weights that are not finite. All call ``keep``, which returns the steps whose
-    checkpoints must stay; such a step is saved at once. All call ``finish`` after the last step: after the
-    ``last`` stage they cannot speak.
+    checkpoints must stay; such a step is saved at once. All call ``finish`` after the last step, while they can
+    still speak to each other.
+
     SIGTERM, Ctrl-C and SIGHUP save a checkpoint first, and exit with 143, 130 and 129.
     """
 
@@ -158,8 +160,8 @@ def fit(
     with stop_signals(accelerator) as asked_to_stop:
         if first:  # a kill after its checkpoint would have left out the look, or the picture
             look(first)
-            if accelerator.is_main_process and preview is not None and not has_samples(config.out, first):
-                log(accelerator, first, {}, as_grid(preview(), columns))
+        if first and accelerator.is_main_process and preview and not has_samples(config.out, first):
+            log(accelerator, first, {}, as_grid(preview(), columns))
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)
@@ -179,11 +181,10 @@ def fit(
                 break
     if not stop:
         finish()
+    # Its end parts the ranks, too.
+    end: Callable[[], Any] = accelerator.end_training if stop or last else partial(close_log, accelerator)
     with suppress(OSError):
-        if stop or last:
-            accelerator.end_training()
-        else:  # that would part the ranks, too
-            close_log(accelerator)
+        end()
     if stop:
         sys.exit(128 + stop)
 
