@@ -141,9 +141,7 @@ def fit(
     same weights must leave what one does. All call ``check`` with the step and whether it is about to be saved,
     which may raise, as do weights that are not finite. All call ``keep``, which returns the steps whose
     checkpoints must stay; such a step is saved at once. All call ``finish`` after the last step, while they can
-    still speak to each other.
-
-    SIGTERM, Ctrl-C and SIGHUP save a checkpoint first, and exit with 143, 130 and 129.
+    still speak to each other. SIGTERM, Ctrl-C and SIGHUP save a checkpoint first: exit codes 143, 130, 129.
     """
 
     def look(step: int) -> None:
