@@ -48,7 +48,7 @@ def annotation_judge(hint: Hint) -> Judge:
     scores = {"ssim": ssim, **DENSE_SCORES} if dense else EDGE_SCORES
 
     def judge(images: Tensor, probe: Probe) -> Mapping[str, Tensor]:
-        """Compare hints with what their annotator finds in the images that were drawn."""
+        """Does the same annotator find the hints in the images that were drawn?"""
         numbers = probe.truth["number"].tolist()
         generators = hint_generators(0, numbers, [0] * len(numbers), "hint 0")
         return hint_judge(lambda images: hint(images, generators), scores)(images, probe)
@@ -57,7 +57,7 @@ def annotation_judge(hint: Hint) -> Judge:
 
 
 def judge_inpainting(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Compare what was kept. What is missing, and the mask itself, would agree in any image."""
+    """Is what was kept still there? What is missing, and the mask itself, would agree in any image."""
     hint = probe.hint.to(images.device)
     wanted, kept = hint[:, :-1], 1 - hint[:, -1:]
     made = unit(images) * kept
@@ -65,7 +65,7 @@ def judge_inpainting(images: Tensor, probe: Probe) -> dict[str, Tensor]:
 
 
 def judge_likeness(images: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Compare soft edges with those of the hint's own image, for hints that cannot be read off an image."""
+    """Are the soft edges those of the hint's own image? Such hints cannot be read off an image."""
     generators = hint_generators(0, range(len(images)), [0] * len(images))
     made, wanted = (SOFT(some.cpu(), generators) for some in (images, probe.images))
     return {name: score(made, wanted) for name, score in {"likeness": ssim, "rmse": DENSE_SCORES["rmse"]}.items()}

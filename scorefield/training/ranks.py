@@ -32,7 +32,10 @@ def check_told_device() -> None:
     """Raise ``ValueError`` for a device of the launcher that torch does not know, or that is not here."""
     if told := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         try:
-            check_device(told)
+            if check_device(told).type == "meta":
+                raise ValueError(
+                    "device must be one that is here, such as cpu; got 'meta', which computes nothing."
+                )
         except ValueError as error:
             raise ValueError(f"the launcher sets ACCELERATE_TORCH_DEVICE={told}: {error}") from error
 
