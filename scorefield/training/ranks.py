@@ -33,9 +33,7 @@ def check_told_device() -> None:
     if told := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         try:
             if check_device(told).type == "meta":
-                raise ValueError(
-                    "device must be one that is here, such as cpu; got 'meta', which computes nothing."
-                )
+                raise ValueError("device must be one that is here, such as cpu; got 'meta', an empty one.")
         except ValueError as error:
             raise ValueError(f"the launcher sets ACCELERATE_TORCH_DEVICE={told}: {error}") from error
 
