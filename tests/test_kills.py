@@ -191,7 +191,7 @@ TEXTS = [
 ]  # fmt: skip
 SCENE = [
     "a red mug", "--teacher", "{root}/sd", "--long-prompts", "cut", "--steps", "6", "--batch-size", "2",
-    "--save-every", "2", "--log-every", "1", "--probe-every", "3", "--render-size", "8", "8", "--num-samples", "8",
+    "--save-every", "2", "--log-every", "1", "--probe-every", "3", "--render-size", "8", "--num-samples", "8",
     "--quarters", "1", "--draws", "1", "--mesh-resolution", "12", "--turntable-size", "16",
 ]  # fmt: skip
 TRAINERS = {
