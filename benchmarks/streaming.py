@@ -204,7 +204,7 @@ def read(logs: list[Path]) -> dict[str, object]:
 
 
 def verdict(batches: dict[int, list[int]], num_samples: int) -> dict[str, int]:
-    """How many samples were drawn more than once, and how many not at all."""
+    """Return how many samples were drawn more than once, and how many not at all."""
     drawn = np.bincount([number for numbers in batches.values() for number in numbers], minlength=num_samples)
     return {"repeated": int((drawn > 1).sum()), "lost": int((drawn == 0).sum())}
 

@@ -36,7 +36,7 @@ class Hint(Protocol):
 
     @property
     def channels(self) -> int:
-        """Of the hint."""
+        """The hint's number of channels."""
         ...
 
     @property

@@ -90,7 +90,7 @@ class Pictures:
         return text
 
     def identity(self, index: int) -> str:
-        """What the image of :meth:`load` follows from."""
+        """Return what the image of :meth:`load` follows from."""
         height, width = self._stored(index)
         return f"{self.digests[index]} {height}x{width} {self.channels} {self.convert}"
 
@@ -192,7 +192,7 @@ class Form:
     buckets: tuple[Shape, ...]
 
     def identity(self) -> str:
-        """What a verdict about a sample's files depends on."""
+        """Return what the check of a sample's files depends on."""
         shapes = f" {list(self.buckets)}" if self.buckets else ""
         return f"2 {self.size} {self.channels} {self.convert} {sorted(self.kinds.items())}{shapes}"
 

@@ -11,6 +11,9 @@ OnBadData = Literal["stop", "skip"]
 Quantize = Literal["no", "nf4", "int8"]
 """How the weights of a frozen network are rounded: not at all, to 4 bits, or to 8."""
 
+QUANTIZE_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+"""The package that rounds weights so."""
+
 Kind = Literal["image", "lines", "mask", "labels", "depth", "normals"]
 """What a picture means, and so how it is resized, mirrored and scaled:
 

@@ -25,7 +25,7 @@ from scorefield.models.teacher import load_teacher
 
 def needs(how):
     return pytest.param(how, marks=pytest.mark.skipif(
-        module.find_spec(module.PACKAGES[how]) is None, reason=f"needs {module.PACKAGES[how]}"
+        module.find_spec(module.QUANTIZE_PACKAGES[how]) is None, reason=f"needs {module.QUANTIZE_PACKAGES[how]}"
     ))  # fmt: skip
 
 

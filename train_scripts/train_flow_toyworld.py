@@ -75,7 +75,7 @@ class Config(RunOptions):
     batch_size: int = 32
     """Captioned latents per micro-batch."""
     width: int = 192
-    """Of the transformer, a multiple of 64 up to 512."""
+    """Width of the transformer: a multiple of 64, at most 512."""
     layers: int = 6
     """Blocks of the transformer, beside one that refines the image and one that refines the text; up to
     24."""
@@ -86,7 +86,7 @@ class Config(RunOptions):
     part_dropout: float = 0.2
     """Share of captions that leave out the background, and, drawn apart, the view."""
     ema_decay: float = 0.999
-    """Of the averaged weights, which are what is saved."""
+    """Decay of the averaged weights, which are the ones that are saved."""
     precision: Literal["no", "bf16"] = "bf16"
     """Autocast precision; weights stay float32."""
     clip_norm: float = 1.0

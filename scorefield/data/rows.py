@@ -30,7 +30,7 @@ class Picture(Protocol):
 
     @property
     def name(self) -> str:
-        """To complain with."""
+        """The name that errors give it."""
         ...
 
     def read(self) -> bytes:
@@ -117,7 +117,7 @@ class Pixels:
     pixels: np.ndarray
 
     def read(self) -> bytes:
-        """As a PNG file."""
+        """Return the picture as a PNG file."""
         array = (
             self.pixels if self.pixels.dtype == np.uint8 else np.round((self.pixels + 1) * 127.5).astype(np.uint8)
         )

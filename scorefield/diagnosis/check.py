@@ -57,7 +57,7 @@ class Diagnosis:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the findings."""
+        """The names of the findings."""
         return tuple(finding.name for finding in self.findings)
 
 

@@ -17,17 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scorefield.choices import Quantize
+from scorefield.choices import QUANTIZE_PACKAGES, Quantize
 
 SMALLEST = 4096
 """Weights of the smallest layer that is rounded: below, the tables of the scales outweigh what is saved."""
 
-PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
-
 
 def check_package(how: Quantize) -> None:
     """Raise ``ValueError`` where the package that rounds the weights is not installed."""
-    package = PACKAGES.get(how)
+    package = QUANTIZE_PACKAGES.get(how)
     if package and find_spec(package) is None:
         raise ValueError(f"rounding weights to {how} needs: pip install {package}.")
 
@@ -38,7 +36,7 @@ def quantize(network: nn.Module, how: Quantize, device: torch.device | str = "cp
     It goes layer by layer, so that the device never holds the unrounded network.
 
     Args:
-        network: frozen; its weights may be on the CPU. Layers that are rounded already stay as they are.
+        network: frozen; not rounded yet; its weights may be on the CPU.
         how: "no", "nf4" or "int8".
         device: where the network goes.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from scorefield.atomic import check_replaceable
-from scorefield.choices import Quantize, Tracker
+from scorefield.choices import QUANTIZE_PACKAGES, Quantize, Tracker
 from scorefield.training.launcher import check_launcher, has_gpu
 
 PROBE = ".writing-probe-"
@@ -163,7 +163,7 @@ def check_trackers(report_to: Sequence[Tracker]) -> None:
 
 def check_quantize(how: Quantize) -> None:
     """Raise ``ValueError`` for a ``--quantize`` whose package is not installed."""
-    package = {"nf4": "bitsandbytes", "int8": "torchao"}.get(how)
+    package = QUANTIZE_PACKAGES.get(how)
     if package and find_spec(package) is None:
         raise ValueError(f"--quantize {how} needs: pip install {package}. Or leave it out.")
 
