@@ -181,6 +181,25 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def test_a_run_killed_between_its_last_write_and_the_removal_ends_with_the_checkpoints_of_one_that_was_not(
+    tmp_path, monkeypatch
+):
+    """A resumed run that saves no more removes what its last save would have removed, and nothing later."""
+    phases = make_phases()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, phases, CONFIG, also=(1,))
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoint, "_remove", lambda paths, kept: None)
+        checkpoint.save(tmp_path, 4, phases, CONFIG, also=(1,))
+        checkpoint.save(tmp_path, 5, phases, CONFIG, also=(1,))
+    names = lambda: [int(path.name[5:]) for path in checkpoint.steps(tmp_path)]  # noqa: E731
+    assert names() == [1, 2, 3, 4, 5]
+    checkpoint.prune(tmp_path, 4)
+    assert names() == [1, 3, 4, 5]
+    checkpoint.prune(tmp_path, 5)
+    assert names() == [1, 4, 5]
+
+
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, lambda path: path.unlink()])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(history, name, damage):

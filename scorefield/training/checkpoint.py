@@ -66,15 +66,35 @@ def save(
     if folder.is_dir():
         clear_unfinished(folder, _NAME.pattern)  # of a run that was killed at another step
     with working(f"checkpoint of step {step:,}"), whole_folder(final, is_own) as temporary:
-        _write(temporary, step, phases, config)
+        _write(temporary, step, phases, config, {"keep": keep, "also": sorted(also)})
     others = [path for path in steps(folder) if path != final]
-    earlier = [path for path in others if path < final]
-    kept = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
-    kept += [path for path in earlier if path.name in {f"step-{step:09d}" for step in also}]
-    for path in others:
+    _remove(others, _kept([path for path in others if path < final], keep, also))
+    return final
+
+
+def prune(folder: Path, step: int) -> None:
+    """Remove the earlier checkpoints that :func:`save` of ``step`` would have removed, had it not been killed.
+
+    Call it on the main process only, when the run goes on from that step.
+    """
+    final = folder / f"step-{step:09d}"
+    state = torch.load(final / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+    if "kept" in state:  # an older version did not say what it kept
+        earlier = [path for path in steps(folder) if path < final]
+        _remove(earlier, _kept(earlier, **state["kept"]))
+
+
+def _kept(earlier: Sequence[Path], keep: int, also: Collection[int]) -> list[Path]:
+    """Return those of the checkpoints before one, oldest first, that stay beside it."""
+    last = earlier[len(earlier) - keep + 1 :] if keep > 1 else []
+    names = {f"step-{step:09d}" for step in also}
+    return [path for path in earlier if path in last or path.name in names]
+
+
+def _remove(paths: Sequence[Path], kept: Collection[Path]) -> None:
+    for path in paths:
         if path not in kept and not path.is_symlink() and not foreign(path, is_own):
             shutil.rmtree(path)
-    return final
 
 
 def check_finite(step: int, phases: Sequence[Phase]) -> None:
@@ -87,8 +107,10 @@ def check_finite(step: int, phases: Sequence[Phase]) -> None:
             raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
 
 
-def _write(folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any]) -> None:
-    state: dict[str, Any] = {"step": step, "phases": {}}
+def _write(
+    folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], kept: Mapping[str, Any]
+) -> None:
+    state: dict[str, Any] = {"step": step, "kept": dict(kept), "phases": {}}
     for phase in phases:
         for name, network in phase.networks().items():
             save_model(network, str(folder / f"{name}.safetensors"))

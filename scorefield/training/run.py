@@ -84,6 +84,7 @@ def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator
     check_same("the step to resume from", first, fix, accelerator)
     if accelerator.is_main_process:
         if first:
+            checkpoint.prune(config.out / "checkpoints", first)
             print("\n".join([f"resumed from step {first}", *changes(saved, own, phases)]))
         else:
             forget_best(config.out)
