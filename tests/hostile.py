@@ -150,6 +150,8 @@ def campaign(cases, one):
                 code = one(number)
                 codes[code] = codes.get(code, 0) + 1
             except Exception as error:
+                if "CASE" in os.environ:
+                    raise  # with its traceback
                 faults.append(f"case {number}: {type(error).__name__}: {str(error)[:1500]}")
             except Hung as hung:
                 faults.append(f"case {number}: hung in {hung}")

@@ -232,6 +232,17 @@ def test_a_config_that_asks_for_more_than_the_weights_hold_is_refused(folder, pa
         load_teacher(folder).prompts(["a"])
 
 
+@pytest.mark.parametrize(("part", "changes"), [
+    ("unet", {"norm_eps": None}), ("unet", {"mid_block_scale_factor": [1]}), ("unet", {"norm_eps": "1e-5"}),
+    ("vae", {"scaling_factor": True}),
+])  # fmt: skip
+def test_a_config_without_a_number_where_its_network_wants_one_is_refused(folder, part, changes):
+    """Some are first used when the network is called: long after it was loaded."""
+    edit(folder / part / "config.json", **changes)
+    with refused(rf"{part}/config\.json: {min(changes)} must be a number|must have a scale"):
+        load_teacher(folder).prompts(["a"])
+
+
 def test_a_network_that_its_weights_do_not_fill_is_never_built(tmp_path, monkeypatch):
     load_teacher(str(denoiser_folder(tmp_path)))
     folder = denoiser_folder(tmp_path, width=4096, depth=200)

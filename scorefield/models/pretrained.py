@@ -20,7 +20,7 @@ from scorefield.denoiser import freeze
 from scorefield.files import read_json
 from scorefield.models.components import check_part
 from scorefield.models.preflight import is_few_step
-from scorefield.models.weights import check_counts, check_finite, check_size
+from scorefield.models.weights import check_counts, check_finite, check_numbers, check_size
 from scorefield.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
 
 INDEX = "model_index.json"
@@ -142,6 +142,7 @@ class PartReader:
     def _check_size(self, kind: Any, part: Path) -> None:
         check_counts(read_json(part / "config.json"), part)
         if issubclass(kind, ModelMixin):
+            check_numbers(kind, read_json(part / "config.json"), part)
             build, config = kind.from_config, kind.load_config(part, local_files_only=True)
         else:
             # Without the names of kernels, which transformers would fetch.

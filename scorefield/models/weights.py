@@ -1,5 +1,6 @@
 """Weights in safetensors, looked at before a network is made for them, and after they were read."""
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -55,6 +56,19 @@ def check_counts(config: Mapping[str, object], part: Path) -> None:
         if any(int(number[:9]) > MOST_LAYERS for number in numbers):
             got = str(value)[:80]
             raise ValueError(f"{part / 'config.json'}: {name} must be at most {MOST_LAYERS}; got {got}.")
+
+
+def check_numbers(kind: type, config: Mapping[str, object], part: Path) -> None:
+    """Raise ``ValueError`` where the ``config.json`` of a network of class ``kind`` has no number for one.
+
+    Some are first used when the network is called, which may be long after it was loaded.
+    """
+    for name, option in inspect.signature(kind).parameters.items():
+        wanted = type(option.default) if option.annotation is option.empty else option.annotation
+        value = config.get(name, option.default)
+        if wanted not in (int, float) or value is option.default or type(value) in (int, float):
+            continue
+        raise ValueError(f"{part / 'config.json'}: {name} must be a number; got {str(value)[:80]!r}.")
 
 
 def check_size(part: Path, files: Iterable[Path], planned: nn.Module) -> None:
