@@ -31,7 +31,7 @@ from scorefield import Cond
 from scorefield.data.rows import Listing, keep_good
 from scorefield.data.texts import Texts, read_texts
 from scorefield.diagnosis.check import Diagnosis
-from scorefield.files import read_json
+from scorefield.files import read_json, warn
 from scorefield.models.families import family_of
 from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
@@ -144,11 +144,12 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         if not config.dry_run:
             check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         texts = texts.some(source.fitting(texts.prompts, config.long_prompts, config.prompts))
-        if (
-            config.gan_weight
-            and config.reals == "data"
-            and not (config.dry_run and ships("prompts", config.prompts))
-        ):
+        made_here = ships("prompts", config.prompts)
+        if not (config.gan_weight and config.reals == "data"):
+            if len(texts.images) and not made_here:
+                fix = "the GAN term alone would read them: --gan-weight 0.03 --reals data"
+                warn(f"{config.prompts}: passed over: {len(texts.images)} pictures beside the prompts; {fix}")
+        elif not (config.dry_run and made_here):
             latents, faults = check_images(
                 texts.images, source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
                 gather=gather_object,

@@ -509,6 +509,15 @@ def test_prompts_without_images_need_no_option_more(root, make_accelerator):
     assert (inputs.config.gan_weight, inputs.latents) == (0.0, None)
 
 
+def test_pictures_that_nothing_reads_are_counted(root, tmp_path, capsys):
+    """Of a folder of captioned pictures a run without the GAN term reads the captions alone."""
+    train_dmd.main(replace(config_of(root, tmp_path / "run", gan_weight=0.01, dry_run=True), gan_weight=0.0))
+    assert f"passed over: {len(PROMPTS)} pictures beside the prompts" in capsys.readouterr().err
+    train_dmd.main(config_of(root, tmp_path / "run", gan_weight=0.01, dry_run=True))
+    train_dmd.main(config_of(root, tmp_path / "run", gan_weight=0.0, dry_run=True))
+    assert "passed over" not in capsys.readouterr().err
+
+
 def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for changes in ({}, {"lora": True, "lora_rank": 1}):
