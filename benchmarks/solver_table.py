@@ -150,7 +150,7 @@ def reference_features(config: Config, teacher: Teacher, network: Any, classifie
             f"{wanted[0]} x {wanted[1]} x {wanted[1]}. Train features on images of that size."
         )
     mode: Literal["grey", "rgb"] = "grey" if channels == 1 else "rgb"
-    images = load_images(DataOptions(data=config.reference, resolution=height, channels=mode))
+    images = load_images(DataOptions(data=config.reference, size=height, channels=mode))
     chosen = images.some(min(config.num_images, len(images)))
     parts = [images.batch(part, torch.Generator(), config.device).images for part in chosen.split(250)]
     return torch.cat([extract_features(network, part).cpu() for part in parts])

@@ -168,7 +168,7 @@ def run(config: Config, num_ranks: int, num_samples: int, killed: bool) -> dict[
     steps = num_samples // (BATCH_SIZE * num_ranks)
     words = [
         *("--data", str(config.data), "--out", str(out / "run"), "--steps", str(steps), "--width", "8"),
-        *("--batch-size", str(BATCH_SIZE), "--resolution", str(SIDE), "--depth", "1"),
+        *("--batch-size", str(BATCH_SIZE), "--size", str(SIDE), "--depth", "1"),
         *("--memory-limit", str(config.memory_limit), "--save-every", str(max(1, steps // 5))),
     ]
     launcher = [sys.executable]

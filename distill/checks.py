@@ -7,10 +7,10 @@ from distill.options import IMAGE_PRESETS, PRESETS, Config
 from scorefield.training.options import check_init_from, check_numbers, check_quantize, check_run
 
 TEXT_ONLY = (
-    "num_prompts", "long_prompts", "negative_prompt", "size", "lora", "lora_rank", "lora_alpha",
+    "num_prompts", "long_prompts", "negative_prompt", "lora", "lora_rank", "lora_alpha",
     "validation_prompts", "kohya_keys", "quantize",
 )  # fmt: skip
-IMAGES_ONLY = ("network", "data", "resolution", "channels", "crop", "flip", "memory_limit", "features")
+IMAGES_ONLY = ("network", "data", "channels", "crop", "flip", "memory_limit", "features")
 MIN_GUARD = 64
 LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys", "quantize")
 

@@ -57,7 +57,7 @@ def check_data(data: ImageSet, teacher: Teacher) -> None:
     if data.shape != teacher.shape or 0 < teacher.num_classes < data.num_classes:
         raise ValueError(
             f"the teacher makes images {teacher.shape} of {teacher.num_classes} classes; --data holds "
-            f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --resolution."
+            f"{data.shape} of {data.num_classes}. Use the teacher's own data, and its --size."
         )
 
 

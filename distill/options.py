@@ -162,7 +162,8 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
     negative_prompt: str = ""
     """What guidance moves away from."""
     size: int = 0
-    """Height and width of the teacher's images in pixels. 0 means the teacher's own."""
+    """Height and width of images in pixels: with --prompts of the teacher's, else of those in --data. 0 means the
+    teacher's own, or those of the first image."""
 
     network: str = ""
     """For a --teacher folder that was distilled from a module:function: the module:function that builds its

@@ -290,7 +290,7 @@ def data_commands(source, models, inputs, out, chance):
     """Command lines that read a source, by what they read of it: pictures, captions or both."""
     ours, sd, npz = str(models / "ours"), str(models / "sd"), str(inputs / "images.npz")
     skip = ["--on-bad-data", chance.choice(["stop", "skip"])]
-    small = ["--resolution", "8", "--channels", "grey"]
+    small = ["--size", "8", "--channels", "grey"]
     train = ["--out", str(out), *chance.choice([["--dry-run"], ["--dry-run"], ["--steps", "1"]])]
     learn = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
     teach = ["--batch-size", "4", "--skip-teacher-check", "--dry-run", "--out", str(out)]

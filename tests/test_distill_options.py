@@ -63,7 +63,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
     ({"preset": "digits", "prompts": "", "lora_rank": 3}, "--lora-rank is for text-to-image"),
     ({"data": "nowhere"}, "--data is for teachers of images"),
     ({"flip": True}, "--flip is for teachers of images"),
-    ({"resolution": 7}, "--resolution is for"), ({"features": Path("gone")}, "--features is for"),
+    ({"channels": "grey"}, "--channels is for"), ({"features": Path("gone")}, "--features is for"),
     ({"lora_rank": 3}, "--lora-rank is for LoRAs"), ({"lora_alpha": 3.0}, "--lora-alpha is for LoRAs"),
     ({"negative_prompt": "dull", "guidance": 1.0}, "--negative-prompt is what guidance moves away from"),
     ({"gan_weight": 0.1, "critic_weight": 0.0}, "--critic-weight 0 trains no critic"),

@@ -118,7 +118,7 @@ def fresh():
 
 NUMBERS = ["-1", "0", "1", "2", "3", "nan", "inf", "-inf", "1e-9", "0.5", "1e9", "99999999999999999999", "", "two"]
 COUNTS = (
-    "width", "depth", "num_pairs", "unet_layers", "resolution", "eval_images", "pair_steps", "fake_warmup",
+    "width", "depth", "num_pairs", "unet_layers", "size", "eval_images", "pair_steps", "fake_warmup",
 )  # fmt: skip
 SLOW = {"out", "steps", "compile", "dry_run", "log_every", "save_every"}
 
@@ -225,10 +225,10 @@ LINES = st.one_of(
 @fuzz(60)
 @given(
     files=st.dictionaries(NAMES, CONTENTS, max_size=6), lines=st.one_of(st.none(), st.lists(LINES, max_size=5)),
-    skip=st.booleans(), resolution=st.sampled_from([None, "8", "16", "7"]),
+    skip=st.booleans(), size=st.sampled_from([None, "8", "16", "7"]),
     more=st.sampled_from([[], ["--flip"], ["--crop", "random"]]),
 )  # fmt: skip
-def test_folders_of_images(fresh, files, lines, skip, resolution, more):
+def test_folders_of_images(fresh, files, lines, skip, size, more):
     folder = fresh()
     for name, content in files.items():
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def test_folders_of_images(fresh, files, lines, skip, resolution, more):
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
     words = ["--data", str(folder / "data"), "--on-bad-data", "skip" if skip else "stop", "--width", "8", *more]
-    words += ["--resolution", resolution] if resolution else []
+    words += ["--size", size] if size else []
     check("teacher", [*SMALL, "--depth", "1", *words], folder / "out" / "teacher")
 
 

@@ -22,7 +22,7 @@ def presets_of(command):
 PRESETS = [(name, preset) for name, found in cli.COMMANDS.items() if found.presets for preset in presets_of(name)]
 
 WRONG = [
-    "distill --gan-weight -1", "distill --ratio-range 3 2", "distill --prompts p.txt --resolution 8",
+    "distill --gan-weight -1", "distill --ratio-range 3 2", "distill --prompts p.txt --channels grey",
     "sds toyworld", "sds toyworld mug --guidance -1:2", "sds toyworld mug --overhead 9",
     "sds toyworld mug --compile",
     "control toyworld-canny --prompt-drop 2", "control", "sample --teacher toyworld --steps 0",

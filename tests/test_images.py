@@ -212,7 +212,7 @@ def test_idx_files_of_the_mnist_family(tmp_path, packed):
     images = load(tmp_path)
     assert images.labels.tolist() == labels.tolist()
     assert torch.equal(images.images[:, 0], torch.tensor(pixels, dtype=torch.uint8))
-    other = load(tmp_path / f"t10k-images-idx3-ubyte{end}", resolution=32)
+    other = load(tmp_path / f"t10k-images-idx3-ubyte{end}", size=32)
     assert other.shape == (1, 32, 32)
 
 
@@ -319,7 +319,7 @@ def test_the_central_square_is_taken_and_resized(tmp_path):
     wide[:, 10:20] = 200
     Image.fromarray(wide, "L").save(tmp_path / "a.png")
     assert load(tmp_path).images.unique().tolist() == [200]
-    assert load(tmp_path, resolution=5).images.unique().tolist() == [200]
+    assert load(tmp_path, size=5).images.unique().tolist() == [200]
 
 
 def broken_exif():

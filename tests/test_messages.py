@@ -161,7 +161,7 @@ def options_of(script: str) -> set[str]:
 
 NEVER_SAID = {
     # Options that are passed on by another name, or not at all.
-    "evaluate": {"data", "resolution", "channels", "memory-limit"}, "sample": {"data", "num-prompts"},
+    "evaluate": {"data", "size", "channels", "memory-limit"}, "sample": {"data", "num-prompts"},
     "teacher": {"guidance"},
     # The toy world's judge sees one size.
     "toyworld evaluate": {"size"}, "toyworld students": {"size"},

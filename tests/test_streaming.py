@@ -88,7 +88,7 @@ def load(source, num_kept, **options):
     """The images, of which ``num_kept`` are in memory."""
     side = 18 if options.get("crop") == "random" else 16
     limit = num_kept * 3 * side * side / GIB
-    return load_images(DataOptions(data=source, resolution=16, memory_limit=limit, **options))
+    return load_images(DataOptions(data=source, size=16, memory_limit=limit, **options))
 
 
 def rng(index, seed=0):
@@ -168,7 +168,7 @@ def test_a_teacher_learns_the_same_from_the_disk(tmp_path):
     weights = []
     for name, limit in (("memory", 1.0), ("disk", 0.0)):
         config = TrainTeacher(
-            data=source, resolution=16, memory_limit=limit, out=tmp_path / name, steps=4, batch_size=6, width=8,
+            data=source, size=16, memory_limit=limit, out=tmp_path / name, steps=4, batch_size=6, width=8,
             depth=1, flip=True, save_every=2,
         )  # fmt: skip
         if name == "disk":  # half of it with all in memory: the limit is no part of what a checkpoint belongs to

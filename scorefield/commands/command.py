@@ -33,6 +33,7 @@ RENAMED = {
     **dict.fromkeys(("--model", "--base", "--pipeline"), "is called --teacher now. Pass --teacher in its place."),
     "--negative": "is called --negative-prompt now. Pass --negative-prompt in its place.",
     "--teacher-size": "is called --size now. Pass --size in its place; of renders it is --render-size.",
+    "--resolution": "is called --size now. Pass --size in its place.",
     "--prompt": 'is the word after the preset now: scorefield sds toyworld "a red mug".',
     "--preset": "is the first word now: scorefield distill toyworld-1step, scorefield sds toyworld.",
 }

@@ -71,7 +71,7 @@ def load(
 ) -> ImageSet:
     """Return a set of images as the feature network wants them. Raises ``ValueError`` for too few."""
     images = load_images(
-        DataOptions(data=name, resolution=resolution, channels=channels, on_bad_data=config.on_bad_data), option
+        DataOptions(data=name, size=resolution or 0, channels=channels, on_bad_data=config.on_bad_data), option
     )
     if len(images) < (config.num_images or 2):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Train a small classifier on your own classes; `scorefield evaluate` measures distances in its features.
 
-    scorefield features --data images/ --resolution 32 --out runs/features
+    scorefield features --data images/ --size 32 --out runs/features
 
 Distances in these features mean something beside each other, and nothing beside published FIDs. Keep the folder:
 figures are comparable only under the same features.

@@ -1,4 +1,4 @@
-"""Training images at ``--resolution``, from whatever ``--data`` names: in memory, or decoded when they are drawn.
+"""Training images at ``--size``, from whatever ``--data`` names: in memory, or decoded when they are drawn.
 
 60,000 of 32 x 32 take 61 MB, a million of 64 x 64 in colour 12 GB. ``--memory-limit`` says how much is kept; all
 are decoded once before training, to meet what cannot be used.
@@ -146,8 +146,8 @@ def load_images(options: DataOptions, option: str = "--data") -> ImageSet:
     Raises ``ValueError`` for a source that is not there or not understood, for unusable images unless they are to
     be skipped, and if none is left.
     """
-    if options.resolution is not None and not 1 <= options.resolution <= 4096:
-        raise ValueError(f"--resolution must lie in [1, 4096]; got {options.resolution}.")
+    if not 0 <= options.size <= 4096:
+        raise ValueError(f"--size must lie in [1, 4096], or be 0; got {options.size}.")
     if not 0 <= options.memory_limit < math.inf:
         raise ValueError(f"--memory-limit must be at least 0; got {options.memory_limit}.")
     if options.data is None:
@@ -215,7 +215,7 @@ def _from_rows(listing: Listing, options: DataOptions) -> ImageSet:
 
 def _first_image(listing: Listing, faults: Sequence[str], options: DataOptions) -> tuple[str, int]:
     # Mode and resolution, of the first image that can be opened where the options leave them open.
-    mode, resolution = {"grey": "L", "rgb": "RGB", "auto": ""}[options.channels], options.resolution or 0
+    mode, resolution = {"grey": "L", "rgb": "RGB", "auto": ""}[options.channels], options.size
     for row, fault in zip(listing.rows, faults, strict=True):
         if mode and resolution:
             break
@@ -294,11 +294,11 @@ def _from_arrays(images: np.ndarray, labels: np.ndarray, options: DataOptions) -
         )
     stack = stack.expand(-1, 3, -1, -1) if mode == "rgb" else stack
     side = min(stack.shape[2:])
-    resolution = options.resolution or side
+    resolution = options.size or side
     if side * 2 < resolution:
         raise ValueError(
             f"the images of {options.data or 'the digits'} are {side} high or wide; less than half of "
-            f"--resolution {resolution} shows nothing."
+            f"--size {resolution} shows nothing."
         )
     top, left = ((length - side) // 2 for length in stack.shape[2:])
     stack = stack[:, :, top : top + side, left : left + side]

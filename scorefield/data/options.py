@@ -18,8 +18,8 @@ class DataOptions:
     file (images, labels); an idx file of the MNIST family, or their folder; a webdataset .tar; a jsonl, csv or
     parquet file; or a Hugging Face dataset. By default handwritten digits. Class names are numbered in
     alphabetical order, unless all of them are numbers."""
-    resolution: int | None = None
-    """Height and width to train at, in pixels. By default those of the first image."""
+    size: int = 0
+    """Height and width to train at, in pixels. 0 means those of the first image."""
     channels: Literal["auto", "grey", "rgb"] = "auto"
     """Colours of the images. auto takes those of the first image."""
     crop: Literal["center", "random"] = "center"

@@ -145,7 +145,7 @@ def load_features(folder: Path, data: ImageSet) -> Classifier:
     if (network.facts.channels, network.facts.resolution) != data.shape[:2]:
         raise ValueError(
             f"--features {folder} are of {network.facts.channels} channels at {network.facts.resolution}; "
-            f"the images are {data.shape}. Train features on the same --data and --resolution."
+            f"the images are {data.shape}. Train features on the same --data and --size."
         )
     return network
 
