@@ -9,7 +9,7 @@ Everything is named by strings and imported on demand: ``--help`` and a typo are
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -100,7 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     name = words[0] if words[0] in COMMANDS else " ".join(words[:2])
     if name not in COMMANDS:
-        _refuse(words, [command for command in COMMANDS if command.split()[0] == words[0]])
+        related = [command for command in COMMANDS if command.split()[0] == words[0]]
+        if related and words[1:2] in (["-h"], ["--help"]):
+            print(overview(related))
+            return
+        _refuse(words, related)
     _run(name, COMMANDS[name], words[len(name.split()) :])
 
 
@@ -173,10 +177,11 @@ def described(name: str, presets: Mapping[str, Callable[[], Any]]) -> str:
     return "\n".join([f"Presets (scorefield {name} PRESET ...):", *lines])
 
 
-def overview() -> str:
-    """Return the list of commands."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.title}" for name, command in COMMANDS.items()]
+def overview(names: Collection[str] = ()) -> str:
+    """Return the list of commands, or of those with some ``names``."""
+    names = names or COMMANDS
+    width = max(map(len, names))
+    lines = [f"  {name:{width}}  {COMMANDS[name].title}" for name in names]
     before = (
         "usage: scorefield COMMAND [PRESET] [OPTIONS]",
         "",

@@ -107,3 +107,10 @@ def test_wrong_values_are_refused_before_torch_is_imported(tmp_path):
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir()), "nothing is written"
     assert result.stderr.count("error: ") >= len(WRONG) - 1
+
+
+@pytest.mark.parametrize("ask", ["-h", "--help"])
+def test_a_word_that_several_commands_begin_with_has_a_help_of_its_own(capsys, ask):
+    cli.main(["toyworld", ask])
+    said = capsys.readouterr().out
+    assert "toyworld evaluate" in said and "toyworld students" in said and "distill" not in said
