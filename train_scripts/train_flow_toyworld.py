@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from train_toyworld import averaged, latents_of
+from train_toyworld import Renders, averaged, latents_of
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from scorefield import NetworkDenoiser, RectifiedFlow
@@ -37,7 +37,7 @@ from scorefield.sampling import grid, sample
 from scorefield.times import logit_normal
 from scorefield.training.identity import binding, check_earlier, identity, note_identity
 from scorefield.training.loop import EMA, Phase
-from scorefield.training.options import RunOptions, check_numbers, check_run
+from scorefield.training.options import check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 from toyworld import pipeline_folder
 from toyworld.camera import VIEWS
@@ -61,15 +61,11 @@ TEMPLATE = "{% for message in messages %}" + START + "{{ message['content'] }}" 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions):
+class Config(Renders):
     """Train a flow transformer of the toy world."""
-
-    results: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     out: Path = Path("runs/flow-toyworld")
     """Folder for renders, latents, checkpoints, logs and the finished pipeline."""
-    num_images: int = 30_000
-    """Renders to learn from: scenes 0 to this, less one."""
     steps: int = 2400
     """Iterations."""
     batch_size: int = 32
@@ -79,20 +75,8 @@ class Config(RunOptions):
     layers: int = 6
     """Blocks of the transformer, beside one that refines the image and one that refines the text; up to
     24."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    caption_dropout: float = 0.1
-    """Share of empty captions, so that the model can be guided."""
-    part_dropout: float = 0.2
-    """Share of captions that leave out the background, and, drawn apart, the view."""
-    ema_decay: float = 0.999
-    """Decay of the averaged weights, which are the ones that are saved."""
-    precision: Literal["no", "bf16"] = "bf16"
-    """Autocast precision; weights stay float32."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down."""
-    save_every: int = 500
-    """Iterations between checkpoints and sample grids."""
 
 
 def main(config: Config) -> Path:

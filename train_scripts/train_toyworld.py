@@ -43,29 +43,15 @@ from toyworld.renders import World, draw_captions, make_world
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions):
-    """Train the toy world's text-to-image pipeline."""
+class Renders(RunOptions):
+    """Renders with captions, and how a pipeline learns from them."""
 
     results: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    out: Path = Path("runs/toyworld")
-    """Folder for renders, checkpoints, logs and the finished pipeline."""
     num_images: int = 30_000
     """Number of renders to train on: scenes 0 to num_images - 1."""
-    steps: int = 4500
-    """Iterations of text encoder and UNet."""
-    vae_steps: int = 4000
-    """Iterations of the autoencoder."""
-    batch_size: int = 64
-    """Latents with captions per micro-batch."""
-    vae_batch_size: int = 16
-    """Images per micro-batch of the autoencoder."""
     learning_rate: float = 1e-3
-    """Peak learning rate of text encoder and UNet."""
-    vae_lr: float = 1e-3
-    """Peak learning rate of the autoencoder."""
-    kl_weight: float = 1e-6
-    """Weight of the latents' KL to N(0, 1), per image, relative to the mean squared error per pixel."""
+    """Peak learning rate of what learns from captions."""
     caption_dropout: float = 0.1
     """Share of captions that are emptied, so that the model can be guided."""
     part_dropout: float = 0.2
@@ -76,6 +62,26 @@ class Config(RunOptions):
     """Autocast precision; weights stay float32."""
     save_every: int = 500
     """Iterations between checkpoints and sample grids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Renders):
+    """Train the toy world's text-to-image pipeline."""
+
+    out: Path = Path("runs/toyworld")
+    """Folder for renders, checkpoints, logs and the finished pipeline."""
+    steps: int = 4500
+    """Iterations of text encoder and UNet."""
+    vae_steps: int = 4000
+    """Iterations of the autoencoder."""
+    batch_size: int = 64
+    """Latents with captions per micro-batch."""
+    vae_batch_size: int = 16
+    """Images per micro-batch of the autoencoder."""
+    vae_lr: float = 1e-3
+    """Peak learning rate of the autoencoder."""
+    kl_weight: float = 1e-6
+    """Weight of the latents' KL to N(0, 1), per image, relative to the mean squared error per pixel."""
 
 
 VAE_OPTIONS = ("vae_steps", "vae_batch_size", "vae_lr", "kl_weight")
