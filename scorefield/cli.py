@@ -8,7 +8,9 @@ Everything is named by strings and imported on demand: ``--help`` and a typo are
 
 import difflib
 import importlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +128,7 @@ def _run(name: str, command: Command, words: list[str]) -> None:
         _say(str(error))
     run = found("scorefield.commands.command:run")
     run(
-        partial(_checked, command), options, "\n\n".join([*description, found(f"{place}:HELP")]),
+        partial(_checked, command), options, "\n\n".join([*description, from_file(found(f"{place}:HELP"))]),
         arguments=words, prog=f"scorefield {name}", default=default,
         folders=found(command.folders) if command.folders else None,
     )  # fmt: skip
@@ -173,8 +175,22 @@ def described(name: str, presets: Mapping[str, Callable[[], Any]]) -> str:
     """Return a list of the presets, for --help."""
     texts = {preset: (make.__doc__ or "").strip().partition("\n")[0] for preset, make in presets.items() if preset}
     width = max(map(len, texts))
-    lines = [f"  {preset:{width}}  {text}" for preset, text in texts.items()]
+    lines = [
+        wrapped(text.replace("``", "`"), f"  {preset:{width}}  ", " " * (width + 4))
+        for preset, text in texts.items()
+    ]
     return "\n".join([f"Presets (scorefield {name} PRESET ...):", *lines])
+
+
+def from_file(text: str) -> str:
+    """Return what --help says of --config; the lines are indented, since the parser joins others."""
+    return "\n".join(["Options from a file:", wrapped(text, "  --config FILE  ", " " * 17)])
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """Return a paragraph in lines as wide as the terminal, as the boxes of options are."""
+    width = max(60, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def overview(names: Collection[str] = ()) -> str:

@@ -116,3 +116,12 @@ def test_a_word_that_several_commands_begin_with_has_a_help_of_its_own(capsys, a
     assert [line.split("  ")[1] for line in said.splitlines() if line.startswith("  ")] == [
         name for name in cli.COMMANDS if name.startswith("toyworld")
     ]
+
+
+def test_a_pipe_that_has_read_enough_is_no_fault():
+    """As of ``scorefield distill --help | head -1``."""
+    words = [sys.executable, "-m", "scorefield", "distill", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

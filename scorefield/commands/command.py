@@ -84,6 +84,11 @@ def run(
         raise
     except Exception as error:
         message, code = _explained(error)
+        if (
+            isinstance(error, BrokenPipeError) and code == 2
+        ):  # of `scorefield ... --help | head`: it has heard enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as of a program that SIGPIPE ends
         if ranks.several:  # torchrun sends it as soon as one of them has ended
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         first = ranks.give_up(code)

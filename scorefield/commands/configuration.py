@@ -18,8 +18,8 @@ from scorefield.files import load_json, read_text
 C = TypeVar("C")
 
 HELP = (
-    "--config FILE takes the values of a JSON or YAML file for defaults, such as the config.json of an earlier "
-    "run. Options that are given beside it count."
+    "Take the values of a JSON or YAML file for defaults, such as the config.json of an earlier run. Options that "
+    "are given beside it count."
 )
 
 OLD_NAMES = {"negative": "negative_prompt", "teacher_size": "size"}
