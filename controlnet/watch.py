@@ -73,7 +73,10 @@ class ControlWatch:
     warned: bool = field(default=False, init=False)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Return the figures of a look, if one is due; also the event, or a warning, in words."""
+        """Take a look if one is due: its figures and picture are logged, the event or a warning is said.
+
+        Returns nothing more to log.
+        """
         every = self.config.eval_every
         if step != self.config.steps and (not every or step % every):
             return {}
@@ -82,14 +85,15 @@ class ControlWatch:
         look, images = take_look(step, self.validation, self.denoiser, self.accelerator)
         if not self.accelerator.is_main_process:
             return {}
-        before = learned_at(self.log.read(before=step))
-        learned = learned_at(self.log.append(look).read())
+        earlier = self.log.read(before=step)
+        before, learned = learned_at(earlier), learned_at([*earlier, look])
         figures = look.figures()
         if learned is not None:
             figures["control/learned_at"] = learned
-        log(self.accelerator, step, {}, contact_sheet(self.validation.probe, images, most=32, side=128))
+        log(self.accelerator, step, figures, contact_sheet(self.validation.probe, images, most=32, side=128))
         self._say(look, learned, new=before is None)
-        return figures
+        self.log.append(look)  # last: a run that is killed before takes the whole look again
+        return {}
 
     def _say(self, look: Evidence, learned: int | None, new: bool) -> None:
         name, standing = next(iter(look.standings.items()))

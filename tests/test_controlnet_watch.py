@@ -65,18 +65,40 @@ def test_a_look_that_was_missed_is_taken_after_resuming_and_no_look_twice(make_w
     scores = dict.fromkeys((50, 100, 150), 0.3)
     watch = make_watch(scores)
     watch(50)
-    assert make_watch(scores, first=50)(50) == {}
+    same = make_watch(scores, first=50)
+    same(50)
+    assert same.taken == []
     late = make_watch(scores, first=100)
-    assert late(100)["control/edge_f1_1px"] == 0.3
-    assert late(150)
+    late(100)
+    late(150)
     assert late.taken == [100, 150]
     assert [look.step for look in late.log.read()] == [50, 100, 150]
     again = make_watch(scores, first=75)  # an older checkpoint: what was seen beyond it is seen anew
-    assert again(75) == {}
-    assert again(100)
+    again(75)
+    again(100)
     assert again.taken == [100]
-    other = EvidenceLog(watch.log.path, "another sampler")
-    assert make_watch(scores, first=100, log=other)(100)
+    other = make_watch(scores, first=100, log=EvidenceLog(watch.log.path, "another sampler"))
+    other(100)
+    assert other.taken == [100]
+
+
+def test_a_look_is_recorded_once_its_figures_and_its_picture_are_logged(make_watch, monkeypatch):
+    """A run that is killed in between finds no record, and takes the look again."""
+    logged = []
+
+    def killed(accelerator, step, scalars, images):
+        logged.append((step, scalars["control/edge_f1_1px"], images.shape[0]))
+        raise KeyboardInterrupt
+
+    watch = make_watch({50: 0.3})
+    with monkeypatch.context() as patch:
+        patch.setattr(control_watch, "log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            watch(50)
+    assert [(step, value) for step, value, _ in logged] == [(50, 0.3)]
+    assert watch.log.read() == []
+    watch(50)
+    assert [look.step for look in watch.log.read()] == [50]
 
 
 def test_looks_are_known_by_all_that_they_must_have_in_common():
