@@ -48,7 +48,7 @@ class TaskOptions:
     """Mirror each sample with probability 1/2."""
     latents: Literal["auto", "sampled", "mean"] = "auto"
     """How latents come from the autoencoder's posterior. auto: as the teacher was trained, which for toyworld is
-    on means; a sample there is mostly noise."""
+    on means."""
     prompt_drop: float = 0.5
     """Share of samples whose prompt is dropped, drawn anew in each epoch."""
     hint_drop: float = 0.0

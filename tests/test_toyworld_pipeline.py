@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from scorefield.metrics import extract_features, frechet_distance
 from scorefield.models.teacher import load_teacher
@@ -17,6 +18,7 @@ from toyworld import pipeline_folder
 from toyworld.captions import Attributes, caption
 from toyworld.data import HELD_OUT
 from toyworld.judge import accuracies, as_pictures, load_judge, render_pictures
+from toyworld.parts import without_spread
 
 GUIDANCE = 3.0  # as its README says
 
@@ -62,6 +64,24 @@ def test_the_folder_is_small_safe_and_described():
     for word in ("train_toyworld.py", "seed", "hours", "guidance", "Fréchet"):
         assert word in card, word
     assert f"guidance {GUIDANCE:g}" in card
+
+
+def test_what_training_scripts_sample_of_an_image_is_its_mean():
+    """Stock scripts learn from samples of the posterior; the UNet was trained on the means."""
+    vae = AutoencoderKL.from_pretrained(pipeline_folder() / "vae")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+    drawn = posterior.sample(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, posterior.mode(), rtol=0, atol=1e-5)
+    assert posterior.mode().std() > 0.3
+    free = AutoencoderKL(latent_channels=4, norm_num_groups=1, block_out_channels=(8,)).eval()
+    pixels = images[..., :8, :8]
+    with torch.no_grad():
+        mean = free.encode(pixels).latent_dist.mode()
+        told = without_spread(free).encode(pixels).latent_dist
+    assert told.mode().equal(mean)
+    assert told.std.max() < 1e-6
 
 
 def test_stock_diffusers_draws_what_it_is_asked(tmp_path):

@@ -43,7 +43,7 @@ from toyworld import pipeline_folder
 from toyworld.camera import VIEWS
 from toyworld.captions import Attributes, caption, describe
 from toyworld.data import draw_scenes
-from toyworld.parts import make_merges
+from toyworld.parts import make_merges, without_spread
 from toyworld.renders import World, draw_captions, rendered
 from toyworld.scene import BACKGROUNDS, COLOURS, SHAPES
 
@@ -258,7 +258,7 @@ def save_pipeline(
     """
     vae.register_to_config(shift_factor=0.0)  # which Z-Image's pipeline adds
     pipeline: Any = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.half(), text_encoder=text_encoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=without_spread(vae).half(), text_encoder=text_encoder,
         tokenizer=tokenizer, transformer=transformer.half(),
     )  # fmt: skip
     with whole_folder(folder) as temporary:
