@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scripts", "benchmarks", "tests", "docs")
+COPIED = (
+    *("scorefield", "distill", "sds", "controlnet", "attack", "toyworld"),
+    *("train_scripts", "benchmarks", "tests", "docs"),
+)
 HEAVY = (
     "torch",
     "torchvision",

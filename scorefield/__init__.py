@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from scorefield.gradient import ScoreGradient as ScoreGradient
     from scorefield.gradient import denoising_loss as denoising_loss
     from scorefield.gradient import inject as inject
+    from scorefield.guidance import classifier_guided as classifier_guided
     from scorefield.guidance import guided as guided
     from scorefield.schedule import Karras as Karras
     from scorefield.schedule import RectifiedFlow as RectifiedFlow
@@ -44,7 +45,7 @@ _PLACES = {
     ),
     "exact": ("EmpiricalDistribution", "GaussianMixture"),
     "gradient": ("ScoreDistillation", "ScoreGradient", "denoising_loss", "inject"),
-    "guidance": ("guided",),
+    "guidance": ("classifier_guided", "guided"),
     "schedule": ("Karras", "RectifiedFlow", "Schedule", "VariancePreserving"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

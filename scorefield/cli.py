@@ -65,6 +65,11 @@ COMMANDS = {
         "controlnet.options:Config", "controlnet.recipe:main", presets="controlnet.options:PRESETS",
         check="controlnet.options:check",
     ),
+    "attack": Command(
+        "Attack an image classifier, also through purification by a diffusion model (PGD, Diff-PGD).",
+        "attack.options:Attack", "attack.recipe:main", presets="attack.options:PRESETS",
+        check="attack.options:check",
+    ),
     "sample": Command(
         "Draw images from a teacher or a student.",
         "scorefield.commands.options:Sample", "scorefield.commands.sample:main",

@@ -1,6 +1,6 @@
 """Guidance: a denoiser made from a denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,6 +123,76 @@ def perpendicular(
             f"{tuple(torch.as_tensor(weights).shape)}."
         )
     return Perpendicular(denoiser, scale, null, tuple(negatives), table)
+
+
+LogProbability = Callable[[Tensor, Tensor, Cond], Tensor]
+"""(x_t, t, cond) -> (b,) log p(y | x_t) of what ``cond`` asks for, differentiable in x_t."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierGuided:
+    """Guidance by the gradient of a classifier of noisy images; see :func:`classifier_guided`."""
+
+    denoiser: Denoiser
+    classifier: LogProbability
+    scale: float
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Images, t: PerSample, cond: Cond) -> Tensor:
+        """Return the guided clean image, from one call of the denoiser and one gradient of the classifier."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if bool((alpha == 0).any()):
+            raise ValueError(
+                "classifier guidance is undefined where alpha(t) = 0: pure noise has no gradient towards a class. "
+                "Start the grid below it, with grid(schedule, num_steps, high=0.99)."
+            )
+        x0 = self.denoiser(x_t, t, cond)
+        differentiable = torch.is_grad_enabled() and x_t.requires_grad
+        with torch.enable_grad():
+            x = x_t if differentiable else x_t.detach().requires_grad_()
+            log_probability = self.classifier(x, t, cond)
+            if log_probability.shape != t.shape:
+                raise ValueError(
+                    f"the classifier must return log p(y | x_t) of each sample, ({len(x)},); got "
+                    f"{tuple(log_probability.shape)}. Pick the wanted class, as class_log_probability does."
+                )
+            (gradient,) = torch.autograd.grad(log_probability.sum(), x, create_graph=differentiable)
+        return x0 + per_sample(self.scale * sigma**2 / alpha, x0) * gradient.to(x0.dtype)
+
+
+def classifier_guided(denoiser: Denoiser, classifier: LogProbability, scale: float) -> Denoiser:
+    """Classifier guidance: x0 + scale (sigma^2 / alpha) grad log p(y | x_t).
+
+    It is Dhariwal and Nichol's eps - scale sigma grad log p (arXiv 2105.05233, Algorithm 2) in x0, on any
+    schedule. With an unconditional denoiser and the true p(y | x_t), scale 1 is E[x0 | x_t, y] by Bayes' rule.
+    A strong scale attacks the classifier as much as it draws the class: read the accuracy of another classifier.
+
+    Args:
+        denoiser: unconditional, or of other conditions; it is called with the whole ``cond``, in which
+            ``Conditioned`` can fix the null label.
+        classifier: of noisy images at time t; one that was trained on clean images misleads.
+        scale: 0 means none, and costs no gradient; 1 is Bayes' rule.
+
+    Returns:
+        ``denoiser`` itself at scale 0.
+    """
+    return denoiser if scale == 0 else ClassifierGuided(denoiser, classifier, scale)
+
+
+def class_log_probability(
+    network: Callable[[Tensor, Tensor], Tensor], key: str = "class_labels"
+) -> LogProbability:
+    """Return log p(y | x_t) of the labels in ``cond[key]``, from a network (x_t, t) -> logits (b, classes)."""
+
+    def log_probability(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        labels = expand_cond({key: cond[key]}, len(x_t))[key].to(x_t.device)
+        return network(x_t, t).log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+    return log_probability
 
 
 def _lengths(flow: Images, norm: Norm) -> Tensor:

@@ -13,6 +13,9 @@ FUNCTIONS = {
     "images digits": "toyworld.digits:training_images",
     "prompts toyworld": "toyworld.renders:world_texts",
     "judge toyworld": "toyworld.bench:text_watch",
+    "classifier toyworld": "toyworld.attacked:shape_classifier",
+    "attacked toyworld": "toyworld.attacked:shape_images",
+    "shapes toyworld": "toyworld.attacked:shape_names",
     "control toyworld": "toyworld.control:solids",
     "control circles": "toyworld.control:circles",
 }

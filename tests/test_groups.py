@@ -22,7 +22,10 @@ def presets_of(command):
 PRESETS = [(name, preset) for name, found in cli.COMMANDS.items() if found.presets for preset in presets_of(name)]
 
 WRONG = [
-    "distill --gan-weight -1", "distill --ratio-range 3 2", "distill --prompts p.txt --channels grey",
+    "attack", "attack toyworld --steps 0", "attack toyworld --epsilon -8", "attack toyworld --evaluations 1",
+    "attack toyworld --region 0.5 0 0.2 1", "attack toyworld --strength 2", "attack --classifier a:b --data c",
+    "attack toyworld --epsilon 8 8", "distill --gan-weight -1", "distill --ratio-range 3 2",
+    "distill --prompts p.txt --channels grey",
     "sds toyworld", "sds toyworld mug --guidance -1:2", "sds toyworld mug --overhead 9",
     "sds toyworld mug --compile",
     "control toyworld-canny --prompt-drop 2", "control", "sample --teacher toyworld --steps 0",

@@ -21,7 +21,7 @@ IDENTITY = "identity.json"
 PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
-PACKAGES = ("scorefield", "distill", "sds", "controlnet", "toyworld")
+PACKAGES = ("scorefield", "distill", "sds", "controlnet", "attack", "toyworld")
 
 
 def check_ranks(config: Any, accelerator: Accelerator) -> None:
