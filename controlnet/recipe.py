@@ -49,6 +49,7 @@ from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
+from scorefield.models.quantize import count_weights, stored_weights
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
 from scorefield.randomness import derived_generator
@@ -89,7 +90,7 @@ def main(config: Config) -> Path:
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    own = identity(config, accelerator, {**inputs, "base": fingerprint(teacher.denoiser.network.parameters())})
+    own = identity(config, accelerator, {**inputs, "base": fingerprint(stored_weights(teacher.denoiser.network))})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -127,7 +128,7 @@ def main(config: Config) -> Path:
 def plan(config: Config) -> Path:
     """Print what a run would hold and do; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as nowhere:
-        teacher, task = load(replace(config, cache=Path(nowhere)), None)
+        teacher, task = load(replace(config, cache=Path(nowhere), quantize="no"), None)
     network, adapter = teacher.denoiser.network, make_adapter(config, teacher, task)
     start_from(config, teacher, adapter)
     freeze_base(config, network)
@@ -139,7 +140,10 @@ def plan(config: Config) -> Path:
 
 
 def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task]:
-    """Teacher, in float32, and samples, on the device of the ranks, which share the check of the files."""
+    """Teacher, in float32 unless it is rounded, and samples, on the device of the ranks.
+
+    The ranks share the check of the files.
+    """
     rank, num_ranks, device = 0, 1, torch.device("cpu")
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -147,7 +151,8 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
     with working("loading the teacher"):
         teacher = load_teacher(
             config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
-            allow_pickle=config.allow_pickle, variant=config.variant or None,
+            allow_pickle=config.allow_pickle, variant=config.variant or None, rounding=config.quantize,
+            dtype=torch.bfloat16 if is_rounded_in_half(config, device) else torch.float32, vae_dtype=torch.float32,
         )  # fmt: skip
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
@@ -157,6 +162,11 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
         fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
     )  # fmt: skip
     return teacher, task
+
+
+def is_rounded_in_half(config: Config, device: torch.device) -> bool:
+    """Return whether the teacher is read in bf16 before it is rounded: on a GPU that computes in bf16."""
+    return config.quantize != "no" and config.precision == "bf16" and device.type != "cpu"
 
 
 def shapes_for(teacher: Teacher) -> list[Shape]:
@@ -219,9 +229,22 @@ def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
     if config.adapter == "lora":
         rank, generator = config.lora_rank, derived_generator("control lora", config.seed)
         return control_lora(teacher, rank=rank, generator=generator)
+    source = teacher.denoiser if config.quantize == "no" else unrounded(config)
     if is_transformer:
-        return copy_transformer(teacher)
-    return copy_encoder(teacher.denoiser, hint_channels=task.hint.channels, factor=teacher.codec.factor)
+        return copy_transformer(teacher, source)
+    return copy_encoder(source, hint_channels=task.hint.channels, factor=teacher.codec.factor)
+
+
+def unrounded(config: Config) -> NetworkDenoiser:
+    """Return the teacher's network with its own weights, read again, on the CPU.
+
+    A ControlNet learns all weights of its copy, which so starts from what the teacher was published with.
+    """
+    with working("reading the weights to copy"):
+        return load_teacher(
+            config.teacher, size=config.size or None, allow_pickle=config.allow_pickle,
+            variant=config.variant or None,
+        ).denoiser  # fmt: skip
 
 
 def make_batches(
@@ -258,8 +281,12 @@ def make_batches(
 
 
 def freeze_base(config: Config, network: nn.Module) -> None:
-    """Freeze the base, in bf16 if that is what is computed in, unless a part of it is to learn."""
-    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+    """Freeze the base, in bf16 if that is what is computed in, unless a part of it is to learn.
+
+    One that is rounded stays in the precision that it was read in, which its rounded layers compute in.
+    """
+    keep = config.unlocked or config.quantize != "no"
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not keep else None)
 
 
 def make_denoiser(
@@ -315,7 +342,8 @@ def facts(
     images_per_step: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what a card says of the training."""
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    sizes = [count_weights(part)[0] for part in (denoiser.adapter, denoiser.base.network)]
+    rounded = {} if config.quantize == "no" else {"weights of the base": f"rounded to {config.quantize}"}
     return {
         "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels"
         + (", in buckets of that area" if config.buckets else ""),
@@ -325,7 +353,7 @@ def facts(
         "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
         "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
         + ("trained too" if config.unlocked else "frozen"),
-        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
+        **rounded, "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
     }  # fmt: skip
 
 

@@ -75,6 +75,11 @@ def stored(weight: Any) -> list[Tensor]:
     return [weight]
 
 
+def stored_weights(network: nn.Module) -> list[Tensor]:
+    """Return the tensors that hold the weights of a network, as :func:`stored` has them, for fingerprints."""
+    return [part for parameter in network.parameters() for part in stored(parameter)]
+
+
 def dequantized(layer: nn.Module) -> nn.Module:
     """Return a linear layer with the weights that a rounded one computes with; any other layer as it is."""
     weight: Any = getattr(layer, "weight", None)
