@@ -28,6 +28,7 @@ from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
+from controlnet.passes import predicted_passes, shape_of
 from controlnet.samples import Pictures
 from controlnet.tasks import Task, load_task
 from controlnet.training import ALL_TIMES, adamw, compile_lightly, control_phase, lighten, unlock, with_weights
@@ -56,8 +57,11 @@ from scorefield.randomness import derived_generator
 from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
+from scorefield.training.launcher import has_gpu
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
+
+Adapter = EncoderCopy | TransformerCopy | ControlLoRA
 
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""
@@ -82,6 +86,8 @@ def main(config: Config) -> Path:
     begun_from = start_from(config, teacher, adapter)
     inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = encode_captions(teacher, task, accelerator)
+    if waits(config, adapter) and isinstance(teacher.codec, Codec):
+        teacher = replace(teacher, codec=teacher.codec.waiting())
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
         calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
@@ -129,14 +135,29 @@ def plan(config: Config) -> Path:
     """Print what a run would hold and do; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as nowhere:
         teacher, task = load(replace(config, cache=Path(nowhere), quantize="no"), None)
-    network, adapter = teacher.denoiser.network, make_adapter(config, teacher, task)
+        cond = {name: value.cpu() for name, value in teacher.prompts([""]).items()}
+    plain, gpu = replace(config, quantize="no"), has_gpu()
+    shape = shape_of(teacher)
+    passes = predicted_passes(config, shape, make_adapter(plain, shape, task), cond, gpu=gpu)
+    network, adapter = teacher.denoiser.network, make_adapter(plain, teacher, task)
     start_from(config, teacher, adapter)
-    freeze_base(config, network)
+    freeze_base(plain, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
     roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    if isinstance(teacher.codec, Codec) and not waits(config, adapter):
+        roles["autoencoder"] = teacher.codec.vae
     before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
-    show_plan(config, roles, {"adapter": config.steps}, before)
+    rounded = {"teacher": config.quantize}
+    show_plan(config, roles, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
     return config.out
+
+
+def waits(config: Config, adapter: Adapter) -> bool:
+    """Return whether the autoencoder waits on the CPU: where memory is short, and it is not asked in each step.
+
+    Adapters of transformers encode the hints of each step.
+    """
+    return config.quantize != "no" and isinstance(adapter, EncoderCopy)
 
 
 def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task]:
@@ -207,9 +228,6 @@ def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> T
         if isinstance(teacher.negatives, PromptEncoder):  # of families that encode negative prompts otherwise
             share_prompts(teacher.negatives, [""], rank=rank, num_ranks=accelerator.num_processes)
     return teacher.without_text_encoders()
-
-
-Adapter = EncoderCopy | TransformerCopy | ControlLoRA
 
 
 def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:

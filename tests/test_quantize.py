@@ -26,7 +26,15 @@ from scorefield.cli import main
 from scorefield.denoiser import freeze
 from scorefield.models import quantize as module
 from scorefield.models.lora import Twin, merged, shared_backbone
-from scorefield.models.quantize import count_weights, dequantized, is_quantized, quantize
+from scorefield.models.quantize import (
+    count_weights,
+    dequantized,
+    is_quantized,
+    outlined,
+    planned_weights,
+    quantize,
+    unpacked,
+)
 from scorefield.models.teacher import load_teacher
 
 
@@ -104,6 +112,22 @@ def test_bytes_are_counted_with_the_scales(how):
     rounded = 3 * 512 * 512
     assert number == sum(parameter.numel() for parameter in Blocks(width=512, depth=3).parameters())
     assert size == pytest.approx(4 * (number - rounded) + rounded * BITS[how] / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_foretold_by_shapes_alone(how, dtype):
+    """Codes, scales of 64 weights in 8 bits, scales of these and tables: of sizes that do not divide, too."""
+    for width in (64, 72, 512):
+        outline = freeze(Blocks(width=width).to("meta"), dtype)
+        real = quantize(freeze(Blocks(width=width), dtype), how)
+        assert planned_weights(outline, how) == count_weights(real)
+        size = width * width * dtype.itemsize
+        assert unpacked(outline, how) == unpacked(real) == size
+        again = outlined(real)
+        shapes = [(name, x.shape, x.dtype, x.device) for name, x in again.named_parameters()]
+        assert shapes == [(name, x.shape, x.dtype, x.device) for name, x in outline.named_parameters()]
+    assert planned_weights(outline, "no") == count_weights(outline)
 
 
 @pytest.mark.parametrize("how", HOW)
