@@ -7,8 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from scorefield.choices import Kind, LongPrompts, OnBadData
-from scorefield.training.options import LoadOptions, RunOptions, check_init_from, check_numbers, check_run
+from scorefield.choices import Kind, LongPrompts, OnBadData, Quantize
+from scorefield.training.options import (
+    LoadOptions,
+    RunOptions,
+    check_init_from,
+    check_numbers,
+    check_quantize,
+    check_run,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,9 @@ class Adapter:
     a FLUX.1 teacher's own layers, of which the first takes the hint as further channels."""
     lora_rank: int = 64
     """Rank of a control LoRA."""
+    quantize: Quantize = "no"
+    """Round the weights of the frozen teacher to 4 bits (needs bitsandbytes) or 8 (needs torchao), for memory. The
+    adapter is not rounded."""
     init_from: str = ""
     """Folder of a finished adapter, or name of a ControlNet online, to start from."""
     learning_rate: float = 1e-5
@@ -253,9 +263,24 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--recompute-levels must be at least 0, and None without --gradient-checkpointing; got {levels}."
         )
+    check_quantized(config)
     if config.cache is not None and any(path.is_file() for path in (config.cache, *config.cache.parents)):
         raise ValueError(f"--cache {config.cache} is a file, or inside of one; name a folder.")
     if not config.hint:
         raise ValueError("--hint is missing. Pass canny, another hint that --help names, or a map of the samples.")
     if not config.teacher or not config.data:
         raise ValueError("--teacher and --data are missing. Pass both, or begin with a preset: toyworld-canny.")
+
+
+def check_quantized(config: Config) -> None:
+    """Raise ``ValueError`` for a ``--quantize`` that cannot be, or beside options that it excludes."""
+    check_quantize(config.quantize)
+    if config.quantize == "no":
+        return
+    if config.unlocked:
+        raise ValueError(
+            "--unlocked trains the teacher's decoder, and weights that --quantize rounds cannot learn. Leave out "
+            "one of the two."
+        )
+    if config.compile:
+        raise ValueError("--compile was not made to work with rounded weights. Leave out --compile or --quantize.")

@@ -28,6 +28,7 @@ from controlnet.evidence import Validation
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
+from controlnet.passes import predicted_passes, shape_of
 from controlnet.samples import Pictures
 from controlnet.tasks import Task, load_task
 from controlnet.training import ALL_TIMES, adamw, compile_lightly, control_phase, lighten, unlock, with_weights
@@ -49,14 +50,18 @@ from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
+from scorefield.models.quantize import count_weights, stored_weights
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
 from scorefield.randomness import derived_generator
 from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
+from scorefield.training.launcher import has_gpu
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import cosine, fit, resume, show_plan, start
+
+Adapter = EncoderCopy | TransformerCopy | ControlLoRA
 
 CALIBRATE_BY = 32
 """Hints of training samples that an embedding is calibrated by."""
@@ -81,6 +86,8 @@ def main(config: Config) -> Path:
     begun_from = start_from(config, teacher, adapter)
     inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = encode_captions(teacher, task, accelerator)
+    if waits(config, adapter) and isinstance(teacher.codec, Codec):
+        teacher = replace(teacher, codec=teacher.codec.waiting())
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
         calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
@@ -89,7 +96,7 @@ def main(config: Config) -> Path:
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    own = identity(config, accelerator, {**inputs, "base": fingerprint(teacher.denoiser.network.parameters())})
+    own = identity(config, accelerator, {**inputs, "base": fingerprint(stored_weights(teacher.denoiser.network))})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -127,19 +134,37 @@ def main(config: Config) -> Path:
 def plan(config: Config) -> Path:
     """Print what a run would hold and do; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as nowhere:
-        teacher, task = load(replace(config, cache=Path(nowhere)), None)
-    network, adapter = teacher.denoiser.network, make_adapter(config, teacher, task)
+        teacher, task = load(replace(config, cache=Path(nowhere), quantize="no"), None)
+        cond = {name: value.cpu() for name, value in teacher.prompts([""]).items()}
+    plain, gpu = replace(config, quantize="no"), has_gpu()
+    shape = shape_of(teacher)
+    passes = predicted_passes(config, shape, make_adapter(plain, shape, task), cond, gpu=gpu)
+    network, adapter = teacher.denoiser.network, make_adapter(plain, teacher, task)
     start_from(config, teacher, adapter)
-    freeze_base(config, network)
+    freeze_base(plain, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
     roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    if isinstance(teacher.codec, Codec) and not waits(config, adapter):
+        roles["autoencoder"] = teacher.codec.vae
     before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
-    show_plan(config, roles, {"adapter": config.steps}, before)
+    rounded = {"teacher": config.quantize}
+    show_plan(config, roles, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
     return config.out
 
 
+def waits(config: Config, adapter: Adapter) -> bool:
+    """Return whether the autoencoder waits on the CPU: where memory is short, and it is not asked in each step.
+
+    Adapters of transformers encode the hints of each step.
+    """
+    return config.quantize != "no" and isinstance(adapter, EncoderCopy)
+
+
 def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task]:
-    """Teacher, in float32, and samples, on the device of the ranks, which share the check of the files."""
+    """Teacher, in float32 unless it is rounded, and samples, on the device of the ranks.
+
+    The ranks share the check of the files.
+    """
     rank, num_ranks, device = 0, 1, torch.device("cpu")
     if accelerator is not None:
         rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -147,7 +172,8 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
     with working("loading the teacher"):
         teacher = load_teacher(
             config.teacher, size=config.size or None, device=device, cache=config.cache / "prompts",
-            allow_pickle=config.allow_pickle, variant=config.variant or None,
+            allow_pickle=config.allow_pickle, variant=config.variant or None, rounding=config.quantize,
+            dtype=torch.bfloat16 if is_rounded_in_half(config, device) else torch.float32, vae_dtype=torch.float32,
         )  # fmt: skip
     if teacher.codec is None or teacher.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; pass a text-to-image pipeline.")
@@ -157,6 +183,11 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
         fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
     )  # fmt: skip
     return teacher, task
+
+
+def is_rounded_in_half(config: Config, device: torch.device) -> bool:
+    """Return whether the teacher is read in bf16 before it is rounded: on a GPU that computes in bf16."""
+    return config.quantize != "no" and config.precision == "bf16" and device.type != "cpu"
 
 
 def shapes_for(teacher: Teacher) -> list[Shape]:
@@ -199,9 +230,6 @@ def encode_captions(teacher: Teacher, task: Task, accelerator: Accelerator) -> T
     return teacher.without_text_encoders()
 
 
-Adapter = EncoderCopy | TransformerCopy | ControlLoRA
-
-
 def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
     """Return a fresh adapter for the hints of the task.
 
@@ -219,9 +247,22 @@ def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
     if config.adapter == "lora":
         rank, generator = config.lora_rank, derived_generator("control lora", config.seed)
         return control_lora(teacher, rank=rank, generator=generator)
+    source = teacher.denoiser if config.quantize == "no" else unrounded(config)
     if is_transformer:
-        return copy_transformer(teacher)
-    return copy_encoder(teacher.denoiser, hint_channels=task.hint.channels, factor=teacher.codec.factor)
+        return copy_transformer(teacher, source)
+    return copy_encoder(source, hint_channels=task.hint.channels, factor=teacher.codec.factor)
+
+
+def unrounded(config: Config) -> NetworkDenoiser:
+    """Return the teacher's network with its own weights, read again, on the CPU.
+
+    A ControlNet learns all weights of its copy, which so starts from what the teacher was published with.
+    """
+    with working("reading the weights to copy"):
+        return load_teacher(
+            config.teacher, size=config.size or None, allow_pickle=config.allow_pickle,
+            variant=config.variant or None,
+        ).denoiser  # fmt: skip
 
 
 def make_batches(
@@ -258,8 +299,12 @@ def make_batches(
 
 
 def freeze_base(config: Config, network: nn.Module) -> None:
-    """Freeze the base, in bf16 if that is what is computed in, unless a part of it is to learn."""
-    freeze(network, torch.bfloat16 if config.precision == "bf16" and not config.unlocked else None)
+    """Freeze the base, in bf16 if that is what is computed in, unless a part of it is to learn.
+
+    One that is rounded stays in the precision that it was read in, which its rounded layers compute in.
+    """
+    keep = config.unlocked or config.quantize != "no"
+    freeze(network, torch.bfloat16 if config.precision == "bf16" and not keep else None)
 
 
 def make_denoiser(
@@ -315,7 +360,8 @@ def facts(
     images_per_step: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what a card says of the training."""
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (denoiser.adapter, denoiser.base.network)]
+    sizes = [count_weights(part)[0] for part in (denoiser.adapter, denoiser.base.network)]
+    rounded = {} if config.quantize == "no" else {"weights of the base": f"rounded to {config.quantize}"}
     return {
         "data": f"{task.source}, {len(task.training):,} samples of {teacher.size[1]} x {teacher.size[0]} pixels"
         + (", in buckets of that area" if config.buckets else ""),
@@ -325,7 +371,7 @@ def facts(
         "min-SNR gamma": config.min_snr or "none", "decay of the averaged weights": config.ema_decay,
         "parameters": f"{sizes[0]:,} beside {sizes[1]:,} of the base, its decoder "
         + ("trained too" if config.unlocked else "frozen"),
-        "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
+        **rounded, "seed": config.seed, **{name: report[name] for name in ("seconds",) if name in report},
     }  # fmt: skip
 
 

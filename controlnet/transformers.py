@@ -151,14 +151,19 @@ def has_control(base: NetworkDenoiser) -> bool:
     return isinstance(base.network, DiffusersNetwork) and base.network.control is not None
 
 
-def copy_transformer(teacher: Teacher) -> TransformerCopy:
+def copy_transformer(teacher: Teacher, source: NetworkDenoiser | None = None) -> TransformerCopy:
     """Return a fresh ControlNet for a transformer, float32, on its device; copy before it is cast to bf16.
 
-    Raises ``ValueError`` for a network that has none, and for one that diffusers' class cannot copy.
+    Args:
+        teacher: that is controlled.
+        source: the same with weights that are not rounded, which are copied; None: those of ``teacher``.
+
+    Raises:
+        ValueError: a network that has none, or one that diffusers' class cannot copy.
     """
     network, control = controlled_network(teacher.denoiser)
     assert isinstance(teacher.codec, Codec)
-    model: Any = control.make(network.model)
+    model: Any = control.make(network.model if source is None else controlled_network(source)[0].model)
     return TransformerCopy(model.requires_grad_(True).train(), control, Shared(teacher.codec, network.model))
 
 

@@ -16,6 +16,9 @@ from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.models.networks import image_activations
 from scorefield.schedule import Images, PerSample
 
+WIDEST = 1280
+"""Channels of a discriminator's head at most: the bottleneck of Stable Diffusion and SDXL."""
+
 
 class Critic(nn.Module):
     """A network that also returns logits: forward(...) -> (prediction, logits).
@@ -118,6 +121,9 @@ def _first(output: Any) -> Tensor:
 def discriminator_head(channels: int, size: int = 1) -> nn.Module:
     """Logits from bottleneck features: DMD2's stack of strided 4 x 4 convolutions, or an MLP for vectors.
 
+    DMD2's is as wide as the features, which are 1,280 at most. Wider ones, a transformer's, are brought to that
+    width first: at FLUX's 3,072 the stack would have 600 to 750 million weights, more than two LoRAs together.
+
     Args:
         channels: of the features, (b, channels) or (b, channels, height, width).
         size: the smaller of height and width; 1 means features without space.
@@ -131,7 +137,8 @@ def discriminator_head(channels: int, size: int = 1) -> nn.Module:
             nn.Linear(128, 1),
             nn.Flatten(0),
         )
-    layers: list[nn.Module] = []
+    layers: list[nn.Module] = [nn.Conv2d(channels, WIDEST, 1)] if channels > WIDEST else []
+    channels = min(channels, WIDEST)
     while size >= 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(1, channels), nn.SiLU()]
         size //= 2

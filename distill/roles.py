@@ -129,12 +129,25 @@ def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]
     return student.requires_grad_(True), fake.requires_grad_(True)
 
 
-def build_text_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
-    """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights."""
-    name, head = "", None
-    if config.gan_weight:
-        name, channels, size = probe(teacher, config.bottleneck)
-        head = discriminator_head(channels, size).to(teacher.device)
+def critic_of(config: Config, teacher: Teacher) -> tuple[str, nn.Module | None]:
+    """Return the layer that a critic listens to, and its head; none without a GAN term. The network is asked once.
+
+    Raises ``ValueError`` as ``adversarial.probe_bottleneck`` does.
+    """
+    if not config.gan_weight:
+        return "", None
+    name, channels, size = probe(teacher, config.bottleneck)
+    return name, discriminator_head(channels, size).to(teacher.device)
+
+
+def build_text_roles(
+    config: Config, teacher: Teacher, critic: tuple[str, nn.Module | None]
+) -> tuple[nn.Module, nn.Module]:
+    """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights.
+
+    ``critic`` is of :func:`critic_of`.
+    """
+    name, head = critic
     if config.lora:
         roles = shared_backbone(
             teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None,

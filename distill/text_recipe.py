@@ -1,7 +1,7 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import Initial, initial_weights
 from distill.options import Config
+from distill.passes import predicted_passes
 from distill.roles import (
     build_method,
     build_text_roles,
     check_rounding,
+    critic_of,
     plan_of_pairs,
     planned_roles,
     settled,
@@ -32,8 +34,11 @@ from scorefield.data.rows import Listing, keep_good
 from scorefield.data.texts import Texts, read_texts
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json, warn
+from scorefield.models.codec import Codec
 from scorefield.models.families import family_of
+from scorefield.models.lora import recompute_activations
 from scorefield.models.pretrained import INDEX
+from scorefield.models.quantize import outlined
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
 from scorefield.randomness import Rng, shuffled
@@ -80,12 +85,13 @@ def distil_texts(config: Config) -> Path:
     config = inputs.config
     teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
     torch.manual_seed(config.seed)
-    networks = build_text_roles(config, teacher)
+    critic = critic_of(config, teacher)
+    if config.dry_run:
+        show(config, inputs, critic, accelerator.device)
+        return config.out
+    networks = build_text_roles(config, teacher, critic)
     if inputs.initial is not None:
         inputs.initial.give(networks[0])
-    if config.dry_run:
-        show(config, teacher, networks)
-        return config.out
     method = build_method(config, teacher, *(place(network, config, accelerator) for network in networks))
 
     def batches(rng: Rng) -> dict[str, Any]:
@@ -237,11 +243,18 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
         source = load_teacher(
             config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
             size=config.size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
-            variant=config.variant or None, rounding=config.quantize,
+            variant=config.variant or None, rounding="no" if is_only_counted(config, device) else config.quantize,
         )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
+    if config.quantize != "no" and isinstance(source.codec, Codec):  # memory is short
+        return replace(source, codec=source.codec.waiting())
     return source
+
+
+def is_only_counted(config: Config, device: torch.device) -> bool:
+    """Return whether the rounded weights are counted alone: ``--dry-run`` on a CPU, where rounding takes long."""
+    return config.dry_run and device.type == "cpu"
 
 
 def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
@@ -270,11 +283,29 @@ def hashes_of(inputs: Inputs) -> dict[str, str | None]:
     }  # fmt: skip
 
 
-def show(config: Config, teacher: Teacher, networks: tuple[nn.Module, nn.Module]) -> None:
-    """The plan of ``--dry-run``."""
-    roles = planned_roles(config, teacher.denoiser.network, *networks)
+def show(
+    config: Config, inputs: Inputs, critic: tuple[str, nn.Module | None], device: torch.device
+) -> None:  # fmt: skip
+    """The plan of ``--dry-run``. Networks that learn are on the meta device: nothing is allocated for them."""
+    codec, name, head = inputs.teacher.codec, *critic
+    network = inputs.teacher.denoiser.network
+    teacher = replace(inputs.teacher, denoiser=replace(inputs.teacher.denoiser, network=outlined(network)))
+    if isinstance(codec, Codec):
+        teacher = replace(teacher, codec=replace(codec, vae=outlined(codec.vae)))
+    networks = build_text_roles(config, teacher, (name, None if head is None else head.to("meta")))
+    if inputs.initial is not None and config.lora:
+        inputs.initial.give(networks[0])
+    for one in networks if config.gradient_checkpointing and not config.lora else ():
+        recompute_activations(one)
+    roles = planned_roles(config, network, *networks)
+    if isinstance(codec, Codec) and codec.waits is None:
+        roles["autoencoder"] = codec.vae
+    rounded = {"teacher": config.quantize} if is_only_counted(config, device) else {}
     updates = {"student": config.steps // config.student_every, "fake": config.steps}
-    show_plan(config, roles, updates, before=plan_of_pairs(config))
+    show_plan(
+        config, roles, updates, before=plan_of_pairs(config), rounded=rounded,
+        passes=predicted_passes(config, teacher, *networks, gpu=device.type != "cpu"),
+    )  # fmt: skip
 
 
 def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_processes: int) -> Path:

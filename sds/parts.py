@@ -15,7 +15,7 @@ from scorefield import Cond, Denoiser, guided
 from scorefield.cache import fingerprint
 from scorefield.gradient import TimeWeight
 from scorefield.models.codec import Codec
-from scorefield.models.quantize import stored
+from scorefield.models.quantize import stored_weights
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
@@ -81,10 +81,9 @@ def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
     codec: list[Tensor] = []
     if isinstance(teacher.codec, Codec):
         codec = [*teacher.codec.vae.state_dict().values(), teacher.codec.numbers]
-    weights = [part for parameter in teacher.denoiser.network.parameters() for part in stored(parameter)]
     said = [value for cond in words for _, value in sorted(cond.items())]
     return {
-        "teacher": fingerprint(weights), "codec": fingerprint(codec),
+        "teacher": fingerprint(stored_weights(teacher.denoiser.network)), "codec": fingerprint(codec),
         "conditions": fingerprint(said),
     }  # fmt: skip
 

@@ -6,20 +6,35 @@ They need bitsandbytes and torchao: pip install -e ".[quantize]".
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_transformers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxControlNetModel, FluxControlPipeline
+from PIL import Image
 from torch import nn
 
+import controlnet.recipe as controlnet
+from controlnet.adapter import ControlledDenoiser
+from controlnet.canny import Canny
+from controlnet.options import check as check_control
 from distill.checks import check
 from distill.options import Config
 from scorefield.cli import main
 from scorefield.denoiser import freeze
 from scorefield.models import quantize as module
 from scorefield.models.lora import Twin, merged, shared_backbone
-from scorefield.models.quantize import count_weights, dequantized, is_quantized, quantize
+from scorefield.models.quantize import (
+    count_weights,
+    dequantized,
+    is_quantized,
+    outlined,
+    planned_weights,
+    quantize,
+    unpacked,
+)
 from scorefield.models.teacher import load_teacher
 
 
@@ -100,6 +115,22 @@ def test_bytes_are_counted_with_the_scales(how):
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_foretold_by_shapes_alone(how, dtype):
+    """Codes, scales of 64 weights in 8 bits, scales of these and tables: of sizes that do not divide, too."""
+    for width in (64, 72, 512):
+        outline = freeze(Blocks(width=width).to("meta"), dtype)
+        real = quantize(freeze(Blocks(width=width), dtype), how)
+        assert planned_weights(outline, how) == count_weights(real)
+        size = width * width * dtype.itemsize
+        assert unpacked(outline, how) == unpacked(real) == size
+        again = outlined(real)
+        shapes = [(name, x.shape, x.dtype, x.device) for name, x in again.named_parameters()]
+        assert shapes == [(name, x.shape, x.dtype, x.device) for name, x in outline.named_parameters()]
+    assert planned_weights(outline, "no") == count_weights(outline)
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_low_rank_changes_learn_on_rounded_weights_and_are_merged_into_plain_ones(network, how):
     quantize(network, how)
     assert is_quantized(network.get_parameter("blocks.0.1.weight"))
@@ -140,7 +171,8 @@ def test_a_pipeline_is_loaded_rounded_and_its_gradient_reaches_the_image(tmp_pat
     if family == "flux":
         tiny_transformers.flux().save_pretrained(tmp_path / "flux")
     name, cache = tmp_path / "flux" if family == "flux" else "toyworld", tmp_path / "cache"
-    plain, rounded = (load_teacher(name, rounding=rounding, cache=cache) for rounding in ("no", how))
+    size = 32 if family == "flux" else None
+    plain, rounded = (load_teacher(name, size=size, rounding=one, cache=cache) for one in ("no", how))
     numbers = [count_weights(teacher.denoiser.network) for teacher in (plain, rounded)]
     assert numbers[0][0] == numbers[1][0]
     assert numbers[0][1] > numbers[1][1]
@@ -162,7 +194,7 @@ def test_a_lora_is_distilled_on_rounded_weights_and_stock_diffusers_loads_it(tmp
     tiny_transformers.flux().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red mug\na blue chair\n")
     words = [
-        "distill", "--teacher", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--lora",
+        "distill", "--teacher", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--size", 32, "--lora",
         "--lora-rank", 2, "--quantize", how, "--steps", 2, "--student-every", 1, "--warmup-steps", 2,
         "--num-pairs", 4, "--pair-steps", 2, "--fake-warmup", 1, "--batch-size", 2, "--guard-images", 0,
         "--gan-weight", 0, "--skip-teacher-check",
@@ -174,6 +206,81 @@ def test_a_lora_is_distilled_on_rounded_weights_and_stock_diffusers_loads_it(tmp
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
     pipeline.load_lora_weights(student)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["quantize"] == how
+
+
+@pytest.fixture(scope="module")
+def flux_and_pictures(tmp_path_factory):
+    """A pipeline, and six pictures with captions."""
+    place = tmp_path_factory.mktemp("control")
+    tiny_transformers.flux().save_pretrained(place / "model")
+    (place / "data").mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(place / "data" / f"{number}.png")
+        (place / "data" / f"{number}.txt").write_text("a red mug")
+    return place
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("adapter", ["lora", "controlnet"])
+def test_an_adapter_learns_beside_rounded_weights(flux_and_pictures, tmp_path, monkeypatch, adapter, how):
+    place, bases, make = flux_and_pictures, [], controlnet.make_adapter
+    monkeypatch.setattr(
+        controlnet, "make_adapter", lambda config, base, task: bases.append(base) or make(config, base, task)
+    )
+    words = [
+        "control", "--teacher", place / "model", "--data", place / "data", "--size", 32, "--adapter", adapter,
+        "--quantize", how, "--steps", 2, "--batch-size", 2, "--eval-samples", 2, "--sampling-steps", 1,
+        "--guidance", 1, "--learning-rate", 0.05, "--warmup", 1, "--cache", place / "cache", "--ema-decay", 0,
+        "--out", tmp_path / "run", "--report-to", "none", *(("--lora-rank", 2) if adapter == "lora" else ()),
+    ]  # fmt: skip
+    main([str(word) for word in words])
+    assert any(map(is_quantized, bases[0].denoiser.network.parameters()))
+    folder = tmp_path / "run" / "controlnet"
+    assert f"weights of the base: rounded to {how}" in (folder / "README.md").read_text()
+    if adapter == "lora":
+        pipeline = FluxControlPipeline.from_pretrained(place / "model")
+        pipeline.load_lora_weights(folder)
+    else:
+        weights = FluxControlNetModel.from_pretrained(folder).state_dict().values()
+        assert {value.dtype for value in weights} == {torch.float32}
+    main([str(word) for word in [*words[:-1], words[-1], "--steps", 3]])  # it resumes on the same rounded weights
+    assert (tmp_path / "run" / "checkpoints" / "step-000000003").is_dir()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_controlnet_is_copied_from_weights_that_are_not_rounded(how):
+    plain, rounded = (load_teacher("toyworld", rounding=rounding) for rounding in ("no", how))
+    config, hint = controlnet.Config(teacher="toyworld", quantize=how), SimpleNamespace(hint=Canny())
+    adapter = controlnet.make_adapter(config, rounded, hint)
+    wanted = controlnet.make_adapter(replace(config, quantize="no"), plain, hint).state_dict()
+    own = adapter.state_dict()
+    fresh = "controlnet_cond_embedding"  # drawn anew for each
+    assert all(torch.equal(own[name], value) for name, value in wanted.items() if fresh not in name)
+    controlled = ControlledDenoiser(rounded.denoiser, adapter, torch.rand(1, 1, 64, 64))
+    x_t, t, cond = torch.randn(1, *plain.shape), torch.full((1,), 500.0), plain.prompts(["a red mug"])
+    assert torch.equal(controlled(x_t, t, cond), rounded.denoiser(x_t, t, cond)), "neutral at first"
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.01)
+    controlled(x_t, t, cond).square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in adapter.parameters())
+    assert sum(float(parameter.grad.abs().sum()) for parameter in adapter.parameters()) > 0
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"unlocked": True}, "--unlocked trains the teacher's decoder"), ({"compile": True}, "Leave out --compile"),
+])  # fmt: skip
+def test_what_rounded_weights_cannot_do_beside_an_adapter_is_refused(tmp_path, monkeypatch, changes, said):
+    own = {"teacher": "toyworld", "data": "toyworld", "out": tmp_path / "run", "report_to": ("none",)}
+    config = controlnet.Config(quantize="nf4", **own, **changes)
+    monkeypatch.setattr("scorefield.training.options.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--quantize nf4 needs: pip install"):
+        check_control(config)
+    monkeypatch.setattr("scorefield.training.options.find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=said):
+        check_control(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_a_lora_may_learn_from_rounded_weights(tmp_path):

@@ -532,6 +532,9 @@ def test_dry_run_shows_that_a_lora_shares_the_teacher(root, tmp_path, capsys, mo
         int(line.split()[1].replace(",", "")) for line in said[2].splitlines() if line.startswith("student:")
     ]
     assert 0 < learned[0] < size / 2
+    for words in ("update of the student: ", "update of the fake score: ", "decoding a picture: "):
+        assert said[1].count(f"activations, {words}") == said[2].count(f"activations, {words}") == 1
+    assert "at most on each process" in said[1]
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,8 @@
 """Images to the latents a diffusion model works on and back, both differentiable."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Codec:
         factor: pixels per latent along a side.
         channels: of the latents.
         patch: latents of the autoencoder along a side that become channels of one (FLUX.2: 2).
+        waits: the device where the autoencoder is between two calls without gradients; None: where it is used.
     """
 
     vae: nn.Module
@@ -60,6 +62,23 @@ class Codec:
     factor: int
     channels: int
     patch: int = 1
+    waits: torch.device | None = None
+
+    def waiting(self, device: torch.device | str = "cpu") -> "Codec":
+        """Return the same codec, whose autoencoder waits on another device, and move it there.
+
+        It comes to the device of the images or latents, and leaves again unless the result has a gradient.
+        """
+        self.vae.to(device)
+        return replace(self, waits=torch.device(device))
+
+    @contextmanager
+    def _at_hand(self, x: Tensor) -> Iterator[None]:
+        if self.waits is not None:
+            self.vae.to(x.device)
+        yield
+        if self.waits is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            self.vae.to(self.waits)
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
         """Return (b, 3, h, w) images in [-1, 1] to (b, channels, h / factor, w / factor) latents.
@@ -83,7 +102,8 @@ class Codec:
         self._check(images, "images", 3, self.factor)
         video = self._is_video()
         pixels = images.to(self._dtype())
-        output: Any = self.vae.encode(pixels[:, :, None] if video else pixels)  # type: ignore[operator]
+        with self._at_hand(pixels):
+            output: Any = self.vae.encode(pixels[:, :, None] if video else pixels)  # type: ignore[operator]
         if hasattr(output, "latent_dist"):
             z, spread = output.latent_dist.mean, output.latent_dist.std
         else:  # AutoencoderTiny, AutoencoderDC
@@ -103,7 +123,8 @@ class Codec:
         scaling, shift = self._affine(precise)
         z = (precise / scaling + shift).to(self._dtype())
         z = nn.functional.pixel_shuffle(z, self.patch) if self.patch > 1 else z
-        images: Tensor = self.vae.decode(z[:, :, None] if video else z).sample  # type: ignore[operator]
+        with self._at_hand(z):
+            images: Tensor = self.vae.decode(z[:, :, None] if video else z).sample  # type: ignore[operator]
         images = images[:, :, 0] if video else images
         return images.to(_precise(images))
 

@@ -11,6 +11,7 @@ top in full precision, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 - int8: torchao's 8-bit integers, one scale per output: a little over 8 bits a weight.
 """
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,13 +47,7 @@ def quantize(network: nn.Module, how: Quantize, device: torch.device | str = "cp
     check_package(how)
     if how == "no":
         return network.to(device)
-    names = [name for name, module in network.named_modules() if _is_rounded(name, module)]
-    if not names:
-        raise ValueError(
-            f"a {type(network).__name__} has no linear layers of {SMALLEST:,} weights in blocks: nothing to round "
-            f"to {how}."
-        )
-    for name in names:
+    for name in _rounded_layers(network, how):
         parent, _, last = name.rpartition(".")
         owner, layer = network.get_submodule(parent), network.get_submodule(name)
         setattr(owner, last, _nf4(layer, device) if how == "nf4" else _int8(layer, device))
@@ -65,6 +60,46 @@ def count_weights(network: nn.Module) -> tuple[int, int]:
     return sum(map(_number_of, parameters)), sum(map(_bytes_of, parameters))
 
 
+def planned_weights(network: nn.Module, how: Quantize = "no") -> tuple[int, int]:
+    """Return what :func:`count_weights` of a network will be once it is rounded, of shapes alone.
+
+    It may be on the meta device, and no package is needed. Raises ``ValueError`` where nothing can be rounded.
+    """
+    number, size = count_weights(network)
+    if how == "no":
+        return number, size
+    rounded = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
+    return number, size + sum(_planned(weight, how) - _bytes_of(weight) for weight in rounded)
+
+
+def unpacked(network: nn.Module, how: Quantize = "no") -> int:
+    """Return the bytes of the largest rounded layer as it computes: each is unpacked while it is used.
+
+    ``how`` is for a network that is not rounded yet, as in :func:`planned_weights`.
+    """
+    if how != "no":
+        weights = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
+        return max(int(weight.numel() * weight.element_size()) for weight in weights)
+    layers: list[Any] = [module for module in network.modules() if is_quantized(getattr(module, "weight", None))]
+    sizes = [one.in_features * one.out_features * _computed_in(one).itemsize for one in layers]
+    return max(sizes, default=0)
+
+
+def _computed_in(layer: Any) -> torch.dtype:
+    dtype: torch.dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
+    return dtype
+
+
+def _planned(weight: Any, how: Quantize) -> int:
+    outputs, inputs = weight.shape
+    if how == "int8":  # and a float32 scale for each output
+        return int(outputs * inputs + 4 * outputs)
+    # Two weights a byte. Scales of 64 weights, less their mean, are rounded to 8 bits, 256 of them with a float32
+    # scale of their own. Each layer has the tables of the 16 values, and of the 256 that scales take.
+    scales = -(-outputs * inputs // 64)
+    return -(-outputs * inputs // 2) + scales + 4 * -(-scales // 256) + 4 * (1 + 16 + 256)
+
+
 def stored(weight: Any) -> list[Tensor]:
     """Return the tensors that hold a weight: itself, or rounded numbers and their scales."""
     if state := getattr(weight, "quant_state", None):
@@ -73,6 +108,11 @@ def stored(weight: Any) -> list[Tensor]:
     if is_quantized(weight):
         return [getattr(weight, name) for name in weight.tensor_data_names]
     return [weight]
+
+
+def stored_weights(network: nn.Module) -> list[Tensor]:
+    """Return the tensors that hold the weights of a network, as :func:`stored` has them, for fingerprints."""
+    return [part for parameter in network.parameters() for part in stored(parameter)]
 
 
 def dequantized(layer: nn.Module) -> nn.Module:
@@ -100,9 +140,37 @@ def dequantized(layer: nn.Module) -> nn.Module:
     return plain
 
 
+def outlined(network: nn.Module) -> nn.Module:
+    """Return a copy on the meta device: shapes without numbers, of rounded layers those that they had before."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        own: Any = module
+        if is_quantized(getattr(module, "weight", None)):
+            memo[id(module)] = nn.Linear(
+                own.in_features, own.out_features, own.bias is not None, device="meta", dtype=_computed_in(own)
+            ).requires_grad_(False)  # fmt: skip
+    for tensor in (*network.parameters(), *network.buffers()):
+        if is_quantized(tensor):  # its layer is there already
+            continue
+        empty = torch.empty_like(tensor, device="meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+    return copy.deepcopy(network, memo)
+
+
 def is_quantized(weight: object) -> bool:
     """Return True for a weight that :func:`quantize` rounded."""
     return hasattr(weight, "quant_state") or type(weight).__module__.startswith("torchao.")
+
+
+def _rounded_layers(network: nn.Module, how: Quantize) -> list[str]:
+    names = [name for name, module in network.named_modules() if _is_rounded(name, module)]
+    if not names:
+        raise ValueError(
+            f"a {type(network).__name__} has no linear layers of {SMALLEST:,} weights in blocks: nothing to round "
+            f"to {how}."
+        )
+    return names
 
 
 def _is_rounded(name: str, module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from scorefield.models.quantize import count_weights
+from scorefield.choices import Quantize
 from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
@@ -26,6 +26,7 @@ from scorefield.training.evaluate import Watch, forget_best
 from scorefield.training.identity import check_earlier, check_ranks, note_identity, resolved
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
+from scorefield.training.memory import Activations, most_bytes, role_of
 from scorefield.training.options import RunOptions
 from scorefield.training.ranks import check_launch, check_same, check_same_fields, check_told_device
 from scorefield.training.report import as_grid, close_log, forget_samples, has_samples, log, start_logging
@@ -234,22 +235,40 @@ def adamw(
 
 
 def show_plan(
-    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = ""
-) -> None:
+    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = "", *,
+    passes: Mapping[str, Activations] | None = None, rounded: Mapping[str, Quantize] | None = None,
+) -> None:  # fmt: skip
     """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
 
-    ``updates`` says how many optimiser steps each trained role takes, ``before`` what happens before the first.
+    Args:
+        config: of the run.
+        roles: the networks, which may be on the meta device.
+        updates: how many optimiser steps each trained role takes.
+        before: what happens before the first of them.
+        passes: predicted activations; None where none were predicted.
+        rounded: how the weights of roles will be rounded that are not yet.
     """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
-    # Beside each gradient AdamW keeps two moments.
-    state_bytes = 4 + 2 * (1 if config.optimizer == "adamw8bit" else 4)
-    for role, network in roles.items():
-        number, weights = count_weights(network)
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        state = f", {trained * state_bytes:,} bytes of gradients and optimiser state" if trained else ""
-        print(f"{role}: {number:,} parameters, {weights:,} bytes of weights{state}")
+    held = {
+        role: role_of(network, config.optimizer, (rounded or {}).get(role, "no"))
+        for role, network in roles.items()
+    }
+    for role, found in held.items():
+        learned = found.gradients + found.states
+        state = f", {learned:,} bytes of gradients and optimiser state" if learned else ""
+        print(f"{role}: {found.number:,} parameters, {found.weights:,} bytes of weights{state}")
+    for name, one in (passes or {}).items():
+        print(f"activations, {name}: {one.kept:,} bytes kept for the way back, {one.most:,} at most")
+    if passes is not None and not passes:
+        print("activations: not predicted, since the shapes in this network depend on numbers")
+    if passes:
+        most = most_bytes(held, passes, offload=getattr(config, "offload", False))
+        print(
+            f"at most on each process: {most:,} bytes ({most / 2**30:.2f} GiB), without what kernels and "
+            "allocator take"
+        )
     if before:
         print(f"before the first step: {before}")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
