@@ -257,6 +257,12 @@ def check(config: Config) -> None:
         )
     if config.adapter == "lora" and config.unlocked:
         raise ValueError("--unlocked trains the decoder beside a ControlNet. Leave out --adapter lora.")
+    if config.shard > 1 and (config.adapter == "lora" or config.unlocked):
+        option = "--adapter lora" if config.adapter == "lora" else "--unlocked"
+        raise ValueError(
+            f"--shard and {option} do not go together: what learns shares weights with the teacher. Leave one of "
+            "them out."
+        )
     if config.adapter == "controlnet" and config.lora_rank != Config.lora_rank:
         raise ValueError("--lora-rank is of a control LoRA: pass --adapter lora, too.")
     if (levels := config.recompute_levels) is not None and (levels < 0 or not config.gradient_checkpointing):

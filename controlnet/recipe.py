@@ -59,7 +59,8 @@ from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
 from scorefield.training.launcher import has_gpu
 from scorefield.training.loop import EMA, Phase
-from scorefield.training.run import cosine, fit, resume, show_plan, start
+from scorefield.training.run import cosine, cut, fit, resume, show_plan, start
+from scorefield.training.sharding import sharding_of, whole
 
 Adapter = EncoderCopy | TransformerCopy | ControlLoRA
 
@@ -91,12 +92,12 @@ def main(config: Config) -> Path:
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
         calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
+    own = identity(config, accelerator, {**inputs, "base": frozen_base(config, teacher)})
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser, training_times(teacher))
     assert phase.ema is not None
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
-    own = identity(config, accelerator, {**inputs, "base": fingerprint(stored_weights(teacher.denoiser.network))})
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
     log = EvidenceLog(config.out / "evidence.jsonl", fingerprint_of(config, task, looked))
     validation = make_validation(config, teacher, task, held_out, looked, accelerator)
@@ -112,17 +113,17 @@ def main(config: Config) -> Path:
     def finish() -> None:
         indices = tested or looked
         judged = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
-        untouched.network.to(accelerator.device)
         report, look, images = make_report(
-            task, judged, averaged, untouched, log, indices, config.steps, accelerator
+            task, judged, averaged, at(untouched, accelerator.device), log, indices, config.steps, accelerator
         )
         report |= {"seed": config.seed, "resumed": first > 0}
         if first == 0:  # what an earlier process took is not known
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
+        learned = replace(averaged, adapter=whole(averaged.adapter))  # of all ranks
         if accelerator.is_main_process:
             with working("saving the adapter"):
-                export(config, teacher, task, report, look, averaged, judged, images, images_per_step)
+                export(config, teacher, task, report, look, learned, judged, images, images_per_step)
 
     fit(
         config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
@@ -247,6 +248,11 @@ def make_adapter(config: Config, teacher: Teacher, task: Task) -> Adapter:
     if config.adapter == "lora":
         rank, generator = config.lora_rank, derived_generator("control lora", config.seed)
         return control_lora(teacher, rank=rank, generator=generator)
+    if is_transformer and config.shard > 1:
+        raise ValueError(
+            f"--shard is for adapters of UNets; that of --teacher {config.teacher} reads layers of its teacher. "
+            "Leave out --shard."
+        )
     source = teacher.denoiser if config.quantize == "no" else unrounded(config)
     if is_transformer:
         return copy_transformer(teacher, source)
@@ -307,19 +313,39 @@ def freeze_base(config: Config, network: nn.Module) -> None:
     freeze(network, torch.bfloat16 if config.precision == "bf16" and not keep else None)
 
 
+def frozen_base(config: Config, teacher: Teacher) -> str:
+    """Freeze the base, and return a hash of its weights, which are whole until they are cut into pieces."""
+    freeze_base(config, teacher.denoiser.network)
+    return fingerprint(stored_weights(teacher.denoiser.network))
+
+
+def at(denoiser: NetworkDenoiser, device: torch.device) -> NetworkDenoiser:
+    """Return the denoiser with its network on the device, where one in pieces is already."""
+    if sharding_of(denoiser.network) is None:
+        denoiser.network.to(device)
+    return denoiser
+
+
 def make_denoiser(
     config: Config, teacher: Teacher, adapter: Adapter, accelerator: Accelerator
 ) -> ControlledDenoiser:
-    """Return the teacher frozen, and the adapter, wrapped for several ranks."""
+    """Return the teacher, which is frozen, and the adapter, wrapped for several ranks or in pieces."""
     network = teacher.denoiser.network
-    freeze_base(config, network)
+    sharded = config.shard > 1
     for part in (network, adapter.backbone if isinstance(adapter, ControlLoRA) else adapter):
-        lighten(part, recompute=config.gradient_checkpointing, levels=config.recompute_levels)
+        lighten(
+            part, recompute=config.gradient_checkpointing, levels=config.recompute_levels,
+            channels_last=not sharded,  # pieces are cut along the first dimension, in the usual order of memory
+        )  # fmt: skip
         if config.compile:
             compile_lightly(part, config.activation_budget)
     # What is unlocked beside it is no part of a wrapped adapter, and some weights of a transformer's last block,
     # which end in the texts, get no gradients; there the loop averages them.
     wrapped = isinstance(adapter, EncoderCopy) and not config.unlocked
+    if sharded:
+        cut(network, config, accelerator)
+        adapter = accelerator.prepare_model(adapter, device_placement=False, evaluation_mode=True)
+        return ControlledDenoiser(teacher.denoiser, cut(adapter, config, accelerator))
     prepared = accelerator.prepare(adapter) if wrapped else adapter.to(accelerator.device)
     return ControlledDenoiser(teacher.denoiser, prepared)
 

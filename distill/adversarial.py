@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 from scorefield.denoiser import Cond, NetworkDenoiser
 from scorefield.models.networks import image_activations
 from scorefield.schedule import Images, PerSample
+from scorefield.training.sharding import sharding_of
 
 WIDEST = 1280
 """Channels of a discriminator's head at most: the bottleneck of Stable Diffusion and SDXL."""
@@ -61,6 +62,8 @@ class Critic(nn.Module):
 def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Cond) -> Float[Tensor, " b"]:
     """Return the critic's logits, at the cost of the network up to the bottleneck: about half of it.
 
+    A sharded network is asked as a whole.
+
     Args:
         denoiser: its network is, or holds, a :class:`Critic`; not wrapped in DDP, which would wait for the rest.
         x_t: noisy images.
@@ -70,6 +73,9 @@ def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Con
     Raises:
         ValueError: no critic in the network.
     """
+    if sharding_of(denoiser.network) is not None:  # which a pass that ends early would leave half gathered
+        last: Tensor = denoiser.with_extras(x_t, t, cond)[1][0]
+        return last.to(torch.promote_types(last.dtype, torch.float32))
     critic = next((module for module in denoiser.network.modules() if isinstance(module, Critic)), None)
     if critic is None:
         raise ValueError("the GAN term needs a fake score whose network is a Critic; it returns no logits.")
@@ -83,7 +89,7 @@ def logits_alone(denoiser: NetworkDenoiser, x_t: Images, t: PerSample, cond: Con
 def features_at(
     denoiser: NetworkDenoiser, layer: str, x_t: Images, t: PerSample, cond: Cond, network: nn.Module | None = None
 ) -> Tensor:
-    """Output of a submodule of the denoiser's network; the pass ends there.
+    """Output of a submodule of the denoiser's network; the pass ends there, unless the network is sharded.
 
     Args:
         denoiser: not wrapped in DDP, which would wait for the rest of the pass.
@@ -95,22 +101,25 @@ def features_at(
     """
     holder = network or denoiser.network
     owner = getattr(holder, "backbone", holder)
+    early, found = sharding_of(denoiser.network) is None, list[Tensor]()
 
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(image_activations(owner, output, x_t))
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(image_activations(owner, output, x_t))
+        if early:
+            raise _Reached
 
-    hook = holder.get_submodule(layer).register_forward_hook(leave)
+    hook = holder.get_submodule(layer).register_forward_hook(note)
     try:
         denoiser(x_t, t, cond)
-    except _Reached as reached:
-        features: Tensor = reached.args[0]
+    except _Reached:
+        pass
     finally:
         hook.remove()
-    return features
+    return found[0]
 
 
 class _Reached(Exception):  # noqa: N818
-    """Carries the features out of a pass that has no reason to go on."""
+    """Ends a pass that has no reason to go on."""
 
 
 def _first(output: Any) -> Tensor:

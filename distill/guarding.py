@@ -19,6 +19,7 @@ from distill.student import Student
 from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
 from scorefield.training.report import log
+from scorefield.training.run import in_pieces, save
 
 BEST, SETBACKS, ENDED = "best", "setbacks", "ended"
 
@@ -73,9 +74,9 @@ class Guarded:
         return (best[0],)
 
     def look(self) -> Look:
-        """Return the student as it is now, seen by the first rank."""
+        """Return the student as it is now, seen by the first rank; networks in pieces need all of them."""
         seen: list[Any] = [None]
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or in_pieces(self.phases):
             with self.accelerator.autocast():
                 seen = [as_record(self.guard.look(self.student), 0)]
         if self.accelerator.num_processes > 1:
@@ -118,8 +119,7 @@ class Guarded:
         """Restore the best weights and note that the run is over. Says so."""
         self.restore(folder, own)
         self._notes[ENDED] = True
-        if self.accelerator.is_main_process:
-            checkpoint.save(folder, step, self.phases, own, also=(self._best_step,))
+        save(folder, step, self.phases, own, self.accelerator, also=(self._best_step,))
         self.accelerator.wait_for_everyone()
         self._say(f"{error}; after {self.setbacks} setbacks before it, the run ends here")
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -99,6 +100,42 @@ def stored_pairs(
     others = [name for name in names if name not in entries]
     entries.update(zip(others, _fetch(cache, others, make, num, bar), strict=True))
     return _interleaved([entries[name] for name in names], num)
+
+
+def stored_in_step(
+    make: MakeShard, key: str, num: int, folder: Path | None = None, *, shard_size: int = 512,
+    joined: Callable[[list[Content]], list[Content]], bar: Progress | None = None,
+) -> Pairs:  # fmt: skip
+    """Return what :func:`stored_pairs` does, where all ranks have to make each shard together.
+
+    A shard that one of them lacks is made by all, also where each machine has a folder of its own.
+
+    Args:
+        make: makes one shard on all ranks, each of which gets all of it.
+        key: as there.
+        num: as there.
+        folder: as there.
+        shard_size: as there.
+        joined: names that this rank lacks to those that any rank lacks, in one order on all of them.
+        bar: as there.
+    """
+    count = -(-num // shard_size)
+    cache = TensorCache(folder or default_pairs_folder(), key)
+    names: list[Content] = [f"shard {number} of {count}" for number in range(count)]
+    held = {name: cache.load(name) for name in names}
+    missing = joined([name for name in names if held[name] is None])
+    bar = bar or Progress("teacher pairs")
+    bar.total = sum(len(range(number, num, count)) for number, count in map(_place, missing))
+    with bar:
+        for name in missing:
+            made = [_entry(make(*_place(name)))]
+            lacking = held[name] is None
+            held[name] = cache.fetch([name], partial(_given, made), 1)[0] if lacking else made[0]
+    return _interleaved([entry for entry in held.values() if entry is not None], num)
+
+
+def _given(entries: list[Entry], names: list[Content]) -> list[Entry]:
+    return entries
 
 
 def _fetch(cache: TensorCache, names: list[Content], make: MakeShard, num: int, bar: Progress) -> list[Entry]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scorefield.progress import progress
+from scorefield.training.sharding import clip_gradients, local
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RangeTest:
 
 def range_test(
     network: nn.Module, loss: Callable[[], Tensor], *, low: float = 1e-6, high: float = 0.1, steps: int = 50,
-    clip_norm: float = math.inf,
+    clip_norm: float = math.inf, joined: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> RangeTest:  # fmt: skip
     """Find the learning rate of AdamW for a network; its weights are put back afterwards.
 
@@ -69,12 +70,13 @@ def range_test(
         high: rate of the last step.
         steps: network updates; their rates rise by a constant factor.
         clip_norm: largest gradient norm, as in the training.
+        joined: the loss of one rank to that of all; where a network is sharded they have to stop together.
 
     Raises:
         ValueError: the loss does not fall at any rate, or is not finite at the first step.
     """
-    learned: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    before = [parameter.detach().clone() for parameter in learned]
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    before = [local(parameter.detach()).clone() for parameter in learned]
     optimizer = torch.optim.AdamW(learned, low, weight_decay=0.0, fused=True)
     rates: list[float] = []
     losses: list[float] = []
@@ -82,17 +84,17 @@ def range_test(
         rate = low * (high / low) ** (step / (steps - 1))
         value = loss()
         rates.append(rate)
-        losses.append(float(value.detach()))
+        losses.append(float(joined(value.detach())))
         if not math.isfinite(losses[-1]) or losses[-1] > 4 * losses[0]:
             break
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(learned, clip_norm)
+        clip_gradients(learned, clip_norm)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        torch._foreach_copy_(learned, before)
+        torch._foreach_copy_([local(parameter.detach()) for parameter in learned], before)
     return RangeTest(tuple(rates), tuple(losses), best_rate(rates, losses))
 
 

@@ -11,6 +11,7 @@ with --lora. Stopped runs resume: run the same command again.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, check_evaluation, watcher
 from scorefield.training.identity import identity
-from scorefield.training.run import prepare, show_plan, start
+from scorefield.training.run import cut, prepare, show_plan, start
+from scorefield.training.sharding import whole_denoiser
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 __all__ = ["Config", "main", "teacher_pairs"]
@@ -74,7 +76,8 @@ def distil_images(config: Config) -> Path:
         show_plan(config, roles, updates, before=plan_of_pairs(config))
         return config.out
     accelerator = start(config)
-    teacher.denoiser.network.to(accelerator.device)
+    known = teacher.identity()  # of whole weights
+    cut(teacher.denoiser.network, config, accelerator)
     if isinstance(teacher.codec, Codec):
         teacher.codec.vae.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
@@ -84,15 +87,14 @@ def distil_images(config: Config) -> Path:
     def watch(student: Student) -> Watch:
         sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
         with accelerator.autocast():
-            return watcher(
-                config, sampled, data, teacher=teacher, save=lambda to: save_student(student, to, teacher.facts)
-            )
+            save = partial(keep, student, teacher, accelerator.is_main_process)
+            return watcher(config, sampled, data, teacher=teacher, save=save)
 
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
     begun_from = None if initial is None else initial.identity()
     fingerprint = "none" if data is None else data.identity()
-    inputs = {"data": fingerprint, "teacher": teacher.identity(), "init_from": begun_from}
+    inputs = {"data": fingerprint, "teacher": known, "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),
@@ -111,6 +113,13 @@ def distil_images(config: Config) -> Path:
                 save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
     return folder
+
+
+def keep(student: Student, teacher: Teacher, writes: bool, to: Path) -> None:
+    """Write the best student so far; under ``--shard`` every rank calls it, for its pieces."""
+    found = replace(student, denoiser=whole_denoiser(student.denoiser))
+    if writes:
+        save_student(found, to, teacher.facts)
 
 
 def teacher_of_images(config: Config) -> Teacher:

@@ -138,7 +138,7 @@ def make_pairs(
     teacher: Denoiser, cond: Cond, *, shape: Sequence[int], times: Tensor, num: int | None = None,
     step: Step | Multistep | None = None, seed: int = 0, rank: int = 0, num_ranks: int = 1, batch: int = 256,
     device: torch.device | str = "cpu", keep: Sequence[float] = (),
-    told: Callable[[int], object] = lambda count: None,
+    told: Callable[[int], object] = lambda count: None, items: Tensor | None = None,
 ) -> Pairs:  # fmt: skip
     """Run the deterministic teacher on seeded noises: items rank, rank + num_ranks, ... of the set.
 
@@ -157,6 +157,7 @@ def make_pairs(
         keep: times at which to keep the noisy image, for a few-step student ``student.times[1:]``. The grid is
             made to stop there: at most so many network calls more, and slightly other images.
         told: called with the number of pairs of each batch that is done.
+        items: their numbers, in place of those of ``rank``.
     """
     sizes = {len(value) for value in cond.values()} | ({num} if num is not None else set())
     if len(sizes) != 1:
@@ -166,7 +167,7 @@ def make_pairs(
         raise ValueError(
             f"rank must lie in [0, num_ranks - 1], with a pair for each; got {rank} of {num_ranks}, {size} pairs."
         )
-    items = torch.arange(rank, size, num_ranks)
+    items = torch.arange(rank, size, num_ranks) if items is None else items
     noises, images = [], []
     times, states = through(times, keep), {float(t): list[Tensor]() for t in keep}
     watched = Recorded(teacher, {t: torch.empty(0) for t in states})

@@ -2,14 +2,16 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from distill.adversarial import Critic, discriminator_head, find_bottleneck, probe_bottleneck
 from distill.decoupled import SeparateGuidance
@@ -17,10 +19,11 @@ from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
 from distill.guard import middle_layer
 from distill.options import Config
-from distill.pair_store import PairsOf, stored_pairs
+from distill.pair_store import PairsOf, stored_in_step, stored_pairs
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
 from distill.student import Student, even_times, times_by_ratio
 from scorefield import Denoiser, NetworkDenoiser, freeze
+from scorefield.cache import Content
 from scorefield.denoiser import unwrap
 from scorefield.gradient import karras_weight
 from scorefield.models.lora import LAYERS, shared_backbone
@@ -277,18 +280,46 @@ def teacher_pairs(
 
     bar = Progress(f"teacher pairs{'' if purpose == 'pairs' else f' of the {purpose}'}", unit="pair")
 
-    def make(shard: int, num_shards: int) -> Pairs:
+    def make_items(items: Tensor) -> Pairs:
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
-                rank=shard, num_ranks=num_shards, batch=min(256, 8 * config.batch_size), device=device,
-                keep=keep, told=bar.update,
+                items=items, batch=min(256, 8 * config.batch_size), device=device, keep=keep, told=bar.update,
             )  # fmt: skip
 
+    if config.shard > 1:
+        return stored_in_step(
+            lambda shard, num_shards: in_step(make_items, torch.arange(shard, number, num_shards), accelerator),
+            wanted.key(), number, joined=partial(joined, accelerator=accelerator), bar=bar,
+        )  # fmt: skip
     return stored_pairs(
-        make, wanted.key(), number, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone, bar=bar,
+        lambda shard, num_shards: make_items(torch.arange(shard, number, num_shards)), wanted.key(), number,
+        rank=accelerator.process_index, num_ranks=accelerator.num_processes, wait=accelerator.wait_for_everyone,
+        bar=bar,
     )  # fmt: skip
+
+
+def in_step(make: Callable[[Tensor], Pairs], items: Tensor, accelerator: Accelerator) -> Pairs:
+    """Return the pairs of some items on every rank, made by all of them in equal shares.
+
+    A teacher in pieces has to be asked by all ranks equally often.
+    """
+    share = -(-len(items) // accelerator.num_processes)
+    own = make(items[(accelerator.process_index * share + torch.arange(share)) % len(items)])
+
+    def joined(part: Tensor) -> Tensor:
+        every: Tensor = accelerator.gather(part.to(accelerator.device).contiguous())
+        return every[: len(items)].cpu()
+
+    cond = {name: joined(value) for name, value in own.cond.items()}
+    states = {t: joined(value) for t, value in own.states.items()}
+    return Pairs(joined(own.noise), joined(own.x0), cond, states)
+
+
+def joined(names: list[Content], accelerator: Accelerator) -> list[Content]:
+    """Return the names that any rank has, sorted."""
+    every = [names] if accelerator.num_processes == 1 else gather_object([names])
+    return sorted({name for one in every for name in one}, key=str)
 
 
 def average_of(network: nn.Module, config: Config) -> EMA | None:

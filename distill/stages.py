@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch
 from scorefield.training.loop import Phase, train
 from scorefield.training.ranks import check_same
-from scorefield.training.run import adamw, check_identity, cosine, fit, resume
+from scorefield.training.run import adamw, check_identity, cosine, fit, resume, save
+from scorefield.training.sharding import whole_denoiser
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +67,10 @@ class Stages:
 def distil(
     stages: Stages, *, columns: int, preview: Callable[[Student], Tensor], watch: Callable[[Student], Watch]
 ) -> Student:
-    """Run all stages, or what is left of them, and return the weights to save: the best where there is a guard."""
+    """Run all stages, or what is left of them, and return the weights to save: the best where there is a guard.
+
+    Those of networks in pieces are whole on the first rank, which saves them.
+    """
     config, method = stages.config, stages.method
     check_identity(config, stages.own, stages.accelerator)  # before the long work of making pairs
     regression = make_regression(stages)
@@ -97,8 +102,9 @@ def distil(
         match(stages, phases, first, columns, lambda: preview(average), looks)
     else:
         match_guarded(stages, phases, first, columns, lambda: preview(average), looks, guarded)
+    gathered = replace(average, denoiser=whole_denoiser(average.denoiser))
     stages.accelerator.end_training()
-    return average
+    return gathered
 
 
 def make_regression(stages: Stages) -> Regression | None:
@@ -133,8 +139,7 @@ def begin(stages: Stages, regression: Regression | None, phases: list[Phase], gu
         set_rate(phase, given or rate)
     follow_student(stages, phases[1])
     kept = () if guarded is None else guarded(0)
-    if stages.accelerator.is_main_process:
-        checkpoint.save(stages.folder, 0, phases, stages.own, also=kept)
+    save(stages.folder, 0, phases, stages.own, stages.accelerator, also=kept)
     stages.accelerator.wait_for_everyone()
 
 
@@ -155,8 +160,9 @@ def measured_rates(stages: Stages, regression: Regression | None) -> Rates:
             alone = replace(method, fake=method.fake.unwrapped())  # each rank stops where its own loss blows up
             network, batch = method.fake.network, method.rollout(stages.batches(fixed), (), fixed)
             loss = lambda: alone.fake_loss(batch, fixed)["loss"]  # noqa: E731
+        joined = partial(accelerator.reduce, reduction="mean") if config.shard > 1 else torch.clone
         with accelerator.autocast():
-            warmup = range_test(network, loss, clip_norm=config.clip_norm).rate
+            warmup = range_test(network, loss, clip_norm=config.clip_norm, joined=joined).rate
         warmup = float(accelerator.reduce(torch.tensor(warmup, device=accelerator.device), "mean"))
     rates = Rates.from_warmup(warmup)
     if accelerator.is_main_process:

@@ -45,7 +45,7 @@ from scorefield.randomness import Rng, shuffled
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
 from scorefield.training.identity import check_options, identity
-from scorefield.training.run import check_identity, prepare, show_plan, start
+from scorefield.training.run import check_identity, cut, prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 INPUTS = ("teacher", "prompts", "data", "init_from")
@@ -89,10 +89,16 @@ def distil_texts(config: Config) -> Path:
     if config.dry_run:
         show(config, inputs, critic, accelerator.device)
         return config.out
+    known = hashes_of(inputs)  # of whole weights
+    if config.shard > 1:
+        teacher.denoiser.network.cpu()  # no device would hold three networks whole
     networks = build_text_roles(config, teacher, critic)
     if inputs.initial is not None:
         inputs.initial.give(networks[0])
-    method = build_method(config, teacher, *(place(network, config, accelerator) for network in networks))
+    student, fake = (place(network, config, accelerator) for network in networks)
+    if config.shard > 1:
+        cut(teacher.denoiser.network, config, accelerator)
+    method = build_method(config, teacher, student, fake)
 
     def batches(rng: Rng) -> dict[str, Any]:
         chosen = shuffled(len(texts.prompts), config.batch_size, rng)
@@ -106,7 +112,8 @@ def distil_texts(config: Config) -> Path:
     if (found := inputs.found) is not None and found.samples and accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         draw_check(teacher, found, config.out / PICTURE)
-    average = learn(config, inputs, method, batches, accelerator)
+    own = identity(config, accelerator, known)
+    average = learn(config, inputs, method, batches, accelerator, own)
     out = config.out / "student"
     if accelerator.is_main_process:
         with working("saving the student"):
@@ -207,10 +214,11 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
         probe_bottleneck(source.denoiser, source.shape, negative, config.bottleneck)
 
 
-def learn(config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator) -> Student:
+def learn(
+    config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator, own: dict[str, Any]
+) -> Student:  # fmt: skip
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
-    own = identity(config, accelerator, hashes_of(inputs))
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches, own=own
     )

@@ -256,6 +256,8 @@ def check(config: Config) -> None:
         raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
     _check_ranges(config)
     check_quantize(config.quantize)
+    if config.shard > 1:
+        raise ValueError(f"--shard {config.shard} is for networks that are trained, not scenes. Leave it out.")
     if config.method == "csd" and config.rescale:
         raise ValueError(
             f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."

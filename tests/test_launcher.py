@@ -48,8 +48,8 @@ PLAIN = {
     ("MIXED_PRECISION", "bf16", "Pass --precision bf16"), ("MIXED_PRECISION", "fp16", "float32 or bf16 only"),
     ("MIXED_PRECISION", "fp8", "float32 or bf16 only"),
     ("GRADIENT_ACCUMULATION_STEPS", "4", "Pass --accumulate 4"),
-    ("USE_FSDP", "true", "--multi_gpu"), ("USE_DEEPSPEED", "1", "--multi_gpu"),
-    ("USE_MEGATRON_LM", "True", "--multi_gpu"), ("DOWNCAST_BF16", "true", "Unset it"),
+    ("USE_FSDP", "true", "--shard N"), ("USE_DEEPSPEED", "1", "--multi_gpu, and pass --shard N"),
+    ("USE_MEGATRON_LM", "True", "--shard N"), ("DOWNCAST_BF16", "true", "Unset it"),
     ("USE_PARALLELISM_CONFIG", "true", "Unset it"), ("OF_A_LATER_VERSION", "yes", "Unset it"),
 ])  # fmt: skip
 def test_settings_that_would_change_the_run_are_refused(name, value, message):

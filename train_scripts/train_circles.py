@@ -27,6 +27,7 @@ from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.options import RunOptions, check_numbers, check_run
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
+from scorefield.training.sharding import whole
 from toyworld.circles import PALETTE, PATCHES, make_circles_unet, painter, save_circles
 
 
@@ -90,13 +91,18 @@ def main(config: Config) -> Path:
     own = identity(config, accelerator, {"data": f"circles of {len(PALETTE)} colours"})
     first = resume(config, [phase], accelerator, own)
     captions = [data.caption(index) for index in range(min(32, len(data)))]
+    folder = config.out / "base"
+
+    def save() -> None:
+        model: Any = whole(averaged)
+        if accelerator.is_main_process:
+            save_circles(folder, model.model, config.size, card(config))
+
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=8,
-        preview=lambda: preview(painter(averaged, config.size), captions),
+        preview=lambda: preview(painter(averaged, config.size), captions), finish=save,
     )  # fmt: skip
-    folder = config.out / "base"
     if accelerator.is_main_process:
-        save_circles(folder, averaged.model, config.size, card(config))
         print(f"painter of circles: {folder}")
     return folder
 

@@ -89,9 +89,7 @@ def run(
         ):  # of `scorefield ... --help | head`: it has heard enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # as of a program that SIGPIPE ends
-        if ranks.several:  # torchrun sends it as soon as one of them has ended
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        first = ranks.give_up(code)
+        first = _tell(ranks, code, unexpected=message is None)
         if message is None:
             raise
         if first:
@@ -101,6 +99,21 @@ def run(
         sys.exit(code)
     finally:
         ranks.close()
+
+
+def _tell(ranks: Ranks, code: int, unexpected: bool) -> bool:
+    """Tell the others that this rank gives up; True where it is the first one."""
+    if unexpected:
+        ranks.wait_for_word()
+    if ranks.several:  # torchrun sends it as soon as one of them has ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return ranks.give_up(code)
+
+
+def _end_quietly() -> NoReturn:
+    """Exit as a program does that SIGPIPE ends: whoever reads, as in ``--help | head``, has heard enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _refuse_places() -> None:
@@ -131,6 +144,8 @@ def _explained(error: Exception) -> tuple[str | None, int]:
 
 def _follow(held: ExitStack, refusal: Refusal) -> None:
     """End this process as another rank ended; no exception would reach a main thread that waits for that rank."""
+    if refusal.why:
+        say(refusal.why)
     held.close()
     _end(refusal.code)
 

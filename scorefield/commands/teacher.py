@@ -29,6 +29,7 @@ from scorefield.training.evaluate import check_evaluation, watcher
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
+from scorefield.training.sharding import whole_denoiser
 
 
 def main(config: TrainTeacher) -> Path:
@@ -52,14 +53,18 @@ def main(config: TrainTeacher) -> Path:
     first = resume(config, [phase], accelerator, own)
     batches = data.batches(config.batch_size, accelerator.device, accelerator.num_processes)
     model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
-    watch = watcher(config, model, data, teacher=None, save=lambda to: save_denoiser(model.denoiser, to, facts))
+    folder = config.out / "teacher"
+
+    def save(to: Path = folder) -> None:
+        average = whole_denoiser(model.denoiser)
+        if accelerator.is_main_process:
+            save_denoiser(average, to, facts)
+
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=min(10, data.num_classes),
-        preview=lambda: preview(model), watch=watch,
+        preview=lambda: preview(model), watch=watcher(config, model, data, teacher=None, save=save), finish=save,
     )  # fmt: skip
-    folder = config.out / "teacher"
     if accelerator.is_main_process:
-        save_denoiser(model.denoiser, folder, facts)
         print(f"teacher: {folder}")
     return folder
 

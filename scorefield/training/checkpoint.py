@@ -10,17 +10,19 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from scorefield.atomic import clear_unfinished, foreign, whole_folder
 from scorefield.progress import working
 from scorefield.training.loop import Phase
+from scorefield.training.sharding import gather_state, load_pieces, local, scatter_state, sharding_of, whole
 
 MANIFEST = "manifest.json"
 
@@ -42,9 +44,12 @@ def is_own(name: str) -> bool:
 
 def save(
     folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], keep: int = 2,
-    also: Collection[int] = (),
+    also: Collection[int] = (), writes: bool = True,
 ) -> Path:  # fmt: skip
     """Write a checkpoint of ``step`` finished iterations; call it on the main process only.
+
+    Where a network is sharded every rank calls it, and the first one writes: whole weights, one network at a time,
+    in the same files as of a run that is not sharded.
 
     Args:
         folder: holds this run's checkpoints.
@@ -54,6 +59,7 @@ def save(
         keep: checkpoints to keep, this one and those before it. Later ones, of a run that was started again
             from an earlier step, are removed. One that holds a file of someone else stays as it is.
         also: earlier steps whose checkpoints are kept, too, such as the best one.
+        writes: False on ranks that only hand over their pieces.
 
     Raises:
         ValueError: keep is below 1, or the checkpoint of that step holds a file of someone else.
@@ -63,6 +69,10 @@ def save(
         raise ValueError(f"keep must be at least 1; got {keep}: this checkpoint would be thrown away.")
     check_finite(step, phases)
     final = folder / f"step-{step:09d}"
+    if not writes:
+        for _ in _contents(phases):
+            pass
+        return final
     if folder.is_dir():
         clear_unfinished(folder, _NAME.pattern)  # of a run that was killed at another step
     with working(f"checkpoint of step {step:,}"), whole_folder(final, is_own) as temporary:
@@ -103,7 +113,7 @@ def check_finite(step: int, phases: Sequence[Phase]) -> None:
     :func:`save` does so on the one process that calls it. Where a run goes on after the error, all call this.
     """
     for phase in phases:
-        if not all(bool(p.isfinite().all()) for p in phase.network.parameters()):
+        if not all(bool(local(p.detach()).isfinite().all()) for p in phase.network.parameters()):
             raise FloatingPointError(f"phase {phase.name!r} has weights that are not finite at step {step}.")
 
 
@@ -111,18 +121,28 @@ def _write(
     folder: Path, step: int, phases: Sequence[Phase], config: Mapping[str, Any], kept: Mapping[str, Any]
 ) -> None:
     state: dict[str, Any] = {"step": step, "kept": dict(kept), "phases": {}}
-    for phase in phases:
-        for name, network in phase.networks().items():
-            save_model(network, str(folder / f"{name}.safetensors"))
-        state["phases"][phase.name] = {
-            "optimizer": phase.optimizer.state_dict(),
-            "lr_schedule": phase.lr_schedule.state_dict() if phase.lr_schedule else None,
-            "ema_updates": phase.ema.num_updates if phase.ema else None,
-        }
+    for name, content in _contents(phases):
+        if isinstance(content, nn.Module):
+            save_model(content, str(folder / f"{name}.safetensors"))
+        else:
+            state["phases"][name] = content
     torch.save(state, folder / "state.pt")
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=2))
+
+
+def _contents(phases: Sequence[Phase]) -> Iterator[tuple[str, nn.Module | dict[str, Any]]]:
+    # Networks, whole, and the states of the phases; of sharded ones all ranks ask for the next one together.
+    for phase in phases:
+        for name, network in phase.networks().items():
+            yield name, whole(network)
+        state = {
+            "optimizer": gather_state(phase.optimizer.state_dict()),
+            "lr_schedule": phase.lr_schedule.state_dict() if phase.lr_schedule else None,
+            "ema_updates": phase.ema.num_updates if phase.ema else None,
+        }
+        yield phase.name, state
 
 
 def newest(folder: Path, before: int | None = None) -> Path | None:
@@ -156,12 +176,14 @@ def load(folder: Path, phases: Sequence[Phase], config: Mapping[str, Any], befor
         return 0
     saved = compare(path, config)
     _check_networks(path, phases)
-    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    # Mapped: of a sharded run each rank reads its own rows.
+    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu", mmap=True)
     for phase in phases:
         for name, network in phase.networks().items():
-            load_model(network, str(path / f"{name}.safetensors"))
+            read = load_model if sharding_of(network) is None else load_pieces
+            read(network, path / f"{name}.safetensors")
         own = state["phases"][phase.name]
-        phase.optimizer.load_state_dict(own["optimizer"])
+        phase.optimizer.load_state_dict(scatter_state(phase.optimizer, own["optimizer"]))
         if phase.lr_schedule is not None:
             phase.lr_schedule.load_state_dict(own["lr_schedule"])
         if phase.ema is not None:

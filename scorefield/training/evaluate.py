@@ -21,6 +21,7 @@ from scorefield.progress import progress
 from scorefield.training.features import Classifier, load_classifier
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.options import EvalOptions, check_numbers
+from scorefield.training.ranks import first_says
 
 Watch = Callable[[int], Mapping[str, float]]
 
@@ -80,8 +81,11 @@ def watcher(
         data: training data: the mark of the figures; None where nothing is compared with them.
         teacher: whose samples are the mark of the alarms; None: the training data.
         save: writes the averaged weights into ``--out/best`` when their Fréchet distance is the smallest so far.
+
+    The first rank does this alone. Under ``--shard`` all ranks draw, and call ``save``.
     """
-    if not config.eval_every or not is_first_rank():
+    sharded = getattr(config, "shard", 1) > 1
+    if not config.eval_every or not (is_first_rank() or sharded):
         return lambda step: {}
     parts = torch.arange(config.eval_images).split(250)
     real, labels = marks(data, config.eval_images, max(1, model.num_classes))
@@ -97,14 +101,18 @@ def watcher(
             return {}
         images = drawn(model, progress(parts, "samples to evaluate"))
         seen = look(images)
-        for alarm in alarms(seen, wanted):
+        for alarm in alarms(seen, wanted) if is_first_rank() else ():
             tqdm.write(f"alarm at step {step}: {alarm}", file=sys.stderr)
         figures = {"eval/brightness": seen.brightness, "eval/spread": seen.spread}
         if network is not None:
             distances = compare(network, images, real)
             figures |= {f"eval/{name}": value for name, value in distances.items()}
-            if is_best(best, distances):
+            better = is_best(best, distances)
+            if sharded:  # all of them save, and one writes what the others look at
+                better = first_says(better)
+            if better:
                 save(best)
+            if better and is_first_rank():
                 with whole_file(config.out / "best.json") as temporary:
                     temporary.write_text(json.dumps({"step": step, **distances}))
         return figures

@@ -21,6 +21,12 @@ IDENTITY = "identity.json"
 PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
+PROCESSES = "num_processes"
+"""Entry of an identity: how many ranks there are."""
+
+LAYOUT = (PROCESSES, "accumulate")
+"""How a step is laid out, which may change when a run goes on: fewer ranks, and more micro-batches on each."""
+
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "attack", "toyworld")
 
 
@@ -100,7 +106,7 @@ def identity(config: RunOptions, accelerator: Accelerator, inputs: Mapping[str, 
     :func:`checkpoint.differences`. ``inputs`` are fingerprints of what the run reads; they stand for the paths,
     which can be written in many ways.
     """
-    return {**binding(config, inputs), **inputs, "num_processes": accelerator.num_processes}
+    return {**binding(config, inputs), **inputs, PROCESSES: accelerator.num_processes}
 
 
 def binding(config: RunOptions, inputs: Collection[str] = ()) -> dict[str, Any]:
@@ -108,4 +114,4 @@ def binding(config: RunOptions, inputs: Collection[str] = ()) -> dict[str, Any]:
     free = free_options(config)
     places = {*PLACES, *(name for name, value in vars(config).items() if isinstance(value, Path))}
     fields = {name: x for name, x in resolved(config).items() if name not in inputs and name not in free & places}
-    return {**fields, checkpoint.FREE: sorted(free), checkpoint.MAY_CHANGE: sorted(config.may_change)}
+    return {**fields, checkpoint.FREE: sorted(free), checkpoint.MAY_CHANGE: sorted({*config.may_change, *LAYOUT})}

@@ -120,8 +120,8 @@ def _refusal(name: str, value: str, precision: str, accumulate: int) -> str | No
         )
     if name in SHARDING:
         return (
-            "it shards one network; here several, each with its optimiser, share a step, and a checkpoint holds "
-            "them whole. Launch with --multi_gpu (DDP); for memory use bf16 or gradient checkpointing."
+            "it shards one network; here several, each with its optimiser, share a step. Launch with --multi_gpu, "
+            "and pass --shard N to cut each network into pieces on N ranks."
         )
     if name.startswith(IDLE):
         return None

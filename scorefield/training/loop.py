@@ -5,7 +5,6 @@ Randomness is derived from (seed, step, micro-batch, rank, purpose), never store
 numbers, and a checkpoint is weights, optimisers and a step. Only this file and ``ranks`` import Accelerate.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from scorefield.training.ranks import (
     sync_only_if,
     verify_weights,
 )
+from scorefield.training.sharding import clip_gradients, local, twin
 
 Batch = Any
 """Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""
@@ -39,7 +39,7 @@ class EMA:
     initialisation.
 
     Args:
-        network: the network to follow; ``ema.network`` is its frozen average.
+        network: the network to follow; ``ema.network`` is its frozen average, sharded as it is.
         decay: of the average, in [0, 1).
     """
 
@@ -47,7 +47,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must lie in [0, 1); got {decay}. 0.999 averages about 1,000 updates.")
         self.source = unwrap(network)
-        self.network = copy.deepcopy(self.source).eval().requires_grad_(False)
+        self.network = twin(self.source).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
 
@@ -61,8 +61,8 @@ class EMA:
         """Move the average towards the network."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages: list[Tensor] = list(self.network.parameters())
-        values: list[Tensor] = list(self.source.parameters())
+        averages: list[Tensor] = [local(p) for p in self.network.parameters()]
+        values: list[Tensor] = [local(p) for p in self.source.parameters()]
         torch._foreach_lerp_(averages, values, 1 - decay)
         for average, value in zip(self.network.buffers(), self.source.buffers(), strict=True):
             average.copy_(value)
@@ -162,7 +162,8 @@ def train(
     Args:
         phases: trained together.
         batches: rng -> batch; see :func:`scorefield.randomness.shuffled`.
-        accelerator: device, ranks, autocast. Networks it did not wrap in DDP get one flat all-reduce a step.
+        accelerator: device, ranks, autocast. Networks that neither it wrapped in DDP nor ``sharding`` cut get one
+            flat all-reduce a step.
         steps: iterations in all, counted from 0 also when resuming.
         start: first iteration, from :func:`scorefield.training.checkpoint.load`.
         rollout: once a micro-batch: what the phases share.
@@ -191,7 +192,7 @@ def train(
                     metrics[name] = _joined(name, metrics.get(name), value, accumulate)
         for phase in due:
             average_gradients(phase.network, accelerator)
-            norm = nn.utils.clip_grad_norm_(phase.network.parameters(), clip_norm)
+            norm = clip_gradients(list(phase.network.parameters()), clip_norm)
             metrics[f"{phase.name}/grad_norm"] = norm.detach()
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)

@@ -4,6 +4,7 @@ Importing this module imports no torch, since the command line is parsed and ref
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,8 +32,8 @@ class RunOptions:
 
     results: ClassVar[tuple[str, ...]] = ()
 
-    free: ClassVar[tuple[str, ...]] = ("out", "report_to", "log_every", "save_every", "dry_run")
-    """Options that change no number of a run."""
+    free: ClassVar[tuple[str, ...]] = ("out", "shard", "report_to", "log_every", "save_every", "dry_run")
+    """Options that change no number of a run, beyond the order in which ranks add."""
 
     out: Path = Path("runs/run")
     """Folder for checkpoints, logs, samples and the result."""
@@ -54,6 +55,9 @@ class RunOptions:
     """Compile the networks with torch.compile: minutes at the start, then faster steps. Not with a critic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    shard: int = 1
+    """Cut every network into pieces on so many neighbouring processes, which have to divide their number: each
+    holds one n-th of weights, gradients and optimizer states. 1 means that every process holds all (DDP)."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU, so that a resumed run is equal bit for bit. On a CPU it always is."""
     log_every: int = 50
@@ -181,6 +185,31 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def check_shard(config: RunOptions) -> None:
+    """Raise ``ValueError`` for a ``--shard`` that the processes or the other options do not allow."""
+    check_numbers(config, positive=("shard",))
+    if config.shard == 1:
+        return
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    if number % config.shard and not config.dry_run:
+        raise ValueError(
+            f"--shard {config.shard} needs {config.shard} processes or a multiple of them; got {number}. Launch "
+            f"so many with torchrun or accelerate launch, or pass a divisor of {number}."
+        )
+    why = {
+        "compile": "compiled networks gather no pieces", "offload": "pieces are small, and stay on the GPU",
+        "lora": "a LoRA's networks are one, of which each process holds all",
+    }  # fmt: skip
+    for name, reason in why.items():
+        if getattr(config, name, False):
+            raise ValueError(f"--shard and --{name} do not go together: {reason}. Leave one of them out.")
+    if config.optimizer != "adamw":
+        raise ValueError(
+            f"--shard goes with --optimizer adamw; got {config.optimizer}, which cannot step pieces. Leave one of "
+            "them out."
+        )
+
+
 def check_run(config: RunOptions) -> None:
     """Raise ``ValueError`` for run options that cannot work, before anything is written."""
     check_numbers(config, positive=("steps", "batch_size", "accumulate", "clip_norm", "log_every", "save_every"))
@@ -190,5 +219,6 @@ def check_run(config: RunOptions) -> None:
             check_replaceable(config.out / name)
     check_trackers(config.report_to)
     check_launcher(config.precision, config.accumulate)
+    check_shard(config)
     if config.optimizer == "adamw8bit" and not (find_spec("bitsandbytes") and has_gpu()):
         raise ValueError("--optimizer adamw8bit needs a GPU and: pip install bitsandbytes. Use adamw here.")

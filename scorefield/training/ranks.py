@@ -5,17 +5,27 @@ Networks wrapped in DDP average their gradients themselves; for all others it is
 
 import json
 import os
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scorefield.models.preflight import check_device
+from scorefield.training.options import PROBE
+from scorefield.training.sharding import is_piece, local, sharding_of
+
+AGAIN = "scorefield-restarted"
+"""Scheme of the address at which ranks meet that were started again."""
 
 
 @contextmanager
@@ -26,6 +36,32 @@ def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Acceler
             for network in networks:
                 stack.enter_context(accelerator.no_sync(network))
         yield
+
+
+def meeting() -> dict[str, Any]:
+    """Return how ranks that torchrun has started again meet, for ``InitProcessGroupKwargs``; empty for others.
+
+    Its store lives on, with the addresses of the ranks before: gloo and NCCL would call those that are gone.
+    """
+    told = os.environ
+    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return {}
+    with suppress(RuntimeError):  # known already
+        distributed.register_rendezvous_handler(AGAIN, _meet_again)
+    return {"init_method": f"{AGAIN}://"}
+
+
+def _meet_again(
+    url: str, timeout: timedelta = timedelta(hours=2), **others: Any
+) -> Iterator[tuple[Any, int, int]]:
+    told = os.environ
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    own = distributed.PrefixStore(  # type: ignore[attr-defined]
+        f"attempt {told['TORCHELASTIC_RESTART_COUNT']}", store
+    )
+    yield own, int(told["RANK"]), int(told["WORLD_SIZE"])
 
 
 def check_told_device() -> None:
@@ -43,8 +79,7 @@ def check_launch(accelerator: Accelerator) -> None:
     if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(
             f"{accelerator.distributed_type.value} shards one network; here several, each with its optimiser, "
-            "share a step, and a checkpoint holds them whole. Launch with --multi_gpu (DDP); for memory use bf16 "
-            "or gradient checkpointing."
+            "share a step. Launch with --multi_gpu; a training cuts its networks into pieces itself."
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
@@ -78,7 +113,8 @@ def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
     """Average the gradients over ranks in one flat all-reduce, unless DDP has done it."""
     if accelerator.num_processes == 1 or is_ddp(network):
         return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    # FSDP has averaged those of weights that are in pieces.
+    gradients = [p.grad for p in network.parameters() if p.grad is not None and not is_piece(p)]
     if not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -89,12 +125,13 @@ def average_gradients(network: nn.Module, accelerator: Accelerator) -> None:
 
 
 def broadcast_weights(networks: Iterable[nn.Module], accelerator: Accelerator) -> None:
-    """Give every rank the weights and buffers of the first."""
+    """Give every rank the weights and buffers of the first; pieces of a sharded network stay."""
     if accelerator.num_processes == 1:
         return
     for network in networks:
         for tensor in [*network.parameters(), *network.buffers()]:
-            tensor.data.copy_(broadcast(tensor.data))
+            if not is_piece(tensor):
+                tensor.data.copy_(broadcast(tensor.data))
 
 
 def _fingerprint(values: Tensor) -> Tensor:
@@ -104,14 +141,53 @@ def _fingerprint(values: Tensor) -> Tensor:
 
 
 def verify_weights(name: str, network: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ``RuntimeError`` if the ranks hold different weights, judged by a weighted sum of each parameter."""
-    sums = torch.stack([_fingerprint(p.detach()) for p in network.parameters()])
+    """Raise ``RuntimeError`` if the ranks hold different weights, judged by a weighted sum of each parameter.
+
+    Of a sharded network those are compared that hold the same pieces.
+    """
+    sums = torch.stack([_fingerprint(local(p.detach())) for p in network.parameters()])
     every_rank = accelerator.gather(sums).view(accelerator.num_processes, -1)
-    if not bool((every_rank == every_rank[0]).all()):
+    pieces = 1 if (plan := sharding_of(network)) is None else plan.ranks[1]
+    if not bool((every_rank == every_rank[:pieces].repeat(len(every_rank) // pieces, 1)).all()):
         raise RuntimeError(
             f"weights of phase {name!r} differ between ranks: a gradient was not averaged. Resume from the last "
             "checkpoint, and report what the loss does."
         )
+
+
+def check_shared(out: Path, accelerator: Accelerator, patience: float = 10.0) -> None:
+    """Raise ``ValueError`` on every rank where one does not see what the first writes in ``out``.
+
+    Leaves nothing there. A file system of a network may take seconds to show it.
+    """
+    if accelerator.num_processes == 1:
+        return
+    with ExitStack() as stack:
+        places = (out.absolute(), *out.absolute().parents)  # another one on each machine, maybe
+        token: list[Any] = [0, ""]
+        if accelerator.is_main_process:
+            up = next(number for number, path in enumerate(places) if path.is_dir())
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix=PROBE, dir=places[up]))
+            token = [up, Path(made).name]
+        broadcast_object_list(token)
+        place, end = places[min(token[0], len(places) - 1)] / token[1], time.monotonic() + patience
+        while not (seen := place.is_dir()) and time.monotonic() < end:
+            time.sleep(0.1)
+        every = gather_object([(seen, socket.gethostname())])
+    blind = [rank for rank, (seen, _) in enumerate(every) if not seen]
+    if blind:
+        raise ValueError(
+            f"--out {out} is not one folder for all ranks: rank {blind[0]} on {every[blind[0]][1]} does not see "
+            f"what rank 0 on {every[0][1]} writes there. Let --out be a folder that all machines share."
+        )
+
+
+def first_says(value: bool) -> bool:
+    """Return on all ranks what the first one passes."""
+    said = [value]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(said)
+    return said[0]
 
 
 def shared_rows(work: Callable[[Tensor], Tensor], num_rows: int, accelerator: Accelerator) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from scorefield.training.lifelines import Lifelines, Peer
+
 PATIENCE = 20.0
 """Seconds that ranks wait for one another to have heard."""
 
@@ -21,12 +23,23 @@ BEGUN = "the run had begun"
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+LOST = 2.0
+"""Seconds that are waited for word of a rank that is gone."""
+
+
 @dataclass(frozen=True)
 class Refusal:
-    """Which rank gave up first, and its exit code."""
+    """Why all ranks end.
+
+    Attributes:
+        rank: that gave up first, or is gone.
+        code: to exit with.
+        why: what this rank should say; empty where another one says it.
+    """
 
     rank: int
     code: int
+    why: str = ""
 
 
 class Ranks:
@@ -47,6 +60,7 @@ class Ranks:
         self.several = all(told.get(name) for name in NEEDED) and int(told["WORLD_SIZE"]) > 1
         self._lock = threading.Lock()
         self._store: Any = None
+        self._lines: Lifelines | None = None
         if not self.several:
             return
         self._rank, self._size = int(told["RANK"]), int(told["WORLD_SIZE"])
@@ -70,16 +84,27 @@ class Ranks:
                 store = self._connected()
                 mine = json.dumps({"rank": self._rank, "code": code}).encode()
                 first = store.compare_set("gave up", "", mine.decode()) == mine
-                self._wait_for_all(store)
+                self._wait_for_all(store, self._size, PATIENCE)
+                self._part()
             return first
         except (RuntimeError, OSError):  # nobody keeps the store: nobody waits either, or nobody can be told
             return True
+
+    def wait_for_word(self) -> None:
+        """Give the others time to say that one is gone, of which a failed collective was only a consequence."""
+        if self.several:
+            self._done.wait(LOST)
 
     def close(self) -> None:
         """Listen no longer."""
         self._done.set()
         if self.several:
             self._thread.join(timeout=2)
+            self._part()
+
+    def _part(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
     def _connected(self) -> Any:
         if self._store is None:
@@ -94,23 +119,66 @@ class Ranks:
             self._store = distributed.PrefixStore(name, store)  # type: ignore[attr-defined]
         return self._store
 
-    def _wait_for_all(self, store: Any) -> None:
+    def _wait_for_all(self, store: Any, number: int, patience: float) -> None:
         store.add("heard", 1)
         pause = threading.Event()
-        for _ in range(int(PATIENCE / 0.01)):
-            if store.add("heard", 0) >= self._size:
+        for _ in range(int(patience / 0.01)):
+            if store.add("heard", 0) >= number:
                 return
             pause.wait(0.01)
 
     def _listen(self) -> None:
-        while not self._done.wait(0.5):
+        while not self._done.is_set():
+            if (gone := self._gone(0.5)) is not None:
+                self._leave(self._missed(gone))
+                return
             try:
                 with self._lock:
                     if self._done.is_set() or not self._connected().check(["gave up"]):
                         continue
                     said = json.loads(self._connected().get("gave up"))
                     self._done.set()
-                    self._wait_for_all(self._connected())
+                    missing = said.get("gone", 0)
+                    self._wait_for_all(self._connected(), self._size - missing, LOST if missing else PATIENCE)
+                    self._part()
             except (RuntimeError, OSError):  # its keeper has not begun yet, or has ended
                 continue
             self._leave(Refusal(said["rank"], said["code"]))
+
+    def _gone(self, seconds: float) -> Peer | None:
+        """Wait so long, at most, and return a rank that ended without a word, if one did."""
+        try:
+            if self._lines is None:
+                self._lines = self._open_lines()
+            gone = self._lines.lost(seconds)
+        except (RuntimeError, OSError, ValueError):  # no store yet, or closed meanwhile
+            gone = None
+            self._done.wait(seconds)
+        return None if self._done.is_set() else gone
+
+    def _open_lines(self) -> Lifelines:
+        with self._lock:
+            store = self._connected()
+        return Lifelines(
+            self._rank, self._place[0], publish=lambda told: store.set("lifeline", told),
+            published=lambda: store.get("lifeline").decode() if store.check(["lifeline"]) else None,
+        )  # fmt: skip
+
+    def _missed(self, gone: Peer) -> Refusal:
+        """Tell the others that a rank is gone, unless one of them has said why all end."""
+        self._done.set()
+        mine = {"rank": gone.rank, "code": 1, "gone": 1, "by": self._rank}
+        why = (
+            f"{gone} is gone: it was killed, ran out of memory, or its machine went down. The other ranks end, "
+            "too. Start the same command again, and it goes on from the last checkpoint; torchrun does so by "
+            "itself where restarts are allowed."
+        )
+        try:
+            with self._lock:
+                store = self._connected()
+                said = json.loads(store.compare_set("gave up", "", json.dumps(mine)))
+                self._wait_for_all(store, self._size - 1, LOST)
+        except (RuntimeError, OSError):  # the rank that is gone kept the store
+            said = mine
+        self._part()
+        return Refusal(said["rank"], said["code"], why if said == mine else "")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +23,22 @@ from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, forget_best
-from scorefield.training.identity import check_earlier, check_ranks, note_identity, resolved
+from scorefield.training.identity import LAYOUT, check_earlier, check_ranks, note_identity, resolved
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
 from scorefield.training.memory import Activations, most_bytes, role_of
 from scorefield.training.options import RunOptions
-from scorefield.training.ranks import check_launch, check_same, check_same_fields, check_told_device
+from scorefield.training.ranks import (
+    check_launch,
+    check_same,
+    check_same_fields,
+    check_shared,
+    check_told_device,
+    first_says,
+    meeting,
+)
 from scorefield.training.report import as_grid, close_log, forget_samples, has_samples, log, start_logging
+from scorefield.training.sharding import make_mesh, shard, sharding_of
 from scorefield.training.stopping import stop_signals
 
 
@@ -45,7 +54,7 @@ def start(config: RunOptions) -> Accelerator:
         torch.backends.cudnn.benchmark = False
     check_told_device()
     # The first rank evaluates alone while the others wait; NCCL would give up after ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2), **meeting())
     trackers = [kind for kind in config.report_to if kind != "none"]
     accelerator = Accelerator(
         mixed_precision=config.precision, log_with=trackers or None, project_dir=str(config.out),
@@ -53,6 +62,8 @@ def start(config: RunOptions) -> Accelerator:
     )  # fmt: skip
     check_launch(accelerator)
     check_ranks(config, accelerator)
+    if not config.dry_run:
+        check_shared(config.out, accelerator)
     return accelerator
 
 
@@ -69,8 +80,24 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
     hooked = any(getattr(part, "uses_hooks", False) for part in network.modules())
     if config.compile and not hooked:  # compiled code does not call the hook by which a critic reads features
         network.compile()  # in place: names of weights stay as they are
+    if config.shard > 1:
+        # For its autocast alone, without DDP.
+        network = accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
+        return cut(network, config, accelerator)
     prepared: nn.Module = accelerator.prepare(network)
     return prepared
+
+
+def cut(network: nn.Module, config: RunOptions, accelerator: Accelerator) -> nn.Module:
+    """Return a network on its device, in pieces under ``--shard``: :func:`prepare` for one that is frozen.
+
+    Weights that learn under bf16 are gathered in bf16; frozen ones as they are kept.
+    """
+    if config.shard == 1:
+        return network.to(accelerator.device)
+    mesh = make_mesh(accelerator.device.type, accelerator.num_processes, config.shard)
+    learns = any(p.requires_grad for p in network.parameters())
+    return shard(network, mesh, torch.bfloat16 if learns and config.precision == "bf16" else None)
 
 
 def resume(config: RunOptions, phases: Sequence[Phase], accelerator: Accelerator, own: Mapping[str, Any]) -> int:
@@ -117,8 +144,12 @@ def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Acce
 
 
 def changes(saved: Mapping[str, Any], own: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]:
-    """Return in words what is otherwise than when a checkpoint was written: the number of steps, and rates."""
+    """Return in words what is otherwise than when a checkpoint was written: processes, steps, and rates."""
     said = []
+    layouts = [tuple(one.get(name, 1) for name in LAYOUT) for one in (saved, own)]
+    if layouts[0] != layouts[1]:
+        old, new = (f"{ranks} process(es) with --accumulate {micro}" for ranks, micro in layouts)
+        said.append(f"{old} before, {new} now: batches and their noise are drawn otherwise from here on")
     before, now = saved.get("steps", 0), own.get("steps", 0)
     if before != now:
         said.append(f"{before:,} steps before, {now:,} now: from here on all schedules are those of {now:,} steps")
@@ -137,18 +168,24 @@ def fit(
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
-    The main process calls ``watch`` after each step, when that is saved, and logs what it returns. With
-    ``all_watch`` every rank calls it, to share its work. It may take long, so it is not called when the run has
-    to stop, and is called again for the step resumed from, since a kill may have cut it off: two looks at the
-    same weights must leave what one does. All call ``check`` with the step and whether it is about to be saved,
-    which may raise, as do weights that are not finite. All call ``keep``, which returns the steps whose
-    checkpoints must stay; such a step is saved at once. All call ``finish`` after the last step, while they can
-    still speak to each other. SIGTERM, Ctrl-C and SIGHUP save a checkpoint first: exit codes 143, 130, 129.
+    The main process calls ``watch`` after each step, when that is saved, and logs what it returns, and draws
+    ``preview``. With ``all_watch`` every rank calls both, to share the work, and so it is where a network is in
+    pieces, which compute together. ``watch`` may take long, so it is not called when the run has to stop, and is
+    called again for the step resumed from, since a kill may have cut it off: two looks at the same weights must
+    leave what one does. All call ``check`` with the step and whether it is about to be saved, which may raise, as
+    do weights that are not finite. All call ``keep``, which returns the steps whose checkpoints must stay; such a
+    step is saved at once. All call ``finish`` after the last step, while they can still speak to each other.
+    SIGTERM, Ctrl-C and SIGHUP save a checkpoint first: exit codes 143, 130, 129.
     """
+    together = accelerator.is_main_process or all_watch or in_pieces(phases)
+
+    def draw(step: int) -> None:
+        if preview is not None and together:
+            log(accelerator, step, {}, as_grid(preview(), columns))
 
     def look(step: int) -> None:
         with accelerator.autocast():
-            figures = watch(step) if accelerator.is_main_process or all_watch else {}
+            figures = watch(step) if together else {}
         if figures and accelerator.is_main_process:
             log(accelerator, step, figures)
 
@@ -160,8 +197,8 @@ def fit(
     with stop_signals(accelerator) as asked_to_stop:
         if first:  # a kill after its checkpoint would have left out the look, or the picture
             look(first)
-        if first and accelerator.is_main_process and preview and not has_samples(config.out, first):
-            log(accelerator, first, {}, as_grid(preview(), columns))
+        if first and preview is not None and not first_says(has_samples(config.out, first)):
+            draw(first)
         for report in follow(reports, accelerator, start=first, steps=config.steps, log_every=config.log_every):
             stop = asked_to_stop(report.step)
             kept = keep(report.step)
@@ -169,24 +206,42 @@ def fit(
             check(report.step, due)
             if due:
                 checkpoint.check_finite(report.step, phases)
-            if due and accelerator.is_main_process:
-                checkpoint.save(config.out / "checkpoints", report.step, phases, own, also=kept)
+                save(config.out / "checkpoints", report.step, phases, own, accelerator, also=kept)
             if not (stop and all_watch):
                 look(report.step)
-            if due and accelerator.is_main_process and preview is not None:
-                log(accelerator, report.step, {}, as_grid(preview(), columns))
+            if due:
+                draw(report.step)
             if not stop and report.step == config.steps:
                 stop = asked_to_stop(0)  # while the last step was saved and looked at
             if stop:
                 break
     if not stop:
         finish()
-    # Its end parts the ranks, too.
-    end: Callable[[], Any] = accelerator.end_training if stop or last else partial(close_log, accelerator)
+    _end(stop, last, accelerator)
+
+
+def _end(stop: int, last: bool, accelerator: Accelerator) -> None:
     with suppress(OSError):
-        end()
+        if stop or last:
+            accelerator.end_training()  # which parts the ranks, too
+        else:
+            close_log(accelerator)
     if stop:
         sys.exit(128 + stop)
+
+
+def save(
+    folder: Path, step: int, phases: Sequence[Phase], own: Mapping[str, Any], accelerator: Accelerator, *,
+    also: Collection[int] = (),
+) -> None:  # fmt: skip
+    """Let the first rank write a checkpoint, with the pieces of the others where a network is in pieces."""
+    if (writes := accelerator.is_main_process) or in_pieces(phases):
+        checkpoint.save(folder, step, phases, own, also=also, writes=writes)
+
+
+def in_pieces(phases: Sequence[Phase]) -> bool:
+    """Return True where a network that learns is sharded, so that all ranks have to be asked for it."""
+    return any(sharding_of(phase.network) is not None for phase in phases)
 
 
 def follow(
@@ -269,6 +324,8 @@ def show_plan(
             f"at most on each process: {most:,} bytes ({most / 2**30:.2f} GiB), without what kernels and "
             "allocator take"
         )
+    if config.shard > 1:
+        print(f"--shard {config.shard}: each rank holds a part in {config.shard} of these bytes")
     if before:
         print(f"before the first step: {before}")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -110,13 +110,14 @@ class Joined(torch.Generator):
 
 @dataclass(frozen=True)
 class JoinedRng(Rng):
-    """The draws that ``micros`` micro-batches on each of two ranks would make, for one batch of all of them."""
+    """The draws that ``micros`` micro-batches on each of ``ranks`` ranks would make, for one batch of all."""
 
     micros: ClassVar[int] = 1
+    ranks: ClassVar[int] = 2
 
     def __call__(self, purpose):
         joined = Joined()
-        places = [(micro, rank) for micro in range(self.micros) for rank in range(2)]
+        places = [(micro, rank) for micro in range(self.micros) for rank in range(self.ranks)]
         joined.parts = [Rng(self.seed, self.step, micro, rank)(purpose) for micro, rank in places]
         return joined
 
