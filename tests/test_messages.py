@@ -15,7 +15,7 @@ import scorefield.cli as cli
 from scorefield.shipped import FUNCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("scorefield", "distill", "sds", "controlnet", "toyworld", "train_scripts")
+PLACES = ("scorefield", "distill", "sds", "controlnet", "edit", "toyworld", "train_scripts")
 COMMANDS = {
     name: command for name, command in cli.COMMANDS.items() if name != "demo"
 }  # whose trainings it gives all
