@@ -65,6 +65,10 @@ COMMANDS = {
         "controlnet.options:Config", "controlnet.recipe:main", presets="controlnet.options:PRESETS",
         check="controlnet.options:check",
     ),
+    "edit": Command(
+        "Edit pictures by prompts (Prompt-to-Prompt, null-text, SDEdit, FlowEdit).",
+        "edit.options:Config", "edit.recipe:main", presets="edit.options:PRESETS", check="edit.options:check",
+    ),
     "sample": Command(
         "Draw images from a teacher or a student.",
         "scorefield.commands.options:Sample", "scorefield.commands.sample:main",

@@ -166,7 +166,7 @@ NEVER_SAID = {
     # The toy world's judge sees one size.
     "toyworld evaluate": {"size"}, "toyworld students": {"size"},
     # The message says which commands have it.
-    "sds": {"network"}, "control": {"network"},
+    "sds": {"network"}, "control": {"network"}, "edit": {"network"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 
