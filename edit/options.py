@@ -20,7 +20,7 @@ OF_PICTURES = ("edit-friendly", "sdedit", "dds", "pds", "flow-edit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Pictures:
     """What is edited, and to what."""
 
     image: str = ""
@@ -87,7 +87,7 @@ class OtherOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Asked, AttentionOptions, InversionOptions, OtherOptions, LoadOptions):
+class Config(Pictures, AttentionOptions, InversionOptions, OtherOptions, LoadOptions):
     """Edit pictures with a frozen text-to-image model."""
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = ""
