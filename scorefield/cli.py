@@ -70,6 +70,10 @@ COMMANDS = {
         "attack.options:Attack", "attack.recipe:main", presets="attack.options:PRESETS",
         check="attack.options:check",
     ),
+    "edit": Command(
+        "Edit pictures by prompts (Prompt-to-Prompt, null-text, SDEdit, FlowEdit).",
+        "edit.options:Config", "edit.recipe:main", presets="edit.options:PRESETS", check="edit.options:check",
+    ),
     "sample": Command(
         "Draw images from a teacher or a student.",
         "scorefield.commands.options:Sample", "scorefield.commands.sample:main",

@@ -1,4 +1,4 @@
-"""Sampling, inversion and editing with any Denoiser; every loop is differentiable.
+"""Sampling, and SDEdit, with any Denoiser; every loop is differentiable.
 
 A step takes ``x_t`` from time t to a less noisy time s, where s = None means the clean image. The loops are
 generic over the step; none of them disables gradients, so wrap them in ``torch.no_grad()`` for plain sampling.
@@ -65,7 +65,7 @@ class Multistep:
 def towards(schedule: Schedule, point: Point, x0: Images, s: PerSample) -> Images:
     """Return ``point`` moved to time s on the line on which the clean image is ``x0``: DDIM with eta = 0."""
     keep = schedule.sigma(s) / schedule.sigma(point.t)
-    return _mix(point.x_t, keep, x0, schedule.alpha(s) - schedule.alpha(point.t) * keep)
+    return mix(point.x_t, keep, x0, schedule.alpha(s) - schedule.alpha(point.t) * keep)
 
 
 def initial_noise(schedule: Schedule, noise: Images, t: Tensor | float) -> Tensor:
@@ -96,7 +96,7 @@ def sample(
         checkpoint: recompute each step in the backward pass, so that memory does not grow with n.
     """
     step = ddim() if step is None else step
-    _check_decreasing(times)
+    check_decreasing(times)
     batch = [t.to(x_t.device).expand(len(x_t)) for t in times]
     points: tuple[Point, ...] = ()
     for t, s in zip(batch, [*batch[1:], None], strict=True):
@@ -125,14 +125,23 @@ def ddim(eta: float = 0.0) -> Step:
         x0 = denoiser(x_t, t, cond).to(x_t.dtype)
         if s is None:
             return x0
-        schedule = denoiser.schedule
-        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-        variance = eta**2 * posterior_variance(schedule, t, s)
-        towards = (sigma_s**2 - variance).clamp(min=0).sqrt() / schedule.sigma(t)
-        x_s = _mix(x_t, towards, x0, alpha_s - schedule.alpha(t) * towards)
-        return x_s if eta == 0 else x_s + per_sample(variance.sqrt(), x_t) * normal_like(x_t, generator)
+        x_s, std = ddim_moments(denoiser.schedule, x_t, x0, t, s, eta)
+        return x_s if eta == 0 else x_s + per_sample(std, x_t) * normal_like(x_t, generator)
 
     return step
+
+
+def ddim_moments(
+    schedule: Schedule, x_t: Images, x0: Images, t: PerSample, s: PerSample, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean, shape of x_t, and standard deviation (b,) of DDIM's x_s, where the clean image is ``x0``.
+
+    The variance is eta^2, not eta, times the posterior's; the two agree at eta = 0 and 1 only.
+    """
+    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+    variance = eta**2 * posterior_variance(schedule, t, s)
+    towards = (sigma_s**2 - variance).clamp(min=0).sqrt() / schedule.sigma(t)
+    return mix(x_t, towards, x0, alpha_s - schedule.alpha(t) * towards), variance.sqrt()
 
 
 def ddpm(large_variance: bool = False) -> Step:
@@ -152,7 +161,7 @@ def ddpm(large_variance: bool = False) -> Step:
         forward = transition_variance(schedule, t, s)
         sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
         keep = schedule.alpha(t) / schedule.alpha(s) * sigma_s**2 / sigma_t**2
-        mean = _mix(x_t, keep, x0, schedule.alpha(s) * forward / sigma_t**2)
+        mean = mix(x_t, keep, x0, schedule.alpha(s) * forward / sigma_t**2)
         variance = forward if large_variance else posterior_variance(schedule, t, s)
         return mean + per_sample(variance.sqrt(), x_t) * normal_like(x_t, generator)
 
@@ -179,13 +188,13 @@ def heun() -> Step:
             schedule.sigma(t),
             schedule.sigma(s),
         )
-        x_s = _mix(x_t, sigma_s / sigma_t, x0, alpha_s - alpha_t * sigma_s / sigma_t)
+        x_s = mix(x_t, sigma_s / sigma_t, x0, alpha_s - alpha_t * sigma_s / sigma_t)
         if bool((sigma_s == 0).any()):
             return x_s
-        slope_t = _mix(x_t, 1 / sigma_t, x0, -alpha_t / sigma_t)
-        slope_s = _mix(x_s, 1 / sigma_s, denoiser(x_s, s, cond).to(x_t.dtype), -alpha_s / sigma_s)
+        slope_t = mix(x_t, 1 / sigma_t, x0, -alpha_t / sigma_t)
+        slope_s = mix(x_s, 1 / sigma_s, denoiser(x_s, s, cond).to(x_t.dtype), -alpha_s / sigma_s)
         length = alpha_s * (schedule.ratio(s) - schedule.ratio(t)) / 2
-        return _mix(x_t, alpha_s / alpha_t, slope_t + slope_s, length)
+        return mix(x_t, alpha_s / alpha_t, slope_t + slope_s, length)
 
     return step
 
@@ -198,77 +207,6 @@ def transition_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
 def posterior_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
     """Variance of q(x_s | x_t, x0): beta tilde of DDPM on any schedule, float64 (arXiv 2006.11239, Eq. 7)."""
     return transition_variance(schedule, t, s) * (schedule.sigma(s) / schedule.sigma(t)) ** 2
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """The noise that an image came from.
-
-    Attributes:
-        x_t: (b, *shape) at times[0].
-        trajectory: len(times) tensors in the order of ``times``, x_t first.
-        residual: (b,) the largest relative movement of the last iteration kept on any step; near 0 means that
-            sampling returns to the image, large that refinement diverged (few steps, strong guidance).
-    """
-
-    x_t: Images
-    trajectory: list[Tensor]
-    residual: PerSample
-
-
-def invert(
-    denoiser: Denoiser, x0: Images, cond: Cond, *, times: Float[Tensor, " n"], iterations: int = 0
-) -> Inversion:
-    """DDIM inversion: the x_t from which ``sample(..., times=times, step=ddim())`` returns to ``x0``.
-
-    Each step solves x_t = a x_s + b eps(x_t, t), which DDIM inversion approximates by eps(x_s, t) (the target
-    label, as ``DDIMInverseScheduler`` does). Refinement iterates the equation, damped where it diverges, which
-    fixed points do at few steps or strong guidance; the best iterate of each sample is kept.
-
-    Args:
-        denoiser: guide it only if sampling will be guided alike.
-        x0: clean images.
-        cond: conditioning, batch b.
-        times: the sampling grid, (n,) strictly decreasing, alpha(times[0]) > 0.
-        iterations: fixed-point refinements a step; each costs one more network call a step.
-    """
-    if iterations < 0:
-        raise ValueError(f"iterations must be at least 0; got {iterations}.")
-    _check_decreasing(times)
-    schedule, x_s, trajectory = denoiser.schedule, x0, []
-    alpha_s, sigma_s = torch.ones(len(x0), dtype=torch.float64), torch.zeros(len(x0), dtype=torch.float64)
-    worst = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
-    for time in times.flip(0):
-        t = time.to(x0.device).expand(len(x0))
-        alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
-        keep, push = alpha_t / alpha_s.to(t.device), sigma_t - alpha_t * (sigma_s / alpha_s).to(t.device)
-
-        def implicit(x: Tensor, t=t, keep=keep, push=push, x_s=x_s) -> Tensor:  # type: ignore[no-untyped-def]
-            noise = schedule.from_x0(denoiser(x, t, cond).to(x.dtype), x, t, "eps")
-            return _mix(x_s, keep, noise, push)
-
-        x_s, residual = _fixed_point(implicit, x_s, iterations)
-        worst = torch.maximum(worst, residual)
-        trajectory.append(x_s)
-        alpha_s, sigma_s = alpha_t, sigma_t
-    return Inversion(x_s, trajectory[::-1], worst)
-
-
-def _fixed_point(function: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    # An iteration that moves further than the best so far is diverging: that sample halves its step from now
-    # on and keeps its best iterate.
-    x = function(start)
-    best, residual = x, _relative(x, start)
-    damping = torch.ones_like(residual)
-    for _ in range(iterations):
-        following = function(x)
-        movement = _relative(following, x)
-        better = movement < residual
-        best = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), following, best)
-        residual = torch.where(better, movement, residual)
-        damping = torch.where(better, damping, damping / 2)
-        x = x + per_sample(damping, x) * (following - x)
-    return best, residual
 
 
 def sdedit(
@@ -324,14 +262,12 @@ def _masked(step: Step | Multistep, image: Tensor, mask: Tensor) -> Step:
     return masked
 
 
-def _mix(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
+def mix(a: Images, weight_a: PerSample, b: Images, weight_b: PerSample) -> Images:
+    """Return weight_a a + weight_b b, with a weight of each for every sample."""
     return per_sample(weight_a, a) * a + per_sample(weight_b, b) * b
 
 
-def _relative(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
-
-
-def _check_decreasing(times: Tensor) -> None:
+def check_decreasing(times: Tensor) -> None:
+    """Raise ``ValueError`` unless ``times`` is a strictly decreasing vector."""
     if times.ndim != 1 or len(times) == 0 or not bool((times.diff() < 0).all()):
         raise ValueError(f"times must be a strictly decreasing vector, noisiest first; got {times}.")

@@ -9,10 +9,8 @@ eps_s is the prediction of the guided teacher and x0_s the image it expects. eps
 with and without the prompt. eps_phi is the score of the scene's own renders. In terms of x0 all four are
 ``weight * (baseline - target)``, whatever the teacher predicts, so each is a
 :class:`scorefield.gradient.ScoreDistillation`. In :class:`sds.vsd.VSD` phi is trained along with the scene.
-:class:`DDS` edits an image, and compares two.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,7 +25,6 @@ from scorefield.gradient import (
     inject,
     noise_weight,
     standard_normal,
-    weighted_gap,
 )
 from scorefield.schedule import Images, Schedule, per_sample
 from scorefield.times import TimeSampler, uniform
@@ -144,59 +141,6 @@ def x0_reconstruction(
         return per_sample(w(t, schedule), x0)
 
     return ScoreDistillation(teacher=teacher, baseline=None, times=times, weight=weight, noise=noise)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DDS:
-    """Delta denoising score: edits an image from a source prompt to a target prompt (arXiv 2304.07090).
-
-    The gradient is w(t) (eps_s(x_t, target prompt) - eps_s(source_t, source prompt)): SDS of the edited image less
-    SDS of the source, at the same t and noise (Hertz et al. 2023). The errors of SDS on an image that already fits
-    its prompt (blur, saturation) cancel. The gradient is 0 where image and prompt equal the source's. It costs one
-    call of the teacher on 2b samples.
-
-    Args:
-        teacher: The denoiser, with guidance if wanted; the paper uses 7.5.
-        source: x0 of the image to edit, batch 1 or b.
-        source_cond: Condition of the prompt that describes it, batch 1 or b.
-        times: How t is drawn; the paper draws 50 to 950 of 1000.
-        w: Weight of the published difference; 1 in the paper's code.
-        noise: How the noise is drawn.
-    """
-
-    teacher: Denoiser
-    source: Images
-    source_cond: Cond
-    times: TimeSampler = uniform(0.05, 0.95)
-    w: TimeWeight = unit
-    noise: NoiseSampler = standard_normal
-
-    @torch.no_grad()
-    def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
-        """Return the gradient at one draw of t and noise per sample; ``cond`` is the target prompt.
-
-        Raises ``ValueError`` if the shapes of source and x0, or the keys of their conditions, differ.
-        """
-        source = self._source_for(x0)
-        given = expand_cond(self.source_cond, len(x0))
-        if given.keys() != cond.keys():
-            raise ValueError(f"source_cond must have the keys of cond {sorted(cond)}; got {sorted(given)}.")
-        schedule = self.teacher.schedule
-        t = self.times(len(x0), schedule, generator).to(x0.device)
-        noise = self.noise(x0, cond, t, generator)
-        x_t = torch.cat([schedule.diffuse(image, noise, t) for image in (x0, source)])
-        both = {name: torch.cat([value, given[name].to(value)]) for name, value in cond.items()}
-        x0_hat, source_hat = self.teacher(x_t, t.repeat(2), both).chunk(2)
-        gap = (x0 - x0_hat) - (source - source_hat)
-        return weighted_gap(noise_weight(self.w)(x0, x0_hat, t, schedule), gap, t)
-
-    def _source_for(self, x0: Images) -> Images:
-        if self.source.shape[1:] != x0.shape[1:]:
-            raise ValueError(
-                f"source must be images like x0 {tuple(x0.shape)}; got {tuple(self.source.shape)}. Encode and "
-                "resize it as the scene's renders are."
-            )
-        return expand_cond({"source": self.source.to(x0)}, len(x0))["source"]
 
 
 def averaged_gradient(

@@ -15,7 +15,7 @@ SECTIONS = re.findall(r"^### (.*?)\n(.*?)(?=^##)", TEXT, re.DOTALL | re.MULTILIN
 DIFFS = {
     title: "".join(re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)) for title, text in SECTIONS
 }
-PACKAGES = ("scorefield", "distill", "sds", "controlnet", "attack", "toyworld", "tests")
+PACKAGES = ("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld", "tests")
 
 
 def apply(diff, folder):

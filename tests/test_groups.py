@@ -31,6 +31,8 @@ WRONG = [
     "control toyworld-canny --prompt-drop 2", "control", "sample --teacher toyworld --steps 0",
     "sample --teacher toyworld --num-images -2", "teacher --dropout 1", "teacher --steps 0", "features --steps -1",
     "evaluate --generated a --reference b --features c --num-images 1", "demo --num-images 3",
+    "edit", "edit --source a", "edit sdedit --source a --target b", "edit --source a --target b --cross-window 2",
+    "edit --source a --target b --weights red", "edit --edits e.jsonl --source a", "edit recolor --source a",
     "toyworld evaluate --num-prompts 1", "toyworld students --students", "distill --no-such-flag",
 ]  # fmt: skip
 

@@ -11,17 +11,18 @@ import pytest
 import scorefield.cli as cli
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ("scorefield", "toyworld", "distill", "sds", "controlnet", "attack")
+LIBRARY = ("scorefield", "toyworld", "distill", "sds", "controlnet", "edit", "attack")
 CODE = (*LIBRARY, "train_scripts", "benchmarks")
 
 # Which package may import which; itself always. Nothing between the pillars; the toy world may use them.
 PACKAGES = {
     "scorefield": set(),
-    "toyworld": {"scorefield", "distill", "sds", "controlnet", "attack"},
+    "toyworld": {"scorefield", "distill", "sds", "controlnet", "edit", "attack"},
     "distill": {"scorefield"},
     "sds": {"scorefield"},
     "controlnet": {"scorefield"},
     "attack": {"scorefield"},
+    "edit": {"scorefield"},
     "train_scripts": set(LIBRARY),
     "benchmarks": set(LIBRARY),
 }

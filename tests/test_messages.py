@@ -15,7 +15,7 @@ import scorefield.cli as cli
 from scorefield.shipped import FUNCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("scorefield", "distill", "sds", "controlnet", "attack", "toyworld", "train_scripts")
+PLACES = ("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld", "train_scripts")
 COMMANDS = {
     name: command for name, command in cli.COMMANDS.items() if name != "demo"
 }  # whose trainings it gives all
@@ -166,7 +166,8 @@ NEVER_SAID = {
     # The toy world's judge sees one size.
     "toyworld evaluate": {"size"}, "toyworld students": {"size"},
     # The message says which commands have it.
-    "sds": {"network"}, "control": {"network"}, "attack": {"network", "channels", "memory-limit"},
+    "sds": {"network"}, "control": {"network"}, "edit": {"network"},
+    "attack": {"network", "channels", "memory-limit"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 

@@ -17,7 +17,7 @@ import pytest
 import scorefield
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("attack", "controlnet", "distill", "scorefield", "sds", "toyworld")
+PACKAGES = ("attack", "controlnet", "distill", "edit", "scorefield", "sds", "toyworld")
 LAZY = {"torch", "diffusers", "transformers", "accelerate", "nerfstudio", "kornia", "tyro"}
 NOT_SHIPPED = shutil.ignore_patterns(
     ".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "runs", "build", "dist", "site"

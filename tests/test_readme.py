@@ -138,7 +138,7 @@ def test_named_files_exist(page):
             assert anchor in anchors(target.read_text()), f"{path}#{anchor}"
     if page in EVIDENCE or page == "CHANGELOG.md":  # they speak of earlier versions, too
         return
-    folders = "scorefield|distill|sds|controlnet|attack|toyworld|train_scripts|benchmarks|tests|docs"
+    folders = "scorefield|distill|sds|controlnet|edit|attack|toyworld|train_scripts|benchmarks|tests|docs"
     for path in re.findall(rf"`((?:{folders})/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
 

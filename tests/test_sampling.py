@@ -1,4 +1,4 @@
-"""Steps, loops, inversion and SDEdit: Bayes' rule, orders of convergence, exact mixtures, diffusers' numbers."""
+"""Steps, loops and SDEdit: Bayes' rule, orders of convergence, exact mixtures, diffusers' numbers."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from denoisers import Counting, Eps, normal, seeded
 from diffusers import (
-    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     EDMEulerScheduler,
@@ -26,7 +25,6 @@ from scorefield.sampling import (
     grid,
     heun,
     initial_noise,
-    invert,
     posterior_variance,
     sample,
     sdedit,
@@ -161,8 +159,6 @@ def test_loops_cost_what_they_say_and_follow_the_generator(mixture, schedule, ge
         *((lambda denoiser, step=step: sample(denoiser, normal(2, 2), {}, times=times, step=step,
                                               generator=generator), calls)
           for step, calls in ((ddim(), 6), (ddpm(), 6), (heun(), 11))),
-        *((lambda denoiser, n=n: invert(denoiser, normal(2, 2), {}, times=times, iterations=n), 6 * (1 + n))
-          for n in (0, 3)),
         (lambda denoiser: sdedit(denoiser, normal(4, 2), {}, times=times, generator=generator), 6),
     ):  # fmt: skip
         counting = Counting(mixture)
@@ -198,85 +194,9 @@ def test_sampling_is_differentiable_and_checkpointing_changes_no_gradient(mixtur
 
 @pytest.mark.parametrize("times", [torch.tensor([]), torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5]),
                                    torch.ones(1, 1)])  # fmt: skip
-def test_times_that_do_not_fall_and_negative_refinements_raise(mixture, schedule, times):
-    for loop in (sample, invert):
-        with refused("times must be a strictly decreasing vector, noisiest first; got"):
-            loop(mixture, normal(2, 2), {}, times=times)
-    with refused("iterations must be at least 0; got -1"):
-        invert(mixture, normal(2, 2), {}, times=grid(schedule, 5), iterations=-1)
-
-
-# Inversion ------------------------------------------------------------------------------------------------------
-
-
-def round_trip(num_steps, iterations):
-    """Relative RMSE of sampling from the inversion of 512 data points, the error of each, and the inversion."""
-    mixture, times = three_modes(SD), leading(num_steps)
-    x0 = mixture.sample(512, seeded(0))
-    inversion = invert(mixture, x0, {}, times=times, iterations=iterations)
-    back = sample(mixture, inversion.x_t, {}, times=times)
-    return ((back - x0).square().sum() / x0.square().sum()).sqrt().item(), (back - x0).norm(dim=1), inversion
-
-
-@pytest.mark.parametrize(("iterations", "low", "high"), [
-    (0, 1e-2, 1e-1), (1, 1e-3, 5e-3), (3, 2e-5, 5e-4), (10, 0, 1e-5),
-])  # fmt: skip
-def test_refinement_closes_the_round_trip_of_inversion(iterations, low, high):
-    """Measured medians over 5 seeds: 5.7e-2, 2.2e-3, 1.5e-4 and 8.7e-7. The noise is nearly standard normal: a
-    hundred steps of DDIM do not map the normal exactly to the data either."""
-    error, _, inversion = round_trip(100, iterations)
-    assert low <= error < high
-    if iterations:
-        close(inversion.x_t.std(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=0.15)
-        close(inversion.x_t.mean(0), torch.zeros(2, dtype=torch.float64), rtol=0, atol=0.15)
-
-
-def test_damping_keeps_refinement_from_diverging_at_few_steps():
-    """Undamped, ten refinements at ten steps are worse than none (.19 against .095). And in one step of
-    x_t = x_s - 3 x_t, whose plain iteration triples its error, refinement is undone, then damped, to x_s / 4."""
-    plain, refined = (round_trip(10, n)[0] for n in (0, 10))
-    assert refined < 3e-2 < 5e-2 < plain
-    denoiser, x_s = NetworkDenoiser(lambda x_t, t: -3 * x_t, Karras()), normal(4, 2)
-    found = [invert(denoiser, x_s, {}, times=torch.ones(1), iterations=n) for n in (0, 1, 3)]
-    close(found[0].x_t, -2 * x_s)
-    close(found[1].x_t, -2 * x_s)
-    close(found[1].residual, torch.full((4,), 3.0, dtype=torch.float64))
-    close(found[2].x_t, x_s / 4)
-    close(found[2].residual, torch.zeros(4, dtype=torch.float64))
-
-
-def test_residual_falls_with_refinement_and_foretells_the_round_trip():
-    trips = [round_trip(50, n) for n in (1, 3, 10)]
-    residuals = torch.stack([inversion.residual for _, _, inversion in trips])
-    assert residuals.shape == (3, 512)
-    assert (residuals.mean(1).diff() < 0).all()
-    assert residuals[-1].mean() < 1e-2 * residuals[0].mean()
-    for (_, error, _), residual in zip(trips[1:], residuals[1:], strict=True):
-        assert (error < 3 * residual + 1e-9).all()
-        assert torch.corrcoef(torch.stack([error.log(), residual.log()]))[0, 1] > 0.9
-
-
-def test_sampling_from_any_point_of_the_trajectory_returns_to_the_image_and_each_is_refined_for_itself():
-    mixture, times = three_modes(SD), leading(50)
-    x0 = mixture.sample(32, seeded(0))
-    inversion = invert(mixture, x0, {}, times=times, iterations=10)
-    assert len(inversion.trajectory) == len(times)
-    assert inversion.trajectory[0] is inversion.x_t
-    for i in (0, 10, 30, 49):
-        close(sample(mixture, inversion.trajectory[i], {}, times=times[i:]), x0, rtol=0, atol=2e-3)
-    together = invert(mixture, x0[:6], {}, times=leading(10), iterations=5)
-    alone = [invert(mixture, x, {}, times=leading(10), iterations=5) for x in x0[:6].split(1)]
-    close(together.x_t, torch.cat([a.x_t for a in alone]))
-    close(together.residual, torch.cat([a.residual for a in alone]))
-
-
-def test_inversion_round_trips_on_every_schedule(schedule):
-    mixture = three_modes(schedule)
-    x0, times = mixture.sample(64, seeded(0)), grid(schedule, 40, low=0.1, high=0.8)
-    inversion = invert(mixture, x0, {}, times=times, iterations=8)
-    error = (sample(mixture, inversion.x_t, {}, times=times) - x0).norm(dim=1)
-    assert (error < 3 * inversion.residual + 1e-9).all()
-    assert error.median() < 5e-2
+def test_times_that_do_not_fall_raise(mixture, times):
+    with refused("times must be a strictly decreasing vector, noisiest first; got"):
+        sample(mixture, normal(2, 2), {}, times=times)
 
 
 # SDEdit ---------------------------------------------------------------------------------------------------------
@@ -402,14 +322,3 @@ def test_flow_sampling_is_diffusers_flow_match_euler(shift):
         x = scheduler.step(eps_of(x, t), t, x).prev_sample
     ours = NetworkDenoiser(Eps(), FLOW, "flow", time_scale=1000)
     alike(sample(ours, NOISE, {}, times=scheduler.sigmas[:-1].double()), x)
-
-
-def test_inversion_is_diffusers_ddim_inverse():
-    """With its target labels: the network is asked about x_s at the time of x_t."""
-    scheduler = DDIMInverseScheduler(**BETAS, **LEADING, clip_sample=False, set_alpha_to_one=True)
-    scheduler.set_timesteps(20)
-    x = NOISE
-    for t in scheduler.timesteps:
-        x = scheduler.step(eps_of(x, t), t, x).prev_sample
-    assert scheduler.timesteps.tolist() == leading(20).flip(0).tolist()
-    alike(invert(NetworkDenoiser(Eps(), SD), NOISE, {}, times=leading(20)).x_t, x)

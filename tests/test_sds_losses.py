@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from edit.delta import DDS
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.exact import GaussianMixture
 from scorefield.guidance import guided
@@ -13,7 +14,6 @@ from scorefield.schedule import Karras, RectifiedFlow, VariancePreserving
 from scorefield.times import uniform
 from sds.canvas import Canvas
 from sds.losses import (
-    DDS,
     TIMES,
     alpha_sigma_squared,
     csd,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from workers import scene_ranks as worker
 
+from edit.delta import DDS
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.exact import GaussianMixture
 from scorefield.guidance import guided, perpendicular
@@ -23,7 +24,7 @@ from scorefield.training.checkpoint import save
 from scorefield.training.loop import train
 from sds.cameras import WORDS, CameraDistribution
 from sds.canvas import Canvas
-from sds.losses import DDS, averaged_gradient, csd, distillation_loss, sds, vsd, x0_reconstruction
+from sds.losses import averaged_gradient, csd, distillation_loss, sds, vsd, x0_reconstruction
 from sds.penalties import Penalties, distortion_loss, entropy_loss, opacity_loss, orientation_loss
 from sds.scene import background_network, grid_scene
 from sds.shading import ShadingSchedule

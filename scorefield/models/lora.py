@@ -11,8 +11,8 @@ their gradients in one all-reduce.
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -116,6 +116,48 @@ class Twin(nn.Module):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+@contextmanager
+def scaled(twin: Twin, factor: float) -> Iterator[None]:
+    """Multiply a twin's changes by ``factor`` within the block; at 0 it is the network itself, bit for bit.
+
+    A graph that is made inside may be followed back outside, but not recomputed: no gradient checkpointing.
+    """
+    layers: list[Any] = [one for one in twin.backbone.modules() if isinstance(one, BaseTunerLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, own in zip(layers, before, strict=True):
+            layer.scaling.update({name: factor * value for name, value in own.items()})
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.scaling.update(own)
+
+
+def stacked(network: nn.Module, parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> Twin:
+    """Return a twin whose change is the sum of several, each times its factor: B A = sum of factor_i B_i A_i.
+
+    Args:
+        network: frozen; see :class:`Twin`.
+        parts: what :func:`adapter_weights` returned of twins of this network, and factors; their layers are alike.
+
+    Raises:
+        ValueError: none, or changes of different layers.
+    """
+    if not parts or any(weights.keys() != parts[0][0].keys() for weights, _ in parts):
+        raise ValueError(f"changes of the same layers can be added, at least one; got {len(parts)} that differ.")
+    first = parts[0][0]
+    joined = {
+        name: torch.cat([weights[name] * (factor if ".lora_B." in name else 1.0) for weights, factor in parts],
+                        1 if ".lora_B." in name else 0)
+        for name in first
+    }  # fmt: skip
+    rank = next(len(value) for name, value in joined.items() if ".lora_A." in name)
+    layers = sorted({name.partition(".lora_")[0] for name in first})
+    twin = Twin(network, rank=rank, targets=layers, generator=Generator().manual_seed(0))
+    load_adapter_weights(twin, joined)
+    return twin
 
 
 def shared_backbone(

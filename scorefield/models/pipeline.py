@@ -30,7 +30,7 @@ from scorefield.models.pretrained import (
     read_config,
     read_schedule,
 )
-from scorefield.models.prompts import Encode, PromptEncoder, default_cache_folder
+from scorefield.models.prompts import Encode, PromptEncoder, Words, default_cache_folder
 from scorefield.models.quantize import quantize
 from scorefield.schedule import Kind, Schedule
 
@@ -182,11 +182,44 @@ class Pipeline:
 
             return counted
 
+        def load_words() -> Callable[[str], Words]:
+            part, kind = next(iter(tokenizers.items()))
+            tokenizer = reader.read_tokenizer(kind, self.folder / part)
+            return lambda prompt: read_words(tokenizer, prompt)
+
         return PromptEncoder(
             folder=default_cache_folder() if cache is None else Path(cache),
             identify=functools.cache(functools.partial(fingerprint, files, facts)),
             load=load, load_surplus=functools.cache(load_surplus),
+            load_words=functools.cache(load_words),
         )  # fmt: skip
+
+
+def read_words(tokenizer: Any, prompt: str) -> Words:
+    """Return the words of a prompt with their tokens, as a tokenizer of transformers pads and cuts it.
+
+    Raises ``ValueError`` for a tokenizer that does not know where in the prompt a token comes from.
+    """
+    length = tokenizer.model_max_length
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} does not say which tokens belong to which word of a prompt.")
+    read = tokenizer(
+        prompt,
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=length,
+        padding="max_length",
+        verbose=False,
+    )
+    tokens, spans = dict[int, list[int]](), dict[int, tuple[int, int]]()
+    for token, (word, (start, end)) in enumerate(zip(read.word_ids(), read["offset_mapping"], strict=True)):
+        if word is not None and end > start:
+            tokens.setdefault(word, []).append(token)
+            spans[word] = (min(start, spans.get(word, (start, end))[0]), end)
+    words = tuple(prompt[start:end].strip().lower() for start, end in spans.values())
+    behind = 1 + max((token for held in tokens.values() for token in held), default=0)
+    end_token = behind if behind < length and read["input_ids"][behind] == tokenizer.eos_token_id else None
+    return Words(words, tuple(map(tuple, tokens.values())), end_token, length)
 
 
 def open_pipeline(

@@ -36,6 +36,23 @@ def default_cache_folder() -> Path:
     return cache_folder() / "prompts"
 
 
+@dataclass(frozen=True)
+class Words:
+    """The words of a prompt, and which of the text encoder's tokens are theirs.
+
+    Attributes:
+        words: in lower case; punctuation marks are words of their own.
+        tokens: of each word, numbers of tokens.
+        end: number of the end token; None where the tokenizer has none, or cut it off.
+        length: of a prompt in tokens, padding included.
+    """
+
+    words: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    end: int | None
+    length: int
+
+
 @dataclass(frozen=True, eq=False)
 class PromptEncoder:
     """Text encoders behind a cache on disk.
@@ -48,6 +65,7 @@ class PromptEncoder:
         identify: fingerprint of everything that turns a prompt into its condition.
         load: the text encoders; None once they were dropped.
         load_surplus: the tokenizers, which say how many tokens at the end of a prompt are not read.
+        load_words: the first tokenizer, which says which tokens belong to which word.
         told: prompts that are cut and of which the user knows.
         kept: what the folder could not take, such as of a home that is read-only; it outlives the text encoders.
     """
@@ -56,6 +74,7 @@ class PromptEncoder:
     identify: Callable[[], str]
     load: Callable[[], Encode] | None
     load_surplus: Callable[[], Callable[[str], int]] = lambda: lambda prompt: 0
+    load_words: Callable[[], Callable[[str], Words]] | None = None
     told: set[str] = field(default_factory=set, repr=False, compare=False)
     kept: dict[Path, Entry] = field(default_factory=dict, repr=False, compare=False)
     _loaded: list[Encode] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -85,6 +104,15 @@ class PromptEncoder:
         surplus = self.load_surplus()
         cuts = {prompt: surplus(prompt) for prompt in dict.fromkeys(prompts)}
         return [cuts[prompt] for prompt in prompts]
+
+    def words(self, prompt: str) -> Words:
+        """Return the words of a prompt with their tokens.
+
+        Raises ``ValueError`` for an encoder that cannot tell.
+        """
+        if self.load_words is None:
+            raise ValueError("this text encoder does not say which tokens belong to which word of a prompt.")
+        return self.load_words()(prompt)
 
     def encode(self, prompts: Sequence[str]) -> None:
         """Put prompts into the cache, a few at a time: the conditions of a long list need not fit into memory."""

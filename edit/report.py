@@ -1,0 +1,130 @@
+"""What ``scorefield edit`` leaves: pictures, a strip, figures, and a page that shows them."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.utils import make_grid, save_image
+
+from edit.options import Config
+from edit.requests import Request
+from scorefield.atomic import whole_folder
+from scorefield.training.identity import resolved
+
+MOST = 20
+"""Edits in the strip."""
+
+CHANGED = 0.1
+"""Largest difference of a channel, in a range of 1, up to which a pixel counts as the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One edit as it is written.
+
+    Attributes:
+        request: what was asked for.
+        image: (3, h, w) the picture, or the source that was drawn.
+        source: (3, h, w) the source as the method rebuilds it.
+        target: (3, h, w) the edit; all in [-1, 1].
+        facts: figures of its batch.
+        words: of the target's prompt.
+        maps: (words, h', w') attention to them, where it was read.
+    """
+
+    request: Request
+    image: Tensor
+    source: Tensor
+    target: Tensor
+    facts: dict[str, float]
+    words: Sequence[str] = ()
+    maps: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(1, h, w) where the edit differs from the picture, as 0 and 1."""
+        return ((self.target - self.image).abs().amax(0, keepdim=True) / 2 > CHANGED).float()
+
+    def figures(self) -> dict[str, Any]:
+        """Return what report.json says of it."""
+        asked = {"source": self.request.source, "target": self.request.target, "image": self.request.image}
+        return {
+            **asked, "psnr_of_rebuilt_source": _db(self.source, self.image),
+            "psnr_to_source": _db(self.target, self.image), "changed": float(self.mask.mean()), **self.facts,
+        }  # fmt: skip
+
+
+def _db(a: Tensor, b: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB, at most 99."""
+    error = float((a - b).square().mean())
+    return min(99.0, 10 * float(torch.tensor(4 / max(error, 1e-12)).log10()))
+
+
+def write(edits: Sequence[Edit], config: Config, strips: Mapping[str, Sequence[Tensor]]) -> None:
+    """Write all pictures, strip.png and report.json, and the page if it is asked for; whole or not at all.
+
+    ``strips`` are the targets of all edits under other options, by what the page calls these.
+    """
+    with whole_folder(config.out.resolve()) as folder:
+        rows = []
+        for number, edit in enumerate(edits):
+            _save(edit.image, folder / f"{number:06d}.source.png")
+            _save(edit.target, folder / f"{number:06d}.png")
+            rows.append({"file_name": f"{number:06d}.png", **edit.figures()})
+            if config.report:
+                _save(edit.mask * 2 - 1, folder / f"{number:06d}.changed.png")
+                others = torch.stack([targets[number] for targets in strips.values()])
+                _save(
+                    make_grid(others, nrow=len(others), padding=2, pad_value=1.0),
+                    folder / f"{number:06d}.strip.png",
+                )
+                if edit.maps is not None:
+                    _save(_attention(edit.maps, edit.image.shape[1:]), folder / f"{number:06d}.attention.png")
+        pairs = [picture for edit in edits[:MOST] for picture in (edit.image, edit.source, edit.target)]
+        _save(make_grid(torch.stack(pairs), nrow=3, padding=2, pad_value=1.0), folder / "strip.png")
+        content = {"options": resolved(config), "edits": rows}
+        (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+        if config.report:
+            (folder / "report.html").write_text(page(edits, rows, tuple(strips)))
+
+
+def page(edits: Sequence[Edit], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
+    """Return the page: each edit with its pictures and figures, and its strip, whose pictures ``labels`` name."""
+    parts = []
+    for number, (edit, row) in enumerate(zip(edits, rows, strict=True)):
+        shown = [("source", f"{number:06d}.source.png"), ("edit", f"{number:06d}.png"),
+                 ("changed", f"{number:06d}.changed.png")]  # fmt: skip
+        if edit.maps is not None:
+            shown.append(("attention to: " + " ".join(edit.words), f"{number:06d}.attention.png"))
+        shown.append(("; ".join(labels), f"{number:06d}.strip.png"))
+        pictures = "".join(
+            f"<figure><img src='{file}'><figcaption>{html.escape(name)}</figcaption></figure>"
+            for name, file in shown
+        )
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items() if isinstance(value, float)
+        )
+        title = " &rarr; ".join(map(html.escape, (edit.request.source, edit.request.target)))
+        parts.append(f"<section><h2>{title}</h2>{pictures}<p>{html.escape(figures)}</p></section>")
+    return (
+        "<!doctype html><meta charset='utf-8'><title>scorefield edit</title><style>body{font-family:sans-serif}"
+        "figure{display:inline-block;margin:4px}img{height:160px;image-rendering:pixelated}</style>"
+        f"<h1>{len(edits):,} edits</h1>{''.join(parts)}"
+    )
+
+
+def _attention(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the maps side by side, each from black to white."""
+    large = interpolate(maps[:, None], size=tuple(size))
+    peaks = large.flatten(1).amax(1).clamp(min=1e-12)[:, None, None, None]
+    return make_grid(large / peaks * 2 - 1, nrow=len(maps), padding=2, pad_value=1.0)
+
+
+def _save(picture: Tensor, file: Path) -> None:
+    save_image(picture, file, normalize=True, value_range=(-1, 1))
