@@ -68,7 +68,7 @@ def planned_weights(network: nn.Module, how: Quantize = "no") -> tuple[int, int]
     number, size = count_weights(network)
     if how == "no":
         return number, size
-    rounded = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
+    rounded: list[Any] = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
     return number, size + sum(_planned(weight, how) - _bytes_of(weight) for weight in rounded)
 
 
@@ -78,7 +78,7 @@ def unpacked(network: nn.Module, how: Quantize = "no") -> int:
     ``how`` is for a network that is not rounded yet, as in :func:`planned_weights`.
     """
     if how != "no":
-        weights = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
+        weights: list[Any] = [network.get_submodule(name).weight for name in _rounded_layers(network, how)]
         return max(int(weight.numel() * weight.element_size()) for weight in weights)
     layers: list[Any] = [module for module in network.modules() if is_quantized(getattr(module, "weight", None))]
     sizes = [one.in_features * one.out_features * _computed_in(one).itemsize for one in layers]

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from scorefield.models.preflight import check_device
@@ -47,7 +48,7 @@ def meeting() -> dict[str, Any]:
     if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return {}
     with suppress(RuntimeError):  # known already
-        distributed.register_rendezvous_handler(AGAIN, _meet_again)
+        register_rendezvous_handler(AGAIN, _meet_again)
     return {"init_method": f"{AGAIN}://"}
 
 
