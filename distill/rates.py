@@ -7,14 +7,16 @@ distillation takes is written in :class:`Rates`.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scorefield.progress import progress
-from scorefield.training.sharding import clip_gradients, local
+from scorefield.training.sharding import clip_gradients, is_piece, local
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,27 @@ def range_test(
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         torch._foreach_copy_([local(parameter.detach()) for parameter in learned], before)
-    return RangeTest(tuple(rates), tuple(losses), best_rate(rates, losses))
+    rate = min(best_rate(rates, losses), MOST_MOVED * size_of_weights(learned))
+    return RangeTest(tuple(rates), tuple(losses), rate)
+
+
+MOST_MOVED = 0.02
+"""Share of the size of a network's weights by which the recommended rate may move them in a step.
+
+AdamW moves each weight by about its rate. A transformer with normalised layers learned one batch by heart at rates
+up to 0.1, and could not be trained at a sixth of that (LOG.md): the loss of one batch does not bound the rate there.
+"""
+
+
+def size_of_weights(parameters: Sequence[Tensor]) -> float:
+    """Return the median over matrices and kernels of the root mean square of their numbers.
+
+    Those that are all zero are about to be learned and left out; infinity where there are no others.
+    """
+    squares: list[Any] = [p.detach().float().square().mean() for p in parameters if p.ndim > 1]
+    means = [float(mean.full_tensor() if is_piece(mean) else mean) for mean in squares]
+    sizes = [math.sqrt(mean) for mean in means if mean > 0]
+    return statistics.median(sizes) if sizes else math.inf
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
