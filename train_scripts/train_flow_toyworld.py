@@ -66,7 +66,7 @@ class Config(Renders):
 
     out: Path = Path("runs/flow-toyworld")
     """Folder for renders, latents, checkpoints, logs and the finished pipeline."""
-    steps: int = 2400
+    steps: int = 3200
     """Iterations."""
     batch_size: int = 32
     """Captioned latents per micro-batch."""
