@@ -86,9 +86,7 @@ def main(config: Config) -> Path:
     adapter = make_adapter(config, teacher, task)
     begun_from = start_from(config, teacher, adapter)
     inputs = checked_inputs(config, task, begun_from, accelerator)
-    teacher = encode_captions(teacher, task, accelerator)
-    if waits(config, adapter) and isinstance(teacher.codec, Codec):
-        teacher = replace(teacher, codec=teacher.codec.waiting())
+    teacher = with_idle_codec(config, adapter, encode_captions(teacher, task, accelerator))
     batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
         calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
@@ -151,6 +149,13 @@ def plan(config: Config) -> Path:
     rounded = {"teacher": config.quantize}
     show_plan(config, roles, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
     return config.out
+
+
+def with_idle_codec(config: Config, adapter: Adapter, teacher: Teacher) -> Teacher:
+    """Return the teacher with its autoencoder on the CPU between calls, where it :func:`waits`."""
+    if waits(config, adapter) and isinstance(teacher.codec, Codec):
+        return replace(teacher, codec=teacher.codec.waiting())
+    return teacher
 
 
 def waits(config: Config, adapter: Adapter) -> bool:

@@ -104,8 +104,8 @@ def range_test(
 MOST_MOVED = 0.02
 """Share of the size of a network's weights by which the recommended rate may move them in a step.
 
-AdamW moves each weight by about its rate. A transformer with normalised layers learned one batch by heart at rates
-up to 0.1, and could not be trained at a sixth of that (LOG.md): the loss of one batch does not bound the rate there.
+AdamW moves each weight by about its rate. A transformer with normalised layers learned one batch by heart at
+rates up to 0.1, and could not be trained at a sixth of that (LOG.md): there one batch does not bound the rate.
 """
 
 

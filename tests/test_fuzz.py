@@ -222,6 +222,7 @@ LINES = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @fuzz(60)
 @given(
     files=st.dictionaries(NAMES, CONTENTS, max_size=6), lines=st.one_of(st.none(), st.lists(LINES, max_size=5)),
@@ -318,6 +319,7 @@ def test_descriptions_that_were_edited(fresh, teacher, place, value):
 CHECKPOINT = ["config.json", "manifest.json", "state.pt", "teacher.safetensors", "teacher.ema.safetensors"]
 
 
+@pytest.mark.slow
 @fuzz(30)
 @given(name=st.sampled_from(CHECKPOINT), **SPOILING)
 def test_checkpoints_that_were_tampered_with(fresh, name, place, byte, cut):

@@ -183,7 +183,11 @@ def test_a_network_is_read_from_a_single_file(root, tmp_path):
     save_file(makers, single)
     found = load_teacher(tmp_path / "own", size=32)
     x_t, t, cond = torch.randn(1, *wanted.shape), torch.tensor([0.5]), wanted.prompts(["a mug"])
-    assert torch.equal(found.denoiser(x_t, t, cond), wanted.denoiser(x_t, t, cond))
+    own, theirs = wanted.denoiser.network.state_dict(), found.denoiser.network.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in own.items())
+    # Where weights lie in memory decides about the last bits on some processors.
+    torch.testing.assert_close(found.denoiser(x_t, t, cond), wanted.denoiser(x_t, t, cond), rtol=1e-5, atol=1e-5)
     first = next(iter(makers))
     save_file({key: value for key, value in makers.items() if key != first}, single)
     with pytest.raises(ValueError, match=r"z_image_bf16\.safetensors"):

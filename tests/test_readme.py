@@ -57,6 +57,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_library_example_draws_eight_modes(tmp_path, run, capsys):
     # Its networks and points are drawn anew each time, and now and then a hundredth more lies between the modes.
     run("import torch\ntorch.manual_seed(0)\n" + EIGHT_MODES)

@@ -205,6 +205,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_memory_does_not_grow_with_the_data_set(tmp_path, kind):
     """Pictures of 240 MB as pixels: read as they are drawn they take a fraction, in memory all of it."""

@@ -27,7 +27,7 @@ PROCESSES = "num_processes"
 LAYOUT = (PROCESSES, "accumulate")
 """How a step is laid out, which may change when a run goes on: fewer ranks, and more micro-batches on each."""
 
-PACKAGES = ("scorefield", "distill", "sds", "controlnet", "attack", "toyworld")
+PACKAGES = ("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld")
 
 
 def check_ranks(config: Any, accelerator: Accelerator) -> None:
