@@ -53,7 +53,7 @@ class Setup:
 
     @property
     def gan(self) -> bool:
-        """Whether there is a critic, and so a GAN term."""
+        """Return whether there is a critic, and so a GAN term."""
         return isinstance(self.fake.network, Critic)
 
     def autocast(self) -> torch.autocast:

@@ -60,7 +60,7 @@ class Config(Case):
 
     @property
     def in_turns(self) -> bool:
-        """Whether all contenders are in memory together and take turns."""
+        """Return whether all contenders are in memory together and take turns."""
         return self.device == "cpu" and not self.alone
 
 

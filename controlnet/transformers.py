@@ -68,7 +68,7 @@ class TransformerCopy(nn.Module):
 
     @property
     def prompt_only(self) -> bool:
-        """Whether its pipeline asks it for the prompt alone under classifier-free guidance."""
+        """Return whether its pipeline asks it for the prompt alone under classifier-free guidance."""
         return self.control.prompt_only
 
     def prepare(self, hint: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Guarded:
 
     @property
     def setbacks(self) -> int:
-        """How often the run went back, this and all earlier times it was started."""
+        """Return how often the run went back, this and all earlier times it was started."""
         return int(self._notes.get(SETBACKS, 0))
 
     @property

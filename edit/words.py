@@ -34,7 +34,7 @@ class Alignment:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the target is the source, so that nothing has to be done to it."""
+        """Return whether the target is the source, so that nothing has to be done to it."""
         return self.same and bool((self.weight == 1).all())
 
 

@@ -43,7 +43,7 @@ class LossHistory:
 
     @property
     def probabilities(self) -> Float[Tensor, " n"]:
-        """How often each timestep is drawn."""
+        """Return how often each timestep is drawn."""
         even = torch.full((self.num_steps,), 1 / self.num_steps, dtype=torch.float64)
         root = self.losses.square().mean(1).sqrt()
         if bool((self.counts < self.length).any()) or not bool(root.sum() > 0):

@@ -99,7 +99,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     @property
     def on_terminal(self) -> bool:
-        """Whether it is shown as a bar."""
+        """Return whether it is shown as a bar."""
         return self._bar is not None
 
 

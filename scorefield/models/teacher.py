@@ -117,7 +117,7 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return the device that the network is on."""
         return next(self.denoiser.network.parameters(), torch.empty(0)).device
 
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
