@@ -89,6 +89,8 @@ class Attack(Budget, Purification, LoadOptions):
     """What to do about images that cannot be used: stop, or skip them."""
     device: str = default_device()
     """Where to compute, such as cpu or cuda."""
+    dry_run: bool = False
+    """Check everything, load all parts, print the resolved options and the number of images, and stop."""
 
 
 def toyworld() -> Attack:

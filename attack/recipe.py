@@ -32,6 +32,7 @@ from scorefield.progress import progress, working
 from scorefield.randomness import derived_generator
 from scorefield.sampling import ddim, ddpm, grid
 from scorefield.shipped import shipped
+from scorefield.training.identity import resolved
 from scorefield.training.options import check_device
 
 SHOWN = 8
@@ -54,12 +55,18 @@ class Case:
     targets: Tensor | None
 
 
-def main(config: Attack) -> Path:
-    """Attack, measure, print and write the figures, and return their folder."""
+def main(config: Attack) -> Path | None:
+    """Attack, measure, print and write the figures, and return their folder; None for a dry run."""
     check(config)
     check_device(config.device)
     with working("loading the models"):
         case = load(config)
+    box(config.region, case.images)
+    if config.dry_run:
+        print(json.dumps(resolved(config), indent=2))
+        number, attacks = len(case.images), len(config.methods) * len(config.epsilon)
+        print(f"{number:,} images of {tuple(case.images.shape[1:])}, each attacked in {attacks:,} ways")
+        return None
     measured = Measured(
         classifier=case.classifier, images=case.images, labels=case.labels, targets=case.targets,
         purifier=case.purifier, num_draws=config.evaluations, others=case.others,

@@ -34,7 +34,7 @@ class Pictures:
     """A jsonl file of many edits in place of these three: in each line source, target, and image, whose path
     begins where the file lies."""
     on_bad_data: OnBadData = "stop"
-    """What to do about lines of --edits that cannot be used: stop, or skip them."""
+    """What to do about lines of --edits, and their pictures, that cannot be used: stop, or skip them."""
 
 
 @dataclass(frozen=True, kw_only=True)

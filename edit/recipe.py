@@ -40,7 +40,7 @@ def main(config: Config) -> Path | None:
         )  # fmt: skip
     check_teacher(teacher, config)
     check_words(teacher, config, requests)
-    images = read_images(requests, teacher.size)
+    requests, images = read_images(requests, teacher.size, config.on_bad_data)
     if config.dry_run:
         print(json.dumps(resolved(config), indent=2))
         print(f"{len(requests):,} edits of {teacher.size[0]} x {teacher.size[1]} pixels by {config.method}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edit.options import OF_PICTURES, Config
+from scorefield.choices import OnBadData
 from scorefield.data.pictures import as_floats, read_central
 from scorefield.data.rows import File
 from scorefield.files import printable, read_text, warn
@@ -78,21 +79,29 @@ def _request(line: str, name: str, folder: Path, *, needs_image: bool) -> Reques
     return Request(row["source"], row["target"], image, name)
 
 
-def read_images(requests: Sequence[Request], size: tuple[int, int]) -> Tensor | None:
-    """Return the pictures (n, 3, height, width) in [-1, 1], or None where they are to be drawn.
+def read_images(
+    requests: Sequence[Request], size: tuple[int, int], on_bad_data: OnBadData
+) -> tuple[tuple[Request, ...], Tensor | None]:
+    """Return the edits, and their pictures (n, 3, height, width) in [-1, 1], or None where they are to be drawn.
 
-    Raises ``ValueError`` for a picture that cannot be read or is too small, and for some with and some without
-    one.
+    Raises ``ValueError`` for a picture that cannot be read or is too small, unless it is skipped, and for some
+    edits with and some without one.
     """
     if not any(one.image for one in requests):
-        return None
+        return tuple(requests), None
     bare = next((one for one in requests if not one.image), None)
     if bare is not None:
         raise ValueError(f"{bare.name} has no image, and others have; give all of them one, or none.")
-    pictures = []
+    kept, pictures, fault = list[Request](), list[Tensor](), ""
     for one in requests:
         try:
             pictures.append(read_central(File(one.image).read(), "RGB", size))
+            kept.append(one)
         except ValueError as error:
-            raise ValueError(f"{printable(one.image)} {error}") from error
-    return as_floats(torch.stack(pictures))
+            fault = f"{printable(one.image)} {error}"
+            if on_bad_data == "stop":
+                raise ValueError(fault) from error
+            warn(f"{fault} Skipped.")
+    if not kept:
+        raise ValueError(f"no picture can be used: {fault}")
+    return tuple(kept), as_floats(torch.stack(pictures))

@@ -96,6 +96,12 @@ def lines(folder):
     return put(folder / "rows.jsonl", "\n".join(map(json.dumps, rows())))
 
 
+def edits(folder):
+    flat(folder)
+    asked = [{"image": f"{number}.png", "source": WORDS[0], "target": WORDS[number % 4]} for number in range(4)]
+    return put(folder / "edits.jsonl", "\n".join(map(json.dumps, asked)))
+
+
 def whole_json(folder):
     flat(folder)
     return put(folder / "rows.json", json.dumps(rows()))
@@ -165,7 +171,7 @@ def saved(folder):
 SOURCES = {
     source.__name__: source
     for source in (
-        flat, classes, numbered, splits, described, described_in_csv, beside, lines, whole_json, table, prompts,
+        flat, classes, numbered, splits, described, described_in_csv, beside, lines, edits, whole_json, table, prompts,
         npz, idx, shards, parquet, saved,
     )
 }  # fmt: skip

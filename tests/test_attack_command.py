@@ -145,6 +145,17 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(plac
     assert not (place / "runs").exists()
 
 
+def test_a_dry_run_counts_the_work_and_refuses_what_cannot_start(place, capsys):
+    run("--teacher", "mine:teacher", "--epsilon", 4, 8, "--dry-run")
+    said = capsys.readouterr().out
+    assert '"epsilon": [' in said
+    assert "6 images of (1, 8, 8), each attacked in 4 ways" in said
+    with pytest.raises(SystemExit) as stop:
+        run("--methods", "pgd", "--region", 0, 0, 0.01, 1, "--dry-run")
+    assert stop.value.code == 2
+    assert not (place / "runs").exists()
+
+
 def test_labels_beyond_the_classes_are_refused(place, capsys):
     np.savez(place / "more.npz", images=np.zeros((3, 1, 8, 8), np.uint8), labels=np.array([0, 1, 7]))
     with pytest.raises(SystemExit) as stop:

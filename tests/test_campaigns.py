@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import types
 import typing
 
 import datasets
@@ -21,6 +22,7 @@ import hostile_data
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
+import torch
 from hostile import CASES, Guard, campaign, listing, mutated, options_of, run, spoilt
 from PIL import Image
 
@@ -41,6 +43,20 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def guard():
     return Guard()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def classifiers():
+    """What a user has of his own to be attacked: a function of any image."""
+    mine = types.ModuleType("scorefield_tests")
+
+    def classifier():
+        return lambda images: images.mean((1, 2, 3))[:, None] * torch.arange(10)
+
+    mine.classifier = classifier
+    sys.modules["scorefield_tests"] = mine
+    yield
+    del sys.modules["scorefield_tests"]
 
 
 # Folders of models.
@@ -107,10 +123,15 @@ def model_commands(root, out, kind, models, inputs):
     if kind == "student":
         return [("sample", [*draw, "--prompts", "a mug"])]
     if kind in ("pixels", "ours"):
-        return [("sample", draw), ("distill", [*teach, "--gan-weight", "0"])]
+        attack = ["--data", npz, "--methods", "fgsm", "--num-images", "2", "--evaluations", "2", *draw[:2]]
+        attack += ["--classifier", "scorefield_tests:classifier", "--out", str(out / "made")]
+        learned = [("sample", draw), ("distill", [*teach, "--gan-weight", "0"])]
+        return [*learned, ("attack", attack)] if kind == "ours" else learned
     learn = ["dreamfusion", "a", "--precision", "no", "--canvas", "--teacher", model, *dry]
+    edit = ["sdedit" if kind == "sd3" else "recolour", "--image", str(inputs / "data" / "0.png"), *draw[:2]]
     return [
         ("sample", [*draw, "--prompts", "a mug"]), ("sds", learn),
+        ("edit", [*edit, "--source", "a mug", "--target", "a cup", "--steps", "2", "--out", str(out / "made")]),
         ("distill", [*teach, "--precision", "no", "--prompts", str(root / "prompts.txt")]),
     ]  # fmt: skip
 
@@ -131,7 +152,8 @@ def test_folders_of_models(models, inputs, guard, tmp_path, monkeypatch):
     for kind in sorted(set(kinds)):
         start(kind)
         for script, words in model_commands(tmp_path, tmp_path / "out", kind, models, inputs):
-            assert run(script, words)[0] == 0, "what is not spoilt works"
+            code, said = run(script, words)
+            assert code == 0, f"what is not spoilt works: {kind} {script}: {said[-600:]}"
 
     def one(number):
         chance = random.Random(number)
@@ -151,7 +173,7 @@ def test_folders_of_models(models, inputs, guard, tmp_path, monkeypatch):
         assert not found, f"{about} {found}"
         assert listing(tmp_path / "model") == before, about
         assert code in (0, 2), about
-        if code == 2 or script not in ("sample", "evaluate"):
+        if code == 2 or script not in ("sample", "evaluate", "edit", "attack"):
             assert listing(tmp_path / "out") == [], about
         if code == 2:
             assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, about
@@ -176,6 +198,8 @@ def inputs(tmp_path_factory, models):
         Image.fromarray(pixels).save(root / "data" / f"{number}.png")
         rows.append(json.dumps({"text": "mug", "file_name": f"{number}.png"}))
     (root / "data" / "metadata.jsonl").write_text("\n".join(rows))
+    asked = [{"source": "a mug", "target": "a cup", "image": f"data/{number}.png"} for number in range(4)]
+    (root / "edits.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (root / "empty").mkdir()
     save_classifier(Classifier(Facts(1, 8, 2)), root / "features")
     return root
@@ -195,6 +219,9 @@ def usual(inputs, models):
         "train_circles": ["--dry-run"], "train_toyworld": ["--dry-run"],
         "train_flow_toyworld": ["--dry-run"], "demo": ["--dry-run"],
         "sample": ["--teacher", ours, "--num-images", "2", "--steps", "2"],
+        "edit": ["--teacher", sd, "--source", "a mug", "--target", "a cup", "--dry-run"],
+        "edit (pictures)": ["sdedit", "--teacher", sd, "--edits", str(inputs / "edits.jsonl"), "--dry-run"],
+        "attack": ["--teacher", ours, "--data", npz, "--classifier", "scorefield_tests:classifier", "--dry-run"],
         "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
         "features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
@@ -295,6 +322,8 @@ def data_commands(source, models, inputs, out, chance):
     learn = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
     teach = ["--batch-size", "4", "--skip-teacher-check", "--dry-run", "--out", str(out)]
     judge = ["--features", str(inputs / "features"), "--device", "cpu", "--out", str(out / "figures.json")]
+    edit = ["sdedit", "--teacher", sd, "--edits", str(source), "--steps", "2", "--out", str(out)]
+    attack = ["--classifier", "scorefield_tests:classifier", "--data", str(source), "--methods", "pgd"]
     text = ["--teacher", sd, "--prompts", str(source), "--precision", "no", "--student-every", "1"]
     long = ["--long-prompts", chance.choice(["cut", "skip"])]
     one = str(source) if source.suffix in (".txt", ".jsonl", ".tar", ".parquet") else "a mug"
@@ -313,6 +342,9 @@ def data_commands(source, models, inputs, out, chance):
             "--teacher", sd, "--prompts", one, "--num-images", "1", "--steps", "2", *skip, *long,
             "--out", str(out / "made.npz"),
         ],
+        "edit": [*edit, *skip, *chance.choice([["--dry-run"], []])],
+        "attack": [*attack, "--size", "8", "--steps", "2", "--num-images", "4", "--out", str(out / "made"), *skip,
+                   *chance.choice([["--dry-run"], []])],
     }  # fmt: skip
 
 
@@ -321,7 +353,7 @@ LABELLED = (*CAPTIONED, "classes", "numbered", "splits", "npz", "idx")
 READ = {
     "teacher": LABELLED, "distill": LABELLED, "features": LABELLED, "evaluate": LABELLED,
     "evaluate (reference)": LABELLED, "distill (texts)": (*CAPTIONED, "beside"), "control": (*CAPTIONED, "beside"),
-    "sample": ("lines", "prompts", "parquet"),
+    "sample": ("lines", "prompts", "parquet"), "edit": ("edits",), "attack": LABELLED,
 }  # fmt: skip
 """What each command can use, if nothing is wrong with it."""
 
@@ -389,7 +421,7 @@ def test_folders_of_data(models, inputs, guard, tmp_path, monkeypatch):
         if code == 2:
             assert listing(out) == [], about
             assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, about
-        elif name != "sample" and source.is_dir() and kind not in hostile_data.HIDDEN:
+        elif name not in ("sample", "edit") and source.is_dir() and kind not in hostile_data.HIDDEN:
             silent = unaccounted(root, opened, said)
             assert not silent, f"{about} says nothing of {silent[:5]}"
         return code
