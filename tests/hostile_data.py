@@ -171,8 +171,8 @@ def saved(folder):
 SOURCES = {
     source.__name__: source
     for source in (
-        flat, classes, numbered, splits, described, described_in_csv, beside, lines, edits, whole_json, table, prompts,
-        npz, idx, shards, parquet, saved,
+        flat, classes, numbered, splits, described, described_in_csv, beside, lines, edits, whole_json, table,
+        prompts, npz, idx, shards, parquet, saved,
     )
 }  # fmt: skip
 HIDDEN = ("parquet", "saved")
