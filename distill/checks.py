@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from distill.options import IMAGE_PRESETS, PRESETS, Config
+from distill.options import ALONG_PATHS, IMAGE_PRESETS, PRESETS, Config
 from scorefield.training.options import check_init_from, check_numbers, check_quantize, check_run
 
 TEXT_ONLY = (
@@ -12,6 +12,9 @@ TEXT_ONLY = (
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "channels", "crop", "flip", "memory_limit", "features")
 MIN_GUARD = 64
+FAKE_SCORE_ONLY = (
+    "student_every", "ratio_range", "fake_lr", "fake_warmup", "alpha_in_gradient", "separate_guidance",
+)  # fmt: skip
 LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys", "quantize")
 
 
@@ -21,7 +24,7 @@ def check(config: Config) -> None:
     check_init_from(config.init_from, config.out)
     check_numbers(
         config,
-        positive=("student_every", "num_steps", "pair_steps", "lora_rank", "guard_every"),
+        positive=("student_every", "num_steps", "points", "pair_steps", "lora_rank", "guard_every"),
         not_negative=(
             "guidance", "critic_weight", "regression_weight", "num_prompts", "size", "lora_alpha",
             "eval_every", "num_pairs", "student_ratio", "fake_warmup", "guard_images", "max_setbacks",
@@ -29,7 +32,7 @@ def check(config: Config) -> None:
         ),
         shares=("ema_decay",),
     )  # fmt: skip
-    if config.steps < config.student_every:
+    if config.method not in ALONG_PATHS and config.steps < config.student_every:
         raise ValueError(
             f"--steps {config.steps} end before the student's first update, which comes at --student-every "
             f"{config.student_every}."
@@ -49,7 +52,9 @@ def check(config: Config) -> None:
         raise ValueError(f"--times must be --num-steps {config.num_steps} numbers; got {len(config.times)}.")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"--betas must lie in [0, 1); got {config.betas}.")
-    if config.reals == "teacher" and config.warmup_steps == 0 and not config.regression_weight:
+    check_method(config)
+    makes_pairs = config.method in ALONG_PATHS or config.warmup_steps != 0 or config.regression_weight
+    if config.reals == "teacher" and not makes_pairs:
         raise ValueError(
             "--reals teacher takes the images of the teacher pairs, of which --warmup-steps 0 and "
             "--regression-weight 0 make none. Pass one of them above 0, or --reals data."
@@ -60,6 +65,25 @@ def check(config: Config) -> None:
         check_texts(config)
     else:
         check_no_texts(config)
+
+
+def check_method(config: Config) -> None:
+    """Raise ``ValueError`` for options that the method has no use for, or lacks."""
+    method = config.method
+    if method in ALONG_PATHS:
+        why = f"is of the fake score, and --method {method} has none: leave it out."
+        refuse_given(config, FAKE_SCORE_ONLY, why)
+        if config.gan_weight:
+            raise ValueError(f"--gan-weight is for a fake score's critic, and --method {method} has none. Pass 0.")
+        if config.points < 2:
+            raise ValueError(f"--points must be at least 2; got {config.points}. 18 to 50 are usual.")
+        return
+    if method != "dmd" and config.separate_guidance:
+        raise ValueError(f"--separate-guidance is for --method dmd; got {method}. Leave it out.")
+    if method == "f-distill" and config.gan_weight == 0:
+        raise ValueError(
+            "--method f-distill reads its weights off the critic, which --gan-weight 0 trains none of. Pass 0.03."
+        )
 
 
 def check_texts(config: Config) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from distill.options import Config
+from distill.options import ALONG_PATHS, Config
 from scorefield.cache import TensorCache, cache_folder, content_key, fingerprint
 from scorefield.data.images import DIGITS, ImageSet, load_images
 from scorefield.data.pictures import read_central
@@ -28,21 +28,25 @@ PIXELS = 2**20
 def student_data(config: Config, teacher: Teacher) -> ImageSet | None:
     """Return the images of ``--data``; None if none are named and nothing uses them.
 
-    The GAN term and ``--features`` need images. The digits that ship stand in for a teacher of digits alone.
+    The GAN term, consistency and ``--features`` need images. The digits that ship stand in for a teacher of digits
+    alone.
 
     Raises:
         ValueError: images that are needed and not named, or that the teacher does not make.
     """
-    listens = config.reals == "data" and config.gan_weight != 0
-    users = ["the GAN term"] if listens and config.gan_weight else []
+    along_paths, from_data = config.method in ALONG_PATHS, config.reals == "data"
+    listens = from_data and (along_paths or config.gan_weight != 0)
+    user = f"--method {config.method}" if along_paths else "the GAN term"
+    users = [user] if from_data and config.needs_images else []
     users += ["--features"] if config.features is not None else []
     digits = (teacher.shape, teacher.num_classes) == DIGITS
     if config.data is None and not users and not (digits and listens):
         return None
     if config.data is None and not digits:
+        without = "--reals teacher" if along_paths else "--gan-weight 0"
         raise ValueError(
             f"{' and '.join(users)} need{'s' if len(users) == 1 else ''} images such as the teacher was trained "
-            "on, and --data names none. Pass --data, or do without: --gan-weight 0, no --features."
+            f"on, and --data names none. Pass --data, or do without: {without}, no --features."
         )
     data = load_images(config)
     check_data(data, teacher)
@@ -69,7 +73,8 @@ def student_batches(
     def conditions(rng: Rng) -> dict[str, Any]:
         labels = torch.randint(max(1, teacher.num_classes), (config.batch_size,), generator=rng("labels"))
         # Real images come with the teacher pairs, which are not made yet when the shapes are tried.
-        real = {"real": torch.zeros(config.batch_size, *teacher.shape, device=device)} if config.gan_weight else {}
+        shape = (config.batch_size, *teacher.shape)
+        real = {"real": torch.zeros(shape, device=device)} if config.needs_images else {}
         return {"cond": teacher.cond(labels.to(device)), "size": config.batch_size, **real}
 
     if data is None or config.reals == "teacher":

@@ -42,17 +42,31 @@ class Student:
     """Decay of the student's moving average, which is what is saved. 0 saves the student itself."""
 
 
+MethodName = Literal["dmd", "sid", "f-distill", "diff-instruct", "consistency", "scm"]
+"""What the student learns from."""
+
+ALONG_PATHS = ("consistency", "scm")
+"""Methods without a fake score, which learn from images and the teacher's paths through them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matching:
-    """Distribution matching: student updates, and the fake score that follows the student."""
+    """What the student learns from. Distribution matching: student updates, and the fake score that follows it."""
 
+    method: MethodName = "dmd"
+    """dmd: distribution matching (DMD2). sid, f-distill and diff-instruct: its relatives, with another gradient;
+    f-distill needs the GAN term. consistency: neighbours on a path of the teacher shall end alike; with guidance
+    that is LCM. scm: the same in continuous time. These two have no fake score; their settings are in the presets
+    consistency and lcm."""
+    points: int = 32
+    """Points on a path of the teacher, for --method consistency: CM 18, LCM 50."""
     student_every: int = 5
     """Updates of the fake score per update of the student (DMD2: 5)."""
     ratio_range: tuple[float, float] = (0.15, 20.0)
     """Lowest and highest noise level sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 %
     of the timesteps, as in DMD."""
     student_lr: float = 0.0
-    """Peak learning rate of the student. 0 means 1/25 of the warm-up's."""
+    """Peak learning rate of the student. 0 means 1/25 of the warm-up's; for consistency and scm a quarter."""
     fake_lr: float = 0.0
     """Peak learning rate of the fake score. 0 means 2/5 of the warm-up's."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
@@ -79,8 +93,8 @@ class GAN:
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's loss."""
     reals: Literal["data", "teacher"] = "data"
-    """What the critic takes for real: the images of --data, or images that the teacher made, which need no
-    data."""
+    """What the critic takes for real, and where --method consistency and scm take their images from: --data, or
+    images that the teacher made, which need no data."""
     bottleneck: str | None = None
     """Name of the submodule whose output the critic and the guard read. By default the network's own mid_block, or
     the narrowest layer of one forward pass."""
@@ -141,7 +155,7 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOptions, EvalOptions, RunOptions):
-    """Distil a diffusion teacher into a generator of one or a few steps (DMD, DMD2)."""
+    """Distil a diffusion teacher into a generator of one or a few steps (DMD2 and relatives, consistency)."""
 
     results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
     free: ClassVar[tuple[str, ...]] = ("preset", "gradient_checkpointing", "offload")
@@ -178,13 +192,18 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
     """Keep the optimizer states in CPU memory between their steps."""
 
     @property
+    def needs_images(self) -> bool:
+        """Whether something learns from images beside noise: a critic, or the points of the teacher's paths."""
+        return self.method in ALONG_PATHS or bool(self.gan_weight)
+
+    @property
     def may_change(self) -> tuple[str, ...]:
         """The length of the run, when it gives up, and rates that are constant."""
         rates = ("student_lr", "fake_lr") if self.lr_schedule == "constant" else ()
         return ("steps", "max_setbacks", *rates)
 
 
-IMAGE_PRESETS = ("auto", "digits")
+IMAGE_PRESETS = ("auto", "digits", "consistency")
 
 
 def auto() -> Config:
@@ -204,6 +223,22 @@ def digits() -> Config:
     return Config(
         preset="digits", **PAPER, steps=2000, batch_size=256, student_every=2, student_lr=3e-4, fake_lr=3e-4,
         gan_weight=0.01, warmup_steps=500, warmup_lr=1e-3, num_pairs=5000, pair_steps=50,
+    )  # fmt: skip
+
+
+def consistency() -> Config:
+    """Consistency distillation of any teacher of images; with --method scm in continuous time."""
+    return replace(
+        auto(), preset="consistency", method="consistency", student_ratio=20.0, warmup_steps=0,
+        regression_weight=0.0, guard_every=500, steps=10_000,
+    )  # fmt: skip
+
+
+def lcm() -> Config:
+    """Latent consistency distillation of a text-to-image teacher in four steps, at one scale of guidance."""
+    return replace(
+        text(), preset="lcm", method="consistency", reals="teacher", num_steps=4, student_ratio=0.0, points=50,
+        warmup_steps=0, regression_weight=0.0, guard_every=500, out=Path("runs/lcm"),
     )  # fmt: skip
 
 
@@ -341,7 +376,7 @@ def sana_1step() -> Config:
 
 
 PRESETS: Mapping[str, Callable[[], Config]] = {
-    "auto": auto, "digits": digits, "text": text,
+    "auto": auto, "digits": digits, "consistency": consistency, "text": text, "lcm": lcm,
     "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step, "toyworld-1step-lora": toyworld_1step_lora,
     "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora, "flux-4step-lora": flux_4step_lora,
     "qwen-image-4step-lora": qwen_image_4step_lora, "z-image-4step-lora": z_image_4step_lora,

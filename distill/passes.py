@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.adversarial import logits_alone
 from distill.options import Config
+from distill.roles import uses_pairs
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.training.memory import Activations, Pass, predicted
@@ -19,7 +20,7 @@ MOST_PAIRS = 256
 
 
 def predicted_passes(
-    config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module, *, gpu: bool
+    config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module | None = None, *, gpu: bool
 ) -> dict[str, Activations]:
     """Return the activations of what a run does one after the other, by name; none where numbers decide shapes.
 
@@ -31,16 +32,15 @@ def predicted_passes(
         config: settled.
         teacher: of the prompts; its network on the meta device.
         student: on the meta device, as it is trained.
-        fake: likewise.
+        fake: likewise; none where the student learns along paths of the teacher.
         gpu: count as a GPU computes.
     """
-    networks = [teacher.denoiser.network, student, fake]
+    networks = [teacher.denoiser.network, student, *([] if fake is None else [fake])]
     asked = _Asked(config, teacher)
-    runs = {
-        "update of the student": Pass(lambda: asked.ask(student), lambda x0: asked.student(x0, student, fake)),
-        "update of the fake score": Pass(lambda: asked.fake(fake)),
-    }  # fmt: skip
-    if config.warmup_steps or config.regression_weight:
+    runs = {"update of the student": Pass(lambda: asked.ask(student), lambda x0: asked.student(x0, student, fake))}
+    if fake is not None:
+        runs["update of the fake score"] = Pass(lambda: asked.fake(fake))
+    if uses_pairs(config):
         runs["teacher pairs"] = Pass(lambda: asked.pairs(min(MOST_PAIRS, 8 * config.batch_size)))
     if isinstance(teacher.codec, Codec):
         networks.append(teacher.codec.vae)
@@ -64,12 +64,12 @@ class _Asked:
         output: Any = network(x_t, torch.full((len(x_t),), 500.0, device="meta"), **cond)
         return output
 
-    def student(self, x0: Tensor, student: nn.Module, fake: nn.Module) -> Tensor:
+    def student(self, x0: Tensor, student: nn.Module, fake: nn.Module | None) -> Tensor:
         with torch.no_grad():
             self.ask(self.teacher.denoiser.network, 2 if self.guided else 1)
-            self.ask(fake)
+            self.ask(student if fake is None else fake)
         loss: Tensor = x0.float().sum()
-        if self.config.gan_weight:
+        if self.config.gan_weight and fake is not None:
             with _frozen(fake):
                 loss = loss + self.logits(fake, x0).sum()
         if self.config.regression_weight:

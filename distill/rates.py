@@ -42,6 +42,11 @@ class Rates:
         """
         return cls(warmup, warmup / 25, warmup / 2.5)
 
+    @classmethod
+    def along_paths(cls, warmup: float) -> "Rates":
+        """A quarter for consistency, whose target moves with the student."""
+        return cls(warmup, warmup / 4, 0.0)
+
 
 @dataclass(frozen=True)
 class RangeTest:

@@ -26,6 +26,7 @@ from distill.roles import (
     build_roles,
     plan_of_pairs,
     planned_roles,
+    planned_updates,
     settled,
     student_times,
     teacher_pairs,
@@ -67,20 +68,19 @@ def distil_images(config: Config) -> Path:
         found = ask_teacher(config, teacher, data)
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
-    student_net, fake_net = build_roles(config, teacher)
+    student_net, *rest = build_roles(config, teacher)
     if initial is not None:
         initial.give(student_net)
     if config.dry_run:
-        roles = planned_roles(config, teacher.denoiser.network, student_net, fake_net)
-        updates = {"student": config.steps // config.student_every, "fake": config.steps}
-        show_plan(config, roles, updates, before=plan_of_pairs(config))
+        roles = planned_roles(config, teacher.denoiser.network, student_net, *rest)
+        show_plan(config, roles, planned_updates(config), before=plan_of_pairs(config))
         return config.out
     accelerator = start(config)
     known = teacher.identity()  # of whole weights
     cut(teacher.denoiser.network, config, accelerator)
     if isinstance(teacher.codec, Codec):
         teacher.codec.vae.to(accelerator.device)
-    networks = (prepare(network, config, accelerator) for network in (student_net, fake_net))
+    networks = (prepare(network, config, accelerator) for network in (student_net, *rest))
     method = build_method(config, teacher, *networks)
     batches = student_batches(config, teacher, data, accelerator.device, accelerator.num_processes)
 

@@ -12,15 +12,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from distill.adversarial import Critic, discriminator_head, find_bottleneck, probe_bottleneck
+from distill.consistency import Consistency, ContinuousConsistency, path_times
 from distill.decoupled import SeparateGuidance
+from distill.diff_instruct import integral_kl
 from distill.dmd import DMD, GAN, dmd_weight
 from distill.export import lcm_times
+from distill.f_distill import FDistill
 from distill.guard import middle_layer
-from distill.options import Config
+from distill.options import ALONG_PATHS, Config
 from distill.pair_store import PairsOf, stored_in_step, stored_pairs
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
+from distill.sid import SiD
 from distill.student import Student, even_times, times_by_ratio
 from scorefield import Denoiser, NetworkDenoiser, freeze
 from scorefield.cache import Content
@@ -38,6 +43,9 @@ from scorefield.training import checkpoint
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.offload import offload_state
 from scorefield.training.run import adamw, cosine
+
+Method = DMD | Consistency
+"""What a student learns from."""
 
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""
@@ -79,13 +87,18 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
     gan, layer = config.gan_weight, config.bottleneck
     if layer is not None:
         find_bottleneck(teacher.denoiser.network, layer)
+    if gan is None and config.method in ALONG_PATHS:
+        gan = 0.0
     if gan is None:
         layer = layer or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
         real = real or config.reals == "teacher"
         gan = 0.03 if real and config.critic_weight and listens(teacher, layer) else 0.0
+    if config.method == "f-distill" and not gan:
+        raise ValueError("--method f-distill needs a critic, so real images: pass --data, or --reals teacher.")
     usual = 0 if config.init_from else WARMUP_SHARE * config.steps
     steps = usual if config.warmup_steps is None else config.warmup_steps
-    read = steps * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    reading = steps + (config.steps if config.method in ALONG_PATHS and config.reals == "teacher" else 0)
+    read = reading * config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     pairs = config.num_pairs or max(2000, -(-read // PAIR_USES))
     return replace(config, gan_weight=gan, bottleneck=layer, warmup_steps=steps, num_pairs=pairs)
 
@@ -106,19 +119,27 @@ def listens(teacher: Teacher, bottleneck: str | None) -> bool:
 
 def plan_of_pairs(config: Config) -> str:
     """Return what ``--dry-run`` says about the work before the first iteration."""
-    if not config.warmup_steps and not config.regression_weight:
+    if not uses_pairs(config):
         return ""
     number = config.num_pairs + config.guard_images
     pairs = f"{number:,} teacher pairs of {config.pair_steps} network calls each"
     return f"{pairs}, {config.warmup_steps:,} warm-up updates of the student" if config.warmup_steps else pairs
 
 
-def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, nn.Module]:
-    """Student and fake score as copies of the teacher, dropout off.
+def uses_pairs(config: Config) -> bool:
+    """Whether anything learns from the teacher's pairs."""
+    of_paths = config.method in ALONG_PATHS and config.reals == "teacher"
+    return bool(config.warmup_steps or config.regression_weight or of_paths)
+
+
+def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, ...]:
+    """Student and, where the method has one, fake score as copies of the teacher, dropout off.
 
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
     """
     student = copy.deepcopy(teacher.denoiser.network).eval()
+    if config.method in ALONG_PATHS:
+        return (student.requires_grad_(True),)
     if teacher.facts.get("network") in ("function", None):  # None: a pipeline's own, of classes in latents
         fake = copy.deepcopy(teacher.denoiser.network).eval()
     else:
@@ -145,8 +166,8 @@ def critic_of(config: Config, teacher: Teacher) -> tuple[str, nn.Module | None]:
 
 def build_text_roles(
     config: Config, teacher: Teacher, critic: tuple[str, nn.Module | None]
-) -> tuple[nn.Module, nn.Module]:
-    """Student and fake score of a text-to-image teacher: copies of it, or LoRAs on its own weights.
+) -> tuple[nn.Module, ...]:
+    """Student and, where there is one, fake score of a text-to-image teacher: copies, or LoRAs on its weights.
 
     ``critic`` is of :func:`critic_of`.
     """
@@ -160,6 +181,8 @@ def build_text_roles(
         student, fake, name = roles[0].network, roles[1].network, f"backbone.{name}"
     else:  # weights that learn are float32, whatever the teacher's precision
         student, fake = (copy.deepcopy(teacher.denoiser.network).float().requires_grad_(True) for _ in range(2))
+    if config.method in ALONG_PATHS:
+        return (student,)
     return student, fake if head is None else Critic(fake, name, head)
 
 
@@ -168,31 +191,46 @@ def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
     return config.num_steps if config.num_steps > 1 and facts.get("network") == "mlp" else 0
 
 
-def planned_roles(config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module) -> dict[str, nn.Module]:
+def planned_roles(
+    config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module | None = None
+) -> dict[str, nn.Module]:
     """Return the networks that a run holds, for ``--dry-run``."""
     followed = {"its average": freeze(copy.deepcopy(student))} if config.ema_decay else {}
-    return {"teacher": teacher, "student": student, **followed, "fake": fake}
+    return {"teacher": teacher, "student": student, **followed, **({} if fake is None else {"fake": fake})}
 
 
-def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module) -> DMD:
-    """Return the recipe of this script as a :class:`distill.dmd.DMD`."""
-    target = teacher.guided(config.guidance)
-    gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
-    facts = teacher.facts
-    sigma_data, schedule = facts.get("sigma_data"), teacher.denoiser.schedule
+def planned_updates(config: Config) -> dict[str, int]:
+    """Return how often each network that learns takes a step, for ``--dry-run``."""
+    if config.method in ALONG_PATHS:
+        return {"student": config.steps}
+    return {"student": config.steps // config.student_every, "fake": config.steps}
+
+
+def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.Module | None = None) -> Method:
+    """Return what ``--method`` names, on these networks."""
+    target, schedule = teacher.guided(config.guidance), teacher.denoiser.schedule
     latent = teacher.codec is not None
     check_rounding(config, teacher.denoiser, latent)
-    return DMD(
+    times = student_times(config, schedule, latent)
+    generator = Student(replace(teacher.denoiser, network=student), times)
+    if fake is None:
+        kind = ContinuousConsistency if config.method == "scm" else Consistency
+        path = path_times(schedule, config.points, times[0])
+        return kind(teacher=target, student=generator, shape=teacher.shape, path=path)
+    gan = GAN(generator_weight=config.gan_weight or 0.0, critic_weight=config.critic_weight)
+    matching = {"sid": SiD, "f-distill": FDistill}.get(config.method, DMD)
+    sigma_data = teacher.facts.get("sigma_data")
+    return matching(
         teacher=target,
-        student=Student(replace(teacher.denoiser, network=student), student_times(config, schedule, latent)),
+        student=generator,
         fake=replace(teacher.denoiser, network=fake),
         shape=teacher.shape,
         fake_weight=karras_weight(sigma_data) if sigma_data else None,
         guidance=separate_guidance(config),
-        step_key="step" if fake_steps(config, facts) else None,
+        step_key="step" if fake_steps(config, teacher.facts) else None,
         student_every=config.student_every,
         times=between_ratios(*config.ratio_range) if any(config.ratio_range) else uniform(0.02, 0.98),
-        weight=dmd_weight(config.alpha_in_gradient),
+        weight=integral_kl() if config.method == "diff-instruct" else dmd_weight(config.alpha_in_gradient),
         gan=gan if config.gan_weight else None,
     )
 
@@ -332,21 +370,28 @@ def averaged(phase: Phase) -> nn.Module:
     return unwrap(phase.network) if phase.ema is None else phase.ema.network
 
 
-def build_phases(config: Config, method: DMD) -> list[Phase]:
-    """Student and fake score under AdamW, the student followed by its average, if it has one."""
-    student, fake = (
-        adamw(network, rate, betas=config.betas, kind=config.optimizer)
-        for network, rate in (
-            (method.student.denoiser.network, config.student_lr or 1e-5),
-            (method.fake.network, config.fake_lr or 1e-5),
-        )
-    )  # fmt: skip
-    for optimizer in (student, fake) if config.offload else ():
-        offload_state(optimizer)
-    updates, constant = max(1, config.steps // config.student_every), config.lr_schedule == "constant"
-    phases = method.phases(
-        student, fake, student_ema=average_of(method.student.denoiser.network, config),
-        student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
-        fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
-    )  # fmt: skip
+def build_phases(config: Config, method: Method) -> list[Phase]:
+    """Student and, if there is one, fake score under AdamW, the student followed by its average, if it has one."""
+    constant = config.lr_schedule == "constant"
+    student = optimizer_of(config, method.student.denoiser.network, config.student_lr)
+    ema = average_of(method.student.denoiser.network, config)
+    if isinstance(method, Consistency):
+        rate = cosine(student, config.steps, floor=1.0 if constant else 0.0)
+        phases = method.phases(student, ema=ema, lr_schedule=rate)
+    else:
+        fake = optimizer_of(config, method.fake.network, config.fake_lr)
+        updates = max(1, config.steps // config.student_every)
+        phases = method.phases(
+            student, fake, student_ema=ema,
+            student_lr=cosine(student, updates, floor=1.0 if constant else 0.0),
+            fake_lr=cosine(fake, config.steps, floor=1.0 if constant else 0.1),
+        )  # fmt: skip
     return [replace(phase, lr_options=(f"{phase.name}_lr",)) for phase in phases]
+
+
+def optimizer_of(config: Config, network: nn.Module, rate: float) -> Optimizer:
+    """Return AdamW of a network, whose states lie in CPU memory under ``--offload``."""
+    optimizer = adamw(network, rate or 1e-5, betas=config.betas, kind=config.optimizer)
+    if config.offload:
+        offload_state(optimizer)
+    return optimizer

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from distill.dmd import DMD
+from distill.consistency import Consistency
 from distill.guard import Guard, middle_layer
 from distill.guarding import Guarded, SetbackError, set_rate
-from distill.options import Config
+from distill.options import ALONG_PATHS, Config
 from distill.rates import Rates, range_test
 from distill.regression import Pairs, Regression, teacher_batch
-from distill.roles import DISTANCES, average_of, averaged, build_phases, teacher_pairs
+from distill.roles import DISTANCES, Method, average_of, averaged, build_phases, teacher_pairs, uses_pairs
 from distill.student import Student
 from scorefield.models.teacher import Teacher
 from scorefield.progress import progress
@@ -37,15 +37,15 @@ class Stages:
 
     Attributes:
         config: settled; see ``roles.settled``.
-        method: distribution matching, without its regression.
+        method: what the student learns from, without its regression.
         teacher: of the pairs.
         accelerator: of all stages.
-        batches: of the distribution matching.
+        batches: of the method.
         own: identity of the run, which its checkpoints belong to.
     """
 
     config: Config
-    method: DMD
+    method: Method
     teacher: Teacher
     accelerator: Accelerator
     batches: Callable[[Rng], Any]
@@ -74,7 +74,7 @@ def distil(
     config, method = stages.config, stages.method
     check_identity(config, stages.own, stages.accelerator)  # before the long work of making pairs
     regression = make_regression(stages)
-    if config.gan_weight and config.reals == "teacher" and regression is not None:
+    if config.needs_images and config.reals == "teacher" and regression is not None:
         pairs, device = regression.pairs, stages.accelerator.device
         stages = replace(stages, batches=lambda rng: teacher_batch(pairs, config.batch_size, rng, device))
     if config.regression_weight:
@@ -110,7 +110,7 @@ def distil(
 def make_regression(stages: Stages) -> Regression | None:
     """Regression on teacher pairs, where the warm-up or the distribution matching uses any."""
     config = stages.config
-    if not config.warmup_steps and not config.regression_weight:
+    if not uses_pairs(config):
         return None
     pairs = stages.pairs(config.num_pairs, "pairs")
     distance = DISTANCES[config.regression_loss]
@@ -133,12 +133,14 @@ def begin(stages: Stages, regression: Regression | None, phases: list[Phase], gu
     rates = measured_rates(stages, regression)
     if regression is not None and config.warmup_steps:
         warm_up(stages, regression, phases[0], rates.warmup, None if guarded is None else guarded.guard)
-    for phase, given, rate in zip(
-        phases, (config.student_lr, config.fake_lr), (rates.student, rates.fake), strict=True
-    ):
-        set_rate(phase, given or rate)
-    follow_student(stages, phases[1])
-    kept = () if guarded is None else guarded(0)
+    given = (config.student_lr or rates.student, config.fake_lr or rates.fake)
+    for phase, rate in zip(phases, given, strict=False):
+        set_rate(phase, rate)
+    for fake in phases[1:]:
+        follow_student(stages, fake)
+    # A student along paths that has learned nothing is its teacher in one step: it gets worse before it is better.
+    untrained = config.method in ALONG_PATHS and not config.warmup_steps and not config.init_from
+    kept = () if guarded is None or untrained else guarded(0)
     save(stages.folder, 0, phases, stages.own, stages.accelerator, also=kept)
     stages.accelerator.wait_for_everyone()
 
@@ -146,31 +148,36 @@ def begin(stages: Stages, regression: Regression | None, phases: list[Phase], gu
 def measured_rates(stages: Stages, regression: Regression | None) -> Rates:
     """Return the rates of all stages: given ones, or fractions of what a range test finds. Says what it found."""
     config, method, accelerator = stages.config, stages.method, stages.accelerator
-    if config.student_lr and config.fake_lr and (config.warmup_lr or not config.warmup_steps):
+    alone = isinstance(method, Consistency)
+    if config.student_lr and (alone or config.fake_lr) and (config.warmup_lr or not config.warmup_steps):
         return Rates(config.warmup_lr, config.student_lr, config.fake_lr)
     warmup = config.warmup_lr
     if not warmup:
-        fixed = Rng(config.seed, 0)
-        if regression is not None:
-            network, loss = (
-                method.student.denoiser.network,
-                lambda: regression.loss(method.student.unwrapped(), fixed),
-            )
-        else:
-            alone = replace(method, fake=method.fake.unwrapped())  # each rank stops where its own loss blows up
-            network, batch = method.fake.network, method.rollout(stages.batches(fixed), (), fixed)
-            loss = lambda: alone.fake_loss(batch, fixed)["loss"]  # noqa: E731
+        network, loss = tested(stages, regression)
         joined = partial(accelerator.reduce, reduction="mean") if config.shard > 1 else torch.clone
         with accelerator.autocast():
             warmup = range_test(network, loss, clip_norm=config.clip_norm, joined=joined).rate
         warmup = float(accelerator.reduce(torch.tensor(warmup, device=accelerator.device), "mean"))
-    rates = Rates.from_warmup(warmup)
+    rates = Rates.along_paths(warmup) if alone else Rates.from_warmup(warmup)
     if accelerator.is_main_process:
-        tqdm.write(
-            f"learning rates: warm-up {warmup:.2g}, student {config.student_lr or rates.student:.2g}, fake score "
-            f"{config.fake_lr or rates.fake:.2g}", file=sys.stderr,
-        )  # fmt: skip
+        fake = "" if alone else f", fake score {config.fake_lr or rates.fake:.2g}"
+        student = config.student_lr or rates.student
+        tqdm.write(f"learning rates: warm-up {warmup:.2g}, student {student:.2g}{fake}", file=sys.stderr)
     return rates
+
+
+def tested(stages: Stages, regression: Regression | None) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return the network and the loss of one batch that the range test is made with."""
+    config, method, fixed = stages.config, stages.method, Rng(stages.config.seed, 0)
+    student = method.student.denoiser.network
+    if regression is not None and (config.warmup_steps or config.regression_weight):
+        return student, lambda: regression.loss(method.student.unwrapped(), fixed)
+    batch = method.rollout(stages.batches(fixed), (), fixed)
+    if isinstance(method, Consistency):  # each rank stops where its own loss blows up
+        own = replace(method, student=method.student.unwrapped())
+        return student, lambda: own.denoising_loss(batch, fixed)
+    alone = replace(method, fake=method.fake.unwrapped())
+    return method.fake.network, lambda: alone.fake_loss(batch, fixed)["loss"]
 
 
 def warm_up(stages: Stages, regression: Regression, student: Phase, rate: float, guard: Guard | None) -> None:

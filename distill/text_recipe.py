@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from distill.adversarial import probe_bottleneck
 from distill.data import RealLatents, check_images
-from distill.dmd import DMD
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import Initial, initial_weights
-from distill.options import Config
+from distill.options import ALONG_PATHS, Config
 from distill.passes import predicted_passes
 from distill.roles import (
+    Method,
     build_method,
     build_text_roles,
     check_rounding,
     critic_of,
     plan_of_pairs,
     planned_roles,
+    planned_updates,
     settled,
     student_times,
 )
@@ -95,15 +96,15 @@ def distil_texts(config: Config) -> Path:
     networks = build_text_roles(config, teacher, critic)
     if inputs.initial is not None:
         inputs.initial.give(networks[0])
-    student, fake = (place(network, config, accelerator) for network in networks)
+    student, *rest = (place(network, config, accelerator) for network in networks)
     if config.shard > 1:
         cut(teacher.denoiser.network, config, accelerator)
-    method = build_method(config, teacher, student, fake)
+    method = build_method(config, teacher, student, *rest)
 
     def batches(rng: Rng) -> dict[str, Any]:
         chosen = shuffled(len(texts.prompts), config.batch_size, rng)
         real = {} if latents is None else {"real": latents(chosen)}
-        if config.gan_weight and latents is None:  # those of the teacher pairs, which are not made yet
+        if config.needs_images and latents is None:  # those of the teacher pairs, which are not made yet
             real = {"real": torch.zeros(len(chosen), *teacher.shape, device=accelerator.device)}
         return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
 
@@ -158,9 +159,11 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
         texts = texts.some(source.fitting(texts.prompts, config.long_prompts, config.prompts))
         made_here = ships("prompts", config.prompts)
-        if not (config.gan_weight and config.reals == "data"):
+        if not (config.needs_images and config.reals == "data"):
             if len(texts.images) and not made_here:
                 fix = "the GAN term alone would read them: --gan-weight 0.03 --reals data"
+                if config.method in ALONG_PATHS:
+                    fix = "to learn from them: --reals data"
                 warn(f"{config.prompts}: passed over: {len(texts.images)} pictures beside the prompts; {fix}")
         elif not (config.dry_run and made_here):
             latents, faults = check_images(
@@ -198,24 +201,26 @@ def check_inputs(config: Config, texts: Texts, source: Teacher) -> None:
             f"--eval-every asks the toy world's judge, who sees pictures of {JUDGED}; --teacher {config.teacher} "
             f"draws {source.size}. Pass --eval-every 0 and look at the pictures in --out/samples."
         )
-    if config.gan_weight:
+    if config.needs_images:
+        along_paths = config.method in ALONG_PATHS
+        user, fix = ("--method", "--reals teacher") if along_paths else ("the GAN term", "--gan-weight 0")
         if not len(texts.images) and config.reals == "data":
             raise ValueError(
-                f"--prompts {config.prompts} holds no images, which the GAN term needs beside the prompts. Add "
-                "them, or pass --gan-weight 0."
+                f"--prompts {config.prompts} holds no images, which {user} needs beside the prompts. Add them, or "
+                f"pass {fix}."
             )
         size = getattr(texts.images, "size", source.size)
         if config.reals == "data" and size != source.size:
             raise ValueError(
-                f"the images of --prompts {config.prompts} are {size}, the teacher's {source.size}. Pass "
-                "--gan-weight 0."
+                f"the images of --prompts {config.prompts} are {size}, the teacher's {source.size}. Pass {fix}."
             )
+    if config.gan_weight:
         negative = source.negative(config.negative_prompt)  # any one prompt would do
         probe_bottleneck(source.denoiser, source.shape, negative, config.bottleneck)
 
 
 def learn(
-    config: Config, inputs: Inputs, method: DMD, batches: Any, accelerator: Accelerator, own: dict[str, Any]
+    config: Config, inputs: Inputs, method: Method, batches: Any, accelerator: Accelerator, own: dict[str, Any]
 ) -> Student:  # fmt: skip
     """Train to the end; the student's moving average, or the student itself at --ema-decay 0."""
     teacher = inputs.teacher
@@ -309,9 +314,8 @@ def show(
     if isinstance(codec, Codec) and codec.waits is None:
         roles["autoencoder"] = codec.vae
     rounded = {"teacher": config.quantize} if is_only_counted(config, device) else {}
-    updates = {"student": config.steps // config.student_every, "fake": config.steps}
     show_plan(
-        config, roles, updates, before=plan_of_pairs(config), rounded=rounded,
+        config, roles, planned_updates(config), before=plan_of_pairs(config), rounded=rounded,
         passes=predicted_passes(config, teacher, *networks, gpu=device.type != "cpu"),
     )  # fmt: skip
 

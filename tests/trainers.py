@@ -58,6 +58,11 @@ def student(places):
     return dataclasses.replace(distill.options.auto(), teacher=str(places.teacher), **STUDENT)
 
 
+def paths(places):
+    own = {**TINY, "batch_size": 16, "points": 6, "guard_images": 64, "guard_every": 3, "skip_teacher_check": True}
+    return dataclasses.replace(distill.options.consistency(), teacher=str(places.teacher), **own)
+
+
 def texts(places, **changes):
     reads = {"preset": "text", "teacher": str(places.sd), "prompts": str(places.data / "metadata.jsonl")}
     return distill.options.Config(**{**reads, **TEXTS, "gan_weight": 0.01, **changes})
@@ -81,6 +86,7 @@ def control(places):
 TRAINERS = {
     "teacher": Trainer(scorefield.commands.teacher.main, teacher, "teacher", {"learning_rate": 0.5}),
     "student": Trainer(distill.recipe.main, student, "student", {"ema_decay": 0.5}),
+    "paths": Trainer(distill.recipe.main, paths, "student", {"points": 7}),
     "texts": Trainer(distill.recipe.main, texts, "student", {"student_lr": 0.5}),
     "lora": Trainer(distill.recipe.main, lora, "student", {"lora_alpha": 1.0}),
     "canvas": Trainer(sds.recipe.main, canvas, "canvas.png", {"draws": 3}),
