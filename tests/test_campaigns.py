@@ -322,7 +322,7 @@ def data_commands(source, models, inputs, out, chance):
     learn = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
     teach = ["--batch-size", "4", "--skip-teacher-check", "--dry-run", "--out", str(out)]
     judge = ["--features", str(inputs / "features"), "--device", "cpu", "--out", str(out / "figures.json")]
-    edit = ["sdedit", "--teacher", sd, "--edits", str(source), "--steps", "2", "--out", str(out)]
+    edit = ["sdedit", "--teacher", sd, "--edits", str(source), "--steps", "2", "--out", str(out / "made")]
     attack = ["--classifier", "scorefield_tests:classifier", "--data", str(source), "--methods", "pgd"]
     text = ["--teacher", sd, "--prompts", str(source), "--precision", "no", "--student-every", "1"]
     long = ["--long-prompts", chance.choice(["cut", "skip"])]
