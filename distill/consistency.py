@@ -29,8 +29,9 @@ from scorefield.schedule import Images, PerSample, Schedule, per_sample
 from scorefield.times import TimeSampler, log_normal
 from scorefield.training.loop import EMA, Phase
 
-LOWEST = 0.02
-"""Noise level sigma / alpha of the last point of a path: less is not seen in an image of unit scale."""
+LOWEST, HIGHEST = 0.02, 80.0
+"""Noise levels sigma / alpha of a path's last point, since less is not seen in an image of unit scale, and of its
+second one at most, EDM's: what is noisier is next to pure noise (a flow begins at infinity)."""
 
 RHO = 7.0
 """Exponent of the spacing of noise levels (arXiv 2206.00364, Eq. 5)."""
@@ -42,7 +43,7 @@ def path_times(schedule: Schedule, number: int, highest: float) -> Float[Tensor,
     Integer timesteps that would be the same are left out, so there may be fewer. Raises ``ValueError`` for less
     than two.
     """
-    first = float(schedule.ratio(torch.tensor(highest, dtype=torch.float64)).clamp(max=1e4))
+    first = float(schedule.ratio(torch.tensor(highest, dtype=torch.float64)).clamp(max=HIGHEST))
     ends = first ** (1 / RHO), min(LOWEST, first / 2) ** (1 / RHO)
     levels = torch.linspace(*ends, max(1, number), dtype=torch.float64) ** RHO
     times = schedule.snap(schedule.time(levels).clamp(schedule.t_min, schedule.t_max))
@@ -194,7 +195,9 @@ class ContinuousConsistency(Consistency):
     def _disagreement(self, x0: Images, cond: Cond, rng: Rng) -> tuple[Tensor, PerSample, PerSample]:
         schedule = self.teacher.schedule
         t = self.times(len(x0), schedule, rng("points")).to(x0.device)
-        t = t.clamp(float(self.path[-1]), float(self.path[0]))
+        # Pure noise, at which a flow begins and a schedule of zero terminal signal-to-noise, has no z = x / alpha.
+        noisiest = self.path[0] if bool(schedule.alpha(self.path[0]) > 0) else self.path[1]
+        t = t.clamp(float(self.path[-1]), float(noisiest))
         x_t = schedule.diffuse(x0, normal_like(x0, rng("noise")), t)
         g = rate_of_change(self.student.unwrapped().denoiser, self.teacher, x_t, t, cond)
         size = g.flatten(1).square().mean(1).sqrt()

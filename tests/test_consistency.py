@@ -126,6 +126,19 @@ def test_the_gradient_moves_the_image_towards_the_less_noisy_end(schedules):
     assert found[-1] == pytest.approx(-1 / 1.5, rel=1e-6)
 
 
+def test_pure_noise_has_no_rate_of_change_and_is_left_out():
+    """A flow begins there, and a schedule of zero terminal signal-to-noise."""
+    betas = VariancePreserving.scaled_linear().alphas_cumprod.sqrt()
+    zero = VariancePreserving(((betas - betas[-1]) * betas[0] / (betas[0] - betas[-1])) ** 2)
+    for schedule, first in ((zero, 999.0), (RectifiedFlow(), 1.0)):
+        student = Student(NetworkDenoiser(End(schedule), schedule, "x0"), (first,))
+        part = ContinuousConsistency(
+            teacher=gaussian(schedule), student=student, shape=(1,), path=path_times(schedule, 20, first),
+            times=constant(first),
+        )  # fmt: skip
+        assert bool(part.student_loss(batch(schedule, 8), Rng(0, 0))["consistency"].isfinite())
+
+
 def test_no_gradient_reaches_the_target_and_the_teacher_speaks_at_the_end(schedules):
     schedule = schedules["karras"]
     part = method(schedule, number=2, distance=squared_error, error=lambda x, t: 10.0)
