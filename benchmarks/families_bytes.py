@@ -139,7 +139,7 @@ def count(model: Model, rank: int = RANK) -> Count:
 
 
 def parameters(network: torch.nn.Module) -> int:
-    """Return how many numbers a network has, or a twin changes."""
+    """Return how many numbers a network has, or a LoRA changes."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 

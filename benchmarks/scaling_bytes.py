@@ -23,8 +23,8 @@ from families_bytes import MODELS, Model, build
 from controlnet.adapter import copy_encoder
 from controlnet.transformers import Shared, TransformerCopy
 from distill.options import Config
+from distill.parts import build_text_networks
 from distill.passes import predicted_passes
-from distill.roles import build_text_roles
 from scorefield.choices import Quantize
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.models.lora import recompute_activations
@@ -134,9 +134,9 @@ def teacher_of(model: Model, size: Size) -> Teacher:
     return Teacher(denoiser, size.latents, num_classes=1, listed=listed, embedded=embedded)
 
 
-def roles_of(config: Config, teacher: Teacher) -> tuple[torch.nn.Module, torch.nn.Module]:
+def text_networks_of(config: Config, teacher: Teacher) -> tuple[torch.nn.Module, ...]:
     """Return student and fake score on the meta device, with checkpointing."""
-    roles = build_text_roles(config, teacher, ("", None))
+    roles = build_text_networks(config, teacher, ("", None))
     for role in () if config.lora else roles:
         recompute_activations(role)
     return roles
@@ -153,7 +153,7 @@ def held(
 def distilled(model: Model, config: Config) -> dict[str, Activations]:
     """Return the activations of a distillation."""
     teacher = teacher_of(model, SIZES[model.name])
-    return predicted_passes(config, teacher, *roles_of(config, teacher), gpu=True)
+    return predicted_passes(config, teacher, *text_networks_of(config, teacher), gpu=True)
 
 
 def adapter_of(teacher: Teacher) -> Any:
@@ -216,7 +216,7 @@ def networks_of(name: str, method: str, options: Options) -> tuple[Teacher, dict
     teacher = teacher_of(model, SIZES[name])
     if method == "controlnet":
         return teacher, {"adapter": adapter_of(teacher)}
-    roles = roles_of(settings_of(options, lora=method == "lora"), teacher)
+    roles = text_networks_of(settings_of(options, lora=method == "lora"), teacher)
     return teacher, dict(zip(("student", "fake"), roles, strict=True))
 
 

@@ -19,7 +19,7 @@ from distill.dmd import DMD
 from distill.student import Student
 from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond, freeze
 from scorefield.guidance import guided
-from scorefield.models.lora import Twin, recompute_activations, shared_backbone
+from scorefield.models.lora import LoRA, recompute_activations, shared_backbone
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.schedule import Images, Kind, PerSample, Schedule, VariancePreserving
 from scorefield.training.loop import Report, train
@@ -143,7 +143,7 @@ def start(
     student, fake = make_student_and_fake(case, name, teacher)
     if name in COMPILED:
         for network in (teacher.network, student.network, fake.network):
-            (network.backbone if isinstance(network, Twin) else network).compile()
+            (network.backbone if isinstance(network, LoRA) else network).compile()
     model: Any = teacher.network.model
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     generator = Generator().manual_seed(1)
@@ -178,9 +178,9 @@ def adamw(network: nn.Module) -> Optimizer:
 
 
 def tensors_of(networks: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """Return all distinct parameters, gradients and optimiser states, including the backbones of LoRA networks."""
-    twins = [part for network in networks for part in network.modules() if isinstance(part, Twin)]
-    modules = [*networks, *(twin.backbone for twin in twins)]
+    """Return all distinct parameters, gradients and optimiser states, including the backbones of LoRAs."""
+    loras = [part for network in networks for part in network.modules() if isinstance(part, LoRA)]
+    modules = [*networks, *(adapted.backbone for adapted in loras)]
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     gradients = [p.grad for p in parameters if p.grad is not None]
     state = [value for optimizer in optimizers for own in optimizer.state.values() for value in own.values()]

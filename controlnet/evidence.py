@@ -170,7 +170,7 @@ def paired_gap(
 
 
 @dataclass(frozen=True)
-class Standing:
+class BoundedScore:
     """A score between what it would be without control, and what it could be at best.
 
     Attributes:
@@ -258,11 +258,11 @@ class Validation:
             return Conditioned(model, {"guidance": torch.tensor([self.guidance], device=self.probe.x0.device)})
         return guided(model, self.guidance, {} if self.told else self.negative, norm=self.norm)
 
-    def standings(self, images: Tensor) -> dict[str, Standing]:
+    def bounded_scores(self, images: Tensor) -> dict[str, BoundedScore]:
         """Return the scores of ``images``, with floor and ceiling."""
         values, floor = _means(self.judge(images, self.probe)), _means(self.judge(images, self.probe.shuffled()))
         return {
-            name: Standing(value, floor[name], self.ceiling[name], error=name in self.errors)
+            name: BoundedScore(value, floor[name], self.ceiling[name], error=name in self.errors)
             for name, value in values.items()
         }
 

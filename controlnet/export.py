@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from controlnet.adapter import EncoderCopy
-from controlnet.evidence import Probe, Standing
+from controlnet.evidence import BoundedScore, Probe
+from controlnet.evidence_log import Evidence
 from controlnet.transformers import ControlLoRA, TransformerCopy
-from controlnet.verdict import Evidence
 from scorefield.atomic import whole_folder
 from scorefield.denoiser import unwrap
 from scorefield.models.lora import LORA_FILE, adapter_weights
@@ -76,7 +76,7 @@ def save_adapter(
 
 def lora_weights(adapter: ControlLoRA) -> dict[str, Tensor]:
     """Return the changes of a control LoRA by the names that ``load_lora_weights`` reads."""
-    return {f"transformer.{name}": value for name, value in adapter_weights(adapter.twin).items()}
+    return {f"transformer.{name}": value for name, value in adapter_weights(adapter.adapted).items()}
 
 
 def _of_three_channels(model: Any) -> Any:
@@ -114,7 +114,7 @@ def model_card(
         base: the pipeline that the adapter belongs to.
         hint: what it follows, and how hints are made.
         look: the last evidence; None if none was taken.
-        event: whether control was learned: :func:`controlnet.verdict.told`.
+        event: whether control was learned: :func:`controlnet.evidence_log.told`.
         training: JSON-able facts: data, steps, batch, learning rate, seed.
         limits: what the figures do not show.
         licence: of the weights, for the hub's header; they are a copy of the base's, whose licence may bind them.
@@ -212,7 +212,7 @@ def _table(look: Evidence | None) -> str:
         return "No evidence was taken."
     rows = [
         f"| {name} | {one.value:.4f} | {one.floor:.4f} | {one.ceiling:.4f} | {_relative(one)} |"
-        for name, one in look.standings.items()
+        for name, one in look.bounded_scores.items()
     ]
     gap = look.gap
     return "\n".join(
@@ -227,8 +227,8 @@ def _table(look: Evidence | None) -> str:
     )
 
 
-def _relative(standing: Standing) -> str:
-    return "cannot tell" if math.isnan(standing.relative) else f"{standing.relative:.2f}"
+def _relative(bounded: BoundedScore) -> str:
+    return "cannot tell" if math.isnan(bounded.relative) else f"{bounded.relative:.2f}"
 
 
 def contact_sheet(probe: Probe, images: Tensor, columns: int = 16, *, most: int = 64, side: int = 256) -> Tensor:

@@ -81,7 +81,7 @@ def _give_lora(source: str, adapter: ControlLoRA) -> str:
         check_regular(file)
         weights = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
         check_finite(weights, file)
-        load_adapter_weights(adapter.twin, weights)
+        load_adapter_weights(adapter.adapted, weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--init-from {source}: {error}") from error
     return fingerprint(weights[name] for name in sorted(weights))

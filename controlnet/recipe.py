@@ -25,6 +25,7 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.data import ControlBatches
 from controlnet.evidence import Validation
+from controlnet.evidence_log import Evidence, EvidenceLog
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
@@ -40,7 +41,6 @@ from controlnet.transformers import (
     has_control,
     is_of_tokens,
 )
-from controlnet.verdict import Evidence, EvidenceLog
 from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
 from scorefield.atomic import whole_file
 from scorefield.cache import TensorCache, fingerprint
@@ -142,12 +142,12 @@ def plan(config: Config) -> Path:
     start_from(config, teacher, adapter)
     freeze_base(plain, network)
     learning = unlock(ControlledDenoiser(teacher.denoiser, adapter)) if config.unlocked else adapter
-    roles = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
+    networks = {"teacher": network, "adapter": adapter, "average": freeze(copy.deepcopy(learning))}
     if isinstance(teacher.codec, Codec) and not waits(config, adapter):
-        roles["autoencoder"] = teacher.codec.vae
+        networks["autoencoder"] = teacher.codec.vae
     before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
     rounded = {"teacher": config.quantize}
-    show_plan(config, roles, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
+    show_plan(config, networks, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
     return config.out
 
 
@@ -186,7 +186,7 @@ def load(config: Config, accelerator: Accelerator | None) -> tuple[Teacher, Task
     task = load_task(
         config, teacher.size, config.eval_samples + config.test_samples, rank=rank, num_ranks=num_ranks,
         buckets=shapes_for(teacher) if config.buckets else (),
-        fitting=lambda captions: teacher.fitting(captions, config.long_prompts, config.data),
+        usable=lambda captions: teacher.usable(captions, config.long_prompts, config.data),
     )  # fmt: skip
     return teacher, task
 
@@ -431,8 +431,8 @@ def export(
         temporary.write_text(json.dumps(report, indent=2))
     with whole_file(config.out / "samples.png") as temporary:
         save_image(sheet, temporary)
-    name, standing = next(iter(look.standings.items()))
+    name, bounded = next(iter(look.bounded_scores.items()))
     print(
-        f"{name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling {standing.ceiling:.3f}\n"
+        f"{name} {bounded.value:.3f}, floor {bounded.floor:.3f}, ceiling {bounded.ceiling:.3f}\n"
         f"control {report['event']}\nadapter: {folder}"
     )

@@ -105,8 +105,8 @@ class Pictures:
     def _fitted(self, index: int, contents: Mapping[str, bytes]) -> dict[str, Tensor]:
         pictures = _decoded(self.rows[index], contents, self.kinds, self.channels, self.convert)
         height, width = pictures["image"].shape[1:]
-        fitting = covering(height, width, self._stored(index))
-        return {key: resized(picture, self.kinds[key], fitting) for key, picture in pictures.items()}
+        usable = covering(height, width, self._stored(index))
+        return {key: resized(picture, self.kinds[key], usable) for key, picture in pictures.items()}
 
     def some(self, numbers: Sequence[int]) -> "Pictures":
         """Those with these numbers."""
@@ -163,12 +163,12 @@ def load_pictures(
     _check_options(size, channels, on_bad_data, maps or {})
     listing = read_rows(data, Columns(image or "", text, tuple(maps or {})))
     rows, form = listing.rows, Form(kinds, size, channels, convert, text is not None, tuple(buckets))
-    verdicts = None if cache is None else TensorCache(cache / "checked", form.identity())
+    known = None if cache is None else TensorCache(cache / "checked", form.identity())
     found = in_shares(
-        lambda number: judge(rows[number], form, verdicts), len(rows), rank=rank, num_ranks=num_ranks,
+        lambda number: judge(rows[number], form, known), len(rows), rank=rank, num_ranks=num_ranks,
         gather=gather,
     )  # fmt: skip
-    good = keep_good(listing, [verdict.fault for verdict in found], on_bad_data)
+    good = keep_good(listing, [checked.fault for checked in found], on_bad_data)
     if apart := [rows[number].name for number in good if found[number].apart]:
         warn(
             f"{len(apart)} of {len(good)} images, such as {apart[0]}, are turned by their Exif tag and their maps "
@@ -202,7 +202,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Checked:
     """What was found of a sample: the hash of its image's file, or why it cannot be used.
 
     ``apart``: image and map are turned by their Exif tags, but not alike. ``shape``: of its bucket.
@@ -214,18 +214,18 @@ class Verdict:
     shape: Shape | None = None
 
 
-def judge(row: Row, form: Form, verdicts: TensorCache | None) -> Verdict:
+def judge(row: Row, form: Form, known: TensorCache | None) -> Checked:
     """Return what is wrong with a sample, if anything; it is decoded unless its files were checked before."""
     try:
         if row.fault or (form.captioned and (fault := _caption_fault(row))):
             raise ValueError(f"{row.name} {row.fault or fault}")
         contents = _contents(row, form.kinds)
         make = lambda _: [in_few_threads(lambda: _facts(row, contents, form), *contents.values())]  # noqa: E731
-        entry = (verdicts.fetch([content_key(*contents.values())], make) if verdicts else make(None))[0]
+        entry = (known.fetch([content_key(*contents.values())], make) if known else make(None))[0]
         shape = form.shape(size_of(contents["image"])) if form.buckets else None
-        return Verdict(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]), shape=shape)
+        return Checked(hashlib.sha256(contents["image"]).hexdigest(), bool(entry["apart"]), shape=shape)
     except ValueError as error:
-        return Verdict(fault=str(error))
+        return Checked(fault=str(error))
 
 
 def _check_options(size: tuple[int, int], channels: int, on_bad_data: str, maps: Mapping[str, Kind]) -> None:

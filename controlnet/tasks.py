@@ -120,7 +120,7 @@ def load_task(
     buckets: Sequence[Shape] = (),
     rank: int = 0,
     num_ranks: int = 1,
-    fitting: Callable[[Sequence[str]], Sequence[int]] | None = None,
+    usable: Callable[[Sequence[str]], Sequence[int]] | None = None,
 ) -> Task:
     """Samples for training and, apart from them, ``num_held_out`` for judging; all files are checked.
 
@@ -146,8 +146,8 @@ def load_task(
         crop=options.crop, convert=options.convert, on_bad_data=options.on_bad_data, cache=options.cache,
         buckets=buckets, rank=rank, num_ranks=num_ranks, gather=gather_object,
     )  # fmt: skip
-    if fitting is not None:
-        pictures = pictures.some(fitting([pictures.caption(index) for index in range(len(pictures))]))
+    if usable is not None:
+        pictures = pictures.some(usable([pictures.caption(index) for index in range(len(pictures))]))
     if isinstance(hint, Depth) and options.hint_kind is None:
         check_distances(pictures, hint.source)
     training, held_out_ = split(pictures, num_held_out)

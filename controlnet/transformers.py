@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.codec import Codec
 from scorefield.models.controls import Control
-from scorefield.models.lora import LAYERS, Twin, adaptable
+from scorefield.models.lora import LAYERS, LoRA, adaptable
 from scorefield.models.networks import DiffusersNetwork, model_arguments
 from scorefield.models.teacher import Teacher
 
@@ -103,19 +103,19 @@ class ControlLoRA(nn.Module):
     transformer itself, whatever the hint.
 
     Attributes:
-        twin: the changed transformer, on the weights of the teacher.
+        LoRA: the changed transformer, on the weights of the teacher.
     """
 
     channels = 3
 
-    def __init__(self, twin: Twin, shared: Shared) -> None:
+    def __init__(self, adapted: LoRA, shared: Shared) -> None:
         super().__init__()
-        self.twin, self.shared = twin, shared
+        self.adapted, self.shared = adapted, shared
 
     @property
     def backbone(self) -> nn.Module:
         """The changed transformer, to switch gradient checkpointing on."""
-        return self.twin.backbone
+        return self.adapted.backbone
 
     def prepare(self, hint: Tensor) -> Tensor:
         """Return the hint's latents; see :meth:`Shared.latents`."""
@@ -123,7 +123,7 @@ class ControlLoRA(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Any:
         """Return the prediction, as the transformer's network does; ``cond`` holds the hint's latents too."""
-        return self.twin(x_t, t, **cond)
+        return self.adapted(x_t, t, **cond)
 
 
 def controlled_network(base: NetworkDenoiser) -> tuple[DiffusersNetwork, Control]:
@@ -186,8 +186,8 @@ def control_lora(teacher: Teacher, *, rank: int, generator: Generator) -> Contro
     assert isinstance(teacher.codec, Codec)
     wide = _widened(network, control.widened)
     targets = [*adaptable(wide, network.layers or LAYERS), f"model.{control.widened}"]
-    twin = Twin(wide, rank=rank, targets=targets, generator=generator)
-    return ControlLoRA(twin, Shared(teacher.codec, network.model))
+    adapted = LoRA(wide, rank=rank, targets=targets, generator=generator)
+    return ControlLoRA(adapted, Shared(teacher.codec, network.model))
 
 
 def _widened(network: DiffusersNetwork, name: str) -> DiffusersNetwork:

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from controlnet.adapter import ControlledDenoiser
 from controlnet.data import ControlBatches
-from controlnet.evidence import Standing, Validation, paired_gap
+from controlnet.evidence import BoundedScore, Validation, paired_gap
+from controlnet.evidence_log import Evidence, EvidenceLog, learned_at, likely_causes, told
 from controlnet.export import contact_sheet
 from controlnet.judges import make_judge, make_probe
 from controlnet.tasks import Task
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from scorefield.cache import content_key
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.models.teacher import Teacher
@@ -96,10 +96,10 @@ class ControlWatch:
         return {}
 
     def _say(self, look: Evidence, learned: int | None, new: bool) -> None:
-        name, standing = next(iter(look.standings.items()))
+        name, bounded = next(iter(look.bounded_scores.items()))
         said = [
-            f"step {look.step}: {name} {standing.value:.3f}, floor {standing.floor:.3f}, ceiling "
-            f"{standing.ceiling:.3f}; loss gap {look.gap.value:.2g} +- {look.gap.error:.1g}"
+            f"step {look.step}: {name} {bounded.value:.3f}, floor {bounded.floor:.3f}, ceiling "
+            f"{bounded.ceiling:.3f}; loss gap {look.gap.value:.2g} +- {look.gap.error:.1g}"
         ]
         if learned is not None and new:
             said.append(f"control learned at step {learned}")
@@ -119,7 +119,7 @@ def take_look(
     with working("loss gap of the hints"), accelerator.autocast():
         gap = paired_gap(denoiser, validation.probe, batch_size=validation.batch_size, share=validation.share)
         images = validation.images(denoiser)
-        return Evidence(step, gap, validation.standings(images)), images
+        return Evidence(step, gap, validation.bounded_scores(images)), images
 
 
 def make_report(
@@ -144,14 +144,14 @@ def make_report(
     look, images = take_look(step, validation, denoiser, accelerator)
     with accelerator.autocast():
         free_images = validation.images(base)
-    free = validation.standings(free_images)
+    free = validation.bounded_scores(free_images)
     history = log.read()
     report = {
         "step": step, "learned_at": learned_at(history), "event": told(history),
         "num_samples": len(validation.probe), "guidance": validation.guidance,
         "sampling_steps": validation.num_steps,
-        "scores": {name: in_full(standing) for name, standing in look.standings.items()},
-        "scores_without_control": {name: in_full(standing) for name, standing in free.items()},
+        "scores": {name: in_full(bounded) for name, bounded in look.bounded_scores.items()},
+        "scores_without_control": {name: in_full(bounded) for name, bounded in free.items()},
         "gap": {**asdict(look.gap), "value": look.gap.value},
     }  # fmt: skip
     if task.made is not None and (shown := task.made.accuracies(images, indices)):
@@ -160,7 +160,7 @@ def make_report(
     return report, look, images
 
 
-def in_full(standing: Standing) -> dict[str, float | None]:
+def in_full(bounded: BoundedScore) -> dict[str, float | None]:
     """Return value, floor, ceiling, and where the value stands between them; None if that says nothing."""
-    relative = None if math.isnan(standing.relative) else standing.relative
-    return {"value": standing.value, "floor": standing.floor, "ceiling": standing.ceiling, "relative": relative}
+    relative = None if math.isnan(bounded.relative) else bounded.relative
+    return {"value": bounded.value, "floor": bounded.floor, "ceiling": bounded.ceiling, "relative": relative}

@@ -36,7 +36,7 @@ class Critic(nn.Module):
     def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
         super().__init__()
         try:
-            network.get_submodule(bottleneck)  # also finds what a property returns, such as a twin's backbone
+            network.get_submodule(bottleneck)  # also finds what a property returns, such as a LoRA's backbone
         except AttributeError as error:
             names = [name for name, _ in network.named_modules() if name]
             raise ValueError(

@@ -24,7 +24,7 @@ from scorefield.files import read_json
 from scorefield.models.codec import read_codec_config
 from scorefield.models.components import LABELS, UNUSED, check_copyable, check_index, copy_part
 from scorefield.models.families import Family, family_of, has_part, parts_of
-from scorefield.models.lora import LORA_FILE, Twin, adapter_weights, merged
+from scorefield.models.lora import LORA_FILE, LoRA, adapter_weights, merged
 from scorefield.models.lora_keys import KOHYA, kohya_weights, layers_of
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
@@ -141,14 +141,14 @@ def export_student(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
     size: tuple[int, int] | None = None, variant: str | None = None, kohya: bool = False,
 ) -> Path:  # fmt: skip
-    """Write what diffusers loads: a LoRA where the network is a :class:`Twin`, else a whole pipeline.
+    """Write what diffusers loads: a LoRA where the network is a :class:`LoRA`, else a whole pipeline.
 
     Pipelines that load no LoRAs (PixArt-Sigma) are written whole, with the changes added to the weights.
 
     The arguments are those of :func:`export_lora` and :func:`export_pipeline`.
     """
     kind = getattr(diffusers, family_of(read_json(pipeline / INDEX)).pipeline)
-    if hasattr(kind, "load_lora_weights") and isinstance(student.unwrapped().denoiser.network, Twin):
+    if hasattr(kind, "load_lora_weights") and isinstance(student.unwrapped().denoiser.network, LoRA):
         return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size, kohya=kohya)
     return export_pipeline(student, pipeline, folder, card=card, base_model=base_model, size=size, variant=variant)
 
@@ -160,7 +160,7 @@ def export_pipeline(
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
     Args:
-        student: its network is a :class:`networks.DiffusersNetwork`, or a twin of one, whose changes are
+        student: its network is a :class:`networks.DiffusersNetwork`, or a LoRA of one, whose changes are
             added to the weights. Stored in the precision it has.
         pipeline: folder of the teacher's, whose autoencoder, text encoders and tokenizers are copied: the files
             of :func:`components.copied_files` and nothing else. Text encoders in half precision become
@@ -203,10 +203,10 @@ def export_lora(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
     size: tuple[int, int] | None = None, kohya: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the changes of a :class:`lora.Twin` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
+    """Write the changes of a :class:`lora.LoRA` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
 
     Args:
-        student: its network is a twin.
+        student: its network is a LoRA.
         pipeline: folder of the teacher's.
         folder: replaced as a whole; its scheduler has to be given to the pipeline, too, as its card says.
         card: text of the model card, above how to use it.
@@ -217,22 +217,22 @@ def export_lora(
     Raises:
         ValueError: another network, times that the scheduler cannot be asked at, or layers without kohya's keys.
     """
-    twin = student.unwrapped().denoiser.network
-    if not isinstance(twin, Twin):
+    adapted = student.unwrapped().denoiser.network
+    if not isinstance(adapted, LoRA):
         raise ValueError(
-            f"a LoRA is made of a scorefield.models.lora.Twin; got {type(twin).__name__}. Use export_pipeline."
+            f"a LoRA is made of a scorefield.models.lora.LoRA; got {type(adapted).__name__}. Use export_pipeline."
         )
     index = read_json(pipeline / INDEX)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
-    family, model = family_of(index), twin.backbone
+    family, model = family_of(index), adapted.backbone
     facts = _facts(student, scheduler, size, _told_scale(family, getattr(model, "model", model)))
     part = family.part
     with whole_folder(folder) as temporary:
-        weights = {f"{part}.{name}": value for name, value in adapter_weights(twin).items()}
+        weights = {f"{part}.{name}": value for name, value in adapter_weights(adapted).items()}
         save_file(weights, temporary / LORA, metadata={"format": "pt"})
         if kohya:
             assert family.kohya is not None
-            named = kohya_weights(twin, family.kohya(layers_of(twin)))
+            named = kohya_weights(adapted, family.kohya(layers_of(adapted)))
             save_file(named, temporary / KOHYA, metadata={"format": "pt"})
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / LORA_FACTS).write_text(json.dumps(facts, indent=2))
@@ -299,7 +299,7 @@ def _scheduler_settings(pipeline: Path) -> dict[str, Any]:
 
 
 def _model(network: nn.Module) -> Any:
-    whole = merged(network) if isinstance(network, Twin) else network
+    whole = merged(network) if isinstance(network, LoRA) else network
     if not isinstance(whole, DiffusersNetwork):
         raise ValueError(f"a pipeline holds a network of diffusers; got a {type(whole).__name__}.")
     return copy.copy(whole.model)

@@ -16,7 +16,7 @@ from distill.options import Config
 from scorefield.cache import fingerprint
 from scorefield.files import read_json
 from scorefield.models.families import family_of
-from scorefield.models.lora import Twin, load_adapter_weights
+from scorefield.models.lora import LoRA, load_adapter_weights
 from scorefield.models.lora_keys import read_lora
 from scorefield.models.pretrained import INDEX
 from scorefield.models.teacher import Teacher, load_teacher
@@ -41,7 +41,7 @@ class Initial:
 
     def give(self, student: nn.Module) -> None:
         """Let the student start from them. Raises ``ValueError`` for a LoRA of other layers or another rank."""
-        if not isinstance(student, Twin):
+        if not isinstance(student, LoRA):
             student.load_state_dict(dict(self.weights))
             return
         try:

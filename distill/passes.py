@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from distill.adversarial import logits_alone
 from distill.options import Config
-from distill.roles import uses_pairs
+from distill.parts import uses_pairs
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.training.memory import Activations, Pass, predicted
 
 MOST_PAIRS = 256
-"""Pairs that are made at a time at most; see ``roles.teacher_pairs``."""
+"""Pairs that are made at a time at most; see ``parts.teacher_pairs``."""
 
 
 def predicted_passes(

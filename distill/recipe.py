@@ -21,11 +21,11 @@ from distill.data import student_batches, student_data
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import initial_weights
 from distill.options import Config
-from distill.roles import (
+from distill.parts import (
     build_method,
-    build_roles,
+    build_networks,
     plan_of_pairs,
-    planned_roles,
+    planned_networks,
     planned_updates,
     settled,
     student_times,
@@ -68,12 +68,12 @@ def distil_images(config: Config) -> Path:
         found = ask_teacher(config, teacher, data)
     config = settled(config, teacher, real=data is not None)
     torch.manual_seed(config.seed)
-    student_net, *rest = build_roles(config, teacher)
+    student_net, *rest = build_networks(config, teacher)
     if initial is not None:
         initial.give(student_net)
     if config.dry_run:
-        roles = planned_roles(config, teacher.denoiser.network, student_net, *rest)
-        show_plan(config, roles, planned_updates(config), before=plan_of_pairs(config))
+        held = planned_networks(config, teacher.denoiser.network, student_net, *rest)
+        show_plan(config, held, planned_updates(config), before=plan_of_pairs(config))
         return config.out
     accelerator = start(config)
     known = teacher.identity()  # of whole weights

@@ -16,9 +16,9 @@ from distill.consistency import Consistency
 from distill.guard import Guard, middle_layer
 from distill.guarding import Guarded, SetbackError, set_rate
 from distill.options import ALONG_PATHS, Config
+from distill.parts import DISTANCES, Method, average_of, averaged, build_phases, teacher_pairs, uses_pairs
 from distill.rates import Rates, range_test
 from distill.regression import Pairs, Regression, teacher_batch
-from distill.roles import DISTANCES, Method, average_of, averaged, build_phases, teacher_pairs, uses_pairs
 from distill.student import Student
 from scorefield.models.teacher import Teacher
 from scorefield.progress import progress
@@ -36,7 +36,7 @@ class Stages:
     """What all stages of one run share.
 
     Attributes:
-        config: settled; see ``roles.settled``.
+        config: settled; see ``parts.settled``.
         method: what the student learns from, without its regression.
         teacher: of the pairs.
         accelerator: of all stages.

@@ -15,19 +15,19 @@ from distill.data import RealLatents, check_images
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import Initial, initial_weights
 from distill.options import ALONG_PATHS, Config
-from distill.passes import predicted_passes
-from distill.roles import (
+from distill.parts import (
     Method,
     build_method,
-    build_text_roles,
+    build_text_networks,
     check_rounding,
     critic_of,
     plan_of_pairs,
-    planned_roles,
+    planned_networks,
     planned_updates,
     settled,
     student_times,
 )
+from distill.passes import predicted_passes
 from distill.stages import Stages, distil
 from distill.student import Student
 from scorefield import Cond
@@ -93,7 +93,7 @@ def distil_texts(config: Config) -> Path:
     known = hashes_of(inputs)  # of whole weights
     if config.shard > 1:
         teacher.denoiser.network.cpu()  # no device would hold three networks whole
-    networks = build_text_roles(config, teacher, critic)
+    networks = build_text_networks(config, teacher, critic)
     if inputs.initial is not None:
         inputs.initial.give(networks[0])
     student, *rest = (place(network, config, accelerator) for network in networks)
@@ -157,7 +157,7 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         initial = initial_weights(config, source)
         if not config.dry_run:
             check_options(config.out, identity(config, accelerator, dict.fromkeys(INPUTS, "")), INPUTS)
-        texts = texts.some(source.fitting(texts.prompts, config.long_prompts, config.prompts))
+        texts = texts.some(source.usable(texts.prompts, config.long_prompts, config.prompts))
         made_here = ships("prompts", config.prompts)
         if not (config.needs_images and config.reals == "data"):
             if len(texts.images) and not made_here:
@@ -305,17 +305,17 @@ def show(
     teacher = replace(inputs.teacher, denoiser=replace(inputs.teacher.denoiser, network=outlined(network)))
     if isinstance(codec, Codec):
         teacher = replace(teacher, codec=replace(codec, vae=outlined(codec.vae)))
-    networks = build_text_roles(config, teacher, (name, None if head is None else head.to("meta")))
+    networks = build_text_networks(config, teacher, (name, None if head is None else head.to("meta")))
     if inputs.initial is not None and config.lora:
         inputs.initial.give(networks[0])
     for one in networks if config.gradient_checkpointing and not config.lora else ():
         recompute_activations(one)
-    roles = planned_roles(config, network, *networks)
+    held = planned_networks(config, network, *networks)
     if isinstance(codec, Codec) and codec.waits is None:
-        roles["autoencoder"] = codec.vae
+        held["autoencoder"] = codec.vae
     rounded = {"teacher": config.quantize} if is_only_counted(config, device) else {}
     show_plan(
-        config, roles, planned_updates(config), before=plan_of_pairs(config), rounded=rounded,
+        config, held, planned_updates(config), before=plan_of_pairs(config), rounded=rounded,
         passes=predicted_passes(config, teacher, *networks, gpu=device.type != "cpu"),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from scorefield.guidance import guided
 from scorefield.models.lora import (
     ATTENTION,
     LORA_FILE,
-    Twin,
+    LoRA,
     adaptable,
     adapter_weights,
     load_adapter_weights,
@@ -53,22 +53,22 @@ class Slider:
 
     Attributes:
         base: the frozen model.
-        denoiser: the same with the change, on a :class:`scorefield.models.lora.Twin`.
+        denoiser: the same with the change, on a :class:`scorefield.models.lora.LoRA`.
     """
 
     base: NetworkDenoiser
     denoiser: NetworkDenoiser
 
     @property
-    def twin(self) -> Twin:
+    def adapted(self) -> LoRA:
         """The network with the change; its parameters are what learns."""
-        twin: Any = self.denoiser.network
-        return twin
+        adapted: Any = self.denoiser.network
+        return adapted
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[NetworkDenoiser]:
         """Return the model at a scale, within the block; at 0 it is the base, bit for bit."""
-        with scaled(self.twin, scale):
+        with scaled(self.adapted, scale):
             yield self.denoiser
 
 
@@ -84,11 +84,11 @@ def make_slider(
         generator: draws the first weights.
 
     Raises:
-        ValueError: as :class:`scorefield.models.lora.Twin` does.
+        ValueError: as :class:`scorefield.models.lora.LoRA` does.
     """
     layers = adaptable(base.network, targets) or list(targets)
-    twin = Twin(base.network, rank=rank, targets=layers, generator=generator)
-    return Slider(base, replace(base, network=twin))
+    adapted = LoRA(base.network, rank=rank, targets=layers, generator=generator)
+    return Slider(base, replace(base, network=adapted))
 
 
 def prompt_loss(
@@ -177,7 +177,7 @@ def train(
 
     Raises ``FloatingPointError`` for a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(slider.twin.parameters(), learning_rate)
+    optimizer = torch.optim.AdamW(slider.adapted.parameters(), learning_rate)
     for number in range(num_steps):
         value = loss(generator).mean()
         if not bool(value.isfinite()):
@@ -196,7 +196,7 @@ def together(sliders: Sequence[tuple[Slider, float]]) -> NetworkDenoiser:
     if not sliders:
         raise ValueError("together needs at least one slider.")
     base = sliders[0][0].base
-    parts = [(adapter_weights(slider.twin), scale) for slider, scale in sliders]
+    parts = [(adapter_weights(slider.adapted), scale) for slider, scale in sliders]
     return replace(base, network=stacked(base.network, parts))
 
 
@@ -206,11 +206,11 @@ def save_slider(slider: Slider, folder: Path) -> Path:
     ``pipeline.load_lora_weights(folder, adapter_name="size")``, then
     ``pipeline.set_adapters(["size"], [scale])`` draw what ``slider.scaled(scale)`` does.
     """
-    weights = adapter_weights(slider.twin)
+    weights = adapter_weights(slider.adapted)
     with whole_folder(folder) as temporary:
         save_file({PREFIX + name: value for name, value in weights.items()}, temporary / LORA_FILE)
         layers = sorted({name.partition(".lora_")[0] for name in weights})
-        (temporary / FACTS).write_text(json.dumps({"rank": slider.twin.rank, "layers": layers}, indent=1))
+        (temporary / FACTS).write_text(json.dumps({"rank": slider.adapted.rank, "layers": layers}, indent=1))
     return folder
 
 
@@ -221,5 +221,5 @@ def load_slider(base: NetworkDenoiser, folder: Path) -> Slider:
         base, rank=int(facts["rank"]), targets=facts["layers"], generator=Generator().manual_seed(0)
     )
     held = load_file(folder / LORA_FILE)
-    load_adapter_weights(slider.twin, {name.removeprefix(PREFIX): value for name, value in held.items()})
+    load_adapter_weights(slider.adapted, {name.removeprefix(PREFIX): value for name, value in held.items()})
     return slider

@@ -72,7 +72,7 @@ def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
     asked = [[config.prompt.strip()]]
     if not config.canvas:
         asked = [words_of(config, name) for name in config.backdrops or (None,)]
-    teacher.fitting(sum(asked, list[str]()), config.long_prompts, "the scene")
+    teacher.usable(sum(asked, list[str]()), config.long_prompts, "the scene")
     return [teacher.negative(config.negative_prompt), *map(teacher.prompts, asked)]
 
 

@@ -29,7 +29,7 @@ from scorefield.gradient import (
     standard_normal,
     time_not_finite,
 )
-from scorefield.models.lora import ATTENTION, Twin
+from scorefield.models.lora import ATTENTION, LoRA
 from scorefield.randomness import Rng
 from scorefield.schedule import Images, PerSample, Schedule
 from scorefield.times import TimeSampler, uniform
@@ -142,11 +142,11 @@ def low_rank_denoiser(
     names = [name for name, _ in denoiser.network.named_modules()]
     if camera_at is not None and camera_at not in names:
         raise ValueError(f"the network has no submodule {camera_at!r}; it has {', '.join(names[1:13])}, ...")
-    twin = Twin(denoiser.network, rank=rank, targets=targets, generator=generator)
+    adapted = LoRA(denoiser.network, rank=rank, targets=targets, generator=generator)
     if camera_at is not None:
-        like = next(iter(twin.changes.values()))
-        twin.tell(CAMERA, camera_at, _embedding(twin.backbone.get_submodule(camera_at), like, generator))
-    return replace(denoiser, network=twin)
+        like = next(iter(adapted.changes.values()))
+        adapted.tell(CAMERA, camera_at, _embedding(adapted.backbone.get_submodule(camera_at), like, generator))
+    return replace(denoiser, network=adapted)
 
 
 class _CameraEmbedding(nn.Sequential):

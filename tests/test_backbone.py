@@ -11,7 +11,7 @@ from text_contenders import COPIES, SHARED, Case, count_bytes, make_network
 from torch import nn
 from workers import backbone_ranks as worker
 
-from scorefield.models.lora import LAYERS, Twin, adapter_weights, merged, recompute_activations, shared_backbone
+from scorefield.models.lora import LAYERS, LoRA, adapter_weights, merged, recompute_activations, shared_backbone
 from scorefield.models.networks import DiffusersNetwork, ResidualMLP
 from scorefield.randomness import Rng
 from scorefield.training import offload
@@ -171,7 +171,7 @@ def test_a_critic_listens_to_the_fake_scores_twin():
     assert logits.shape == (2,)
     grads = torch.autograd.grad(logits.sum(), fake.network.head.parameters())
     assert all(bool(g.abs().sum() > 0) for g in grads)
-    assert isinstance(fake.network.network, Twin)
+    assert isinstance(fake.network.network, LoRA)
     assert not any(module._forward_hooks for module in fake.network.network.backbone.modules())
 
 

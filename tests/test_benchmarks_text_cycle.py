@@ -16,7 +16,7 @@ from text_contenders import COMPILED, COPIES, NAMES, SHARED, TWO_CALLS, Case
 from text_cycle import Config, Cycle
 from torch import nn
 
-from scorefield.models.lora import LAYERS, Twin
+from scorefield.models.lora import LAYERS, LoRA
 
 TINY = Config(batch=1, rank=2, student_every=2, rounds=1, warmup=0)
 
@@ -156,7 +156,7 @@ def test_what_is_compiled_is_what_is_called(monkeypatch):
     for name in COMPILED:
         compiled.clear()
         _, networks = text_contenders.start(TINY, name, Accelerator(cpu=True))
-        assert compiled == [part.backbone if isinstance(part, Twin) else part for part in networks]
+        assert compiled == [part.backbone if isinstance(part, LoRA) else part for part in networks]
         assert len(compiled) == 3
 
 

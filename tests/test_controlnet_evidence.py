@@ -9,9 +9,9 @@ from tiny_controls import make_controlled, make_inputs, state_of
 from torch import nn
 
 from controlnet.adapter import ControlledDenoiser
-from controlnet.evidence import Gap, Probe, Standing, Validation, hint_judge, paired_gap
+from controlnet.evidence import BoundedScore, Gap, Probe, Validation, hint_judge, paired_gap
+from controlnet.evidence_log import Evidence, EvidenceLog, learned_at, likely_causes, told
 from controlnet.scores import EDGE_SCORES, MASK_SCORES, mask_iou
-from controlnet.verdict import Evidence, EvidenceLog, learned_at, likely_causes, told
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.gradient import min_snr_weight, prediction_weight
 from scorefield.guidance import guided
@@ -149,7 +149,7 @@ def test_probes_that_do_not_fit_together_are_named():
 
 def test_scores_lie_at_the_ceiling_for_one_who_obeys_and_at_the_floor_for_one_who_does_not():
     validation = make_validation()
-    obedient = validation.standings(validation.images(make_painter(1.0)))
+    obedient = validation.bounded_scores(validation.images(make_painter(1.0)))
     assert list(obedient) == ["mask_iou", "centre_error"]
     assert obedient["mask_iou"].value == obedient["mask_iou"].ceiling == 1.0
     assert obedient["centre_error"].value == obedient["centre_error"].ceiling == 0.0
@@ -157,9 +157,9 @@ def test_scores_lie_at_the_ceiling_for_one_who_obeys_and_at_the_floor_for_one_wh
     assert obedient["mask_iou"].floor == pytest.approx(float(mask_iou(probe.hint, probe.shuffled().hint).mean()))
     assert obedient["mask_iou"].floor < 0.3
     assert obedient["centre_error"].floor > 2
-    assert [standing.relative for standing in obedient.values()] == [1.0, 1.0]
+    assert [bounded.relative for bounded in obedient.values()] == [1.0, 1.0]
     other = replace(probe, hint=probe.hint.roll(2, 0))
-    deaf = validation.standings(replace(validation, probe=other).images(make_painter(1.0)))
+    deaf = validation.bounded_scores(replace(validation, probe=other).images(make_painter(1.0)))
     assert abs(deaf["mask_iou"].relative) < 0.4
 
 
@@ -174,20 +174,21 @@ def test_the_ceiling_is_what_the_round_trip_through_the_autoencoder_leaves():
 
 
 def test_relative_standings_know_their_direction():
-    assert Standing(0.6, 0.2, 1.0).relative == pytest.approx(0.5)
-    assert Standing(3.0, 5.0, 1.0, error=True).relative == pytest.approx(0.5)
-    assert Standing(0.1, 0.2, 1.0).relative == pytest.approx(-0.125)
-    assert make_validation().standings(torch.rand(8, 3, 16, 16))["centre_error"].error
+    assert BoundedScore(0.6, 0.2, 1.0).relative == pytest.approx(0.5)
+    assert BoundedScore(3.0, 5.0, 1.0, error=True).relative == pytest.approx(0.5)
+    assert BoundedScore(0.1, 0.2, 1.0).relative == pytest.approx(-0.125)
+    assert make_validation().bounded_scores(torch.rand(8, 3, 16, 16))["centre_error"].error
 
 
-@pytest.mark.parametrize("standing", [
-    Standing(0.5, 0.3, 0.3), Standing(0.4, 0.453, 0.426), Standing(0.157, 0.173, 0.166),
-    Standing(0.02, -0.011, -0.009), Standing(0.9, 0.3, 0.39), Standing(3.0, 1.0, 5.0, error=True),
-    Standing(3.0, 5.0, 4.6, error=True), Standing(0.0, 0.0, 0.0, error=True), Standing(0.5, math.nan, 1.0),
+@pytest.mark.parametrize("bounded", [
+    BoundedScore(0.5, 0.3, 0.3), BoundedScore(0.4, 0.453, 0.426), BoundedScore(0.157, 0.173, 0.166),
+    BoundedScore(0.02, -0.011, -0.009), BoundedScore(0.9, 0.3, 0.39), BoundedScore(3.0, 1.0, 5.0, error=True),
+    BoundedScore(3.0, 5.0, 4.6, error=True), BoundedScore(0.0, 0.0, 0.0, error=True),
+    BoundedScore(0.5, math.nan, 1.0),
 ])  # fmt: skip
-def test_a_ceiling_that_is_hardly_better_than_the_floor_tells_nothing(standing):
-    assert math.isnan(standing.relative)
-    assert learned_at([make_look(step, 0.0, standings={"f1": standing}) for step in (1, 2, 3)]) is None
+def test_a_ceiling_that_is_hardly_better_than_the_floor_tells_nothing(bounded):
+    assert math.isnan(bounded.relative)
+    assert learned_at([make_look(step, 0.0, bounded_scores={"f1": bounded}) for step in (1, 2, 3)]) is None
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -212,8 +213,10 @@ def test_an_image_is_what_sampling_by_hand_gives(guidance):
 # From figures to an event.
 
 
-def make_look(step, relative, gap=SURE, standings=None):
-    return Evidence(step, gap, standings or {"f1": Standing(relative, 0.0, 1.0), "ssim": Standing(0.9, 0.0, 1.0)})
+def make_look(step, relative, gap=SURE, bounded_scores=None):
+    return Evidence(
+        step, gap, bounded_scores or {"f1": BoundedScore(relative, 0.0, 1.0), "ssim": BoundedScore(0.9, 0.0, 1.0)}
+    )
 
 
 def test_control_is_learned_when_two_looks_running_say_so_and_the_loss_uses_the_hint():
@@ -236,7 +239,7 @@ def test_control_is_learned_when_two_looks_running_say_so_and_the_loss_uses_the_
     ((0.9, 0.1), "was not learned by the criterion"), ((), "is undecided: too few looks to tell (0)"),
     ((0.9,), "is undecided: too few looks to tell (1)"),
     ((0.1, 0.1, 0.9), "is undecided: too few looks to tell (3)"),
-    ((0.1, math.nan), "is undecided: f1 cannot tell, its ceiling is too near its floor"),
+    ((0.1, math.nan), "is undecided: f1 cannot tell: ceiling and floor are too near"),
 ])  # fmt: skip
 def test_nothing_is_told_of_what_was_not_seen(relatives, words):
     assert told([make_look(step, relative) for step, relative in enumerate(relatives, 1)]) == words
@@ -255,7 +258,7 @@ def test_causes_fit_the_figures():
     assert "it is early: 100 images" in early
     assert "learning rate is too low" in causes(make_look(1, 0.1, gap=Gap(1.0, 1.0, 0.0, 1e-6)))[0]
     assert "the loss does use the hint (gap 0.2 +- 0.01)" in causes(make_look(1, 0.1))[0]
-    blind = make_look(1, 0.1, standings={"f1": Standing(0.3, 0.25, 0.3)})
+    blind = make_look(1, 0.1, bounded_scores={"f1": BoundedScore(0.3, 0.25, 0.3)})
     assert "f1 cannot tell: real images reach 0.300, hints of other samples 0.250" in causes(blind)[0]
 
 
@@ -275,7 +278,7 @@ def test_the_record_survives_a_restart_and_looks_of_another_validation_are_left_
         log.append(look)
     assert log.read() == looks
     assert log.read(before=3) == looks[:2]
-    assert list(log.read()[0].standings) == ["f1", "ssim"], "the watched score stays the first"
+    assert list(log.read()[0].bounded_scores) == ["f1", "ssim"], "the watched score stays the first"
     again = make_look(2, 0.9)
     log.append(again)  # resumed from a checkpoint of step 1
     assert log.read() == [looks[0], again]

@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_controls import HintPyramid, make_adapter, make_base, make_controlled, make_inputs
 
 from controlnet.adapter import ControlledDenoiser
-from controlnet.evidence import Gap, Probe, Standing
+from controlnet.evidence import BoundedScore, Gap, Probe
+from controlnet.evidence_log import Evidence
 from controlnet.export import contact_sheet, load_adapter, model_card, save_adapter
-from controlnet.verdict import Evidence
 from scorefield.atomic import MARKER
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.guidance import guided
@@ -22,7 +22,7 @@ from scorefield.sampling import sample
 from scorefield.schedule import VariancePreserving
 
 close = torch.testing.assert_close
-LOOK = Evidence(3000, Gap(0.1, 0.12, 0.001, 0.3), {"edge_f1_1px": Standing(0.7, 0.2, 0.9)})
+LOOK = Evidence(3000, Gap(0.1, 0.12, 0.001, 0.3), {"edge_f1_1px": BoundedScore(0.7, 0.2, 0.9)})
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -151,7 +151,7 @@ def test_the_card_tells_score_floor_ceiling_and_event():
     ):  # fmt: skip
         assert part in card
     assert "Control was not learned by" in make_card(event="was not learned by the criterion")
-    blind = make_card(look=replace(LOOK, standings={"edge_f1": Standing(0.157, 0.173, 0.166)}))
+    blind = make_card(look=replace(LOOK, bounded_scores={"edge_f1": BoundedScore(0.157, 0.173, 0.166)}))
     assert "| edge_f1 | 0.1570 | 0.1730 | 0.1660 | cannot tell |" in blind
     assert "No evidence was taken." in make_card(look=None)
     header = make_card(base='a "quoted" name: with colon').split("---")[1]

@@ -35,7 +35,7 @@ def test_what_does_not_look_at_the_hint_does_not_pass(world, name):
     images = validation.probe.images
     watched = next(iter(validation.ceiling))
     for strangers in (torch.zeros_like(images), images.roll(7, 0)):
-        assert abs(validation.standings(strangers)[watched].relative) < 0.1
+        assert abs(validation.bounded_scores(strangers)[watched].relative) < 0.1
     assert validation.ceiling[watched] > 0.99
 
 
@@ -59,10 +59,10 @@ def test_who_obeys_the_silhouette_alone_has_not_learned_depth(world, source):
     flat = torch.where(mask > 0, mean[:, :, None, None], images)
     other = torch.where(mask > 0, images.roll(7, 0), images)
     for filled, most in ((flat, 0.05), (other, 0.2)):
-        assert validation.standings(filled)["shading"].relative < most
-    assert validation.standings(flat)["mask_iou"].relative > 0.9
+        assert validation.bounded_scores(filled)["shading"].relative < most
+    assert validation.bounded_scores(flat)["mask_iou"].relative > 0.9
     recoloured = torch.where(mask > 0, 0.5 * images - 0.2, images)
-    assert validation.standings(recoloured)["shading"].relative > 0.9
+    assert validation.bounded_scores(recoloured)["shading"].relative > 0.9
 
 
 def test_a_mask_asks_for_a_silhouette_only(world):

@@ -140,8 +140,8 @@ def test_without_control_the_report_is_of_the_base_itself(place, whole):
             x0 = sample(guided(base.denoiser, 2.0, base.negative()), x_t, cond, times=times)
             images.append(base.decode(x0).clamp(-1, 1))
     drawn = validation.judge(torch.cat(images), probe)
-    for name, standing in report["scores_without_control"].items():
-        assert standing["value"] == pytest.approx(float(drawn[name].mean()), abs=1e-3)
+    for name, bounded in report["scores_without_control"].items():
+        assert bounded["value"] == pytest.approx(float(drawn[name].mean()), abs=1e-3)
     assert validation.ceiling["ssim"] == pytest.approx(report["scores"]["ssim"]["ceiling"])
 
 
@@ -158,9 +158,9 @@ def test_the_last_look_and_the_report_are_of_one_precision(place, tmp_path, monk
     report = json.loads((tmp_path / "report.json").read_text())
     look = json.loads((tmp_path / "evidence.jsonl").read_text())
     assert look["gap"] == {name: value for name, value in report["gap"].items() if name != "value"}
-    for name, standing in look["standings"].items():
+    for name, bounded in look["standings"].items():
         same = {part: report["scores"][name][part] for part in ("value", "floor", "ceiling")}
-        assert same == {part: standing[part] for part in same}
+        assert same == {part: bounded[part] for part in same}
     assert lowered
     assert not any(lowered)
 
@@ -247,16 +247,18 @@ def test_two_ranks_end_in_the_same_figures_and_one_folder(place, tmp_path, chang
     assert "batch: 4 images" in (folder / "README.md").read_text(), "those of both ranks"
     # One rank draws the same samples without control, and what two ranks saved is judged the same by one.
     base, validation, accelerator = make_looker(make_config(place, tmp_path / "one", **RANKS))
-    free = {name: in_full(one) for name, one in validation.standings(validation.images(base.denoiser)).items()}
+    free = {
+        name: in_full(one) for name, one in validation.bounded_scores(validation.images(base.denoiser)).items()
+    }
     assert free == report["scores_without_control"]
     if changes:
         base.denoiser.network.model = UNet2DConditionModel.from_pretrained(folder / "unet")
     learned = ControlledDenoiser(base.denoiser, load_adapter(folder))
     look, _ = take_look(3, validation, learned, accelerator)
     assert look.gap.right == pytest.approx(report["gap"]["right"], rel=1e-4)
-    for name, standing in look.standings.items():
+    for name, bounded in look.bounded_scores.items():
         for part in ("value", "floor", "ceiling"):
-            assert getattr(standing, part) == pytest.approx(report["scores"][name][part], abs=1e-3)
+            assert getattr(bounded, part) == pytest.approx(report["scores"][name][part], abs=1e-3)
 
 
 def test_an_unlocked_decoder_learns_and_is_saved(place, tmp_path, whole):

@@ -7,14 +7,14 @@ import torch
 from accelerate import Accelerator
 
 import controlnet.watch as control_watch
-from controlnet.evidence import Gap, Probe, Standing
-from controlnet.verdict import Evidence, EvidenceLog
+from controlnet.evidence import BoundedScore, Gap, Probe
+from controlnet.evidence_log import Evidence, EvidenceLog
 from controlnet.watch import ControlWatch
 
 
 def make_look(step, value):
     sure = Gap(right=1.0, shuffled=1.2, error=0.01, residual_rms=0.1)
-    return Evidence(step, sure, {"edge_f1_1px": Standing(value, 0.2, 0.9)})
+    return Evidence(step, sure, {"edge_f1_1px": BoundedScore(value, 0.2, 0.9)})
 
 
 @pytest.fixture

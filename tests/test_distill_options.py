@@ -10,7 +10,7 @@ import torch
 from refusals import refused
 
 import distill.options as distill_options
-import distill.roles as roles
+import distill.parts as parts
 import scorefield.cli as cli
 from distill.checks import check
 from distill.decoupled import SeparateGuidance
@@ -103,9 +103,9 @@ def test_conditions_of_pairs_are_fetched_in_parts(monkeypatch):
             sizes.append(len(labels))
             return {"embeds": labels.float()[:, None]}
 
-    monkeypatch.setattr(roles, "make_pairs", lambda target, cond, **options: cond)
-    monkeypatch.setattr(roles, "stored_pairs", lambda make, *args, **options: make(0, 1))
-    found = roles.teacher_pairs(Config(), Many.denoiser, Many(), ALONE, number=800, identity="many")["embeds"]
+    monkeypatch.setattr(parts, "make_pairs", lambda target, cond, **options: cond)
+    monkeypatch.setattr(parts, "stored_pairs", lambda make, *args, **options: make(0, 1))
+    found = parts.teacher_pairs(Config(), Many.denoiser, Many(), ALONE, number=800, identity="many")["embeds"]
     assert max(sizes) <= 250
     assert torch.equal(found[:, 0], torch.arange(800.0) % 700)
 
@@ -117,10 +117,10 @@ def test_pairs_are_made_in_batches_that_fit_where_the_training_does(monkeypatch,
         num_classes=2, shape=(2,), shift=1.0, cond=lambda labels: {"embeds": labels.float()[:, None]},
         denoiser=NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow"), device=torch.device("cpu"),
     )  # fmt: skip
-    monkeypatch.setattr(roles, "make_pairs", lambda *args, **options: seen.append(options["batch"]))
-    monkeypatch.setattr(roles, "stored_pairs", lambda make, *args, **options: make(0, 1))
+    monkeypatch.setattr(parts, "make_pairs", lambda *args, **options: seen.append(options["batch"]))
+    monkeypatch.setattr(parts, "stored_pairs", lambda make, *args, **options: make(0, 1))
     config = Config(batch_size=batch_size)
-    roles.teacher_pairs(config, teacher.denoiser, teacher, ALONE, number=600, identity="one")
+    parts.teacher_pairs(config, teacher.denoiser, teacher, ALONE, number=600, identity="one")
     assert seen == [wanted]
 
 
@@ -137,7 +137,7 @@ def test_the_learning_rates_fall_or_stay(schedule, last):
     denoiser = NetworkDenoiser(torch.nn.Linear(2, 2), RectifiedFlow(), "flow")
     config = Config(steps=400, student_every=2, lr_schedule=schedule, betas=(0.9, 0.999), student_lr=1e-5)
     method = DMD(teacher=denoiser, student=Student(denoiser, (1.0,)), fake=denoiser, shape=(2,), student_every=2)
-    student, fake = roles.build_phases(config, method)
+    student, fake = parts.build_phases(config, method)
     for phase, end, updates in ((student, last[0], 200), (fake, last[1], 400)):
         assert phase.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
         factor = phase.lr_schedule.lr_lambdas[0]
@@ -171,20 +171,20 @@ def listening():
 
 
 def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(listening):
-    found = roles.settled(Config(), listening, real=True)
+    found = parts.settled(Config(), listening, real=True)
     assert (found.gan_weight, found.bottleneck) == (0.03, "blocks.1")
-    assert roles.settled(Config(reals="teacher"), listening, real=False).gan_weight == 0.03
+    assert parts.settled(Config(reals="teacher"), listening, real=False).gan_weight == 0.03
     deaf = teacher_of(Tokens())
     for config, teacher, real in (
         (Config(), listening, False), (Config(), deaf, True), (Config(reals="teacher"), deaf, False),
         (Config(critic_weight=0.0), listening, True),
     ):  # fmt: skip
-        assert roles.settled(config, teacher, real).gan_weight == 0.0
+        assert parts.settled(config, teacher, real).gan_weight == 0.0
     for weight in (0.0, 0.3):
-        assert roles.settled(Config(gan_weight=weight), deaf, real=True).gan_weight == weight, "as asked for"
-    assert roles.settled(Config(bottleneck="blocks.0"), listening, real=True).bottleneck == "blocks.0"
+        assert parts.settled(Config(gan_weight=weight), deaf, real=True).gan_weight == weight, "as asked for"
+    assert parts.settled(Config(bottleneck="blocks.0"), listening, real=True).bottleneck == "blocks.0"
     with refused("got --bottleneck nowhere"):
-        roles.settled(Config(bottleneck="nowhere"), listening, real=True)
+        parts.settled(Config(bottleneck="nowhere"), listening, real=True)
 
 
 @pytest.mark.parametrize(
@@ -196,42 +196,42 @@ def test_a_gan_term_is_the_default_where_there_are_images_and_a_bottleneck(liste
     ],
 )  # fmt: skip
 def test_the_warm_up_is_four_times_the_rest_and_reads_each_pair_twenty_times(listening, changes, steps, pairs):
-    found = roles.settled(replace(distill_options.auto(), **changes), listening, real=False)
+    found = parts.settled(replace(distill_options.auto(), **changes), listening, real=False)
     assert (found.warmup_steps, found.num_pairs) == (steps, pairs)
 
 
 def test_what_is_settled_stays_settled(listening):
     """Such is the config that is saved beside a run and printed by a dry run."""
-    found = roles.settled(Config(), listening, real=True)
-    assert roles.settled(found, listening, real=False) == found
+    found = parts.settled(Config(), listening, real=True)
+    assert parts.settled(found, listening, real=False) == found
 
 
 def test_a_student_begins_at_a_moderate_noise_level_unless_told():
     schedule = VariancePreserving.scaled_linear()
 
     def levels(config):
-        times = torch.tensor(roles.student_times(config, schedule), dtype=torch.float64)
+        times = torch.tensor(parts.student_times(config, schedule), dtype=torch.float64)
         return schedule.ratio(times).tolist()
 
     assert levels(Config()) == [pytest.approx(3.5, rel=5e-3)]
     assert levels(Config(num_steps=2)) == pytest.approx([3.5, 0.7], rel=5e-3)
     assert levels(Config(num_steps=4)) == pytest.approx([3.5, 1.565, 0.7, 0.313], rel=5e-3)
-    assert roles.student_times(Config(), Karras()) == (pytest.approx(3.5),)
-    assert roles.student_times(Config(), RectifiedFlow()) == (pytest.approx(3.5 / 4.5),)
-    assert roles.student_times(Config(student_ratio=0.0, num_steps=2), schedule) == even_times(schedule, 2)
-    assert roles.student_times(Config(times=(7.0, 3.0)), schedule) == (7.0, 3.0)
+    assert parts.student_times(Config(), Karras()) == (pytest.approx(3.5),)
+    assert parts.student_times(Config(), RectifiedFlow()) == (pytest.approx(3.5 / 4.5),)
+    assert parts.student_times(Config(student_ratio=0.0, num_steps=2), schedule) == even_times(schedule, 2)
+    assert parts.student_times(Config(times=(7.0, 3.0)), schedule) == (7.0, 3.0)
 
 
 def test_a_student_of_prompts_begins_where_a_scheduler_can():
     """Evenly spaced below the highest timestep whose noise level is 3.5; from the noisiest one at ratio 0."""
     schedule = VariancePreserving.scaled_linear()
-    assert roles.student_times(Config(prompts="x"), schedule) == (712.0,)
+    assert parts.student_times(Config(prompts="x"), schedule) == (712.0,)
     assert schedule.ratio(torch.tensor(712.0, dtype=torch.float64)) == pytest.approx(3.5, rel=5e-3)
-    assert roles.student_times(Config(prompts="x", num_steps=4), schedule) == (711.0, 533.0, 355.0, 177.0)
-    assert roles.student_times(Config(prompts="x", num_steps=4, student_ratio=0.0), schedule) == (
+    assert parts.student_times(Config(prompts="x", num_steps=4), schedule) == (711.0, 533.0, 355.0, 177.0)
+    assert parts.student_times(Config(prompts="x", num_steps=4, student_ratio=0.0), schedule) == (
         999.0, 749.0, 499.0, 249.0,
     )  # fmt: skip
-    assert roles.student_times(Config(prompts="x", num_steps=2), RectifiedFlow()) == (1.0, 0.5)
+    assert parts.student_times(Config(prompts="x", num_steps=2), RectifiedFlow()) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(("changes", "kind"), [
@@ -240,15 +240,15 @@ def test_a_student_of_prompts_begins_where_a_scheduler_can():
 ])  # fmt: skip
 def test_guidance_is_drawn_apart_where_that_is_asked_for(listening, changes, kind):
     config = Config(gan_weight=0.0, **changes)
-    student, fake = roles.build_roles(config, listening)
-    method = roles.build_method(config, listening, student, fake)
+    student, fake = parts.build_networks(config, listening)
+    method = parts.build_method(config, listening, student, fake)
     assert type(method.guidance) is kind
 
 
 @pytest.mark.parametrize(("given", "ends"), [((0.15, 20.0), (0.15, 20.0)), ((0.0, 0.0), (1 / 49, 49.0))])
 def test_teacher_and_student_are_compared_within_the_ratio_range(listening, given, ends):
     config = Config(gan_weight=0.0, ratio_range=given)
-    method = roles.build_method(config, listening, *roles.build_roles(config, listening))
+    method = parts.build_method(config, listening, *parts.build_networks(config, listening))
     schedule = listening.denoiser.schedule
     t = method.times(4000, schedule, torch.Generator().manual_seed(0))
     ratios = schedule.ratio(t.double())
@@ -269,7 +269,7 @@ def test_an_eps_student_in_bf16_is_not_asked_where_rounding_is_all_it_would_show
     config = replace(config, **changes)
     if stopped:
         with refused(r"sigma / alpha = 157; 20 is the most.*--student-ratio 3.5"):
-            roles.check_rounding(config, denoiser)
+            parts.check_rounding(config, denoiser)
     else:
-        roles.check_rounding(config, denoiser)
-    roles.check_rounding(config, replace(denoiser, kind="v"))
+        parts.check_rounding(config, denoiser)
+    parts.check_rounding(config, replace(denoiser, kind="v"))

@@ -46,7 +46,7 @@ def awake(base, seed=0):
     """A slider whose change is not zero."""
     slider = make_slider(base, rank=2, generator=seeded(seed))
     with torch.no_grad():
-        for name, parameter in slider.twin.changes.items():
+        for name, parameter in slider.adapted.changes.items():
             if "lora_B" in name:
                 parameter.normal_(0, 0.3, generator=seeded(seed + 1))
     return slider
@@ -82,7 +82,7 @@ def test_the_target_of_a_slider_of_prompts_is_the_base_plus_eta_times_what_the_p
     added = 3.0 * sum(more - less for more, less in eps)
     close(loss, added.square().flatten(1).mean(1), rtol=1e-4, atol=1e-6)
     loss.sum().backward()
-    assert any(p.grad.abs().max() > 0 for p in slider.twin.parameters())
+    assert any(p.grad.abs().max() > 0 for p in slider.adapted.parameters())
     assert all(p.grad is None for p in base.network.parameters())
     assert prompt_loss(slider, x_t, T, cond, [(pairs[0][0], pairs[0][0])]).max() < 1e-8
 
@@ -128,7 +128,7 @@ def test_sliders_add_up(base):
     plain = {name: p.clone() for name, p in DiffusersNetwork.state_dict(base.network).items()}
     wanted = merged(both.network).state_dict()
     for slider, scale in ((first, 2.0), (second, -1.0)):
-        for name, value in merged(slider.twin).state_dict().items():
+        for name, value in merged(slider.adapted).state_dict().items():
             plain[name] = plain[name] + scale * (value - base.network.state_dict()[name])
     for name, value in wanted.items():
         close(value, plain[name], rtol=1e-4, atol=1e-5)

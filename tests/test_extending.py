@@ -154,7 +154,7 @@ def test_the_default_recipe_goes_on_with_the_warm_up_and_the_pairs_it_began_with
         "lr_schedule": "cosine", "student_lr": 0.0, "fake_lr": 0.0, "warmup_lr": 0.0, "warmup_steps": None,
         "guard_images": 64, "guard_every": 3, "num_pairs": 0,
     }  # fmt: skip
-    monkeypatch.setattr("distill.roles.PAIR_USES", 1000)
+    monkeypatch.setattr("distill.parts.PAIR_USES", 1000)
     distil(tmp_path, teacher, 3, **settings)
     monkeypatch.setattr(stages, "warm_up", lambda *args: pytest.fail("warmed up again"))
     monkeypatch.setattr(stages, "range_test", lambda *args, **options: pytest.fail("measured again"))

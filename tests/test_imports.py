@@ -40,7 +40,7 @@ FLOORS = {
 # The only places where a heavy library may be imported.
 LIBRARIES = {
     "accelerate": (
-        "scorefield/training/", "scorefield/commands/sample.py", "distill/roles.py", "distill/stages.py",
+        "scorefield/training/", "scorefield/commands/sample.py", "distill/parts.py", "distill/stages.py",
         "distill/guarding.py", "distill/text_recipe.py", "sds/recipe.py", "controlnet/recipe.py",
         "controlnet/tasks.py", "controlnet/watch.py", "train_scripts/", "benchmarks/",
     ),

@@ -21,7 +21,7 @@ import scorefield.commands.teacher as train_teacher
 from distill.export import LORA
 from distill.student import Student, save_student
 from scorefield.commands.options import TrainTeacher
-from scorefield.models.lora import Twin, adapter_weights, load_adapter_weights
+from scorefield.models.lora import LoRA, adapter_weights, load_adapter_weights
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.teacher import load_teacher
 from scorefield.training import checkpoint
@@ -186,7 +186,7 @@ def test_the_changes_of_a_twin_are_those_that_were_written():
     torch.manual_seed(0)
     network = DiffusersNetwork(tiny.text_unet()).requires_grad_(False)
     settings = {"rank": 2, "targets": ["to_q", "to_out.0"], "generator": torch.Generator().manual_seed(0)}
-    one, other = (Twin(network, scale=scale, **settings) for scale in (1.0, 0.25))
+    one, other = (LoRA(network, scale=scale, **settings) for scale in (1.0, 0.25))
     for parameter in one.changes.values():
         parameter.data.normal_()
     load_adapter_weights(other, adapter_weights(one))

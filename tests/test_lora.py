@@ -1,4 +1,4 @@
-"""The twin of a network: bitwise the network until it learns, and never a trace of it in the network."""
+"""The LoRA of a network: bitwise the network until it learns, and never a trace of it in the network."""
 
 import copy
 from dataclasses import replace
@@ -74,7 +74,7 @@ def learn(phi, cond, steps=5, shape=(4,)):
 
 
 def test_what_the_twin_learns_leaves_no_trace_in_the_teacher(teacher, inputs):
-    """A fresh twin is the teacher, which answers as if no adapter had ever been: its bits, modules and keys."""
+    """A fresh LoRA is the teacher, which answers as if no adapter had ever been: its bits, modules and keys."""
     x_t, t, cond = inputs
     before, state = teacher(x_t, t, cond), copy.deepcopy(teacher.network.state_dict())
     modules = [type(module) for module in teacher.network.modules()]
@@ -244,7 +244,7 @@ def test_a_twin_without_camera(teacher, inputs):
 
 def test_a_camera_that_is_missing_or_not_expected_raises(teacher, inputs):
     x_t, t, cond = inputs
-    with refused("cond needs a 'camera', which this twin is told"):
+    with refused("cond needs a 'camera', which this LoRA is told"):
         make_phi(teacher)(x_t, t, cond)
     with pytest.raises(TypeError, match="camera"):
         make_phi(teacher, camera_at=None)(x_t, t, {**cond, "camera": CAMERAS})

@@ -15,7 +15,7 @@ from distill.export import LORA, export_lora, lcm_times
 from distill.student import Student
 from scorefield.files import read_json
 from scorefield.models.families import family_of, flux
-from scorefield.models.lora import LAYERS, Twin, adaptable, adapter_weights, load_adapter_weights, shared_backbone
+from scorefield.models.lora import LAYERS, LoRA, adaptable, adapter_weights, load_adapter_weights, shared_backbone
 from scorefield.models.lora_keys import KOHYA, fused, kohya_weights, layers_of, read_lora
 from scorefield.models.teacher import load_teacher
 
@@ -128,13 +128,14 @@ def test_flux_in_kohyas_keys_at_its_own_size():
                 place.add_module(part, nn.Module())
             place = getattr(place, part)
         place.add_module(own, nn.Linear(first, last, bias=False, device="meta"))
-    twin = Twin(network.requires_grad_(False), rank=2, targets=list(layers), generator=generator)
-    twin.changes = nn.ParameterDict({
-        name: nn.Parameter(torch.randn(value.shape, generator=generator)) for name, value in twin.changes.items()
+    adapted = LoRA(network.requires_grad_(False), rank=2, targets=list(layers), generator=generator)
+    adapted.changes = nn.ParameterDict({
+        name: nn.Parameter(torch.randn(value.shape, generator=generator))
+        for name, value in adapted.changes.items()
     })  # fmt: skip
-    assert sorted(layers_of(twin)) == sorted(layers)
-    found = _convert_kohya_flux_lora_to_diffusers(kohya_weights(twin, fused(layers_of(twin), flux.KOHYA)))
-    wanted = adapter_weights(twin)
+    assert sorted(layers_of(adapted)) == sorted(layers)
+    found = _convert_kohya_flux_lora_to_diffusers(kohya_weights(adapted, fused(layers_of(adapted), flux.KOHYA)))
+    wanted = adapter_weights(adapted)
     assert set(found) == {f"transformer.{key}" for key in wanted}
     for key, value in wanted.items():
         assert torch.allclose(found[f"transformer.{key}"], value, atol=1e-6)

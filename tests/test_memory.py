@@ -89,12 +89,12 @@ def test_so_are_those_of_a_lora_in_bf16(name, checkpointing):
         options = {"targets": network.layers or LAYERS, "checkpointing": checkpointing}
         student, fake = shared_backbone(denoiser, rank=4, generator=torch.Generator(), **options)
         made.append((student.network, fake.network, network, ask))
-    (twin, fake, backbone, ask), (outline, *others, _) = made
+    (adapted, fake, backbone, ask), (outline, *others, _) = made
     networks = [outline, others[1]]
     found = activations(lambda: ask(outline).float(), networks, precision="bf16")
     gpu = activations(lambda: ask(outline).float(), networks, precision="bf16", gpu=True)
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = measured(twin, ask, [twin, twin.backbone, fake, backbone], 16)
+        wanted = measured(adapted, ask, [adapted, adapted.backbone, fake, backbone], 16)
     assert found.kept == pytest.approx(wanted, rel=0.1)
     assert gpu.most > found.most, "a GPU's autocast keeps the inputs of norms in float32"
 
@@ -117,14 +117,14 @@ def test_a_role_counts_weights_gradients_and_two_moments():
 
 
 def test_the_most_of_a_training_is_all_that_stays_and_the_largest_pass():
-    roles = {"teacher": Role(5, 10), "student": Role(1, 4, 4, 8), "fake": Role(1, 4, 4, 20)}
+    networks = {"teacher": Role(5, 10), "student": Role(1, 4, 4, 8), "fake": Role(1, 4, 4, 20)}
     passes = {"student": Activations(5, 15), "fake": Activations(5, 30)}
-    assert most_bytes(roles, passes) == 10 + 8 + 8 + 28 + 30
-    assert most_bytes(roles, passes, offload=True) == 26 + 30, "states are there when activations are gone"
-    assert most_bytes(roles, {"student": Activations(1, 2)}, offload=True) == 26 + 20
-    assert most_bytes(roles, {}) == 26 + 28
-    roles["teacher"] = Role(5, 10, unpacked=3)
-    assert most_bytes(roles, passes) == 26 + 28 + 30 + 3
+    assert most_bytes(networks, passes) == 10 + 8 + 8 + 28 + 30
+    assert most_bytes(networks, passes, offload=True) == 26 + 30, "states are there when activations are gone"
+    assert most_bytes(networks, {"student": Activations(1, 2)}, offload=True) == 26 + 20
+    assert most_bytes(networks, {}) == 26 + 28
+    networks["teacher"] = Role(5, 10, unpacked=3)
+    assert most_bytes(networks, passes) == 26 + 28 + 30 + 3
 
 
 def test_an_attention_that_is_not_kept_whole_is_not_counted_whole():

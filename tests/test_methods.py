@@ -17,7 +17,7 @@ from distill.consistency import Consistency, ContinuousConsistency
 from distill.dmd import DMD
 from distill.f_distill import FDistill
 from distill.options import PRESETS
-from distill.roles import build_method, build_roles, settled
+from distill.parts import build_method, build_networks, settled
 from distill.sid import SiD
 from scorefield.commands.options import TrainTeacher
 from scorefield.models.teacher import load_teacher
@@ -66,7 +66,7 @@ def test_a_student_of_each_method_learns(teacher, tmp_path, method):
 def test_a_name_stands_for_its_method(teacher, tmp_path, method, kind):
     known = load_teacher(str(teacher))
     config = settled(config_of(teacher, tmp_path, method, reals="teacher"), known, real=True)
-    built = build_method(config, known, *build_roles(config, known))
+    built = build_method(config, known, *build_networks(config, known))
     assert type(built) is kind
     if method == "diff-instruct":
         x0, t = torch.zeros(1, 1, 8, 8), torch.tensor([0.5])

@@ -16,8 +16,8 @@ from refusals import refused
 from safetensors.torch import load_file
 
 import distill.data as student_data
+import distill.parts as parts
 import distill.recipe as train_dmd
-import distill.roles as roles
 import scorefield.commands.sample as sample
 import scorefield.commands.teacher as train_teacher
 from scorefield import Karras, NetworkDenoiser, VariancePreserving
@@ -220,8 +220,8 @@ def test_sigma_data_of_a_users_teacher_weights_the_fake_score(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     teacher = load_teacher(f"edm:{name}")
     config = train_dmd.Config(gan_weight=0.0)
-    student, fake = roles.build_roles(config, teacher)
-    method = roles.build_method(config, teacher, student, fake)
+    student, fake = parts.build_networks(config, teacher)
+    method = parts.build_method(config, teacher, student, fake)
     t = torch.tensor([0.5, 2.0])
     wanted = (t**2 + sigma_data**2) / (t * sigma_data) ** 2
     torch.testing.assert_close(method.fake_weight(t, teacher.denoiser.schedule).float(), wanted)
@@ -291,7 +291,7 @@ def test_a_unet_teacher_is_trained_distilled_and_loaded(tmp_path, precision):
         TrainTeacher(**common, out=tmp_path / "teacher", network="unet", unet_channels=(8, 16))
     )
     loaded = load_teacher(str(teacher))
-    assert roles.probe(loaded, None) == ("network.unet.mid_block", 16, 4)
+    assert parts.probe(loaded, None) == ("network.unet.mid_block", 16, 4)
     assert loaded.facts["sigma_data"] > 0
     student = train_dmd.main(train_dmd.Config(
         **{**SHORT, **common, "guard_images": 64}, out=tmp_path / "student", teacher=str(teacher), warmup_steps=1,

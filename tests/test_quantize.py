@@ -25,7 +25,7 @@ from distill.options import Config
 from scorefield.cli import main
 from scorefield.denoiser import freeze
 from scorefield.models import quantize as module
-from scorefield.models.lora import Twin, merged, shared_backbone
+from scorefield.models.lora import LoRA, merged, shared_backbone
 from scorefield.models.quantize import (
     count_weights,
     dequantized,
@@ -134,24 +134,24 @@ def test_bytes_are_foretold_by_shapes_alone(how, dtype):
 def test_low_rank_changes_learn_on_rounded_weights_and_are_merged_into_plain_ones(network, how):
     quantize(network, how)
     assert is_quantized(network.get_parameter("blocks.0.1.weight"))
-    twin = Twin(network, rank=2, targets=["blocks.0.1"], generator=torch.Generator().manual_seed(0))
+    adapted = LoRA(network, rank=2, targets=["blocks.0.1"], generator=torch.Generator().manual_seed(0))
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(twin(x), network(x)), "it starts as the network itself"
-    assert twin.backbone.get_parameter("blocks.1.1.weight") is network.get_parameter("blocks.1.1.weight"), (
+    assert torch.equal(adapted(x), network(x)), "it starts as the network itself"
+    assert adapted.backbone.get_parameter("blocks.1.1.weight") is network.get_parameter("blocks.1.1.weight"), (
         "one copy"
     )
-    twin(x).square().sum().backward()
-    grads = [parameter.grad for parameter in twin.parameters()]
+    adapted(x).square().sum().backward()
+    grads = [parameter.grad for parameter in adapted.parameters()]
     assert len(grads) == 2
     assert sum(float(grad.abs().sum()) for grad in grads) > 0
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in adapted.parameters():
             parameter += 0.1
-    whole = merged(twin)
+    whole = merged(adapted)
     assert not any(is_quantized(parameter) for parameter in whole.parameters())
-    torch.testing.assert_close(whole(x), twin(x), rtol=1e-5, atol=1e-5)
-    twin_copy = copy.deepcopy(twin)  # as its moving average is
-    torch.testing.assert_close(twin_copy(x), twin(x))
+    torch.testing.assert_close(whole(x), adapted(x), rtol=1e-5, atol=1e-5)
+    twin_copy = copy.deepcopy(adapted)  # as its moving average is
+    torch.testing.assert_close(twin_copy(x), adapted(x))
 
 
 def test_a_network_without_blocks_and_a_missing_package_are_refused(network, monkeypatch):

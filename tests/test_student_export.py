@@ -130,7 +130,7 @@ def answers(folders, tmp_path_factory):
             x0 = student.sample(noise, cond, generator=generators)
             wanted[name] = (teacher.decode(x0).clamp(-1, 1) / 2 + 0.5, teacher.decode(x0).std())
         lora = kind in ("lora", "fused", "cut-lora")
-        write = export_pipeline if kind == "merged" else export_student  # which knows a LoRA by its twin
+        write = export_pipeline if kind == "merged" else export_student  # which knows a LoRA by its LoRA
         out = write(student, source, root / name)
         scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
         jobs[name] = {
@@ -354,7 +354,7 @@ def test_networks_that_diffusers_does_not_have_are_refused(folders, tmp_path):
     student = student_at((999.0,))
     with pytest.raises(ValueError, match="a pipeline holds a network of diffusers; got a ResidualMLP"):
         export_pipeline(student, folders["sd"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"a LoRA is made of a scorefield\.models\.lora\.Twin; got ResidualMLP"):
+    with pytest.raises(ValueError, match=r"a LoRA is made of a scorefield\.models\.lora\.LoRA; got ResidualMLP"):
         export_lora(student, folders["sd"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -168,9 +168,9 @@ def test_one_policy_for_long_prompts_and_one_line(tmp_path, capsys):
     )  # fmt: skip
     prompts = ["a mug", "a long one", "a cone, too"]
     with pytest.raises(ValueError, match=r"2 of 3 prompts of p\.txt .* 'a long one' by 5 tokens.*cut or skip"):
-        encoder.fitting(prompts, "stop", "p.txt")
-    assert encoder.fitting(prompts, "skip", "p.txt") == [0]
-    assert encoder.fitting(prompts, "cut", "p.txt") == [0, 1, 2]
+        encoder.usable(prompts, "stop", "p.txt")
+    assert encoder.usable(prompts, "skip", "p.txt") == [0]
+    assert encoder.usable(prompts, "cut", "p.txt") == [0, 1, 2]
     assert not loaded
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] + line[-7:] for line in said] == ["warningskipped", "warningns: cut"]
@@ -180,7 +180,7 @@ def test_one_policy_for_long_prompts_and_one_line(tmp_path, capsys):
     with pytest.warns(UserWarning, match="1 of 2 prompts are too long and cut, such as 'another one'"):
         encoder(["another one", "a long one"])
     with pytest.raises(ValueError, match="none is left to use"):
-        encoder.fitting(prompts[1:], "skip", "p.txt")
+        encoder.usable(prompts[1:], "skip", "p.txt")
 
 
 # Latents.

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextModel
 
 import distill.options as distill_options
+import distill.parts as parts
 import distill.recipe as train_dmd
-import distill.roles as roles
 import distill.stages as stages
 import distill.text_recipe as text_recipe
 import scorefield.cli as cli
@@ -474,13 +474,13 @@ def test_bad_pictures_of_prompts_are_met_before_anything_is_encoded(root, tmp_pa
 
 def test_all_is_checked_before_pairs_are_made(root, tmp_path, monkeypatch):
     checked = count_calls(monkeypatch, "distill.dmd.DMD.check")
-    make_pairs, before = roles.make_pairs, []
+    make_pairs, before = parts.make_pairs, []
 
     def noted(*args, **options):
         before.append(len(checked))
         return make_pairs(*args, **options)
 
-    monkeypatch.setattr(roles, "make_pairs", noted)
+    monkeypatch.setattr(parts, "make_pairs", noted)
     train_dmd.main(config_of(root, tmp_path / "run", steps=2, regression_weight=0.1, seed=5))
     assert before == [1]  # the warm-up learns from the same
 
@@ -568,10 +568,10 @@ def students(tmp_path_factory):
     full = train_dmd.main(Config(preset="text", out=root / "full", **{**settings, **watched}))
     patch.undo()
     teacher = teachers.load_teacher(toyworld.pipeline_folder())
-    twin = shared_backbone(teacher.denoiser, rank=2, generator=torch.Generator().manual_seed(0))[0]
-    for parameter in twin.network.parameters():
+    adapted = shared_backbone(teacher.denoiser, rank=2, generator=torch.Generator().manual_seed(0))[0]
+    for parameter in adapted.network.parameters():
         parameter.data += 0.05
-    return full, export_student(Student(twin, (999.0,)), toyworld.pipeline_folder(), root / "lora")
+    return full, export_student(Student(adapted, (999.0,)), toyworld.pipeline_folder(), root / "lora")
 
 
 def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def load(config: Sample, device: torch.device) -> Teacher:
         if not config.prompts:
             raise ValueError(f'{config.teacher} draws what --prompts ask for, such as "a red mug"; got none.')
         prompts = read_prompts(config)
-        kept = teacher.fitting(prompts, config.long_prompts, "--prompts")
+        kept = teacher.usable(prompts, config.long_prompts, "--prompts")
         return teacher.asked([prompts[number] for number in kept], config.negative_prompt)
     for name in ("prompts", "negative_prompt"):
         if getattr(config, name):

@@ -4,8 +4,8 @@
 
 peft switches adapters on and off inside one network, and a switch can be forgotten: the teacher answers with the
 adapter on, a weight that is off between forward and backward gets no gradient, and gradient checkpointing
-recomputes with whatever is on at that moment. Here nothing is switched. A twin has modules of its own that hold
-the very same tensors, and the adapters are in the twin. Twins are not wrapped in DDP: ``loop.train`` averages
+recomputes with whatever is on at that moment. Here nothing is switched. A LoRA has modules of its own that hold
+the very same tensors, and the adapters are in the LoRA. LoRAs are not wrapped in DDP: ``loop.train`` averages
 their gradients in one all-reduce.
 """
 
@@ -39,7 +39,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """Name of the file that ``load_lora_weights`` of diffusers looks for."""
 
 
-class Twin(nn.Module):
+class LoRA(nn.Module):
     """A frozen network plus low-rank changes (Hu et al. 2021, arXiv 2106.09685), called as the network is.
 
     The network's own weights are shared, not registered: parameters, state dict and checkpoints of this module are
@@ -63,30 +63,30 @@ class Twin(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         _check(network, rank, targets)
-        twin = _twin(network)
+        adapted = _copied(network)
         # A whole number times the rank would do for peft as well; its type says int, its arithmetic does not.
         settings: Any = {"r": rank, "lora_alpha": scale * rank, "target_modules": list(targets)}
         with warnings.catch_warnings():  # it cannot merge into weights that torchao rounded, which merged() does
             warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
-            inject_adapter_in_model(LoraConfig(**settings), twin)
-        changes = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+            inject_adapter_in_model(LoraConfig(**settings), adapted)
+        changes = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         for name, parameter in changes.items():
             _initialise(name, parameter, rank, generator)
         self.changes = nn.ParameterDict({name.replace(".", "/"): p for name, p in changes.items()})
         self.rank, self.scale = rank, scale
-        self._hidden = (twin,)  # in a tuple, which nn.Module does not look into
+        self._hidden = (adapted,)  # in a tuple, which nn.Module does not look into
         self._told: dict[str, str] = {}
 
     @property
     def backbone(self) -> nn.Module:
-        """The twin itself, for example to switch gradient checkpointing on, or to listen to a layer."""
+        """The LoRA itself, for example to switch gradient checkpointing on, or to listen to a layer."""
         return self._hidden[0]
 
     def tell(self, name: str, place: str, embedding: nn.Module) -> None:
-        """Let the twin be told more than its network is: from now on its ``cond`` needs ``name``.
+        """Let the LoRA be told more than its network is: from now on its ``cond`` needs ``name``.
 
         Args:
-            name: of the condition, and of the embedding among the twin's modules.
+            name: of the condition, and of the embedding among the LoRA's modules.
             place: submodule of the network whose output the embedded condition is added to.
             embedding: learns with the changes.
         """
@@ -98,7 +98,7 @@ class Twin(nn.Module):
         with ExitStack() as hooks:
             for name, place in self._told.items():
                 if (value := cond.pop(name, None)) is None:
-                    raise ValueError(f"cond needs a {name!r}, which this twin is told.")
+                    raise ValueError(f"cond needs a {name!r}, which this LoRA is told.")
                 code = self.get_submodule(name)(value)
                 # Hooked per call: a hook that stays would not survive copy.deepcopy.
                 hook = self.backbone.get_submodule(place).register_forward_hook(
@@ -108,23 +108,23 @@ class Twin(nn.Module):
             return self.backbone(*args, **cond)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a twin with changes of its own on the same network."""
+        """Return a LoRA with changes of its own on the same network."""
         own = {id(p) for p in self.parameters()}
         shared = (*self.backbone.parameters(), *self.backbone.buffers())
         memo.update({id(tensor): tensor for tensor in shared if id(tensor) not in own})
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        adapted = self.__class__.__new__(self.__class__)
+        memo[id(self)] = adapted
+        adapted.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return adapted
 
 
 @contextmanager
-def scaled(twin: Twin, factor: float) -> Iterator[None]:
-    """Multiply a twin's changes by ``factor`` within the block; at 0 it is the network itself, bit for bit.
+def scaled(adapted: LoRA, factor: float) -> Iterator[None]:
+    """Multiply a LoRA's changes by ``factor`` within the block; at 0 it is the network itself, bit for bit.
 
     A graph that is made inside may be followed back outside, but not recomputed: no gradient checkpointing.
     """
-    layers: list[Any] = [one for one in twin.backbone.modules() if isinstance(one, BaseTunerLayer)]
+    layers: list[Any] = [one for one in adapted.backbone.modules() if isinstance(one, BaseTunerLayer)]
     before = [dict(layer.scaling) for layer in layers]
     try:
         for layer, own in zip(layers, before, strict=True):
@@ -135,12 +135,12 @@ def scaled(twin: Twin, factor: float) -> Iterator[None]:
             layer.scaling.update(own)
 
 
-def stacked(network: nn.Module, parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> Twin:
-    """Return a twin whose change is the sum of several, each times its factor: B A = sum of factor_i B_i A_i.
+def stacked(network: nn.Module, parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> LoRA:
+    """Return a LoRA whose change is the sum of several, each times its factor: B A = sum of factor_i B_i A_i.
 
     Args:
-        network: frozen; see :class:`Twin`.
-        parts: what :func:`adapter_weights` returned of twins of this network, and factors; their layers are alike.
+        network: frozen; see :class:`LoRA`.
+        parts: what :func:`adapter_weights` returned of LoRAs of this network, and factors; their layers are alike.
 
     Raises:
         ValueError: none, or changes of different layers.
@@ -155,9 +155,9 @@ def stacked(network: nn.Module, parts: Sequence[tuple[Mapping[str, Tensor], floa
     }  # fmt: skip
     rank = next(len(value) for name, value in joined.items() if ".lora_A." in name)
     layers = sorted({name.partition(".lora_")[0] for name in first})
-    twin = Twin(network, rank=rank, targets=layers, generator=Generator().manual_seed(0))
-    load_adapter_weights(twin, joined)
-    return twin
+    adapted = LoRA(network, rank=rank, targets=layers, generator=Generator().manual_seed(0))
+    load_adapter_weights(adapted, joined)
+    return adapted
 
 
 def shared_backbone(
@@ -188,7 +188,7 @@ def shared_backbone(
         raise ValueError(f"the network has none of the layers {', '.join(targets)}; it has {names[1:13]}, ...")
     scale = 1.0 if alpha is None else alpha / max(rank, 1)
     student, fake = (
-        Twin(teacher.network, rank=rank, targets=own, scale=scale, generator=generator) for _ in range(2)
+        LoRA(teacher.network, rank=rank, targets=own, scale=scale, generator=generator) for _ in range(2)
     )
     for role in (student, fake) if checkpointing else ():
         recompute_activations(role.backbone)
@@ -218,26 +218,26 @@ def recompute_activations(network: nn.Module) -> None:
     able[0].enable_gradient_checkpointing()
 
 
-def adapter_weights(twin: Twin) -> dict[str, Tensor]:
+def adapter_weights(adapted: LoRA) -> dict[str, Tensor]:
     """Return the changes by the names that diffusers and peft load, such as "mid_block...to_q.lora_A.weight".
 
     The scale is multiplied into the second matrices, so that whoever loads them needs no lora_alpha: it is the
     rank. A leading "model." of :class:`scorefield.models.networks.DiffusersNetwork` is left out.
     """
     weights = {}
-    for name, parameter in twin.changes.items():
+    for name, parameter in adapted.changes.items():
         place = _place(name)
-        value = parameter.detach() * (twin.scale if ".lora_B." in place else 1.0)
+        value = parameter.detach() * (adapted.scale if ".lora_B." in place else 1.0)
         weights[place] = value.contiguous().cpu()
     return weights
 
 
-def load_adapter_weights(twin: Twin, weights: Mapping[str, Tensor]) -> None:
-    """Give a twin the changes that :func:`adapter_weights` returned of another one of the same rank and layers.
+def load_adapter_weights(adapted: LoRA, weights: Mapping[str, Tensor]) -> None:
+    """Give a LoRA the changes that :func:`adapter_weights` returned of another one of the same rank and layers.
 
     Raises ``ValueError`` naming the first that does not fit.
     """
-    own = {_place(name): (name, parameter) for name, parameter in twin.changes.items()}
+    own = {_place(name): (name, parameter) for name, parameter in adapted.changes.items()}
     if odd := sorted(own.keys() ^ weights.keys()):
         raise ValueError(f"{odd[0]} is {'missing' if odd[0] in own else 'of a layer that is not changed here'}.")
     for place, (_, parameter) in own.items():
@@ -246,19 +246,19 @@ def load_adapter_weights(twin: Twin, weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{place} is {there}; here it is {here}.")
     with torch.no_grad():
         for place, (_, parameter) in own.items():
-            parameter.copy_(weights[place] / (twin.scale if ".lora_B." in place else 1.0))
+            parameter.copy_(weights[place] / (adapted.scale if ".lora_B." in place else 1.0))
 
 
 def _place(name: str) -> str:
     return name.replace("/", ".").removeprefix("model.").replace(".default.", ".")
 
 
-def merged(twin: Twin) -> nn.Module:
+def merged(adapted: LoRA) -> nn.Module:
     """Return a network of the original class whose weights are a copy of the shared ones with the changes added.
 
     Rounded weights become plain ones, with what the rounding lost still lost.
     """
-    network = copy.deepcopy(twin.backbone)
+    network = copy.deepcopy(adapted.backbone)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
@@ -289,7 +289,7 @@ def _check(network: nn.Module, rank: int, targets: Sequence[str]) -> None:
             raise ValueError(f"the network has no layer {target!r}; it has {', '.join(names[1:13])}, ...")
 
 
-def _twin(network: nn.Module) -> nn.Module:
+def _copied(network: nn.Module) -> nn.Module:
     # deepcopy takes what it finds in the memo for copied: modules are new, tensors are the same objects.
     return copy.deepcopy(network, {id(x): x for x in (*network.parameters(), *network.buffers())})
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from scorefield.files import check_regular
-from scorefield.models.lora import Twin, adapter_weights
+from scorefield.models.lora import LoRA, adapter_weights
 from scorefield.models.weights import check_finite
 
 KOHYA = "kohya.safetensors"
@@ -58,15 +58,15 @@ def _plain(layer: str) -> str:
     return ".".join(parts[:1] + parts[2:]) if parts[1:2] and parts[1].isdecimal() else layer
 
 
-def kohya_weights(twin: Twin, named: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+def kohya_weights(adapted: LoRA, named: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Return the changes by kohya's keys, each with its alpha: changes are scaled by alpha / rank.
 
     Args:
-        twin: whose changes they are.
+        adapted: whose changes they are.
         named: a family's names of its layers, :func:`underscored` or :func:`fused`.
     """
     # The scale is in these already, so that alpha is the rank, also for readers that take no notice of it.
-    weights = adapter_weights(twin)
+    weights = adapter_weights(adapted)
     made = {}
     for name, layers in named.items():
         down = torch.cat([weights[f"{layer}.lora_A.weight"] for layer in layers])
@@ -78,10 +78,10 @@ def kohya_weights(twin: Twin, named: Mapping[str, Sequence[str]]) -> dict[str, T
     return made
 
 
-def layers_of(twin: Twin) -> list[str]:
-    """Return the names of the layers that a twin changes, without that of its wrapper."""
+def layers_of(adapted: LoRA) -> list[str]:
+    """Return the names of the layers that a LoRA changes, without that of its wrapper."""
     return [
-        name.removesuffix(".lora_A.weight") for name in adapter_weights(twin) if name.endswith("lora_A.weight")
+        name.removesuffix(".lora_A.weight") for name in adapter_weights(adapted) if name.endswith("lora_A.weight")
     ]
 
 

@@ -123,7 +123,7 @@ class PromptEncoder:
                 cache.fetch(part, self._encode, BATCH, self.kept)
                 bar.update(len(part))
 
-    def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
+    def usable(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
         """Return numbers of the prompts to use; none is encoded. One line on stderr names what is skipped or cut.
 
         Args:

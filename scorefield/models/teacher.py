@@ -155,10 +155,10 @@ class Teacher:
         told = ("time_ids", "guidance")
         return {name: value if name in told else torch.zeros_like(value) for name, value in cond.items()}
 
-    def fitting(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
-        """Return numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.fitting`` has it."""
+    def usable(self, prompts: Sequence[str], long_prompts: LongPrompts, source: str) -> list[int]:
+        """Return numbers of the prompts to use under ``--long-prompts``, as ``PromptEncoder.usable`` has it."""
         if isinstance(self.texts, PromptEncoder):
-            return self.texts.fitting(prompts, long_prompts, source)
+            return self.texts.usable(prompts, long_prompts, source)
         return list(range(len(prompts)))
 
     def asked(self, prompts: Sequence[str], negative: str = "") -> "Teacher":

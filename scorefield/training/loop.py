@@ -26,7 +26,7 @@ from scorefield.training.ranks import (
     sync_only_if,
     verify_weights,
 )
-from scorefield.training.sharding import clip_gradients, local, twin
+from scorefield.training.sharding import clip_gradients, duplicate, local
 
 Batch = Any
 """Whatever ``batches`` returns and the losses read; usually a mapping of tensors."""
@@ -47,7 +47,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay must lie in [0, 1); got {decay}. 0.999 averages about 1,000 updates.")
         self.source = unwrap(network)
-        self.network = twin(self.source).eval().requires_grad_(False)
+        self.network = duplicate(self.source).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
 

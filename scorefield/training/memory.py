@@ -94,18 +94,18 @@ def _state_of(parameter: Tensor, optimizer: str) -> int:
     return 2 * 4 * number
 
 
-def most_bytes(roles: Mapping[str, Role], passes: Mapping[str, Activations], *, offload: bool = False) -> int:
+def most_bytes(networks: Mapping[str, Role], passes: Mapping[str, Activations], *, offload: bool = False) -> int:
     """Return the most bytes that a training holds at one time.
 
     Args:
-        roles: all networks, each part once.
+        networks: all networks, each part once.
         passes: that take place one after the other.
         offload: states of the optimisers are on the device within their own step only, when activations are gone.
     """
-    weights = sum(role.weights + role.gradients for role in roles.values())
-    states = [role.states for role in roles.values()]
+    weights = sum(role.weights + role.gradients for role in networks.values())
+    states = [role.states for role in networks.values()]
     working = max((found.most for found in passes.values()), default=0)
-    working += max((role.unpacked for role in roles.values()), default=0)
+    working += max((role.unpacked for role in networks.values()), default=0)
     return weights + (max(working, max(states, default=0)) if offload else sum(states) + working)
 
 
@@ -285,7 +285,7 @@ def _attention(
 
 
 def _modules(network: nn.Module) -> Iterator[nn.Module]:
-    # Those of a twin's backbone, too, which it does not register.
+    # Those of a LoRA's backbone, too, which it does not register.
     for module in network.modules():
         yield module
         if isinstance(backbone := getattr(module, "backbone", None), nn.Module):

@@ -290,25 +290,25 @@ def adamw(
 
 
 def show_plan(
-    config: RunOptions, roles: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = "", *,
+    config: RunOptions, networks: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = "", *,
     passes: Mapping[str, Activations] | None = None, rounded: Mapping[str, Quantize] | None = None,
 ) -> None:  # fmt: skip
     """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
 
     Args:
         config: of the run.
-        roles: the networks, which may be on the meta device.
+        networks: the networks, which may be on the meta device.
         updates: how many optimiser steps each trained role takes.
         before: what happens before the first of them.
         passes: predicted activations; None where none were predicted.
-        rounded: how the weights of roles will be rounded that are not yet.
+        rounded: how the weights of networks will be rounded that are not yet.
     """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
     held = {
         role: role_of(network, config.optimizer, (rounded or {}).get(role, "no"))
-        for role, network in roles.items()
+        for role, network in networks.items()
     }
     for role, found in held.items():
         learned = found.gradients + found.states

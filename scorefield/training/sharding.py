@@ -2,7 +2,7 @@
 
     mesh = make_mesh("cuda", num_processes=16, shard=8)  # two copies of each network, eight ranks a copy
     student = shard(student, mesh)
-    average = twin(student)                              # in pieces, too
+    average = duplicate(student)                         # in pieces, too
     save(whole(student))                                 # every rank calls whole; the first one has the weights
 
 Whatever calls a sharded network has to be called by all ranks, and equally often: each call gathers weights.
@@ -167,7 +167,7 @@ def local(tensor: Tensor) -> Tensor:
     return piece
 
 
-def twin(network: nn.Module) -> nn.Module:
+def duplicate(network: nn.Module) -> nn.Module:
     """Return a copy of a network; that of a sharded one is in the same pieces."""
     plan = sharding_of(network)
     if plan is None:

@@ -61,13 +61,13 @@ def shared(checkpointing):
 def copies(checkpointing):
     """The same roles in peft's own way on three networks, each adapter always on; as diffusers' scripts do it."""
     roles = []
-    for twin in (shared(False)[1].network, shared(False)[2].network.network):
+    for adapted in (shared(False)[1].network, shared(False)[2].network.network):
         network = copy.deepcopy(make_teacher().network)
         names = [name for name, _ in network.named_modules()]
         own = [layer for layer in LAYERS if any(name.endswith("." + layer) for name in names)]
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=own), network)
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        weights = {name.replace("/", "."): p for name, p in twin.changes.items()}
+        weights = {name.replace("/", "."): p for name, p in adapted.changes.items()}
         assert trained.keys() == weights.keys()
         for name, parameter in trained.items():
             parameter.data = weights[name].data.clone()

@@ -16,7 +16,7 @@ from scorefield.models.networks import DiffusersNetwork, ResidualMLP
 from scorefield.schedule import Karras
 from scorefield.training import checkpoint, loop
 from scorefield.training.loop import EMA, Phase, train
-from scorefield.training.sharding import local, make_mesh, shard, twin, whole
+from scorefield.training.sharding import duplicate, local, make_mesh, shard, whole
 
 RUNS = ((torch.float64, 2), (torch.float32, 1))
 """Precision and micro-batches."""
@@ -194,7 +194,7 @@ def copied(accelerator, pieces):
     """A copy of a network in pieces answers as it does, and is its own."""
     cycle = make_cycle(accelerator, torch.float32, pieces)
     network = cycle.method.student.denoiser.network
-    other = twin(network)
+    other = duplicate(network)
     inputs = (DATA[:4, :2].float(), torch.full((4,), 0.7), torch.arange(4) % 2)
     with torch.no_grad():
         before = network(inputs[0], inputs[1], class_labels=inputs[2])

@@ -258,16 +258,16 @@ def starts(folder, rank):
     """What a rank is told, and whether anything was written, where options, code, inputs or nothing differ."""
     from distill.options import Config
     from scorefield.training import identity as starting
-    from scorefield.training import run as fitting
+    from scorefield.training import run as usable
 
     real, said, out = starting.code_hash, {}, folder / "starts"
     for what in ("option", "code", "input", "nothing"):
         message, config = "", Config(out=out, student_every=2 + rank if what == "option" else 2)
         with patch.object(starting, "code_hash", (lambda: "another") if what == "code" and rank else real):
             try:
-                accelerator = fitting.start(config)
+                accelerator = usable.start(config)
                 own = starting.identity(config, accelerator, {"data": str(rank if what == "input" else 0)})
-                fitting.resume(config, [], accelerator, own)
+                usable.resume(config, [], accelerator, own)
                 accelerator.wait_for_everyone()  # the first rank writes
             except ValueError as error:
                 message = str(error)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from controlnet.evidence import Gap, Standing
+from controlnet.evidence import BoundedScore, Gap
 from scorefield.atomic import whole_file
 
 
@@ -25,12 +25,12 @@ class Evidence:
 
     step: int
     gap: Gap
-    standings: Mapping[str, Standing]
+    bounded_scores: Mapping[str, BoundedScore]
 
     @property
     def relative(self) -> float:
         """The watched score, 0 at its floor and 1 at its ceiling."""
-        return next(iter(self.standings.values())).relative
+        return next(iter(self.bounded_scores.values())).relative
 
     def shows(self, threshold: float = 0.5) -> bool:
         """Return whether samples obey, ``threshold`` of the way to the ceiling, and the loss uses the hint."""
@@ -41,10 +41,10 @@ class Evidence:
         gap = {"gap": self.gap.value, "gap_error": self.gap.error, "residual_rms": self.gap.residual_rms}
         scores = {
             f"{name}{suffix}": value
-            for name, standing in self.standings.items()
+            for name, bounded in self.bounded_scores.items()
             for suffix, value in (
-                ("", standing.value), ("_floor", standing.floor), ("_ceiling", standing.ceiling),
-                ("_relative", standing.relative),
+                ("", bounded.value), ("_floor", bounded.floor), ("_ceiling", bounded.ceiling),
+                ("_relative", bounded.relative),
             )
         }  # fmt: skip
         return {f"control/{name}": value for name, value in {**gap, **scores}.items()}
@@ -72,7 +72,9 @@ def told(history: Sequence[Evidence], consecutive: int = 2) -> str:
     if learned is not None:
         return f"was learned at step {learned:,}"
     if history and math.isnan(history[-1].relative):
-        return f"is undecided: {next(iter(history[-1].standings))} cannot tell, its ceiling is too near its floor"
+        return (
+            f"is undecided: {next(iter(history[-1].bounded_scores))} cannot tell: ceiling and floor are too near"
+        )
     if len(history) < consecutive or history[-1].shows():
         return f"is undecided: too few looks to tell ({len(history)})"
     return "was not learned by the criterion"
@@ -87,14 +89,14 @@ def likely_causes(look: Evidence, hints: Tensor, *, images_seen: int, usual: int
         images_seen: by the adapter so far: steps times batch, accumulation and ranks.
         usual: images after which it may be expected; ControlNet took 3,000 to 7,000 updates of 4 images.
     """
-    name, standing = next(iter(look.standings.items()))
+    name, bounded = next(iter(look.bounded_scores.items()))
     said = []
     if float((hints - hints[:1]).abs().mean()) < 1e-3:
         said.append("the hints of all samples are nearly alike: look at them, the annotator may see nothing.")
-    if math.isnan(standing.relative):
+    if math.isnan(bounded.relative):
         said.append(
-            f"{name} cannot tell: real images reach {standing.ceiling:.3f}, hints of other samples "
-            f"{standing.floor:.3f}. Judge by another score, tolerance or annotator."
+            f"{name} cannot tell: real images reach {bounded.ceiling:.3f}, hints of other samples "
+            f"{bounded.floor:.3f}. Judge by another score, tolerance or annotator."
         )
     if look.gap.residual_rms < 1e-4:
         said.append(
@@ -156,10 +158,10 @@ class EvidenceLog:
 
 
 def _as_json(look: Evidence) -> dict[str, Any]:
-    standings = {name: asdict(standing) for name, standing in look.standings.items()}
-    return {"step": look.step, "gap": asdict(look.gap), "standings": standings}
+    bounded_scores = {name: asdict(bounded) for name, bounded in look.bounded_scores.items()}
+    return {"step": look.step, "gap": asdict(look.gap), "standings": bounded_scores}
 
 
 def _from_json(line: Mapping[str, Any]) -> Evidence:
-    standings = {name: Standing(**value) for name, value in line["standings"].items()}
-    return Evidence(int(line["step"]), Gap(**line["gap"]), standings)
+    bounded_scores = {name: BoundedScore(**value) for name, value in line["standings"].items()}
+    return Evidence(int(line["step"]), Gap(**line["gap"]), bounded_scores)

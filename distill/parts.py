@@ -132,7 +132,7 @@ def uses_pairs(config: Config) -> bool:
     return bool(config.warmup_steps or config.regression_weight or of_paths)
 
 
-def build_roles(config: Config, teacher: Teacher) -> tuple[nn.Module, ...]:
+def build_networks(config: Config, teacher: Teacher) -> tuple[nn.Module, ...]:
     """Student and, where the method has one, fake score as copies of the teacher, dropout off.
 
     The fake score of an MLP also learns to tell a few-step student's steps apart; the GAN term adds a head.
@@ -164,7 +164,7 @@ def critic_of(config: Config, teacher: Teacher) -> tuple[str, nn.Module | None]:
     return name, discriminator_head(channels, size).to(teacher.device)
 
 
-def build_text_roles(
+def build_text_networks(
     config: Config, teacher: Teacher, critic: tuple[str, nn.Module | None]
 ) -> tuple[nn.Module, ...]:
     """Student and, where there is one, fake score of a text-to-image teacher: copies, or LoRAs on its weights.
@@ -173,12 +173,12 @@ def build_text_roles(
     """
     name, head = critic
     if config.lora:
-        roles = shared_backbone(
+        networks = shared_backbone(
             teacher.denoiser, rank=config.lora_rank, alpha=config.lora_alpha or None,
             targets=getattr(teacher.denoiser.network, "layers", ()) or LAYERS,
             checkpointing=config.gradient_checkpointing, generator=derived_generator("lora", config.seed),
         )  # fmt: skip
-        student, fake, name = roles[0].network, roles[1].network, f"backbone.{name}"
+        student, fake, name = networks[0].network, networks[1].network, f"backbone.{name}"
     else:  # weights that learn are float32, whatever the teacher's precision
         student, fake = (copy.deepcopy(teacher.denoiser.network).float().requires_grad_(True) for _ in range(2))
     if config.method in ALONG_PATHS:
@@ -191,7 +191,7 @@ def fake_steps(config: Config, facts: Mapping[str, Any]) -> int:
     return config.num_steps if config.num_steps > 1 and facts.get("network") == "mlp" else 0
 
 
-def planned_roles(
+def planned_networks(
     config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module | None = None
 ) -> dict[str, nn.Module]:
     """Return the networks that a run holds, for ``--dry-run``."""
