@@ -51,6 +51,7 @@ def test_it_reports_every_contender(tmp_path, capsys):
     assert result["saved_bytes"]["ours"] <= 0.7 * result["saved_bytes"]["diffusers"]
 
 
+@pytest.mark.slow
 def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
     """Other noise at once; a hundred times the learning rate, in this library alone, from the second loss on."""
     with monkeypatch.context() as patch:
@@ -74,6 +75,7 @@ def test_compiled_code_keeps_less_within_a_smaller_budget():
     assert bytes_by_budget[1] < bytes_by_budget[0] < result["saved_bytes"]["ours, nothing recomputed"]
 
 
+@pytest.mark.slow
 def test_the_work_of_public_models_is_counted(tmp_path):
     for name, network in (("sd15_unet", tiny.text_unet(32)), ("sd_vae", tiny.vae())):
         settings = {"_class_name": type(network).__name__, **network.config}

@@ -34,6 +34,7 @@ def test_a_render_is_recoloured_exactly():
     torch.testing.assert_close(recoloured(made.source[0], "red", "red"), made.source[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_method_of_the_table_runs(tmp_path):
     brief = {"num_images": 1, "steps": 3, "inner": 1}
     config = edits.Config(kinds=("colour",), methods=tuple(edits.METHODS), out=tmp_path / "a.json", **brief)

@@ -40,6 +40,7 @@ def test_public_sizes_are_those_of_the_models(name, millions):
     assert all(parameter.is_meta for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_all_families_are_in_the_table_and_in_the_page():
     """UNet2DModel apart, which has no one size."""
     modules = Path(counted.CONFIGS.parent.parent / "scorefield" / "models" / "families").glob("[a-z]*.py")

@@ -93,6 +93,7 @@ def test_a_turn_is_told_from_a_fault():
     assert found.iou > 0.95
 
 
+@pytest.mark.slow
 def test_an_experiment_leaves_its_measures_and_a_picture(tmp_path):
     config = janus.Config(out=tmp_path / "out", picture=tmp_path / "janus.png", seeds=(0,), steps=2, num_bank=8)
     gaps = janus.main(config)

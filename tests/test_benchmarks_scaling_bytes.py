@@ -38,6 +38,7 @@ def test_terms_add_up_and_the_smallest_card_leaves_room():
     assert counted.judged(10 * gib, gib, gib, bar=0) == "-"
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_weights_that_are_counted():
     page = counted.PAGE.read_text()
     rows = page.partition(counted.MARKS["terms"][0])[2].partition(counted.MARKS["terms"][1])[0].splitlines()

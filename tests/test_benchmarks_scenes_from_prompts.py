@@ -22,6 +22,7 @@ def solid(azimuth, scale=1.0):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_turned_and_scaled_solid_is_found():
     pictures = render([solid(float(a) + 40, 1.1) for a in range(0, 360, 15)], size=scenes_from_prompts.SIZE)
     fit = scenes_from_prompts.best_fit(pictures.rgb + 1e-3, "mug", "red", [1.0, 1.1, 1.12])
@@ -67,6 +68,7 @@ def write_run(folder, **changes):
     return scene
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_the_figures_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes_from_prompts, "SCALES", [0.95])
     monkeypatch.setattr(scenes_from_prompts, "FINER", [0.0, 0.05])

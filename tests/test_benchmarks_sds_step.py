@@ -67,6 +67,7 @@ def image(batch=1):
     return torch.randn(batch, 3, SIDE, SIDE, generator=generator).clamp(-1, 1).requires_grad_()
 
 
+@pytest.mark.slow
 def test_all_contenders_start_from_the_same_gradient_or_are_refused(monkeypatch, capsys):
     errors = sds_step.gradient_errors(SMALL)
     assert errors.keys() == set(PEERS)
