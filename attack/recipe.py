@@ -124,17 +124,10 @@ def attacked(
     if method == "diff-pgd" and case.purifier is not None:
         return diff_pgd(attack, case.classifier, images, labels, purifier=case.purifier, generator=own, mask=mask)
     if method == "fgsm":
-        if attack.targeted:
-            one = PGD(
-                threat=attack.threat,
-                step_size=attack.threat.radius,
-                num_steps=1,
-                random_start=False,
-                targeted=True,
-            )
-            made = one(case.classifier, images, labels, generator=own, mask=mask)
-        else:
-            made = fgsm(case.classifier, images, labels, threat=attack.threat, generator=own, mask=mask)
+        made = fgsm(
+            case.classifier, images, labels, threat=attack.threat, generator=own, mask=mask,
+            targeted=attack.targeted,
+        )  # fmt: skip
     else:
         made = attack(case.classifier, images, labels, generator=own, mask=mask)
     return Adversarial(made, made)
@@ -175,8 +168,9 @@ def load(config: Attack) -> Case:
             f"{teacher.image_shape}. Pass another --size, or a teacher of such images."
         )
     images = ((found.images + 1) / 2).clamp(0, 1).to(config.device)
+    box(config.region, images)
     classifier = load_classifier(config.classifier, config.device)
-    answers = asked(classifier, images, config.classifier)
+    answers = asked(classifier, images, f"--classifier {config.classifier}")
     labels = found.labels.to(config.device) if labelled else answers.argmax(1)
     if int(labels.max()) >= answers.shape[1]:
         raise ValueError(
@@ -185,7 +179,7 @@ def load(config: Attack) -> Case:
         )
     others = {name: load_classifier(name, config.device) for name in config.transfer}
     for name, other in others.items():
-        asked(other, images, name)
+        asked(other, images, f"--transfer {name}")
     purifier = None if teacher is None else make_purifier(config, teacher)
     targets = target_of(config, labels, answers.shape[1])
     if targets is not None:
@@ -231,18 +225,21 @@ def load_classifier(name: str, device: str) -> Classifier:
 
 @torch.no_grad()
 def asked(classifier: Classifier, images: Tensor, name: str) -> Tensor:
-    """Return a classifier's logits. Raises ``ValueError`` where it does not take the images, or gives none."""
+    """Return a classifier's logits. Raises ``ValueError`` where it does not take the images, or gives none.
+
+    ``name`` is the option that it was named by, and its name.
+    """
     try:
         logits = torch.cat([classifier(part) for part in images.split(64)])
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--classifier {name} does not take images {tuple(images.shape[1:])} in [0, 1]: {reason}. "
+            f"{name} does not take images {tuple(images.shape[1:])} in [0, 1]: {reason}. "
             "Pass --size, or wrap it so that it resizes them."
         ) from error
     if logits.ndim != 2 or logits.shape[1] < 2 or not bool(logits.isfinite().all()):
         raise ValueError(
-            f"--classifier {name} must return finite logits (b, classes), at least two; got {tuple(logits.shape)}."
+            f"{name} must return finite logits (b, classes), at least two; got {tuple(logits.shape)}."
         )
     return logits
 
