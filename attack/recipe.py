@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from attack.diff_pgd import Adversarial, diff_pgd
 from attack.options import Attack, check
-from attack.pgd import PGD, Classifier, fgsm
+from attack.pgd import PGD, Classifier, fgsm, logits_of
 from attack.purify import Purifier
 from attack.report import Measured, attack_figures, clean_figures, parts_of
 from attack.threat import Threat
@@ -171,6 +171,7 @@ def load(config: Attack) -> Case:
     box(config.region, images)
     classifier = load_classifier(config.classifier, config.device)
     answers = asked(classifier, images, f"--classifier {config.classifier}")
+    check_gradient(classifier, images, f"--classifier {config.classifier}")
     labels = found.labels.to(config.device) if labelled else answers.argmax(1)
     if int(labels.max()) >= answers.shape[1]:
         raise ValueError(
@@ -227,10 +228,12 @@ def load_classifier(name: str, device: str) -> Classifier:
 def asked(classifier: Classifier, images: Tensor, name: str) -> Tensor:
     """Return a classifier's logits. Raises ``ValueError`` where it does not take the images, or gives none.
 
+    Also for one that writes into them, as an in-place normalisation does: all figures would be of other images.
     ``name`` is the option that it was named by, and its name.
     """
+    given = images.clone()
     try:
-        logits = torch.cat([classifier(part) for part in images.split(64)])
+        logits = torch.cat([classifier(part) for part in given.split(64)])
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -241,7 +244,23 @@ def asked(classifier: Classifier, images: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"{name} must return finite logits (b, classes), at least two; got {tuple(logits.shape)}."
         )
+    if not torch.equal(given, images):
+        raise ValueError(f"{name} writes into its images. Let it work on a copy, such as (x - mean) / std.")
     return logits
+
+
+def check_gradient(classifier: Classifier, images: Tensor, name: str) -> None:
+    """Raise ``ValueError`` for a classifier that no gradient comes through, which cannot be attacked so."""
+    leaf = images[:1].clone().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_of(classifier, leaf)
+        reaches = logits.is_floating_point() and logits.requires_grad
+        found = torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] if reaches else None
+    if found is None:
+        raise ValueError(
+            f"{name} gives no gradient to its images: it works without one, or on copies. An attack needs logits "
+            "that are differentiable."
+        )
 
 
 def make_purifier(config: Attack, teacher: Teacher) -> Purifier:
@@ -261,7 +280,12 @@ def make_purifier(config: Attack, teacher: Teacher) -> Purifier:
                 f"--teacher {config.teacher} has classes, and none that means no class. Pass another."
             )
         cond = teacher.cond(torch.tensor([teacher.num_classes]))
-    times = grid(teacher.denoiser.schedule, config.purify_steps, high=config.strength)
+    try:
+        times = grid(teacher.denoiser.schedule, config.purify_steps, high=config.strength)
+    except ValueError as error:
+        raise ValueError(
+            f"--purify-steps {config.purify_steps} do not go into --strength {config.strength}: {error}"
+        ) from error
     return Purifier(
         teacher.denoiser, times, cond, teacher.encode, teacher.decode,
         step=ddpm() if config.sampler == "ddpm" else ddim(), gradient=config.gradient,
