@@ -99,6 +99,26 @@ def test_weights_and_words_to_blend_change_the_edit(sd, photo, tmp_path):
         assert (blended / f"000000.{file}.png").exists()
 
 
+def test_an_image_of_many_tokens_is_blended_by_the_coarsest_layers_that_there_are(sd, tmp_path):
+    """As of SDXL at 1024 pixels, whose attention to the prompt begins at 32 x 32."""
+    out = main(config_of(sd, tmp_path / "out", size=72, blend=("a mug", "a cup"), report=True, steps=2))
+    assert (out / "000000.attention.png").exists()
+
+
+def test_a_report_with_few_steps_or_without_attention_shows_what_can_be_drawn(sd, photo, tmp_path):
+    tiny.sd3().save_pretrained(tmp_path / "sd3")
+    for name, preset, changes, skips in (
+        ("few", "edit-friendly", {"steps": 2, "skip": 0.0}, "skip 0; skip 0.2; skip 0.4; skip 0.6"),
+        ("flow", "flow-edit", {"steps": 1, "skip": 0.0}, "skip 0; skip 0.2; skip 0.4"),
+        ("bare", "prompt-to-prompt",
+         {"teacher": str(tmp_path / "sd3"), "size": 0, "cross_window": 0.0, "self_window": 0.0}, ""),
+    ):  # fmt: skip
+        out = main(config_of(sd, tmp_path / name, preset, image=str(photo), report=True, **changes))
+        page = (out / "report.html").read_text()
+        assert f"<figcaption>{skips}</figcaption>" in page if skips else "strip.png" not in page
+        assert (out / "000000.strip.png").exists() == bool(skips)
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(sd, photo, tmp_path, capsys):
     assert main(config_of(sd, tmp_path / "out" / "a", image=str(photo), dry_run=True)) is None
     assert not (tmp_path / "out").exists()
@@ -129,6 +149,12 @@ def test_edits_of_others_are_kept_and_ours_replaced(sd, photo, tmp_path):
     ({"weights": ("red=1",), "method": "dds", "image": "a.png"}, "--weights and --blend change attention"),
     ({"inversion": "ddim", "method": "dds", "image": "a.png"}, "--inversion ddim is of --method prompt-to-prompt"),
     ({"inversion": "null-text", "guidance": 1.0}, "--inversion null-text is for guidance; got --guidance 1"),
+    ({"method": "edit-friendly", "image": "a.png", "skip": 0.99}, "--skip 0.99 of --steps 50 leaves none"),
+    ({"method": "flow-edit", "image": "a.png", "skip": 0.6, "steps": 1}, "--skip 0.6 of --steps 1 leaves none"),
+    ({"weights": ("mug=2",), "cross_window": 0.0}, "--weights act within --cross-window, which has no step"),
+    ({"weights": ("mug=2",), "cross_window": 0.1, "steps": 4}, "which has no step; got 0.1"),
+    ({"inversion": "negative-prompt", "negative_prompt": "x"}, "away from the source's prompt. Leave out --neg"),
+    ({"guidance": 1.0, "negative_prompt": "x"}, "--negative-prompt is what guidance moves away from"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_without_a_model(tmp_path, changes, said):
     with refused(said):
@@ -160,6 +186,8 @@ def test_words_models_and_pictures_that_do_not_fit_are_refused_before_anything_i
     for changes, said in (
         ({"weights": ("blue=2",)}, "--weights blue: the prompt has no word 'blue'; it has a, cup. Name a word of"),
         ({"blend": ("blue",)}, "--blend blue: none of these is a word of 'a mug'"),
+        ({"steps": 1001, "dry_run": True}, "--steps 1001 cannot be: .* fewer than 1001 distinct times"),
+        ({"blend": ("a mug",)}, "--blend a mug: none of these is a word of 'a cup'"),
         ({"image": str(small)}, "small.png is 4 x 4, smaller than half of 16 x 16"),
         ({"teacher": str(tmp_path / "sd3"), "size": 0}, "SD3Transformer2DModel is no UNet2DConditionModel"),
         ({"teacher": str(tmp_path / "pixels"), "size": 0}, "takes no prompts; expected a text-to-image model"),
