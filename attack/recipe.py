@@ -168,7 +168,6 @@ def load(config: Attack) -> Case:
             f"{teacher.image_shape}. Pass another --size, or a teacher of such images."
         )
     images = ((found.images + 1) / 2).clamp(0, 1).to(config.device)
-    box(config.region, images)
     classifier = load_classifier(config.classifier, config.device)
     answers = asked(classifier, images, f"--classifier {config.classifier}")
     check_gradient(classifier, images, f"--classifier {config.classifier}")
