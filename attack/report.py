@@ -19,8 +19,9 @@ from attack.threat import Threat, size
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
 
-SLACK = 1e-6
-"""Rounding allowed to a ball's radius."""
+SLACK, SHARE = 1e-6, 1e-5
+"""Rounding allowed to a ball's radius, and as a share of it: a large ball of many pixels is projected into less
+exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,8 @@ def attack_figures(
     figures |= {"linf_max": float(size(delta, "linf").max()), "l2_mean": float(size(delta, "l2").mean())}
     figures["psnr"] = psnr(adversarial, measured.images)
     if threat is not None:
-        figures["within_ball"] = bool((size(delta, threat.norm) <= threat.radius + SLACK).all())
+        most = threat.radius * (1 + SHARE) + SLACK
+        figures["within_ball"] = bool((size(delta.double(), threat.norm) <= most).all())
     return figures | _distance_to_data(measured, adversarial, generator)
 
 

@@ -281,6 +281,17 @@ def test_figures_count_among_the_right_ones_over_all_draws():
         Measured(classifier=dark, images=images, labels=labels, purifier=defence, num_draws=1)
 
 
+def test_a_large_ball_of_many_pixels_holds_what_was_projected_into_it():
+    """The usual radius of photographs in l2: rounding is larger than of small images, and no way out of the ball."""
+    images, threat = 0.4 + 0.2 * torch.rand(2, 3, 224, 224, generator=seeded()), Threat(3.0, "l2")
+    labels = torch.zeros(2, dtype=torch.long)
+    measured = Measured(classifier=lambda x: x.mean((2, 3)), images=images, labels=labels)
+    made = threat.project(images + normal(2, 3, 224, 224, dtype=torch.float32), images)
+    assert attack_figures(measured, made, seeded(), threat)["within_ball"]
+    outside = images + 1.001 * (made - images)
+    assert not attack_figures(measured, outside, seeded(), threat)["within_ball"]
+
+
 def test_what_makes_a_success_say_little_is_flagged():
     images, labels = pictures(), torch.zeros(2, dtype=torch.long)
     assert flags(lambda x: x.flatten(1) @ normal(9, 4), images, labels) == []
