@@ -282,7 +282,7 @@ def test_figures_count_among_the_right_ones_over_all_draws():
 
 
 def test_a_large_ball_of_many_pixels_holds_what_was_projected_into_it():
-    """The usual radius of photographs in l2: rounding is larger than of small images, and no way out of the ball."""
+    """The usual radius of photographs in l2: rounding is larger than of small images, and leads out of no ball."""
     images, threat = 0.4 + 0.2 * torch.rand(2, 3, 224, 224, generator=seeded()), Threat(3.0, "l2")
     labels = torch.zeros(2, dtype=torch.long)
     measured = Measured(classifier=lambda x: x.mean((2, 3)), images=images, labels=labels)

@@ -6,11 +6,19 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from denoisers import normal
+from diffusers.models.attention_processor import Attention
 from refusals import refused
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.attention import Recorder, attention_layers, coarsest, controlled, level_size
+from scorefield.models.attention import (
+    Recorder,
+    attention_layers,
+    attention_maps,
+    coarsest,
+    controlled,
+    level_size,
+)
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pipeline import read_words
 from scorefield.schedule import VariancePreserving
@@ -166,6 +174,17 @@ def test_batches_that_the_edit_does_not_fit_are_refused(denoiser):
         inside(x_t, t, cond)
     with controlled(denoiser, Recorder(rows=4)) as inside, refused("at one time for all rows; got t ="):
         inside(x_t, torch.tensor([1.0, 2.0, 2.0, 2.0]), cond)
+
+
+@torch.no_grad()
+def test_products_that_overflow_in_half_precision_are_computed_in_single_where_the_network_says_so():
+    layer = Attention(query_dim=8, heads=1, dim_head=8, upcast_attention=True)
+    tokens = normal(1, 4, 8, dtype=torch.float32)
+    for part in (layer.to_q, layer.to_k):
+        part.weight.copy_(300 * torch.eye(8))
+    wanted, _ = attention_maps(layer, tokens.half().float(), None)
+    found, _ = attention_maps(layer.half(), tokens.half(), None)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
 
 
 def test_gradients_pass_through_edited_attention(denoiser):

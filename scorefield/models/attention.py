@@ -228,6 +228,8 @@ def attention_maps(attn: Any, hidden: Tensor, text: Tensor | None) -> tuple[Maps
     )
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
+    if attn.upcast_attention:  # Stable Diffusion 2.1, whose products overflow in half precision
+        query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
     scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1), value
 
