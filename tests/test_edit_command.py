@@ -13,6 +13,7 @@ from torchvision.io import read_image
 
 from edit.options import PRESETS, Config, check, parse_weights
 from edit.recipe import main
+from scorefield.models.teacher import load_teacher
 from toyworld.captions import parse as parse_caption
 from toyworld.judge import load_judge, right_answers
 
@@ -201,6 +202,23 @@ def test_words_models_and_pictures_that_do_not_fit_are_refused_before_anything_i
     for preset in ("prompt-to-prompt", "flow-edit", "sdedit"):
         made = main(config_of(sd, tmp_path / preset, preset, image=str(photo), **flow))
         assert (made / "000000.png").exists(), "without attention control flow transformers are edited, too"
+
+
+def test_a_model_that_does_not_tell_words_is_edited_without_attention_or_refused_before(sd, tmp_path, monkeypatch):
+    teacher = load_teacher(sd, size=16)
+    own = dataclasses.replace(teacher, texts=lambda prompts: teacher.texts(prompts))
+    monkeypatch.setattr("edit.recipe.load_teacher", lambda *arguments, **options: own)
+    with refused("does not tell the words of a prompt.* or pass --cross-window 0 --self-window 0"):
+        main(config_of(sd, tmp_path / "out", dry_run=True))
+    out = main(config_of(sd, tmp_path / "out", cross_window=0.0, self_window=0.0, report=True))
+    assert "strip.png" not in (out / "report.html").read_text()
+
+
+def test_a_scale_that_the_network_is_told_leaves_no_use_for_a_negative_prompt(sd, tmp_path, monkeypatch):
+    told = dataclasses.replace(load_teacher(sd, size=16), embedded=3.5)
+    monkeypatch.setattr("edit.recipe.load_teacher", lambda *arguments, **options: told)
+    with refused("is told its scale of guidance and looks at no --negative-prompt"):
+        main(config_of(sd, tmp_path / "out", negative_prompt="blurred"))
 
 
 def test_weights_are_read_as_words_and_factors():
