@@ -194,6 +194,7 @@ def test_words_models_and_pictures_that_do_not_fit_are_refused_before_anything_i
         ({"teacher": str(tmp_path / "pixels"), "size": 0}, "takes no prompts; expected a text-to-image model"),
         ({"edits": str(tmp_path / "absent.jsonl"), "source": "", "target": ""}, "absent.jsonl cannot be read"),
         ({"device": "nowhere"}, "--device nowhere cannot be used here"),
+        ({"device": "fpga"}, "--device fpga cannot be used here: [^.]*[.][^.]* 'FPGA' backend. Pass cpu"),
     ):
         with refused(said):
             main(config_of(sd, tmp_path / "out", **changes))
