@@ -123,8 +123,10 @@ def physical_patch(
         with torch.enable_grad():
             worn = inside(mask, patch.clamp(0, 1), images)
             seen = worn if purifier is None else within(mask, purifier, images)(worn, generator)
+            # A sum over images, each of which has a patch of its own, whoever shares its batch.
             losses = [
-                functional.cross_entropy(classifier(view(seen, generator)), target) for _ in range(num_draws)
+                functional.cross_entropy(classifier(view(seen, generator)), target, reduction="sum")
+                for _ in range(num_draws)
             ]
             loss = torch.stack(losses).mean()
             (patch.grad,) = torch.autograd.grad(loss, patch)

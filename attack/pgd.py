@@ -76,10 +76,12 @@ class PGD:
         check_images(center := images if center is None else center)
         best, furthest = images, torch.full((len(images),), -torch.inf, device=images.device)
         for number in range(self.num_restarts):
-            x = self.threat.random(center, generator) if self.random_start else center.clone()
+            x = self.threat.random(center, generator, mask) if self.random_start else center.clone()
             x = inside(mask, x, images)
             for _ in range(self.num_steps):
                 gradient = self.gradient(classifier, x, labels, transform, generator)
+                # Before the norm: in l2 what lies outside the mask would take its share of the step.
+                gradient = inside(mask, gradient, torch.zeros_like(gradient))
                 moved = x + self.step_size * self.threat.steepest(gradient)
                 x = inside(mask, self.threat.project(moved, center), images)
             if self.num_restarts == 1:
@@ -122,10 +124,15 @@ class PGD:
 
 def fgsm(
     classifier: Classifier, images: Images, labels: Labels, *, threat: Threat, generator: Generators,
-    transform: Transform | None = None, mask: Mask | None = None,
+    transform: Transform | None = None, mask: Mask | None = None, targeted: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return images after one step of the whole radius (Goodfellow et al. 2014, arXiv 1412.6572)."""
-    one = PGD(threat=threat, step_size=threat.radius, num_steps=1, random_start=False)
+    """Return images after one step of the whole radius (Goodfellow et al. 2014, arXiv 1412.6572).
+
+    Arguments and errors are those of :class:`PGD`; a radius of 0 returns the images.
+    """
+    if threat.radius == 0:
+        return images
+    one = PGD(threat=threat, step_size=threat.radius, num_steps=1, random_start=False, targeted=targeted)
     return one(classifier, images, labels, generator=generator, transform=transform, mask=mask)
 
 

@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from attack.diff_pgd import Adversarial, diff_pgd
 from attack.options import Attack, check
-from attack.pgd import PGD, Classifier, fgsm
+from attack.pgd import PGD, Classifier, fgsm, logits_of
 from attack.purify import Purifier
 from attack.report import Measured, attack_figures, clean_figures, parts_of
 from attack.threat import Threat
@@ -124,17 +124,10 @@ def attacked(
     if method == "diff-pgd" and case.purifier is not None:
         return diff_pgd(attack, case.classifier, images, labels, purifier=case.purifier, generator=own, mask=mask)
     if method == "fgsm":
-        if attack.targeted:
-            one = PGD(
-                threat=attack.threat,
-                step_size=attack.threat.radius,
-                num_steps=1,
-                random_start=False,
-                targeted=True,
-            )
-            made = one(case.classifier, images, labels, generator=own, mask=mask)
-        else:
-            made = fgsm(case.classifier, images, labels, threat=attack.threat, generator=own, mask=mask)
+        made = fgsm(
+            case.classifier, images, labels, threat=attack.threat, generator=own, mask=mask,
+            targeted=attack.targeted,
+        )  # fmt: skip
     else:
         made = attack(case.classifier, images, labels, generator=own, mask=mask)
     return Adversarial(made, made)
@@ -176,7 +169,8 @@ def load(config: Attack) -> Case:
         )
     images = ((found.images + 1) / 2).clamp(0, 1).to(config.device)
     classifier = load_classifier(config.classifier, config.device)
-    answers = asked(classifier, images, config.classifier)
+    answers = asked(classifier, images, f"--classifier {config.classifier}")
+    check_gradient(classifier, images, f"--classifier {config.classifier}")
     labels = found.labels.to(config.device) if labelled else answers.argmax(1)
     if int(labels.max()) >= answers.shape[1]:
         raise ValueError(
@@ -185,7 +179,7 @@ def load(config: Attack) -> Case:
         )
     others = {name: load_classifier(name, config.device) for name in config.transfer}
     for name, other in others.items():
-        asked(other, images, name)
+        asked(other, images, f"--transfer {name}")
     purifier = None if teacher is None else make_purifier(config, teacher)
     targets = target_of(config, labels, answers.shape[1])
     if targets is not None:
@@ -231,20 +225,41 @@ def load_classifier(name: str, device: str) -> Classifier:
 
 @torch.no_grad()
 def asked(classifier: Classifier, images: Tensor, name: str) -> Tensor:
-    """Return a classifier's logits. Raises ``ValueError`` where it does not take the images, or gives none."""
+    """Return a classifier's logits. Raises ``ValueError`` where it does not take the images, or gives none.
+
+    Also for one that writes into them, as an in-place normalisation does: all figures would be of other images.
+    ``name`` is the option that it was named by, and its name.
+    """
+    given = images.clone()
     try:
-        logits = torch.cat([classifier(part) for part in images.split(64)])
+        logits = torch.cat([classifier(part) for part in given.split(64)])
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--classifier {name} does not take images {tuple(images.shape[1:])} in [0, 1]: {reason}. "
+            f"{name} does not take images {tuple(images.shape[1:])} in [0, 1]: {reason}. "
             "Pass --size, or wrap it so that it resizes them."
         ) from error
     if logits.ndim != 2 or logits.shape[1] < 2 or not bool(logits.isfinite().all()):
         raise ValueError(
-            f"--classifier {name} must return finite logits (b, classes), at least two; got {tuple(logits.shape)}."
+            f"{name} must return finite logits (b, classes), at least two; got {tuple(logits.shape)}."
         )
+    if not torch.equal(given, images):
+        raise ValueError(f"{name} writes into its images. Let it work on a copy, such as (x - mean) / std.")
     return logits
+
+
+def check_gradient(classifier: Classifier, images: Tensor, name: str) -> None:
+    """Raise ``ValueError`` for a classifier that no gradient comes through, which cannot be attacked so."""
+    leaf = images[:1].clone().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_of(classifier, leaf)
+        reaches = logits.is_floating_point() and logits.requires_grad
+        found = torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] if reaches else None
+    if found is None:
+        raise ValueError(
+            f"{name} gives no gradient to its images: it works without one, or on copies. An attack needs logits "
+            "that are differentiable."
+        )
 
 
 def make_purifier(config: Attack, teacher: Teacher) -> Purifier:
@@ -264,7 +279,12 @@ def make_purifier(config: Attack, teacher: Teacher) -> Purifier:
                 f"--teacher {config.teacher} has classes, and none that means no class. Pass another."
             )
         cond = teacher.cond(torch.tensor([teacher.num_classes]))
-    times = grid(teacher.denoiser.schedule, config.purify_steps, high=config.strength)
+    try:
+        times = grid(teacher.denoiser.schedule, config.purify_steps, high=config.strength)
+    except ValueError as error:
+        raise ValueError(
+            f"--purify-steps {config.purify_steps} do not go into --strength {config.strength}: {error}"
+        ) from error
     return Purifier(
         teacher.denoiser, times, cond, teacher.encode, teacher.decode,
         step=ddpm() if config.sampler == "ddpm" else ddim(), gradient=config.gradient,

@@ -19,8 +19,9 @@ from attack.threat import Threat, size
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
 
-SLACK = 1e-6
-"""Rounding allowed to a ball's radius."""
+SLACK, SHARE = 1e-6, 1e-5
+"""Rounding allowed to a ball's radius, and as a share of it: a large ball of many pixels is projected into less
+exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def clean_figures(measured: Measured, generator: Generators) -> dict[str, Any]:
         wrong = measured.purified_answers(measured.images, generator) != measured.labels
         figures |= {"purified_accuracy": float((~wrong).double().mean()), "purified_error": share(wrong, right)}
     figures |= _distance_to_data(measured, measured.images, generator)
-    figures["flags"] = flags(measured.classifier, measured.images, measured.labels)
+    figures["flags"] = flags(measured.classifier, measured.images, measured.labels, measured.batch_size)
     return figures
 
 
@@ -148,7 +149,8 @@ def attack_figures(
     figures |= {"linf_max": float(size(delta, "linf").max()), "l2_mean": float(size(delta, "l2").mean())}
     figures["psnr"] = psnr(adversarial, measured.images)
     if threat is not None:
-        figures["within_ball"] = bool((size(delta, threat.norm) <= threat.radius + SLACK).all())
+        most = threat.radius * (1 + SHARE) + SLACK
+        figures["within_ball"] = bool((size(delta.double(), threat.norm) <= most).all())
     return figures | _distance_to_data(measured, adversarial, generator)
 
 
@@ -158,24 +160,20 @@ def psnr(made: Images, wanted: Images) -> float | None:
     return None if error == 0 else float(-10 * torch.tensor(error, dtype=torch.float64).log10())
 
 
-def flags(classifier: Classifier, images: Images, labels: Labels) -> list[str]:
+def flags(classifier: Classifier, images: Images, labels: Labels, batch_size: int = 64) -> list[str]:
     """Return what makes an attack's success say little of a classifier's robustness, as AutoAttack warns of it.
 
     random: two calls differ, so that gradients and answers need several draws. probabilities: the outputs are no
     logits, and gradients vanish where it is sure. zero gradient: of some images. few classes: fewer than 4, too
     few for the targeted losses of AutoAttack.
     """
-    found = []
-    leaf = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        logits = logits_of(classifier, leaf)
-        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), leaf)
-    if not torch.equal(logits.detach(), _logits(classifier, images)):
-        found.append("random")
-    sums = logits.detach().double().sum(1)
-    if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+    pairs = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    # Twice in the same way: without a graph modules may take another path, and round otherwise.
+    logits, again = (torch.cat([_logits(classifier, part) for part, _ in pairs]) for _ in range(2))
+    found = [] if torch.equal(logits, again) else ["random"]
+    if bool((logits >= 0).all()) and bool(((logits.double().sum(1) - 1).abs() < 1e-3).all()):
         found.append("probabilities")
-    if bool((size(gradient, "linf") == 0).any()):
+    if any(bool((size(_slope(classifier, *pair), "linf") == 0).any()) for pair in pairs):
         found.append("zero gradient")
     if logits.shape[1] < 4:
         found.append("few classes")
@@ -185,6 +183,14 @@ def flags(classifier: Classifier, images: Images, labels: Labels) -> list[str]:
 @torch.no_grad()
 def _logits(classifier: Classifier, images: Images) -> Tensor:
     return logits_of(classifier, images)
+
+
+def _slope(classifier: Classifier, images: Images, labels: Labels) -> Tensor:
+    leaf = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss = functional.cross_entropy(logits_of(classifier, leaf), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient
 
 
 def _distance_to_data(measured: Measured, images: Images, generator: Generators) -> dict[str, float]:

@@ -51,20 +51,27 @@ class Threat:
         return delta * per_sample((self.radius / size(delta, "l2").clamp(min=1e-12)).clamp(max=1), delta)
 
     def steepest(self, gradient: Images) -> Tensor:
-        """Return the change of norm 1 that rises most: the sign in linf, the direction in l2."""
+        """Return the change of norm 1 that rises most: the sign in linf, the direction in l2; 0 for none."""
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / per_sample(size(gradient, "l2").clamp(min=1e-12), gradient)
+        # Where the classifier is sure gradients are tiny, and their squares nothing: the largest number becomes 1.
+        tiny = torch.finfo(gradient.dtype).tiny
+        scaled = gradient / per_sample(size(gradient, "linf").clamp(min=tiny), gradient)
+        return scaled / per_sample(size(scaled, "l2").clamp(min=tiny), scaled)
 
-    def random(self, center: Images, generator: Generators) -> Tensor:
-        """Return a random start: uniform in the cube in linf, a uniform direction and length in l2; in [0, 1]."""
+    def random(self, center: Images, generator: Generators, mask: Mask | None = None) -> Tensor:
+        """Return a random start: uniform in the cube in linf, a uniform direction and length in l2; in [0, 1].
+
+        Under a mask the direction is one of those that change nothing outside it.
+        """
         normal = normal_like(center, generator)
         uniform = torch.special.ndtr(normal)
         if self.norm == "linf":
             return (center + self.radius * (2 * uniform - 1)).clamp(0, 1)
         # One number of the same draw gives the length: the direction hardly depends on it.
         lengths = self.radius * uniform.flatten(1)[:, 0]
-        return (center + per_sample(lengths, center) * self.steepest(normal)).clamp(0, 1)
+        direction = self.steepest(inside(mask, normal, torch.zeros_like(normal)))
+        return (center + per_sample(lengths, center) * direction).clamp(0, 1)
 
 
 def size(delta: Images, norm: Norm) -> PerSample:

@@ -6,12 +6,11 @@ python benchmarks/edit_attention.py --num-images 16 --seeds 0
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from edit_scenes import averaged, make_edits, psnr, recoloured
+from edit_scenes import Measured, averaged, make_edits, psnr, recoloured
 from edits import WINDOWS
 from torch import Tensor
 
@@ -31,19 +30,11 @@ FACTORS = (-2.0, 0.0, 0.5, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Measured):
     """What is measured."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Seeds: each has other captions and other noise."""
-    num_images: int = 8
-    """Pictures of each seed."""
-    steps: int = 20
-    """DDIM steps."""
     guidance: float = 3.0
     """Scale of guidance."""
-    out: Path | None = None
-    """JSON file for the figures."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,11 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from edit_scenes import psnr
+from edit_scenes import Measured, psnr
 from torch import Tensor
 
 from edit.inversion import Inversion, invert, whiteness
@@ -31,21 +30,15 @@ from toyworld.render import render
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Measured):
     """What is measured."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Seeds: each has other scenes."""
-    num_images: int = 8
-    """Renders of a seed."""
     steps: int = 50
-    """Of sampling and inversion."""
+    """Steps of sampling and inversion."""
     inner: int = 10
     """Updates of null-text inversion at each time. 0 leaves it out."""
     sweeps: int = 0
     """Sweeps of global null-text inversion. 0 leaves it out."""
-    out: Path | None = None
-    """JSON file for the figures."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ a colour, since a render is shade times colour plus background, pixel by pixel.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ from toyworld.solids import VIEWED_SHAPES
 
 KINDS = ("colour", "shape", "background", "view")
 """What an edit changes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured: options of every benchmark of edits."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Seeds: each has other scenes and other noise."""
+    num_images: int = 8
+    """Pictures of each seed, and of each kind of edit."""
+    steps: int = 20
+    """Steps of sampling and inversion."""
+    out: Path | None = None
+    """JSON file for the figures."""
 
 
 @dataclass(frozen=True, eq=False)

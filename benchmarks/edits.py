@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import tyro
-from edit_scenes import KINDS, Edits, averaged, figures, make_edits
+from edit_scenes import KINDS, Edits, Measured, averaged, figures, make_edits
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -41,25 +41,17 @@ WINDOWS = {"colour": (1.0, 0.8), "background": (0.8, 0.4), "shape": (0.4, 0.0), 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Measured):
     """What is measured."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Seeds: each has other scenes and other edits."""
-    num_images: int = 8
-    """Edits of each kind and seed."""
     kinds: tuple[str, ...] = KINDS
     """Kinds of edits."""
     methods: tuple[str, ...] = ()
     """Methods whose names begin so. By default all but null-text, which is slow."""
-    steps: int = 20
-    """Of sampling and inversion."""
     guidance: float = 3.0
     """Scale of guidance, except for DDS, which has 7.5."""
     inner: int = 10
     """Updates of null-text inversion at each time."""
-    out: Path | None = None
-    """JSON file for the figures."""
     picture: Path | None = None
     """PNG file for two edits of each kind: source, truth, and what the methods of PICTURED made."""
 

@@ -80,28 +80,33 @@ def range_test(
         joined: the loss of one rank to that of all; where a network is sharded they have to stop together.
 
     Raises:
-        ValueError: the loss does not fall at any rate, or is not finite at the first step.
+        ValueError: the loss does not fall at any rate, or is not finite at the first step; rates that do not rise;
+            fewer than two steps.
     """
+    if not (0 < low < high and steps > 1):
+        raise ValueError(f"a range test needs 0 < low < high and at least 2 steps; got {low}, {high}, {steps}.")
     learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
     before = [local(parameter.detach()).clone() for parameter in learned]
     optimizer = torch.optim.AdamW(learned, low, weight_decay=0.0, fused=True)
     rates: list[float] = []
     losses: list[float] = []
-    for step in progress(range(steps), "range test of learning rates"):
-        rate = low * (high / low) ** (step / (steps - 1))
-        value = loss()
-        rates.append(rate)
-        losses.append(float(joined(value.detach())))
-        if not math.isfinite(losses[-1]) or losses[-1] > 4 * losses[0]:
-            break
+    try:
+        for step in progress(range(steps), "range test of learning rates"):
+            rate = low * (high / low) ** (step / (steps - 1))
+            value = loss()
+            rates.append(rate)
+            losses.append(float(joined(value.detach())))
+            if not math.isfinite(losses[-1]) or losses[-1] > 4 * losses[0]:
+                break
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            clip_gradients(learned, clip_norm)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    finally:
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        clip_gradients(learned, clip_norm)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_copy_([local(parameter.detach()) for parameter in learned], before)
+        with torch.no_grad():
+            torch._foreach_copy_([local(parameter.detach()) for parameter in learned], before)
     rate = min(best_rate(rates, losses), MOST_MOVED * size_of_weights(learned))
     return RangeTest(tuple(rates), tuple(losses), rate)
 

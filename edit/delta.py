@@ -1,19 +1,23 @@
 """Edits by gradients: the difference of two score distillations, of the edited image and of its source.
 
     DDS    w (eps(x_t, target prompt) - eps(source_t, source prompt))      the errors of SDS cancel
+    CDS    DDS, and a contrast that holds the structure of the source
     PDS    w (z(x, target prompt) - z(source, source prompt))              z is the noise of one stochastic step
 
-Both see the two images under the same noise at the same time. :func:`descend` follows a gradient; anything else
+All see the two images under the same noise at the same time. :func:`descend` follows a gradient; anything else
 with parameters, such as a scene, may follow it, too: the losses have the interface of those of ``sds``.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Generator, Tensor
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize
 
-from scorefield.denoiser import Cond, Denoiser, expand_cond
+from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser, expand_cond
 from scorefield.gradient import (
     NoiseSampler,
     ScoreGradient,
@@ -23,6 +27,7 @@ from scorefield.gradient import (
     standard_normal,
     weighted_gap,
 )
+from scorefield.models.attention import attention_layers
 from scorefield.sampling import ddim_moments
 from scorefield.schedule import Images, Schedule, per_sample
 from scorefield.times import TimeSampler, uniform
@@ -74,10 +79,109 @@ class DDS:
 
         Raises ``ValueError`` if the shapes of source and x0, or the keys of their conditions, differ.
         """
-        pair = _pair(self.teacher, x0, cond, self.source, self.source_cond, self.times, self.noise, generator)
+        return self._between(self._pair(x0, cond, generator), x0)
+
+    def _pair(self, x0: Images, cond: Cond, generator: Generator) -> "_Pair":
+        return _pair(self.teacher, x0, cond, self.source, self.source_cond, self.times, self.noise, generator)
+
+    def _between(self, pair: "_Pair", x0: Images) -> ScoreGradient:
         gap = (x0 - pair.answer) - (pair.source - pair.source_answer)
         weight = noise_weight(self.w)(x0, pair.answer, pair.t, self.teacher.schedule)
         return weighted_gap(weight, gap, pair.t)
+
+
+Features = Callable[[Tensor, Tensor, Cond], Sequence[Float[Tensor, "b places channels"]]]
+"""(x_t, t, cond) -> what a network makes of each place of the image, in some of its layers; differentiable."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ContrastiveDDS(DDS):
+    """DDS that keeps the structure of its source: contrastive denoising score (Nam et al. 2023, arXiv 2311.18608).
+
+    To the gradient of :class:`DDS` comes that of a contrast of features, at the same t and noise. The features of
+    each place of the edited image shall be nearest to those of the same place of the source:
+
+        strength * sum over layers of the mean over places i of -log softmax over j of (f_i s_j / temperature) at i
+
+    where f and s are features of unit length, and places are drawn anew each time. It costs one more pass through
+    the network for the source, and one forward and back for the edited image.
+
+    Args:
+        features: such as :func:`attention_features` of the teacher without guidance.
+        strength: of the contrast; 0 is DDS.
+        temperature: of the softmax.
+        num_places: drawn of each layer; all where it has fewer.
+
+    Raises ``ValueError`` for a negative strength, and unless temperature and num_places are above 0.
+    """
+
+    features: Features
+    strength: float = 3.0
+    temperature: float = 0.07
+    num_places: int = 256
+
+    def __post_init__(self) -> None:
+        if not (self.strength >= 0 and self.temperature > 0 and self.num_places > 0):
+            raise ValueError(
+                "a contrast needs strength >= 0, temperature > 0 and num_places > 0; got "
+                f"{self.strength}, {self.temperature}, {self.num_places}."
+            )
+
+    @torch.no_grad()
+    def gradient(self, x0: Images, cond: Cond, *, generator: Generator) -> ScoreGradient:
+        """Return the gradient at one draw of t, noise and places; arguments and errors are those of DDS."""
+        pair = self._pair(x0, cond, generator)
+        found = self._between(pair, x0)
+        theirs = self.features(pair.source_x_t, pair.t, expand_cond(self.source_cond, len(x0)))
+        with torch.enable_grad():
+            x_t = pair.x_t.detach().requires_grad_()
+            losses = [
+                self._contrast(own, other.detach(), generator)
+                for own, other in zip(self.features(x_t, pair.t, cond), theirs, strict=True)
+            ]
+            (slope,) = torch.autograd.grad(self.strength * torch.stack(losses).sum(), x_t)
+        # x_t moves by alpha(t) where x0 moves by 1.
+        value = found.value + per_sample(self.teacher.schedule.alpha(pair.t), slope) * slope.to(found.value)
+        metrics = {"contrast": torch.stack(losses).detach().sum() / len(x0)}
+        return ScoreGradient(value, {**found.metrics, **described(value, value, pair.t).metrics, **metrics})
+
+    def _contrast(self, own: Tensor, theirs: Tensor, generator: Generator) -> Tensor:
+        places = torch.randperm(own.shape[1], generator=generator, device=generator.device)[: self.num_places]
+        f, s = (normalize(one[:, places.to(one.device)], dim=2) for one in (own, theirs))
+        logits = (f @ s.mT / self.temperature).log_softmax(2)
+        return -logits.diagonal(dim1=1, dim2=2).mean(1).sum()
+
+
+def attention_features(denoiser: NetworkDenoiser, largest: int = 32**2) -> Features:
+    """Return what the layers of attention of a UNet's image to itself put out, on the way back up.
+
+    Args:
+        denoiser: without guidance.
+        largest: most places of a layer that is taken.
+
+    Raises:
+        ValueError: no UNet of prompts.
+    """
+    inner = denoiser.unwrapped()
+    names = [name for name in attention_layers(inner.network) if name.endswith("attn1") and "up_blocks." in name]
+
+    def features(x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        found = list[Tensor]()
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            del module, inputs
+            found.append(output)
+
+        handles = [inner.network.get_submodule(name).register_forward_hook(keep) for name in names]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled network has no hooks
+                inner(x_t, t, cond)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [one for one in found if one.shape[1] <= largest]
+
+    return features
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

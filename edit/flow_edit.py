@@ -24,8 +24,9 @@ def as_flow(denoiser: Denoiser) -> Denoiser:
     schedule = denoiser.schedule
     if isinstance(schedule, RectifiedFlow):
         return denoiser
-    low, high = schedule.ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
-    return rescheduled(denoiser, RectifiedFlow(low / (1 + low), high / (1 + high)))
+    ends = schedule.ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+    low, high = RectifiedFlow().time(ends).tolist()  # pure noise, whose ratio is infinite, lies at 1
+    return rescheduled(denoiser, RectifiedFlow(low, high))
 
 
 def flow_edit(

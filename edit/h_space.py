@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorefield.denoiser import Cond, Denoiser, NetworkDenoiser
 from scorefield.randomness import Generators
-from scorefield.sampling import Step, mix
+from scorefield.sampling import Point, Step, asking_once, mix
 from scorefield.schedule import Images, PerSample, Schedule
 
 Shift = Callable[[Tensor, float], Tensor]
@@ -54,19 +54,25 @@ class Hooked:
         """Return the expected clean image. Raises ``ValueError`` for several times in one batch."""
         if not bool((t == t[0]).all()):
             raise ValueError(f"activations are changed at one time for all samples; got t = {t.tolist()}.")
-        self.state.t = float(t[0])
-        with torch.compiler.set_stance("force_eager"):  # a compiled network has no hooks
-            return self.denoiser(x_t, t, cond)
+        self.state.t, self.state.asked = float(t[0]), True
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled network has no hooks
+                return self.denoiser(x_t, t, cond)
+        finally:
+            self.state.asked = False
 
 
 @dataclass
 class _State:
     t: float = 0.0
+    asked: bool = False
 
 
 @contextmanager
 def shifted(denoiser: NetworkDenoiser, shift: Shift, module: str = "") -> Iterator[Hooked]:
     """Change a module's output by ``shift`` within the block; behind it the network is as before.
+
+    Only what is asked through the block's own denoiser is shifted; ``denoiser`` itself answers as ever.
 
     Args:
         denoiser: without guidance, which goes round the result: all rows are shifted, negatives too.
@@ -80,6 +86,8 @@ def shifted(denoiser: NetworkDenoiser, shift: Shift, module: str = "") -> Iterat
 
     def hook(part: nn.Module, args: Any, output: Any) -> Any:
         del part, args
+        if not state.asked:
+            return output
         if isinstance(output, Tensor):
             return shift(output, state.t)
         return (shift(output[0], state.t), *output[1:])
@@ -130,20 +138,19 @@ def asymmetric(plain: Denoiser) -> Step:
     """Return Asyrp's DDIM step: the shift acts on the clean image alone, the noise is that of ``plain``.
 
     x_s = alpha_s x0(shifted) + sigma_s eps(plain) (arXiv 2210.10960, Eq. 7). It costs a second call; without it
-    the shift acts on both (the symmetric form of arXiv 2303.11073).
+    the shift acts on both (the symmetric form of arXiv 2303.11073). ``plain`` may be of the same network:
+
+        with shifted(denoiser, shift) as inner:
+            sample(inner, x_t, cond, times=times, step=asymmetric(denoiser))
     """
 
-    def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
-    ) -> Tensor:
-        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
-        if s is None:
-            return x0
-        schedule = denoiser.schedule
+    def move(schedule: Schedule, point: Point, s: Tensor, cond: Cond, generator: Generators | None) -> Tensor:
+        del generator
+        x_t, t = point.x_t, point.t
         noise = schedule.from_x0(plain(x_t, t, cond).to(x_t.dtype), x_t, t, "eps")
-        return mix(x0, schedule.alpha(s), noise, schedule.sigma(s))
+        return mix(point.x0, schedule.alpha(s), noise, schedule.sigma(s))
 
-    return step
+    return asking_once(move)
 
 
 # Directions ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scorefield.denoiser import Cond, Denoiser
-from scorefield.guidance import guided
+from scorefield.guidance import Norm, guided
 from scorefield.randomness import Generators
 from scorefield.sampling import Step, check_decreasing, mix
 from scorefield.schedule import Images, PerSample, Schedule, per_sample
@@ -155,7 +155,7 @@ def pinned(step: Step, path: Path) -> Step:
     return pin
 
 
-def negative_prompt(denoiser: Denoiser, scale: float, source: Cond) -> Denoiser:
+def negative_prompt(denoiser: Denoiser, scale: float, source: Cond, norm: Norm = "none") -> Denoiser:
     """Negative-prompt inversion: guidance away from the source's prompt (Miyake et al. 2023, arXiv 2305.16807).
 
     Under the source's own prompt both branches agree, so that any scale reconstructs what scale 1 does: null-text
@@ -165,8 +165,9 @@ def negative_prompt(denoiser: Denoiser, scale: float, source: Cond) -> Denoiser:
         denoiser: without guidance.
         scale: of guidance.
         source: condition of the source's prompt, batch 1 or b.
+        norm: of the guidance, as the model's family has it; under the source's own prompt it changes nothing.
     """
-    return guided(denoiser, scale, source)
+    return guided(denoiser, scale, source, norm=norm)
 
 
 @dataclass(frozen=True)
@@ -196,5 +197,6 @@ def whiteness(x_t: Float[Tensor, "b c h w"], schedule: Schedule, t: float | Tens
     noise = (x_t / per_sample(schedule.initial_std(time), x_t)).double()
     centred = noise - noise.mean()
     pairs = ((centred[..., 1:], centred[..., :-1]), (centred[..., 1:, :], centred[..., :-1, :]))
-    covariance = torch.stack([(a * b).mean() for a, b in pairs]).mean()
+    products = [(a * b).mean() for a, b in pairs if a.numel()]
+    covariance = torch.stack(products or [noise.new_zeros(())]).mean()
     return Whiteness(float(noise.std()), float(noise.mean()), float(covariance / centred.square().mean()))

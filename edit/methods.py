@@ -1,6 +1,7 @@
 """Every method of ``scorefield edit`` on a batch of pictures and prompts."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from edit.words import align, tokens_of
 from scorefield.denoiser import Cond, Conditioned, Denoiser
 from scorefield.grids import grid
 from scorefield.guidance import guided
-from scorefield.models.attention import Recorder, attention_layers
+from scorefield.models.attention import Recorder, attention_layers, coarsest
 from scorefield.models.prompts import PromptEncoder, Words
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import derived_generator
@@ -110,20 +111,40 @@ def needs_attention(config: Config) -> bool:
     return bool(config.cross_window or config.self_window or config.weights or config.blend)
 
 
+def has_attention(teacher: Teacher) -> bool:
+    """Return whether attention of the model can be read and changed, and the words of its prompts are known."""
+    try:
+        attention_layers(teacher.denoiser.network)
+    except ValueError:
+        return False
+    return isinstance(teacher.texts, PromptEncoder)
+
+
 def check_teacher(teacher: Teacher, config: Config) -> None:
     """Raise ``ValueError`` for a model that the method cannot edit with."""
     if teacher.texts is None or teacher.times:
         what = "takes no prompts" if teacher.texts is None else "is a student of few steps"
         raise ValueError(f"--teacher {config.teacher} {what}; expected a text-to-image model, such as toyworld.")
+    try:
+        grid(teacher.denoiser.schedule, config.steps, shift=teacher.shift)
+    except ValueError as error:
+        raise ValueError(f"--steps {config.steps} cannot be: {error}") from error
     if needs_attention(config):
         try:
             attention_layers(teacher.denoiser.network)
         except ValueError as error:
             raise ValueError(f"{error} Or pass --cross-window 0 --self-window 0.") from error
+    if teacher.embedded is not None and config.negative_prompt and config.inversion != "negative-prompt":
+        raise ValueError(
+            f"--teacher {config.teacher} is told its scale of guidance and looks at no --negative-prompt. Leave "
+            "it out."
+        )
     if config.inversion == "null-text":
         what = "is told its scale of guidance" if teacher.embedded is not None else ""
         if EMBEDDING not in teacher.negative(config.negative_prompt):
             what = f"has no {EMBEDDING} to fit"
+        elif teacher.norm != "none":
+            what = "scales its guided predictions, which the fit does not"
         if what:
             raise ValueError(f"--inversion null-text fits a negative prompt; {config.teacher} {what}. Use direct.")
 
@@ -159,7 +180,7 @@ def of_prompts(batch: Batch) -> Made:
     found = invert(teacher.denoiser, batch.x0, batch.source, times=batch.times, iterations=config.refinements)
     step = pinned(ddim(), found.path) if config.inversion == "direct" else ddim()
     if config.inversion == "negative-prompt":
-        guide = partial(negative_prompt, scale=config.guidance, source=batch.source)
+        guide = partial(negative_prompt, scale=config.guidance, source=batch.source, norm=teacher.norm)
     if config.inversion == "null-text":
         fit = Fit(scale=config.guidance, num_inner=config.inner)
         negative = teacher.negative(config.negative_prompt)
@@ -240,7 +261,7 @@ def _side_by_side(batch: Batch, x_t: Tensor, step: Step, guide: Guide, times: Te
         return Made(source, target)
     prompts = [(batch.words(one.source), batch.words(one.target)) for one in batch.requests]
     weights = parse_weights(config.weights)
-    recorder = Recorder(rows=2 * n) if config.blend or config.report else None
+    recorder = make_recorder(batch.teacher, 2 * n) if config.blend or config.report else None
     edit = PromptToPrompt(
         (tuple(align(source, target, weights) for source, target in prompts),), n,
         early(times, config.cross_window), early(times, config.self_window), recorder=recorder,
@@ -248,21 +269,29 @@ def _side_by_side(batch: Batch, x_t: Tensor, step: Step, guide: Guide, times: Te
     blend = None
     if config.blend:
         tokens = torch.stack(
-            [_blended(words, config.blend) for side in zip(*prompts, strict=True) for words in side]
+            [blended(words, config.blend) for side in zip(*prompts, strict=True) for words in side]
         )
         blend = LocalBlend(tokens, n, config.blend_threshold, late(times, BLEND_AFTER))
     source, target = prompt_to_prompt(denoiser, x_t, conds, edit, times=times, guide=guide, step=step, blend=blend)
     return Made(source, target, recorder=recorder)
 
 
-def _blended(words: Words, wanted: tuple[str, ...]) -> Tensor:
-    """Return which tokens are of words to blend; a prompt may lack some of them, but not all."""
-    tokens, lacking = torch.zeros(words.length), list[str]()
+def make_recorder(teacher: Teacher, rows: int) -> Recorder:
+    """Return what reads the attention of a UNet to its prompts, at the coarsest layers at least."""
+    size = (teacher.shape[1], teacher.shape[2])
+    most = max(Recorder.largest, coarsest(teacher.denoiser.network, size))
+    return Recorder(rows, most, size)
+
+
+def blended(words: Words, wanted: tuple[str, ...]) -> Tensor:
+    """Return which tokens are of words to blend; a prompt may lack some of them.
+
+    Raises ``ValueError`` where it lacks all.
+    """
+    tokens = torch.zeros(words.length)
     for word in wanted:
-        try:
+        with suppress(ValueError):  # the other prompt may have it
             tokens[tokens_of(words, word)] = 1.0
-        except ValueError as error:
-            lacking.append(str(error))
-    if len(lacking) == len(wanted):
-        raise ValueError(f"--blend: {lacking[0]}")
+    if not bool(tokens.any()):
+        raise ValueError(f"--blend {' '.join(wanted)}: none of these is a word of {' '.join(words.words)!r}.")
     return tokens

@@ -193,12 +193,21 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.skip < 1:
         raise ValueError(f"--skip must lie in [0, 1); got {config.skip}.")
+    if config.method in ("edit-friendly", "flow-edit") and not steps_left(config.steps, config.skip):
+        raise ValueError(
+            f"--skip {config.skip} of --steps {config.steps} leaves none. Lower it, or raise --steps."
+        )
     check_asked(config)
     check_method(config)
     parse_weights(config.weights)
     check_out(config.out)
     check_replaceable(config.out)
     check_alone("edit")
+
+
+def steps_left(steps: int, skip: float) -> int:
+    """Return how many of the steps are made where the share ``skip`` of them, the noisiest, is left out."""
+    return steps - round(skip * steps)
 
 
 def check_asked(config: Config) -> None:
@@ -228,6 +237,19 @@ def check_method(config: Config) -> None:
             f"--weights and --blend change attention, which --method {config.method} leaves alone. Leave them "
             "out, or use prompt-to-prompt."
         )
+    if config.weights and not round(config.cross_window * config.steps):
+        raise ValueError(
+            f"--weights act within --cross-window, which has no step; got {config.cross_window}. Pass "
+            "--cross-window 0.8, or leave them out."
+        )
+    if config.negative_prompt and config.inversion == "negative-prompt":
+        raise ValueError(
+            "--inversion negative-prompt guides away from the source's prompt. Leave out --negative-prompt, or "
+            "use direct."
+        )
+    guides = config.guidance != 1 or (config.method == "flow-edit" and config.source_guidance != 1)
+    if config.negative_prompt and not guides:
+        raise ValueError("--negative-prompt is what guidance moves away from: pass --guidance above 1, too.")
     if config.method != "prompt-to-prompt" and config.inversion != Config.inversion:
         raise ValueError(
             f"--inversion {config.inversion} is of --method prompt-to-prompt; got {config.method}. Leave it out."

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit.methods import Made, check_teacher, make_batch, needs_attention, run
-from edit.options import Config, check, parse_weights
+from edit.methods import Made, blended, check_teacher, has_attention, make_batch, needs_attention, run
+from edit.options import Config, check, parse_weights, steps_left
 from edit.report import Edit, write
 from edit.requests import Request, read_images, read_requests
 from edit.words import tokens_of
@@ -50,7 +50,7 @@ def main(config: Config) -> Path | None:
         label: [
             edit.target for edit in make_edits(teacher, replace(config, report=False, **changes), requests, images)
         ]
-        for label, changes in (variants(config) if config.report else {}).items()
+        for label, changes in (variants(config, teacher) if config.report else {}).items()
     }
     with working("writing the pictures"):
         write(edits, config, strips)
@@ -58,10 +58,15 @@ def main(config: Config) -> Path | None:
     return config.out
 
 
-def variants(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the changes of the options under which the report draws each edit again, by what it calls them."""
+def variants(config: Config, teacher: Teacher) -> dict[str, dict[str, Any]]:
+    """Return the changes of the options under which the report draws each edit again, by what it calls them.
+
+    There are none where only windows of attention could change, and the model's attention cannot be edited.
+    """
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     if config.method == "prompt-to-prompt":
+        if not has_attention(teacher):
+            return {}
         return {
             f"windows {share:g} {share / 2:g}": {"cross_window": share, "self_window": share / 2}
             for share in shares
@@ -73,15 +78,22 @@ def variants(config: Config) -> dict[str, dict[str, Any]]:
             f"{number} gradients": {"iterations": number}
             for number in sorted({max(1, round(config.iterations * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
         }
-    return {f"skip {share:g}": {"skip": share} for share in (0.0, 0.2, 0.4, 0.6, 0.8)}
+    shares = (0.0, 0.2, 0.4, 0.6, 0.8)
+    return {f"skip {share:g}": {"skip": share} for share in shares if steps_left(config.steps, share)}
 
 
 def check_words(teacher: Teacher, config: Config, requests: tuple[Request, ...]) -> None:
-    """Raise ``ValueError`` for words of --weights and --blend that a prompt lacks, before anything is computed."""
-    if not needs_attention(config) or not (config.weights or config.blend):
+    """Raise ``ValueError`` for words of --weights and --blend that a prompt lacks, before anything is computed.
+
+    Also for a model that does not tell the words of a prompt, where attention to them is to be changed.
+    """
+    if not needs_attention(config):
         return
     if not isinstance(teacher.texts, PromptEncoder):
-        raise ValueError("--weights and --blend need a diffusers model, whose tokenizer tells a prompt's words.")
+        raise ValueError(
+            f"--teacher {config.teacher} does not tell the words of a prompt, which attention control needs. Take "
+            "a diffusers model, or pass --cross-window 0 --self-window 0 without --weights and --blend."
+        )
     for one in requests:
         source, target = teacher.texts.words(one.source), teacher.texts.words(one.target)
         for word in parse_weights(config.weights):
@@ -89,11 +101,8 @@ def check_words(teacher: Teacher, config: Config, requests: tuple[Request, ...])
                 tokens_of(target, word)
             except ValueError as error:
                 raise ValueError(f"--weights {word}: {error} Name a word of the target.") from error
-        for words in (source, target):
-            if config.blend and not any(word.lower() in words.words for word in config.blend):
-                raise ValueError(
-                    f"--blend {' '.join(config.blend)}: none of these is a word of {' '.join(words.words)!r}."
-                )
+        for words in (source, target) if config.blend else ():
+            blended(words, config.blend)
 
 
 def make_edits(

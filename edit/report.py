@@ -79,11 +79,12 @@ def write(edits: Sequence[Edit], config: Config, strips: Mapping[str, Sequence[T
             rows.append({"file_name": f"{number:06d}.png", **edit.figures()})
             if config.report:
                 _save(edit.mask * 2 - 1, folder / f"{number:06d}.changed.png")
-                others = torch.stack([targets[number] for targets in strips.values()])
-                _save(
-                    make_grid(others, nrow=len(others), padding=2, pad_value=1.0),
-                    folder / f"{number:06d}.strip.png",
-                )
+                if strips:
+                    others = torch.stack([targets[number] for targets in strips.values()])
+                    _save(
+                        make_grid(others, nrow=len(others), padding=2, pad_value=1.0),
+                        folder / f"{number:06d}.strip.png",
+                    )
                 if edit.maps is not None:
                     _save(_attention(edit.maps, edit.image.shape[1:]), folder / f"{number:06d}.attention.png")
         pairs = [picture for edit in edits[:MOST] for picture in (edit.image, edit.source, edit.target)]
@@ -102,7 +103,8 @@ def page(edits: Sequence[Edit], rows: Sequence[dict[str, Any]], labels: Sequence
                  ("changed", f"{number:06d}.changed.png")]  # fmt: skip
         if edit.maps is not None:
             shown.append(("attention to: " + " ".join(edit.words), f"{number:06d}.attention.png"))
-        shown.append(("; ".join(labels), f"{number:06d}.strip.png"))
+        if labels:
+            shown.append(("; ".join(labels), f"{number:06d}.strip.png"))
         pictures = "".join(
             f"<figure><img src='{file}'><figcaption>{html.escape(name)}</figcaption></figure>"
             for name, file in shown

@@ -9,7 +9,7 @@ image at scale 1 and the other at scale -1. The scale is a number of the caller'
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,7 +23,6 @@ from torch import Generator, Tensor
 
 from scorefield.atomic import whole_folder
 from scorefield.denoiser import Cond, NetworkDenoiser
-from scorefield.files import read_json
 from scorefield.gradient import prediction_weight, standard_normal, weighted_error
 from scorefield.guidance import guided
 from scorefield.models.lora import (
@@ -36,12 +35,13 @@ from scorefield.models.lora import (
     scaled,
     stacked,
 )
+from scorefield.models.weights import check_finite, read_shapes
 from scorefield.sampling import Step, ddim
 from scorefield.schedule import Images, PerSample
 from scorefield.times import TimeSampler, uniform
 
 FACTS = "slider.json"
-"""File beside the weights: rank and layers."""
+"""File beside the weights: rank and layers, for whoever reads it."""
 
 PREFIX = "unet."
 """Before the names of layers, for ``load_lora_weights`` of diffusers."""
@@ -215,11 +215,18 @@ def save_slider(slider: Slider, folder: Path) -> Path:
 
 
 def load_slider(base: NetworkDenoiser, folder: Path) -> Slider:
-    """Return a slider that :func:`save_slider` wrote. Raises ``ValueError`` for one of another network."""
-    facts: Mapping[str, Any] = read_json(folder / FACTS)
-    slider = make_slider(
-        base, rank=int(facts["rank"]), targets=facts["layers"], generator=Generator().manual_seed(0)
-    )
-    held = load_file(folder / LORA_FILE)
+    """Return a slider that :func:`save_slider` wrote; its rank and layers are those of its weights.
+
+    Raises ``ValueError`` for one of another network, and for weights that are missing, damaged or not finite.
+    """
+    file = folder / LORA_FILE
+    shapes = {name.removeprefix(PREFIX): shape for name, shape in read_shapes(file).items()}
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
+    if len(ranks) != 1:
+        raise ValueError(f"{file} holds no slider: its layers must have one rank; got {sorted(ranks) or 'none'}.")
+    layers = sorted({name.partition(".lora_")[0] for name in shapes})
+    slider = make_slider(base, rank=ranks.pop(), targets=layers, generator=Generator().manual_seed(0))
+    held = load_file(file)
+    check_finite(held, file)
     load_adapter_weights(slider.adapted, {name.removeprefix(PREFIX): value for name, value in held.items()})
     return slider

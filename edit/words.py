@@ -88,13 +88,26 @@ def align(source: Words, target: Words, weights: Mapping[str, float] | None = No
 
 
 def tokens_of(words: Words, word: str) -> list[int]:
-    """Return the tokens of a word, or of a phrase of several, wherever the prompt has it.
+    """Return the tokens of a word, or of a phrase, wherever the prompt has it.
+
+    "t-shirt" is a phrase, too: a tokenizer reads it as three words.
 
     Raises ``ValueError`` for what the prompt does not have.
     """
-    phrase = [part.lower() for part in word.split()]
-    starts = range(len(words.words) - len(phrase) + 1) if phrase else range(0)
-    found = [start for start in starts if list(words.words[start : start + len(phrase)]) == phrase]
+    phrase = "".join(word.lower().split())
+    found = [run for start in range(len(words.words)) if phrase and (run := _run(words.words, start, phrase))]
     if not found:
         raise ValueError(f"the prompt has no word {word!r}; it has {', '.join(words.words)}.")
-    return [token for start in found for at in range(start, start + len(phrase)) for token in words.tokens[at]]
+    return sorted({token for run in found for at in run for token in words.tokens[at]})
+
+
+def _run(words: Sequence[str], start: int, phrase: str) -> range:
+    """Return the numbers of the words from ``start`` on that spell the phrase; none if they do not."""
+    spelt = ""
+    for stop, word in enumerate(words[start:], start + 1):
+        spelt += word
+        if spelt == phrase:
+            return range(start, stop)
+        if not phrase.startswith(spelt):
+            break
+    return range(0)

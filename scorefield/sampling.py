@@ -4,13 +4,13 @@ A step takes ``x_t`` from time t to a less noisy time s, where s = None means th
 generic over the step; none of them disables gradients, so wrap them in ``torch.no_grad()`` for plain sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from scorefield.denoiser import Cond, Denoiser
@@ -29,6 +29,10 @@ class Point:
     t: PerSample
     x_t: Images
     x0: Images
+
+
+Move = Callable[[Schedule, Point, Tensor, Cond, Generators | None], Tensor]
+"""(schedule, point, s, cond, generator) -> x_s; see :func:`asking_once`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,42 @@ def sample(
 
 
 def _call(checkpoint: bool, function: Callable[..., Any], *args: Any) -> Any:
-    return recompute(function, *args, use_reentrant=False) if checkpoint else function(*args)
+    if not checkpoint:
+        return function(*args)
+    rows = [one for arg in args for one in (arg if isinstance(arg, Sequence) else (arg,))]
+    generators = [one for one in rows if isinstance(one, Generator)]
+    before, called = [one.get_state() for one in generators], list[bool]()
+
+    def again(*args: Any) -> Any:
+        # torch puts its own generator back. These, too, must draw again what they drew for the first call.
+        if not called:
+            called.append(True)
+            return function(*args)
+        after = [one.get_state() for one in generators]
+        _set_states(generators, before)
+        try:
+            return function(*args)
+        finally:
+            _set_states(generators, after)
+
+    return recompute(again, *args, use_reentrant=False)
+
+
+def _set_states(generators: Sequence[Generator], states: Sequence[Tensor]) -> None:
+    for one, state in zip(generators, states, strict=True):
+        one.set_state(state)
+
+
+def asking_once(move: Move) -> Step:
+    """Return a step that asks the denoiser once, and then moves, or, last of all, takes its answer."""
+
+    def step(
+        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
+    ) -> Tensor:
+        point = Point(t, x_t, denoiser(x_t, t, cond).to(x_t.dtype))
+        return point.x0 if s is None else move(denoiser.schedule, point, s, cond, generator)
+
+    return step
 
 
 def ddim(eta: float = 0.0) -> Step:
@@ -119,16 +158,12 @@ def ddim(eta: float = 0.0) -> Step:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got {eta}. 0 is deterministic, 1 is DDPM.")
 
-    def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
-    ) -> Tensor:
-        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
-        if s is None:
-            return x0
-        x_s, std = ddim_moments(denoiser.schedule, x_t, x0, t, s, eta)
-        return x_s if eta == 0 else x_s + per_sample(std, x_t) * normal_like(x_t, generator)
+    def move(schedule: Schedule, point: Point, s: Tensor, cond: Cond, generator: Generators | None) -> Tensor:
+        del cond
+        x_s, std = ddim_moments(schedule, point.x_t, point.x0, point.t, s, eta)
+        return x_s if eta == 0 else x_s + per_sample(std, x_s) * normal_like(x_s, generator)
 
-    return step
+    return asking_once(move)
 
 
 def ddim_moments(
@@ -151,21 +186,16 @@ def ddpm(large_variance: bool = False) -> Step:
         large_variance: the variance of q(x_t | x_s) (``fixed_large``) instead of the posterior's.
     """
 
-    def step(
-        denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor | None, cond: Cond, generator: Generators | None
-    ) -> Tensor:
-        x0 = denoiser(x_t, t, cond).to(x_t.dtype)
-        if s is None:
-            return x0
-        schedule = denoiser.schedule
-        forward = transition_variance(schedule, t, s)
+    def move(schedule: Schedule, point: Point, s: Tensor, cond: Cond, generator: Generators | None) -> Tensor:
+        del cond
+        t, forward = point.t, transition_variance(schedule, point.t, s)
         sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
         keep = schedule.alpha(t) / schedule.alpha(s) * sigma_s**2 / sigma_t**2
-        mean = mix(x_t, keep, x0, schedule.alpha(s) * forward / sigma_t**2)
+        mean = mix(point.x_t, keep, point.x0, schedule.alpha(s) * forward / sigma_t**2)
         variance = forward if large_variance else posterior_variance(schedule, t, s)
-        return mean + per_sample(variance.sqrt(), x_t) * normal_like(x_t, generator)
+        return mean + per_sample(variance.sqrt(), mean) * normal_like(mean, generator)
 
-    return step
+    return asking_once(move)
 
 
 def heun() -> Step:

@@ -45,6 +45,23 @@ MINE = """
 
     def nothing():
         return None
+
+    def blind():
+        inner = classifier()
+
+        def answer(images):
+            with torch.no_grad():
+                return inner(images)
+
+        return answer
+
+    def whole_numbers():
+        inner = classifier()
+        return lambda images: (1000 * inner(images)).long()
+
+    def in_place():
+        inner = classifier()
+        return lambda images: inner(images.sub_(0.5))
 """
 
 
@@ -124,6 +141,12 @@ def test_a_target_is_a_number_of_the_classifier_and_images_of_it_are_left_out(pl
     (["--methods", "pgd", "--purify-prompt", "a"], "--purify-prompt is for a text-to-image --teacher; got none"),
     (["--methods", "pgd", "--classifier", "mine:large"], "does not take images (1, 8, 8) in [0, 1]"),
     (["--methods", "pgd", "--classifier", "mine:two_numbers"], "must return finite logits (b, classes)"),
+    (["--methods", "pgd", "--classifier", "mine:blind"], "mine:blind gives no gradient to its images"),
+    (["--methods", "pgd", "--classifier", "mine:whole_numbers"], "mine:whole_numbers gives no gradient"),
+    (["--methods", "pgd", "--classifier", "mine:in_place"], "--classifier mine:in_place writes into its images"),
+    (["--methods", "pgd", "--transfer", "mine:in_place"], "--transfer mine:in_place writes into its images"),
+    (["--methods", "pgd", "--transfer", "mine:large"], "--transfer mine:large does not take images"),
+    (["--teacher", "mine:teacher", "--strength", "1e-9"], "--purify-steps 2 do not go into --strength 1e-09: "),
     (["--methods", "pgd", "--classifier", "mine:nothing"], "must return a function from images to logits"),
     (["--methods", "pgd", "--classifier", "mine:absent"], "mine:absent: no such function"),
     (["--methods", "pgd", "--target", "7"], "--target must be a number below 5; got '7'"),

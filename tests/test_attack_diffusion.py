@@ -231,6 +231,22 @@ def test_a_patch_holds_under_views_that_it_was_not_made_for():
     assert (dark(images).argmax(1) == 0).all()
 
 
+def test_a_patch_does_not_depend_on_who_shares_its_batch():
+    images, mask, target = pictures(3), torch.zeros(3, 1, 3, 3, dtype=torch.bool), torch.ones(3, dtype=torch.long)
+    mask[:, :, 1:, 1:] = True
+
+    def faint(x):  # so that Adam's epsilon, which does not scale with the loss, is felt
+        return torch.stack([x.flatten(1).mean(1), (x**2).flatten(1).mean(1)], 1) * 1e-6
+
+    def patch(rows):
+        return physical_patch(
+            faint, images[rows], target[rows], mask=mask[rows], view=lambda x, generator: x, generator=seeded(),
+            num_steps=5, learning_rate=0.05,
+        ).iterate  # fmt: skip
+
+    close(patch(slice(0, 3))[:1], patch(slice(0, 1)), rtol=0, atol=1e-9)
+
+
 def test_figures_count_among_the_right_ones_over_all_draws():
     images = torch.tensor([0.2, 0.4, 0.6, 0.8]).double().view(4, 1, 1, 1)
     labels = torch.tensor([0, 0, 1, 0])  # the last one is wrong without any attack
@@ -265,6 +281,17 @@ def test_figures_count_among_the_right_ones_over_all_draws():
         Measured(classifier=dark, images=images, labels=labels, purifier=defence, num_draws=1)
 
 
+def test_a_large_ball_of_many_pixels_holds_what_was_projected_into_it():
+    """The usual radius of photographs in l2: rounding is larger than of small images, and leads out of no ball."""
+    images, threat = 0.4 + 0.2 * torch.rand(2, 3, 224, 224, generator=seeded()), Threat(3.0, "l2")
+    labels = torch.zeros(2, dtype=torch.long)
+    measured = Measured(classifier=lambda x: x.mean((2, 3)), images=images, labels=labels)
+    made = threat.project(images + normal(2, 3, 224, 224, dtype=torch.float32), images)
+    assert attack_figures(measured, made, seeded(), threat)["within_ball"]
+    outside = images + 1.001 * (made - images)
+    assert not attack_figures(measured, outside, seeded(), threat)["within_ball"]
+
+
 def test_what_makes_a_success_say_little_is_flagged():
     images, labels = pictures(), torch.zeros(2, dtype=torch.long)
     assert flags(lambda x: x.flatten(1) @ normal(9, 4), images, labels) == []
@@ -272,3 +299,14 @@ def test_what_makes_a_success_say_little_is_flagged():
     assert flags(lambda x: (x.flatten(1) @ normal(9, 5)).softmax(1), images, labels) == ["probabilities"]
     assert flags(lambda x: x.flatten(1) @ normal(9, 4) * (x > 1).sum(), images, labels) == ["zero gradient"]
     assert flags(lambda x: x.flatten(1) @ torch.randn(9, 4).double(), images, labels) == ["random"]
+
+
+def test_a_classifier_that_rounds_otherwise_without_a_graph_is_not_random_and_is_asked_in_batches():
+    images, labels, sizes = pictures(5), torch.zeros(5, dtype=torch.long), []
+
+    def classifier(x):  # as a transformer of torch does, which has a fast path
+        sizes.append(len(x))
+        return x.flatten(1) @ normal(9, 4) * (1 + 1e-12 * torch.is_grad_enabled())
+
+    assert flags(classifier, images, labels, batch_size=2) == []
+    assert set(sizes) == {1, 2}

@@ -128,6 +128,43 @@ def test_outside_the_mask_not_a_bit_changes():
     assert not torch.equal(found, images)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-30])
+def test_a_step_has_its_length_however_small_the_gradient_is(scale):
+    gradient = scale * normal(3, 1, 2, 2, dtype=torch.float32)
+    gradient[1] = 0
+    for norm in ("linf", "l2"):
+        lengths = size(Threat(0.1, norm).steepest(gradient), norm)
+        close(lengths, torch.tensor([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_under_a_mask_has_its_whole_length_inside(norm):
+    """What the classifier looks at most lies outside: in l2 it must not take its share of steps and starts."""
+    images, mask = pictures(), torch.zeros(4, 1, 4, 4, dtype=torch.bool)
+    mask[:, :, 1:3, 2:] = True
+    weights = normal(3, 3, 4, 4, seed=1) * torch.where(mask[0], 0.1, 10.0)
+
+    def classifier(x):
+        return torch.einsum("bchw,kchw->bk", x, weights)
+
+    one = PGD(threat=Threat(0.2, norm), step_size=0.1, num_steps=1, random_start=False)
+    found = one(classifier, images, LABELS, generator=seeded(), mask=mask)
+    close(size(found - images, norm), torch.full((4,), 0.1).double())
+    many = images.repeat(100, 1, 1, 1)
+    starts = Threat(0.2, norm).random(many, seeded(), mask.repeat(100, 1, 1, 1))
+    lengths = size(torch.where(mask.repeat(100, 1, 1, 1), starts - many, 0.0), norm)
+    assert 0.19 < float(lengths.max()) <= 0.2 + 1e-12
+
+
+def test_one_step_may_be_targeted_and_a_radius_of_zero_changes_nothing():
+    images, wanted = pictures(), torch.tensor([1, 2, 0, 1])
+    for targeted, labels in ((False, LABELS), (True, wanted)):
+        one = PGD(threat=Threat(0.1), step_size=0.1, num_steps=1, random_start=False, targeted=targeted)
+        made = fgsm(curved, images, labels, threat=Threat(0.1), generator=seeded(), targeted=targeted)
+        assert torch.equal(made, one(curved, images, labels, generator=seeded()))
+    assert torch.equal(fgsm(curved, images, LABELS, threat=Threat(0.0), generator=seeded()), images)
+
+
 def test_an_image_with_a_generator_of_its_own_does_not_depend_on_its_batch():
     images, attack = pictures(), PGD(threat=Threat(0.1), step_size=0.05, num_draws=2)
 

@@ -6,11 +6,19 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from denoisers import normal
+from diffusers.models.attention_processor import Attention
 from refusals import refused
 
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.guidance import guided
-from scorefield.models.attention import Recorder, attention_layers, controlled
+from scorefield.models.attention import (
+    Recorder,
+    attention_layers,
+    attention_maps,
+    coarsest,
+    controlled,
+    level_size,
+)
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.pipeline import read_words
 from scorefield.schedule import VariancePreserving
@@ -95,6 +103,28 @@ def test_an_edit_that_only_looks_changes_no_bit_and_sees_the_prompts_rows_only(d
         Recorder(rows=4, largest=15).finest()
 
 
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (7, 10)])
+@torch.no_grad()
+def test_the_coarsest_layers_are_known_before_a_call_and_maps_have_the_proportions_of_the_image(denoiser, size):
+    unet = denoiser.network.model
+    deep = tiny.text_unet(
+        block_out_channels=(8, 8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), mid_block_type=None,
+    )  # fmt: skip
+    for model in (unet, deep):
+        every = Recorder(rows=2, largest=10**6, size=size)
+        with controlled(NetworkDenoiser(DiffusersNetwork(model), SD), every) as inside:
+            inside(normal(2, 4, *size, dtype=torch.float32), torch.full((2,), 500.0), prompts(2))
+        assert min(every.sums) == coarsest(model, size)
+        finest = every.finest()
+        assert finest.shape == (2, 6, *level_size(size, 0 if model is unet else 1))
+        torch.testing.assert_close(finest.sum(1), torch.ones(2, *finest.shape[2:]))
+    with refused("must be images of equal sides; got 6 tokens"):
+        Recorder(rows=1, sums={6: torch.ones(1, 6, 2)}, counts={6: 1}).finest()
+    with refused(r"must be images of \(4, 4\); got 6 tokens"):
+        Recorder(rows=1, size=(4, 4), sums={6: torch.ones(1, 6, 2)}, counts={6: 1}).finest()
+
+
 @torch.no_grad()
 def test_a_compiled_network_is_edited_and_compiled_again_behind(denoiser):
     x_t, t, cond = asked()
@@ -144,6 +174,17 @@ def test_batches_that_the_edit_does_not_fit_are_refused(denoiser):
         inside(x_t, t, cond)
     with controlled(denoiser, Recorder(rows=4)) as inside, refused("at one time for all rows; got t ="):
         inside(x_t, torch.tensor([1.0, 2.0, 2.0, 2.0]), cond)
+
+
+@torch.no_grad()
+def test_products_that_overflow_in_half_precision_are_computed_in_single_where_the_network_says_so():
+    layer = Attention(query_dim=8, heads=1, dim_head=8, upcast_attention=True)
+    tokens = normal(1, 4, 8, dtype=torch.float32)
+    for part in (layer.to_q, layer.to_k):
+        part.weight.copy_(300 * torch.eye(8))
+    wanted, _ = attention_maps(layer, tokens.half().float(), None)
+    found, _ = attention_maps(layer.half(), tokens.half(), None)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
 
 
 def test_gradients_pass_through_edited_attention(denoiser):

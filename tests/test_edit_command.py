@@ -13,6 +13,7 @@ from torchvision.io import read_image
 
 from edit.options import PRESETS, Config, check, parse_weights
 from edit.recipe import main
+from scorefield.models.teacher import load_teacher
 from toyworld.captions import parse as parse_caption
 from toyworld.judge import load_judge, right_answers
 
@@ -99,6 +100,26 @@ def test_weights_and_words_to_blend_change_the_edit(sd, photo, tmp_path):
         assert (blended / f"000000.{file}.png").exists()
 
 
+def test_an_image_of_many_tokens_is_blended_by_the_coarsest_layers_that_there_are(sd, tmp_path):
+    """As of SDXL at 1024 pixels, whose attention to the prompt begins at 32 x 32."""
+    out = main(config_of(sd, tmp_path / "out", size=72, blend=("a mug", "a cup"), report=True, steps=2))
+    assert (out / "000000.attention.png").exists()
+
+
+def test_a_report_with_few_steps_or_without_attention_shows_what_can_be_drawn(sd, photo, tmp_path):
+    tiny.sd3().save_pretrained(tmp_path / "sd3")
+    for name, preset, changes, skips in (
+        ("few", "edit-friendly", {"steps": 2, "skip": 0.0}, "skip 0; skip 0.2; skip 0.4; skip 0.6"),
+        ("flow", "flow-edit", {"steps": 1, "skip": 0.0}, "skip 0; skip 0.2; skip 0.4"),
+        ("bare", "prompt-to-prompt",
+         {"teacher": str(tmp_path / "sd3"), "size": 0, "cross_window": 0.0, "self_window": 0.0}, ""),
+    ):  # fmt: skip
+        out = main(config_of(sd, tmp_path / name, preset, image=str(photo), report=True, **changes))
+        page = (out / "report.html").read_text()
+        assert f"<figcaption>{skips}</figcaption>" in page if skips else "strip.png" not in page
+        assert (out / "000000.strip.png").exists() == bool(skips)
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(sd, photo, tmp_path, capsys):
     assert main(config_of(sd, tmp_path / "out" / "a", image=str(photo), dry_run=True)) is None
     assert not (tmp_path / "out").exists()
@@ -129,6 +150,12 @@ def test_edits_of_others_are_kept_and_ours_replaced(sd, photo, tmp_path):
     ({"weights": ("red=1",), "method": "dds", "image": "a.png"}, "--weights and --blend change attention"),
     ({"inversion": "ddim", "method": "dds", "image": "a.png"}, "--inversion ddim is of --method prompt-to-prompt"),
     ({"inversion": "null-text", "guidance": 1.0}, "--inversion null-text is for guidance; got --guidance 1"),
+    ({"method": "edit-friendly", "image": "a.png", "skip": 0.99}, "--skip 0.99 of --steps 50 leaves none"),
+    ({"method": "flow-edit", "image": "a.png", "skip": 0.6, "steps": 1}, "--skip 0.6 of --steps 1 leaves none"),
+    ({"weights": ("mug=2",), "cross_window": 0.0}, "--weights act within --cross-window, which has no step"),
+    ({"weights": ("mug=2",), "cross_window": 0.1, "steps": 4}, "which has no step; got 0.1"),
+    ({"inversion": "negative-prompt", "negative_prompt": "x"}, "away from the source's prompt. Leave out --neg"),
+    ({"guidance": 1.0, "negative_prompt": "x"}, "--negative-prompt is what guidance moves away from"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_without_a_model(tmp_path, changes, said):
     with refused(said):
@@ -160,11 +187,14 @@ def test_words_models_and_pictures_that_do_not_fit_are_refused_before_anything_i
     for changes, said in (
         ({"weights": ("blue=2",)}, "--weights blue: the prompt has no word 'blue'; it has a, cup. Name a word of"),
         ({"blend": ("blue",)}, "--blend blue: none of these is a word of 'a mug'"),
+        ({"steps": 1001, "dry_run": True}, "--steps 1001 cannot be: .* fewer than 1001 distinct times"),
+        ({"blend": ("a mug",)}, "--blend a mug: none of these is a word of 'a cup'"),
         ({"image": str(small)}, "small.png is 4 x 4, smaller than half of 16 x 16"),
         ({"teacher": str(tmp_path / "sd3"), "size": 0}, "SD3Transformer2DModel is no UNet2DConditionModel"),
         ({"teacher": str(tmp_path / "pixels"), "size": 0}, "takes no prompts; expected a text-to-image model"),
         ({"edits": str(tmp_path / "absent.jsonl"), "source": "", "target": ""}, "absent.jsonl cannot be read"),
         ({"device": "nowhere"}, "--device nowhere cannot be used here"),
+        ({"device": "fpga"}, "--device fpga cannot be used here: [^.]*[.][^.]* 'FPGA' backend. Pass cpu"),
     ):
         with refused(said):
             main(config_of(sd, tmp_path / "out", **changes))
@@ -173,6 +203,23 @@ def test_words_models_and_pictures_that_do_not_fit_are_refused_before_anything_i
     for preset in ("prompt-to-prompt", "flow-edit", "sdedit"):
         made = main(config_of(sd, tmp_path / preset, preset, image=str(photo), **flow))
         assert (made / "000000.png").exists(), "without attention control flow transformers are edited, too"
+
+
+def test_a_model_that_does_not_tell_words_is_edited_without_attention_or_refused_before(sd, tmp_path, monkeypatch):
+    teacher = load_teacher(sd, size=16)
+    own = dataclasses.replace(teacher, texts=lambda prompts: teacher.texts(prompts))
+    monkeypatch.setattr("edit.recipe.load_teacher", lambda *arguments, **options: own)
+    with refused("does not tell the words of a prompt.* or pass --cross-window 0 --self-window 0"):
+        main(config_of(sd, tmp_path / "out", dry_run=True))
+    out = main(config_of(sd, tmp_path / "out", cross_window=0.0, self_window=0.0, report=True))
+    assert "strip.png" not in (out / "report.html").read_text()
+
+
+def test_a_scale_that_the_network_is_told_leaves_no_use_for_a_negative_prompt(sd, tmp_path, monkeypatch):
+    told = dataclasses.replace(load_teacher(sd, size=16), embedded=3.5)
+    monkeypatch.setattr("edit.recipe.load_teacher", lambda *arguments, **options: told)
+    with refused("is told its scale of guidance and looks at no --negative-prompt"):
+        main(config_of(sd, tmp_path / "out", negative_prompt="blurred"))
 
 
 def test_weights_are_read_as_words_and_factors():
@@ -193,7 +240,7 @@ def test_a_red_mug_becomes_a_blue_one_on_the_model_that_ships(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "z_image", "lumina2"])
 def test_every_method_runs_on_a_family_or_is_refused_by_name(photo, tmp_path, family):
     make = {**transformers.FAMILIES, "sdxl": tiny.sdxl, "sd3": tiny.sd3}[family]
     make().save_pretrained(tmp_path / "model")
@@ -206,8 +253,9 @@ def test_every_method_runs_on_a_family_or_is_refused_by_name(photo, tmp_path, fa
             ):
                 main(config)
             config = dataclasses.replace(config, cross_window=0.0, self_window=0.0)
-        if preset == "null-text" and family in ("flux", "z_image"):
-            with refused("--inversion null-text fits a negative prompt; .* (is told its scale|has no encoder)"):
+        if preset == "null-text" and family in ("flux", "z_image", "lumina2"):
+            why = "(is told its scale|has no encoder|scales its guided)"
+            with refused(f"--inversion null-text fits a negative prompt; .* {why}"):
                 main(config)
             continue
         assert (main(config) / "000000.png").exists(), preset

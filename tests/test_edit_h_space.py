@@ -95,12 +95,12 @@ def test_the_asymmetric_step_moves_the_image_and_not_the_noise(denoiser, asked):
         )
     t, s = (time.expand(3) for time in times[:2])
     with shifted(denoiser, along(torch.ones(16, 4, 4), 2.0)) as inner:
-        # The hook sits in the network itself: a plain denoiser is one of a copy.
-        torch.manual_seed(0)
-        plain = NetworkDenoiser(DiffusersNetwork(tiny.text_unet().double()), SD)
-        made = asymmetric(plain)(inner, x_t, t, s, cond, None)
+        made = asymmetric(denoiser)(inner, x_t, t, s, cond, None)
         moved = inner(x_t, t, cond)
-    noise = SD.from_x0(plain(x_t, t, cond), x_t, t, "eps")
+        within = denoiser(x_t, t, cond)
+    assert torch.equal(within, denoiser(x_t, t, cond)), "only the block's own denoiser is shifted"
+    noise = SD.from_x0(within, x_t, t, "eps")
+    assert (moved - within).abs().max() > 1e-3
     close(made, SD.alpha(s)[:, None, None, None] * moved + SD.sigma(s)[:, None, None, None] * noise)
 
 

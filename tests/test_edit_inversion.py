@@ -231,6 +231,14 @@ def test_the_prompt_as_negative_leaves_guidance_nothing_to_do(make_mixture):
     back = sample(negative_prompt(mixture, 7.5, labels(0)), x_t, source, times=times)
     close(back, sample(mixture, x_t, source, times=times))
     assert (sample(guided(mixture, 7.5, labels(2)), x_t, source, times=times) - back).abs().max() > 0.1
+    # A target is guided as the model's family has it, here with the length of its positive prediction.
+    t, target = times[:1].expand(6), labels(1, 6)
+    answers = [guide(x_t, t, target) for guide in (
+        negative_prompt(mixture, 7.5, labels(0), norm="row"), guided(mixture, 7.5, labels(0)), mixture,
+    )]  # fmt: skip
+    normed, plain, positive = (SD.from_x0(x0, x_t, t, "flow") for x0 in answers)
+    close(normed.norm(dim=1), positive.norm(dim=1))
+    close(normed, plain / plain.norm(dim=1, keepdim=True) * positive.norm(dim=1, keepdim=True))
 
 
 def test_pinned_rows_pass_the_path_and_the_others_do_not_notice(make_mixture):

@@ -2,16 +2,19 @@
 hand."""
 
 import pytest
+import tiny_pipelines as tiny
 import torch
 from denoisers import Counting, normal, seeded
 from refusals import refused
 
-from edit.delta import DDS, PDS, descend
+from edit.delta import DDS, PDS, ContrastiveDDS, attention_features, descend
 from edit.flow_edit import as_flow, flow_edit
 from edit.sdedit import last_times, sdedit
+from scorefield.denoiser import NetworkDenoiser
 from scorefield.exact import GaussianMixture
 from scorefield.grids import grid
 from scorefield.guidance import guided
+from scorefield.models.networks import DiffusersNetwork
 from scorefield.sampling import sample
 from scorefield.schedule import RectifiedFlow, VariancePreserving
 
@@ -110,6 +113,59 @@ def test_an_edit_moves_by_what_the_prompts_differ_in_and_costs_one_call_a_step(k
         descend(method, source, labels(1, 6), num_steps=-1, learning_rate=0.1, generator=seeded())
 
 
+@pytest.mark.parametrize("t", [200.0, 700.0])
+def test_a_contrast_adds_the_gradient_of_its_softmax(t):
+    """Features are the image's own numbers, in three places of two channels: all derivatives are known."""
+    teacher, x0, source = (
+        GaussianMixture(torch.zeros(1, 6).double(), torch.ones(1), torch.ones(1), SD),
+        *(normal(4, 6, seed=seed) for seed in (0, 1)),
+    )
+    settings = {"teacher": teacher, "source": source, "source_cond": {}, "times": at(t)}
+    method = ContrastiveDDS(
+        **settings, features=lambda x, t, cond: [x.view(-1, 3, 2)], strength=2.0, temperature=0.5
+    )
+    found = method.gradient(x0, {}, generator=seeded())
+    plain = DDS(**settings).gradient(x0, {}, generator=seeded()).value
+    noise, each = torch.randn(4, 6, generator=seeded(), dtype=torch.float64), torch.full((4,), t).double()
+    f, s = (SD.diffuse(x, noise, each).view(4, 3, 2) for x in (x0, source))
+    length = f.norm(dim=2, keepdim=True)
+    f, s = f / length, s / s.norm(dim=2, keepdim=True)
+    shares = (f @ s.mT / 0.5).softmax(2)
+    slope = (shares - torch.eye(3)) @ s / (3 * 0.5)
+    slope = (slope - f * (f * slope).sum(2, keepdim=True)) / length
+    close(found.value, plain + 2.0 * SD.alpha(each[:1]) * slope.view(4, 6))
+    close(found.metrics["contrast"], -shares.diagonal(dim1=1, dim2=2).log().mean())
+    none = ContrastiveDDS(**settings, features=method.features, strength=0.0)
+    close(none.gradient(x0, {}, generator=seeded()).value, plain)
+    few = ContrastiveDDS(**settings, features=method.features, num_places=1)
+    close(few.gradient(x0, {}, generator=seeded()).value, plain)  # of one place there is nothing to tell it from
+    with refused("temperature > 0"):
+        ContrastiveDDS(**settings, features=method.features, temperature=0.0)
+
+
+def test_features_of_a_unet_are_those_of_its_attention_and_draw_an_edit_to_its_source():
+    torch.manual_seed(0)
+    unet = tiny.text_unet().requires_grad_(False)
+    denoiser = NetworkDenoiser(DiffusersNetwork(unet), SD)
+    cond = {"encoder_hidden_states": normal(1, 6, 32, dtype=torch.float32)}
+    source, x0 = (normal(1, 4, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    features = attention_features(denoiser)
+    found = features(source, torch.full((1,), 500.0), cond)
+    assert [tuple(one.shape) for one in found] == [(1, 64, 8)] * 2
+    assert attention_features(denoiser, largest=63)(source, torch.full((1,), 500.0), cond) == []
+    method = ContrastiveDDS(teacher=denoiser, source=source, source_cond=cond, features=features, times=at(200.0))
+    first = method.gradient(x0, cond, generator=seeded())
+    slope = (
+        first.value
+        - DDS(teacher=denoiser, source=source, source_cond=cond, times=at(200.0))
+        .gradient(x0, cond, generator=seeded())
+        .value
+    )
+    nearer = x0 - 0.3 * slope / slope.norm()
+    assert method.gradient(nearer, cond, generator=seeded()).metrics["contrast"] < first.metrics["contrast"]
+    assert not [module for module in unet.modules() if module._forward_hooks]
+
+
 # FlowEdit ------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +204,18 @@ def test_other_schedules_are_refused_or_wrapped():
     times = grid(flow.schedule, 40)
     made = flow_edit(flow, flow, image, labels(0, 5), labels(1, 5), times=times, generator=seeded())
     close(made, image + MEANS[1] - MEANS[0], rtol=0, atol=0.15)
+
+
+def test_a_model_whose_last_time_is_pure_noise_is_a_flow_to_its_end():
+    alphas = SD.alphas_cumprod.clone()
+    alphas[-1] = 0.0
+    flow = as_flow(two(VariancePreserving(alphas)))
+    assert flow.schedule.t_max == 1
+    image, noise, times = normal(2, 3), normal(2, 3, seed=1), grid(flow.schedule, 8)
+    made = flow_edit(flow, flow, image, labels(0, 2), labels(1, 2), times=times, generator=seeded())
+    close(made, image + MEANS[1] - MEANS[0], rtol=0, atol=0.15)
+    each = torch.ones(2, dtype=torch.float64)
+    close(flow(noise, each, labels(1, 2)), MEANS[1:].expand(2, 3))
     for changes in ({"num_draws": 0}, {"num_plain": 5}):
         with refused(r"num_draws must be at least 1 and num_plain in \[0, 4\]; got"):
             flow_edit(

@@ -87,7 +87,11 @@ def test_weights_are_of_words_and_phrases_of_the_target():
     assert not weighted.is_identity
     assert align(one, one, {"red": 1.0}).is_identity
     assert tokens_of(one, "Red Ice") == [5, 6]
-    for absent in ("blue", "mug red", ""):
+    shirt = words("a t - shirt on 1 0 shelves")
+    assert tokens_of(shirt, "T-shirt") == [2, 3, 4]
+    assert tokens_of(shirt, "on 10") == [5, 6, 7]
+    assert tokens_of(words("a a a"), "a a") == [1, 2, 3]
+    for absent in ("blue", "mug red", "", "re", "dmug"):
         with refused("the prompt has no word"):
             tokens_of(one, absent)
 

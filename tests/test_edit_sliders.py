@@ -5,6 +5,7 @@ import tiny_pipelines as tiny
 import torch
 from denoisers import normal, seeded
 from refusals import refused
+from safetensors.torch import load_file, save_file
 
 from edit.sliders import (
     load_slider,
@@ -18,7 +19,7 @@ from edit.sliders import (
 )
 from scorefield.denoiser import NetworkDenoiser, freeze
 from scorefield.grids import grid
-from scorefield.models.lora import merged
+from scorefield.models.lora import LORA_FILE, merged
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.sampling import sample
 from scorefield.schedule import VariancePreserving
@@ -160,3 +161,24 @@ def test_stock_diffusers_draws_the_same_with_set_adapters(tmp_path):
         theirs = pipeline.unet(x_t, T, encoder_hidden_states=cond["encoder_hidden_states"]).sample
         ours = together(list(zip(sliders.values(), scales, strict=True)))(x_t, T, cond)
         close(ours, SD.to_x0(theirs, x_t, T, "eps"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_that_holds_no_slider_of_the_network_is_refused(base, tmp_path):
+    folder = save_slider(awake(base), tmp_path / "good")
+    weights = load_file(folder / LORA_FILE)
+    first = next(name for name in weights if ".lora_A." in name)
+    for number, (change, said) in enumerate((
+        (None, "cannot read the weights"), ({}, "its layers must have one rank; got none"),
+        ({**weights, first: torch.zeros(3, weights[first].shape[1])}, r"must have one rank; got \[2, 3\]"),
+        ({**weights, first: weights[first] * torch.nan}, "hold nan or inf, in unet"),
+        ({**weights, "unet.elsewhere.lora_A.weight": torch.zeros(2, 4)}, "elsewhere.lora_A.weight is of a layer"),
+        ({name: value for name, value in weights.items() if name != first.replace("_A", "_B")}, "is missing"),
+    )):  # fmt: skip
+        bad = tmp_path / str(number)
+        bad.mkdir()
+        if change is not None:
+            save_file(change, bad / LORA_FILE)
+        with refused(said):
+            load_slider(base, bad)
+    (folder / "slider.json").write_text('{"rank": 1e9, "layers": "x"}')  # what the weights say counts
+    load_slider(base, folder)

@@ -9,6 +9,7 @@ import time
 import pytest
 from ranks import run_on_ranks
 
+from scorefield.training import lifelines
 from scorefield.training.lifelines import Lifelines, Peer
 from scorefield.training.ranks import check_shared
 
@@ -17,11 +18,11 @@ from scorefield.training.ranks import check_shared
 def store():
     held = {}
 
-    def lifelines(rank):
+    def line(rank):
         return Lifelines(rank, "127.0.0.1", lambda told: held.update(told=told), lambda: held.get("told"))
 
-    lifelines.held = held
-    return lifelines
+    line.held = held
+    return line
 
 
 def told(lines, tries=50):
@@ -72,6 +73,29 @@ def test_a_stranger_who_hangs_up_ends_nothing(store):
             stranger.sendall(words)
             assert told(first, 3) is None
         assert told(first, 5) is None
+    first.close()
+
+
+def test_a_stranger_is_told_nothing_and_one_who_says_half_a_word_holds_up_nobody(store, monkeypatch):
+    monkeypatch.setattr(lifelines, "PATIENCE", 1)
+    first = store(0)
+    port, secret = json.loads(store.held["told"])
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"[")
+        began = time.monotonic()
+        assert told(first, 5) is None
+        assert time.monotonic() - began < 5, "it waited for the rest"
+        stranger.settimeout(0.5)
+        try:
+            heard = stranger.recv(512)
+        except OSError:
+            heard = b""
+        assert secret.encode() not in heard, "with it a stranger could end the run"
+    second = store(1)
+    for one in (second, first, second):
+        assert told(one, 3) is None
+    assert [peer.rank for peer in second._wires.values()] == [0], "who knows the secret is answered"
+    second.close()
     first.close()
 
 

@@ -89,3 +89,20 @@ def test_a_loss_that_explodes_ends_the_test_early_and_the_network_is_put_back():
 def test_later_stages_take_fractions():
     rates = Rates.from_warmup(1e-3)
     assert (rates.warmup, rates.student, rates.fake) == pytest.approx((1e-3, 4e-5, 4e-4))
+
+
+def test_weights_are_put_back_also_where_the_loss_fails_and_rates_that_do_not_rise_are_refused():
+    network, loss = problem(0.1)
+    before, calls = network.weight.detach().clone(), iter(range(5))
+
+    def fails():
+        next(calls)
+        return loss()
+
+    with pytest.raises(StopIteration):
+        range_test(network, fails)
+    assert torch.equal(network.weight, before)
+    assert network.weight.grad is None
+    for bad in ({"steps": 1}, {"low": 0.0}, {"low": 0.1, "high": 0.1}):
+        with pytest.raises(ValueError, match=r"0 < low < high and at least 2 steps"):
+            range_test(network, loss, **bad)

@@ -18,7 +18,9 @@ from torch import nn
 
 from scorefield.denoiser import NetworkDenoiser, karras_denoiser
 from scorefield.exact import GaussianMixture
+from scorefield.langevin import corrected
 from scorefield.metrics import mode_shares
+from scorefield.randomness import normal_like
 from scorefield.sampling import (
     ddim,
     ddpm,
@@ -190,6 +192,21 @@ def test_sampling_is_differentiable_and_checkpointing_changes_no_gradient(mixtur
         gradients.append([x_t.grad, *(p.grad for p in network.parameters())])
     assert all(g.abs().sum() > 0 for g in gradients[0])
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("generators", [seeded, lambda seed: [seeded(seed + row) for row in range(4)]])
+def test_noise_within_a_step_is_drawn_again_where_the_step_is_computed_again(mixture, schedule, generators):
+    """A corrector's gradient depends on its noise; DDPM's does not, which is added last."""
+    found = []
+    for checkpoint in (False, True):
+        x_t, generator = normal(4, 2).requires_grad_(), generators(3)
+        x0 = sample(
+            mixture, x_t, {}, times=grid(schedule, 3, low=0.1, high=0.7), step=corrected(ddim(), num_steps=2),
+            generator=generator, checkpoint=checkpoint,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(x0.square().sum(), x_t)
+        found.append((x0, gradient, normal_like(x_t, generator)))
+    assert all(map(torch.equal, *found)), "image, gradient, and what is drawn next"
 
 
 @pytest.mark.parametrize("times", [torch.tensor([]), torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5]),

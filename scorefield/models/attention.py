@@ -8,6 +8,7 @@ before, bit for bit, and of one that is wanted only the rows that the edit chang
 is as it was.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,6 +152,32 @@ def attention_layers(network: nn.Module) -> dict[str, Any]:
     return layers
 
 
+def level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
+    """Return height and width after ``level`` halvings, each rounded up as a UNet's are."""
+    return -(-size[0] // 2**level), -(-size[1] // 2**level)
+
+
+def coarsest(network: nn.Module, size: tuple[int, int]) -> int:
+    """Return the fewest tokens of the image in any layer that attends to the prompt.
+
+    Args:
+        network: a UNet of prompts.
+        size: (height, width) of what it is given.
+
+    Raises:
+        ValueError: another network.
+    """
+    attention_layers(network)
+    unet: Any = next(one for one in network.modules() if type(one).__name__ == UNET)
+    last = len(unet.down_blocks) - 1
+    levels = {"mid_block": last}
+    levels |= {f"down_blocks.{number}": number for number in range(last + 1)}
+    levels |= {f"up_blocks.{number}": last - number for number in range(last + 1)}
+    crossing = {name for name, _ in unet.named_modules() if name.split(".")[-1] == "attn2"}
+    used = [level for block, level in levels.items() if any(name.startswith(f"{block}.") for name in crossing)]
+    return math.prod(level_size(size, max(used, default=last)))
+
+
 @dataclass(frozen=True, eq=False)
 class _Processor:
     """A layer's own processor, behind which an edit may replace some rows."""
@@ -201,6 +228,8 @@ def attention_maps(attn: Any, hidden: Tensor, text: Tensor | None) -> tuple[Maps
     )
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
+    if attn.upcast_attention:  # Stable Diffusion 2.1, whose products overflow in half precision
+        query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
     scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1), value
 
@@ -234,13 +263,16 @@ class Recorder:
 
     Attributes:
         rows: of a batch, without guidance.
-        largest: most tokens of the image in the layers that are read; finer ones cost memory.
+        largest: most tokens of the image in the layers that are read; finer ones cost memory. Some networks have
+            no layer as coarse as the default (SDXL at 1024 pixels): see :func:`coarsest`.
+        size: (height, width) of what the network is given; None: it is square.
         sums: by number of tokens of the image, (rows, queries, keys) in float32.
         counts: how many maps were added up.
     """
 
     rows: int
     largest: int = 16**2
+    size: tuple[int, int] | None = None
     sums: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
 
@@ -263,15 +295,21 @@ class Recorder:
         self.counts[number] = self.counts.get(number, 0) + 1
 
     def finest(self) -> Float[Tensor, "rows keys height width"]:
-        """Return the mean maps of the finest layers that were read, square images of the attention to each token.
+        """Return the mean maps of the finest layers that were read, images of the attention to each token.
 
-        Raises ``ValueError`` where nothing was read, and for layers that are not square.
+        Raises ``ValueError`` where nothing was read, and for layers in other proportions than ``size``.
         """
         if not self.sums:
             raise ValueError(f"no layer of at most {self.largest} tokens was read; sample first, or allow more.")
         number = max(self.sums)
-        side = round(number**0.5)
-        if side * side != number:
-            raise ValueError(f"attention maps must be square images; got {number} tokens.")
         mean = self.sums[number] / self.counts[number]
-        return mean.transpose(1, 2).unflatten(2, (side, side))
+        return mean.transpose(1, 2).unflatten(2, self._sides(number))
+
+    def _sides(self, number: int) -> tuple[int, int]:
+        if self.size is None and (side := math.isqrt(number)) ** 2 == number:
+            return side, side
+        if self.size is not None:
+            levels = (level_size(self.size, level) for level in range(max(self.size).bit_length() + 1))
+            if (found := next((one for one in levels if math.prod(one) == number), None)) is not None:
+                return found
+        raise ValueError(f"attention maps must be images of {self.size or 'equal sides'}; got {number} tokens.")

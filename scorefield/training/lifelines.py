@@ -9,6 +9,7 @@ import os
 import secrets
 import select
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ BYE = b"\n"
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """Seconds of silence before the kernel asks the other machine, between its questions, and their number."""
 
+
+PATIENCE = 2
+"""Seconds that a process may take over its first words."""
 
 TRIES = 3
 """How often a rank calls the first one. If nothing gets through, only collectives tell who is gone, and late."""
@@ -66,7 +70,7 @@ class Lifelines:
         ready = select.select(watched, [], [], seconds)[0]
         for one in ready:
             if one is self._server:
-                self._greet(one.accept()[0])
+                self._take(one.accept()[0])
             elif (gone := self._heard(one)) is not None:
                 return gone
         return None
@@ -87,18 +91,24 @@ class Lifelines:
         self._tries -= 1
         port, self._secret = json.loads(told)
         with suppress(OSError):
-            self._greet(socket.create_connection((self._host, port), timeout=5))
+            wire = socket.create_connection((self._host, port), timeout=5)
+            self._take(wire)
+            self._greet(wire)
 
-    def _greet(self, wire: socket.socket) -> None:
+    def _take(self, wire: socket.socket) -> None:
         wire.setblocking(True)
+        # Who says half a word holds up nobody: the kernel gives up, and Python need not look.
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE, 0))
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
                 wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._wires[wire] = None
+
+    def _greet(self, wire: socket.socket) -> None:
         hello = [self._secret, self._me.rank, self._me.host, self._me.process]
-        with suppress(OSError):
+        with suppress(OSError):  # a wire that is cut is heard of in its turn
             wire.sendall(json.dumps(hello).encode().ljust(512))
-            self._wires[wire] = None
 
     def _heard(self, wire: socket.socket) -> Peer | None:
         known = self._wires[wire]
@@ -109,8 +119,10 @@ class Lifelines:
         if known is None and said != BYE:
             with suppress(ValueError, TypeError):
                 secret, *peer = json.loads(said)
-                if secret == self._secret:  # a stranger has no say
+                if secret == self._secret:  # a stranger has no say, and is told nothing
                     self._wires[wire] = Peer(*peer)
+                    if self._server is not None:
+                        self._greet(wire)
                     return None
         wire.close()
         del self._wires[wire]

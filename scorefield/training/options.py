@@ -179,7 +179,7 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")  # torch explains at length
         raise ValueError(
             f"--device {name} cannot be used here: {reason}. Pass cpu, or cuda with a GPU."
         ) from error
