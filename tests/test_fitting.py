@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import scorefield.training.run as usable
+import scorefield.training.run as running
 import scorefield.training.stopping as stopping
 from scorefield.training.loop import Phase, Report
 from scorefield.training.options import RunOptions
@@ -31,10 +31,10 @@ def test_weights_that_are_not_finite_stop_every_rank_before_one_saves(monkeypatc
             phase.network.weight.data.fill_(float("nan"))
             yield Report(step, ("scene",), {})
 
-    monkeypatch.setattr(usable, "train", train)
+    monkeypatch.setattr(running, "train", train)
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: main))
     with pytest.raises(FloatingPointError, match="not finite at step 2"):
-        usable.fit(
+        running.fit(
             config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, preview=None, columns=1,
             check=lambda step, saving: checked.append((step, saving)),
         )  # fmt: skip
@@ -74,8 +74,8 @@ def test_steps_that_must_stay_are_saved_at_once_and_kept(monkeypatch, tmp_path):
         asked.append(step)
         return (3,) if step >= 3 else ()
 
-    monkeypatch.setattr(usable, "train", reports_of(range(1, 10)))
-    usable.fit(config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, keep=keep)
+    monkeypatch.setattr(running, "train", reports_of(range(1, 10)))
+    running.fit(config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, keep=keep)
     assert asked == list(range(1, 10))
     saved = sorted(int(path.name[5:]) for path in tmp_path.glob("checkpoints/step-*"))
     assert saved == [3, 8, 9], "that of step 4 is the oldest of those that need not stay"
@@ -88,10 +88,10 @@ def test_what_sends_a_run_back_leaves_nothing_of_its_step(monkeypatch, tmp_path)
         return ()
 
     config, seen = RunOptions(out=tmp_path, steps=9, save_every=2), []
-    monkeypatch.setattr(usable, "train", reports_of(range(1, 10)))
+    monkeypatch.setattr(running, "train", reports_of(range(1, 10)))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(WayBackError):
-        usable.fit(
+        running.fit(
             config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=0, keep=keep,
             watch=lambda step: seen.append(step) or {},
         )  # fmt: skip
@@ -103,10 +103,10 @@ def test_what_sends_a_run_back_leaves_nothing_of_its_step(monkeypatch, tmp_path)
 @pytest.mark.parametrize("last", [True, False])
 def test_ranks_can_speak_after_a_stage_that_is_not_the_last(monkeypatch, tmp_path, last):
     ended, accelerator = [], Accelerator(cpu=True)
-    monkeypatch.setattr(usable, "train", reports_of([1]))
+    monkeypatch.setattr(running, "train", reports_of([1]))
     monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(1))
     config = RunOptions(out=tmp_path, steps=1)
-    usable.fit(config, [make_phase()], lambda rng: {}, accelerator, own={}, first=0, last=last)
+    running.fit(config, [make_phase()], lambda rng: {}, accelerator, own={}, first=0, last=last)
     assert ended == [1] * last
 
 
@@ -125,9 +125,9 @@ def test_a_step_is_saved_before_it_is_watched(monkeypatch, tmp_path, all_watch):
         seen.append((step, sorted(path.name for path in tmp_path.glob("checkpoints/*"))))
         return {}
 
-    monkeypatch.setattr(usable, "train", train)
+    monkeypatch.setattr(running, "train", train)
     with pytest.raises(SystemExit):
-        usable.fit(
+        running.fit(
             config, [make_phase()], lambda rng: {}, Accelerator(cpu=True), own={}, first=2, watch=watch,
             all_watch=all_watch,
         )  # fmt: skip

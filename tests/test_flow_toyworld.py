@@ -90,6 +90,7 @@ def test_the_loss_is_that_of_the_velocity_at_times_about_a_half():
     assert float(t.logit().std()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_average_which_the_same_command_finds_done(trained, capsys):
     file = trained / "transformer" / "diffusion_pytorch_model.safetensors"
     before = file.read_bytes()

@@ -149,11 +149,11 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, caps
 
 def test_an_equal_accumulation_is_left_to_the_loop(monkeypatch, tmp_path, accelerator):
     """Accelerate's own would count blocks, not phases."""
-    import scorefield.training.run as usable
+    import scorefield.training.run as running
 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    assert usable.start(RunOptions(out=tmp_path, accumulate=4)).gradient_accumulation_steps == 1
+    assert running.start(RunOptions(out=tmp_path, accumulate=4)).gradient_accumulation_steps == 1
 
 
 class Compiled(nn.Module):

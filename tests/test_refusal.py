@@ -163,7 +163,7 @@ def as_rank(rank, port, folder):
     """What a forked process does as one of two ranks of a run that never ends, until it is missed."""
     from accelerate.state import AcceleratorState
 
-    import scorefield.training.run as usable
+    import scorefield.training.run as running
 
     os.environ.update(environment(rank, 2, port), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="1")
     said = os.open(folder / f"said{rank}", os.O_WRONLY | os.O_CREAT)
@@ -171,7 +171,7 @@ def as_rank(rank, port, folder):
     AcceleratorState._reset_state(reset_partial_state=True)
 
     def main(config):
-        accelerator = usable.start(config)
+        accelerator = running.start(config)
         while True:
             accelerator.wait_for_everyone()
             (folder / f"met{rank}").touch()

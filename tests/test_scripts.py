@@ -16,7 +16,7 @@ import distill.options as distill_options
 import distill.recipe as train_dmd
 import scorefield.cli as cli
 import scorefield.commands.teacher as train_teacher
-import scorefield.training.run as usable
+import scorefield.training.run as running
 import toyworld.demo as quickstart
 from distill.student import Student, save_student
 from scorefield.commands.options import TrainTeacher
@@ -257,7 +257,7 @@ def test_teacher_pairs_are_made_where_the_teacher_is(teacher, make_accelerator):
 @pytest.mark.parametrize("updates", [5, 20, 100, 500])
 def test_short_runs_reach_their_learning_rate_too(updates):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-    decay, rates = usable.cosine(optimizer, updates), []
+    decay, rates = running.cosine(optimizer, updates), []
     for _ in range(updates):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -301,6 +301,7 @@ def test_proportional_labels_keep_frequencies_and_number():
     assert (torch.bincount(chosen, minlength=10) / 5000 - share).abs().max() < 1 / 5000
 
 
+@pytest.mark.slow
 def test_the_judge_knows_real_digits_and_punishes_wrong_labels_and_noise():
     judge = Judge(seed=0, num_images=100)
     assert judge.accuracy > 0.94
@@ -342,13 +343,13 @@ def test_quickstart_writes_report_and_pictures(tmp_path, monkeypatch):
 def test_a_compiled_network_has_the_names_and_the_gradients_of_the_eager_one(tmp_path):
     """Names of weights stay, so that either kind of run loads the checkpoints of the other."""
     config, gradients = teacher_config(tmp_path, compile=True), {}
-    accelerator = usable.start(config)
+    accelerator = running.start(config)
     for compile_it in (False, True):
         torch.manual_seed(0)
         network = ResidualMLP((1, 8, 8), 10, width=32, depth=2)
         network.leave[-1].weight.data.normal_(0, 0.1)
         if compile_it:
-            network = usable.prepare(network, config, accelerator)
+            network = running.prepare(network, config, accelerator)
         torch.manual_seed(1)
         network(torch.randn(16, 1, 8, 8), torch.rand(16), torch.arange(16) % 10).square().mean().backward()
         gradients[compile_it] = {name: p.grad for name, p in network.named_parameters()}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_model
 from trainers import TRAINERS, Trainer, make_places, texts
 
 import distill.recipe
-import scorefield.training.run as usable
+import scorefield.training.run as running
 from scorefield.training.sharding import whole
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ def test_what_four_ranks_saved_goes_on_on_two_and_on_one(places, tmp_path, ranks
 
 def note_start(rank, seen):
     """Write what the first rank has, whole, when the training begins at step 3."""
-    begin = usable.train
+    begin = running.train
 
     def train(phases, *arguments, start=0, **settings):
         if start == 3:
@@ -107,12 +107,12 @@ def note_start(rank, seen):
                     save_model(network, str(seen / f"{name}.safetensors"))
         return begin(phases, *arguments, start=start, **settings)
 
-    usable.train = train
+    running.train = train
 
 
 def dies(rank, how, seed, out):
     """Note where this run begins, and let one rank end without a word: at one of its writes, or at any time."""
-    begin, chance = usable.train, random.Random(seed)
+    begin, chance = running.train, random.Random(seed)
 
     def train(phases, *arguments, start=0, **settings):
         if rank == 0:
@@ -120,7 +120,7 @@ def dies(rank, how, seed, out):
                 print(start, file=file)
         return begin(phases, *arguments, start=start, **settings)
 
-    usable.train = train
+    running.train = train
     if how == "writing" and rank == 0:
         sys.addaudithook(Clock(str(out), chance.randint(30, 400)))
     if how == "any time" and rank == 1:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import scorefield.commands.command as command
-import scorefield.training.run as usable
+import scorefield.training.run as running
 import scorefield.training.stopping as stopping
 from scorefield.training.loop import Phase, Report
 from scorefield.training.options import RunOptions
@@ -28,9 +28,9 @@ def fit(monkeypatch, out, number):
                 os.kill(os.getpid(), number)
             yield Report(step, ("p",), {"loss": torch.zeros(())})
 
-    monkeypatch.setattr(usable, "train", train)
+    monkeypatch.setattr(running, "train", train)
     config = RunOptions(out=out, steps=8, save_every=100)
-    usable.fit(config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0)
+    running.fit(config, [phase], lambda rng: {}, Accelerator(cpu=True), own={}, first=0)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import distill.options as distill_options
 import distill.recipe as train_dmd
 import distill.stages as stages
 import scorefield.commands.teacher as train_teacher
-import scorefield.training.run as usable
+import scorefield.training.run as running
 from distill import regression
 from distill.student import Student
 from scorefield.commands.options import TrainTeacher
@@ -76,7 +76,7 @@ class Killed(Exception):  # noqa: N818
 
 def kill(monkeypatch, name, step):
     """Let the stage whose config lies in the folder ``name`` die after a step."""
-    whole = usable.follow
+    whole = running.follow
 
     def follow(reports, accelerator, **options):
         for report in whole(reports, accelerator, **options):
@@ -84,7 +84,7 @@ def kill(monkeypatch, name, step):
             if report.step == step and any(key.startswith(f"{name}/") for key in report.metrics):
                 raise Killed
 
-    monkeypatch.setattr(usable, "follow", follow)
+    monkeypatch.setattr(running, "follow", follow)
 
 
 def test_the_student_is_asked_where_the_noise_is_moderate(finished):

@@ -106,14 +106,28 @@ CASES = [
 # From a moderate noise level on, as the default recipe has it: the scheduler's betas are cut off there.
 CUT_OFF = [("toyworld", 1, "cut"), ("toyworld", 4, "cut"), ("sd2", 2, "cut"), ("sdxl", 4, "cut-lora")]
 CASES += CUT_OFF
+SLOW = [
+    (family, steps, kind)
+    for family, steps, kind in CASES
+    if (kind in ("fused", "merged") and family in ("sdxl", "sd3", "toyworld")) or (family == "sd3" and steps == 1)
+]
+"""What differs from another case by its family alone."""
 
 
 @pytest.fixture(scope="module")
 def answers(folders, tmp_path_factory):
+    return make_answers([case for case in CASES if case not in SLOW], folders, tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="module")
+def slow_answers(folders, tmp_path_factory):
+    return make_answers(SLOW, folders, tmp_path_factory.mktemp("exported"))
+
+
+def make_answers(cases, folders, root):
     """For every case the training-time images and those of a fresh process."""
-    root = tmp_path_factory.mktemp("exported")
     wanted, jobs, teachers = {}, {}, {}
-    for family, steps, kind in CASES:
+    for family, steps, kind in cases:
         source, name = folders[family], f"{family}-{steps}-{kind}"
         if family not in teachers:
             teachers[family] = load_teacher(source, cache=root / "cache")
@@ -146,8 +160,18 @@ def answers(folders, tmp_path_factory):
     return root, wanted, {name: torch.from_numpy(found[name]).permute(0, 3, 1, 2) for name in found}
 
 
-@pytest.mark.parametrize(("family", "steps", "kind"), CASES)
+@pytest.mark.parametrize(("family", "steps", "kind"), [case for case in CASES if case not in SLOW])
 def test_stock_diffusers_gives_the_image_of_the_training(answers, family, steps, kind):
+    assert_same_images(answers, family, steps, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "steps", "kind"), SLOW)
+def test_stock_diffusers_gives_it_for_every_family(slow_answers, family, steps, kind):
+    assert_same_images(slow_answers, family, steps, kind)
+
+
+def assert_same_images(answers, family, steps, kind):
     _, wanted, found = answers
     name = f"{family}-{steps}-{kind}"
     images, spread = wanted[name]

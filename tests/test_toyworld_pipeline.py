@@ -84,6 +84,7 @@ def test_what_training_scripts_sample_of_an_image_is_its_mean():
     assert told.std.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_what_it_is_asked(tmp_path):
     asked = [
         Attributes("cone", "green", "white", "side"), Attributes("torus", "yellow", "black", "front"),
@@ -96,6 +97,7 @@ def test_stock_diffusers_draws_what_it_is_asked(tmp_path):
     assert right["colour"] >= 0.75
 
 
+@pytest.mark.slow
 def test_its_autoencoder_keeps_what_the_judge_looks_at(tmp_path):
     teacher = load_teacher(pipeline_folder(), cache=tmp_path)
     images, attributes = render_pictures(range(HELD_OUT, HELD_OUT + 100), seed=5)

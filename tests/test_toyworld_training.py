@@ -107,6 +107,7 @@ def test_latents_are_scaled_to_unit_variance(trained):
     assert float(kept.std()) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_average_which_the_same_command_finds_done(trained, tmp_path, capsys, monkeypatch):
     before = weights(trained)
     run = trained.parent / "text-to-image" / "checkpoints"

@@ -1,12 +1,8 @@
 """Two real ranks, launched once: gradients, weights, refusals, the shared backbone, a run that goes back."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import run_on_ranks
 from workers import backbone_ranks
 from workers import two_ranks as worker
 
@@ -16,12 +12,7 @@ close = torch.testing.assert_close
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(worker.__file__)), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_on_ranks(lambda accelerator: worker.answers(accelerator, folder), folder, timeout=600)
 
 
 def test_two_ranks_draw_different_noise_and_hold_the_same_weights(two_ranks):

@@ -13,7 +13,7 @@ import controlnet.recipe
 import distill.options
 import distill.recipe
 import scorefield.commands.teacher
-import scorefield.training.run as usable
+import scorefield.training.run as running
 import sds.options
 import sds.recipe
 from scorefield.commands.options import TrainTeacher
@@ -107,7 +107,7 @@ class Killed(BaseException):
 
 def stop(monkeypatch, step, how):
     """Let something happen in a step of a run's main stage."""
-    whole = usable.follow
+    whole = running.follow
 
     def follow(reports, accelerator, **options):
         for report in whole(reports, accelerator, **options):
@@ -115,7 +115,7 @@ def stop(monkeypatch, step, how):
                 how()
             yield report
 
-    monkeypatch.setattr(usable, "follow", follow)
+    monkeypatch.setattr(running, "follow", follow)
 
 
 def kill():

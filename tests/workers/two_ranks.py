@@ -1,13 +1,12 @@
-"""What two ranks do in one launch, as each costs seconds; imported by tests for one rank's answer."""
+"""What two ranks do together, as each start costs seconds; imported by tests for one rank's answer."""
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 from unittest.mock import patch
 
 import torch
 from torch import nn
+from workers import backbone_ranks
 
 from distill.adversarial import Critic, discriminator_head
 from distill.dmd import DMD, GAN
@@ -22,10 +21,6 @@ from scorefield.schedule import Karras, RectifiedFlow
 from scorefield.training import loop as training
 from scorefield.training.loop import EMA, Phase, train
 from scorefield.training.ranks import check_same
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from workers import backbone_ranks  # noqa: E402
 
 SHARE = 4
 DATA = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -258,16 +253,16 @@ def starts(folder, rank):
     """What a rank is told, and whether anything was written, where options, code, inputs or nothing differ."""
     from distill.options import Config
     from scorefield.training import identity as starting
-    from scorefield.training import run as usable
+    from scorefield.training import run as running
 
     real, said, out = starting.code_hash, {}, folder / "starts"
     for what in ("option", "code", "input", "nothing"):
         message, config = "", Config(out=out, student_every=2 + rank if what == "option" else 2)
         with patch.object(starting, "code_hash", (lambda: "another") if what == "code" and rank else real):
             try:
-                accelerator = usable.start(config)
+                accelerator = running.start(config)
                 own = starting.identity(config, accelerator, {"data": str(rank if what == "input" else 0)})
-                usable.resume(config, [], accelerator, own)
+                running.resume(config, [], accelerator, own)
                 accelerator.wait_for_everyone()  # the first rank writes
             except ValueError as error:
                 message = str(error)
@@ -313,14 +308,10 @@ def distil_by_script(folder, rank):
     return notes
 
 
-def main(folder):
-    from accelerate import Accelerator
-
-    torch.set_num_threads(1)
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2, "torchrun started separate runs"
+def answers(accelerator, folder):
+    """All of the above, on a rank."""
     rank = accelerator.process_index
-    answers = {
+    found = {
         "noisy": noisy(accelerator),
         "from_index": from_index(accelerator, steps=5, accumulate=1),
         "from_index_accumulated": from_index(accelerator, steps=5, accumulate=2, batch_size=2),
@@ -337,10 +328,6 @@ def main(folder):
         "complaint": part_company(accelerator, every=1),
         "complaint_not_due": part_company(accelerator, every=3),
     }
-    answers["starts"] = starts(folder, rank)
-    answers["script"] = distil_by_script(folder, rank)  # the last, as it parts the ranks at its end
-    torch.save(answers, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    found["starts"] = starts(folder, rank)
+    found["script"] = distil_by_script(folder, rank)  # the last, as it parts the ranks at its end
+    return found
