@@ -58,10 +58,8 @@ def path_times(schedule: Schedule, number: int, highest: float) -> Float[Tensor,
 class Consistency:
     """Consistency distillation in discrete time (arXiv 2303.01469, Algorithm 2).
 
-    A batch is {"cond": Cond, "real": images}; the images may be the teacher's own. The network that gives the
-    target is the student itself without gradient: an average in its place was found to be no help (arXiv
-    2310.14189, section 3.2). Cost of an iteration with DDIM in network forwards (a backward is two): teacher 1,
-    target 1, student 3.
+    A batch is {"cond": Cond, "real": images}; the images may be the teacher's own. Cost of an iteration with DDIM
+    in network forwards (a backward is two): teacher 1, target 1, student 3.
 
     Args:
         teacher: frozen, guided as wished.
@@ -73,6 +71,8 @@ class Consistency:
         distance: between the two images; the paper's best is LPIPS, a pseudo-Huber norm needs no network
             (arXiv 2310.14189, section 3.3).
         regression: teacher pairs beside it, or None.
+        average: moving average of the student's network, which gives the target (the paper's theta minus). None:
+            the student itself without gradient, as in iCT; on a path of a teacher it drifts (LOG.md).
     """
 
     teacher: Denoiser
@@ -82,6 +82,7 @@ class Consistency:
     step: Step = ddim()
     distance: Distance = pseudo_huber()
     regression: Regression | None = None
+    average: NetworkDenoiser | None = None
 
     def rollout(self, batch: Mapping[str, Any], due: tuple[str, ...], rng: Rng) -> dict[str, Any]:
         """Return the batch as it is: no image of the student is needed."""
@@ -144,7 +145,7 @@ class Consistency:
         """
         watched = _Watched(self.teacher)
         x_s = self.step(watched, x_t, t, s, cond, None).to(x_t.dtype)
-        further = self.student.unwrapped().denoiser(x_s, s, cond)
+        further = (self.average or self.student.unwrapped().denoiser)(x_s, s, cond)
         return torch.where(last.reshape(-1, *[1] * (x_t.ndim - 1)), watched.first.to(further), further)
 
     def phases(

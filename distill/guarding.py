@@ -44,6 +44,8 @@ class Guarded:
         every: iterations between two looks.
         steps: the last iteration, at which there is a look in any case.
         max_setbacks: after so many the next one ends the run.
+        goes_back: False for a student that gets worse on its way to being better: its best weights are kept all
+            the same.
     """
 
     guard: Guard
@@ -53,6 +55,7 @@ class Guarded:
     every: int
     steps: int
     max_setbacks: int
+    goes_back: bool = True
 
     def __call__(self, step: int) -> tuple[int, ...]:
         """Steps whose checkpoints must stay: the best one. Raises :class:`SetbackError`."""
@@ -64,7 +67,7 @@ class Guarded:
         if best is None or look.distance < best[1].distance:
             self._notes[BEST] = as_record(look, step)
             return (step,)
-        if is_worse(look, best[1]):
+        if self.goes_back and is_worse(look, best[1]):
             gap, error = difference(look, best[1])
             raise SetbackError(
                 step,

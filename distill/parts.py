@@ -376,6 +376,8 @@ def build_phases(config: Config, method: Method) -> list[Phase]:
     student = optimizer_of(config, method.student.denoiser.network, config.student_lr)
     ema = average_of(method.student.denoiser.network, config)
     if isinstance(method, Consistency):
+        if ema is not None:
+            method = replace(method, average=replace(method.student.denoiser, network=ema.network))
         rate = cosine(student, config.steps, floor=1.0 if constant else 0.0)
         phases = method.phases(student, ema=ema, lr_schedule=rate)
     else:

@@ -87,7 +87,7 @@ def distil(
     if guard is not None:
         guarded = Guarded(
             guard=guard, student=average, phases=phases, accelerator=stages.accelerator, every=config.guard_every,
-            steps=config.steps, max_setbacks=config.max_setbacks,
+            steps=config.steps, max_setbacks=config.max_setbacks, goes_back=config.method not in ALONG_PATHS,
         )  # fmt: skip
     begun = checkpoint.newest(stages.folder) is not None
     # All of them, before the first one saves anything: who came late would find its checkpoint and not take part.

@@ -146,6 +146,10 @@ def test_no_gradient_reaches_the_target_and_the_teacher_speaks_at_the_end(schedu
     t, s = torch.tensor([2.0, 0.02]), torch.tensor([1.0, 0.02])
     target = part.target(x_t, t, s, last, {})
     assert not target.requires_grad
+    shifted = NetworkDenoiser(End(schedule, lambda x, t: -5.0), schedule, "x0")
+    averaged = replace(part, average=shifted).target(x_t, t, s, last, {})
+    close(averaged[0] - target[0], torch.full((1,), -15.0, dtype=torch.float64), atol=1e-9, rtol=0)
+    close(averaged[1], target[1], msg="the teacher's in any case")
     close(target[1:], gaussian(schedule)(x_t[1:], t[1:].double(), {}), atol=1e-6, rtol=0)
     assert float(target[0, 0]) > 9, "the student's own, further on"
 
