@@ -9,7 +9,6 @@ they are made; started again, the run makes those that are missing, and a traini
 table.md holds mean and range over the seeds, and the teacher's own figures with the solver of `scorefield sample`.
 """
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import solver_table
-from solver_table import drawing, load, measure, reference_features
+from solver_table import drawing, kept, load, measure, reference_features, write_json
 from torch import Tensor
 
 import distill.recipe
 from distill.options import ALONG_PATHS, PRESETS, MethodName
 from distill.options import Config as Distil
-from scorefield.atomic import whole_file
 from scorefield.commands.command import run
 from scorefield.commands.evaluate import load_features
 from scorefield.models.teacher import Teacher
@@ -73,7 +71,7 @@ class Config:
 def main(config: Config) -> Path:
     """Make and measure what is missing, then write and print the table."""
     check(config)
-    table = read_table(config)
+    table = kept(config.out, settings(config), {"teacher": {}, "students": {}})
     measured = solver_table.Config(
         teacher=config.teacher, reference=config.reference, features=config.features, num_images=config.num_images,
         device=config.device,
@@ -170,25 +168,6 @@ def settings(config: Config) -> dict[str, str]:
     """Return the options that all figures depend on."""
     names = ("teacher", "reference", "features", "data", "passes", "batch_size", "num_images")
     return {name: str(getattr(config, name)) for name in names}
-
-
-def read_table(config: Config) -> dict[str, Any]:
-    """Return the table as far as it has been made. Raises ``ValueError`` if it was made with other settings."""
-    path = config.out / "table.json"
-    if not path.is_file():
-        return {"settings": settings(config), "teacher": {}, "students": {}}
-    table: dict[str, Any] = json.loads(path.read_text())
-    changed = [name for name, value in settings(config).items() if table["settings"].get(name) != value]
-    if changed:
-        raise ValueError(f"{path} was measured with other values of {', '.join(changed)}. Choose another --out.")
-    return table
-
-
-def write_json(config: Config, table: dict[str, Any]) -> None:
-    """Replace table.json atomically."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(config.out / "table.json") as temporary:
-        temporary.write_text(json.dumps(table, indent=2))
 
 
 def as_markdown(config: Config, table: dict[str, Any]) -> str:

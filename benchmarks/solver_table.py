@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scorefield.commands.sample as sample
+from scorefield.atomic import whole_file
 from scorefield.commands.command import run
 from scorefield.commands.evaluate import load_features
 from scorefield.commands.options import Sample
@@ -207,22 +208,26 @@ def settings(config: Config) -> dict[str, Any]:
 
 def read_table(config: Config) -> dict[str, Any]:
     """Return the table as far as it has been made. Raises ``ValueError`` if it was made with other settings."""
-    path = config.out / "table.json"
+    return kept(config.out, settings(config), {"cells": {}, "students": {}})
+
+
+def kept(out: Path, options: Mapping[str, str], empty: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table.json of a folder, or an empty one. Raises ``ValueError`` if other options made it."""
+    path = out / "table.json"
     if not path.is_file():
-        return {"settings": settings(config), "cells": {}, "students": {}}
+        return {"settings": dict(options), **empty}
     table: dict[str, Any] = json.loads(path.read_text())
-    changed = [name for name, value in settings(config).items() if table["settings"].get(name) != value]
+    changed = [name for name, value in options.items() if table["settings"].get(name) != value]
     if changed:
         raise ValueError(f"{path} was measured with other values of {', '.join(changed)}. Choose another --out.")
     return table
 
 
-def write_json(config: Config, table: Mapping[str, Any]) -> None:
-    """Replace table.json atomically."""
+def write_json(config: Any, table: Mapping[str, Any]) -> None:
+    """Replace table.json of ``config.out`` atomically."""
     config.out.mkdir(parents=True, exist_ok=True)
-    temporary = config.out / ".writing-table.json"
-    temporary.write_text(json.dumps(table, indent=2))
-    temporary.replace(config.out / "table.json")
+    with whole_file(config.out / "table.json") as temporary:
+        temporary.write_text(json.dumps(table, indent=2))
 
 
 def as_markdown(config: Config, table: Mapping[str, Any]) -> str:
