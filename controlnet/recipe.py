@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.data import ControlBatches
 from controlnet.evidence import Validation
-from controlnet.evidence_log import Evidence, EvidenceLog
+from controlnet.evidence_log import Evidence, EvidenceLog, likely_causes
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
@@ -54,6 +54,7 @@ from scorefield.models.quantize import count_weights, stored_weights
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
 from scorefield.randomness import derived_generator
+from scorefield.report.write import add_page
 from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
@@ -115,6 +116,9 @@ def main(config: Config) -> Path:
             task, judged, averaged, at(untouched, accelerator.device), log, indices, config.steps, accelerator
         )
         report |= {"seed": config.seed, "resumed": first > 0}
+        if report["learned_at"] is None:
+            seen = config.steps * images_per_step
+            report["likely_causes"] = likely_causes(look, judged.probe.hint, images_seen=seen)
         if first == 0:  # what an earlier process took is not known
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
@@ -127,6 +131,8 @@ def main(config: Config) -> Path:
         config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
         watch=watch, all_watch=True, finish=finish,
     )  # fmt: skip
+    if accelerator.is_main_process:
+        add_page(config.out)
     return config.out / "controlnet"
 
 
