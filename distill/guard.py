@@ -118,15 +118,15 @@ class Guard:
         )
 
     @torch.no_grad()
-    def floor(self) -> float:
-        """Return the distance of two random halves of the teacher's own images: no student can be much nearer.
+    def distance_of_halves(self) -> float:
+        """Return the distance of two random halves of the teacher's own images: a scale for that of a student.
 
-        A half has half as many images as a look compares, which makes the distance larger.
+        It is no floor: halves are of different noise, and have half as many images, which makes distances larger.
         """
         if not self._wanted:
             self._wanted.extend(self.features(self.pairs.x0))
         number = len(self.pairs.x0)
-        order = torch.randperm(number, generator=derived_generator("guard floor"))
+        order = torch.randperm(number, generator=derived_generator("guard halves"))
         halves = order[: number // 2], order[number // 2 :]
         return distance(*([one[half] for one in self._wanted] for half in halves))
 

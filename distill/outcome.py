@@ -24,7 +24,7 @@ REPORT, PICTURE = "report.json", "beside_teacher.png"
 
 
 def outcome(config: Config, student: Student, guarded: Guarded | None) -> dict[str, Any]:
-    """Return the figures of a finished run: what its guard saw of the weights that are kept, and its floor.
+    """Return the figures of a finished run: what its guard saw of the weights that are kept, and a scale for it.
 
     Every rank calls it: where networks are in pieces, the teacher's features need all of them.
     """
@@ -39,8 +39,8 @@ def outcome(config: Config, student: Student, guarded: Guarded | None) -> dict[s
         "ended_early": guarded.ended,
     }  # fmt: skip
     if guarded.accelerator.is_main_process or in_pieces(guarded.phases):
-        with working("the guard's floor"), guarded.accelerator.autocast():
-            report["floor"] = guarded.guard.floor()
+        with working("the guard's scale"), guarded.accelerator.autocast():
+            report["distance_of_halves"] = guarded.guard.distance_of_halves()
     return report
 
 

@@ -113,8 +113,8 @@ class Config(Pictures, AttentionOptions, InversionOptions, OtherOptions, LoadOpt
     out: Path = Path("edits")
     """Folder for the pictures, report.json and report.html. Earlier edits there are replaced."""
     report: bool = False
-    """Write report.html, too: source, target, what changed, attention to each word, and a strip over windows or
-    strengths, which costs five more edits of each picture."""
+    """Show more in report.html: what changed, attention to each word, and a strip over windows or strengths, which
+    costs five more edits of each picture."""
     device: str = default_device()
     """Where to compute, such as cpu or cuda."""
     dry_run: bool = False

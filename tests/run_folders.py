@@ -23,7 +23,7 @@ REPORTS = {
     "teacher": ("best.json", {"step": 40, "frechet_distance": 1.25, "kid": 0.5}),
     "distill": ("report.json", {"steps": 60, "num_steps": 1, "step": 40, "distance": 0.25, "kernel": 0.5,
                                 "error": 0.125, "brightness": 0.0, "num_images": 64, "setbacks": 1,
-                                "ended_early": False, "floor": 0.125}),
+                                "ended_early": False, "distance_of_halves": 0.125}),
     "sds": ("export/report.json", {"facts": {"prompt": "a red mug", "rollbacks": 0},
                                    "mesh_versus_render": {"psnr": 25.5}, "mesh": {"vertices": 10}}),
     "control": ("report.json", {"step": 60, "learned_at": 50, "event": "was learned at step 50",

@@ -1,15 +1,21 @@
 """``scorefield report`` and report.html: what a page says is what the files say, whoever wrote them."""
 
+import html
 import html.parser
 import json
 import os
 import re
 import shlex
 import struct
+import time
 import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import trainers
+from accelerate.state import AcceleratorState
 from PIL import Image
 from refusals import refused
 from run_folders import OPTIONS, REPORTS, finished, log, picture, write
@@ -27,6 +33,7 @@ from scorefield.report.folder import Folder
 from scorefield.report.page import find_run, page, read_run
 from scorefield.report.trainings import kind_of
 from scorefield.report.write import NAME, add_page
+from scorefield.training.features import Classifier, Facts, save_classifier
 
 MARKED = re.compile(r"<!-- from the log -->.*?<!-- to here -->", re.DOTALL)
 HOSTILE = (
@@ -440,3 +447,80 @@ def test_what_may_differ_between_two_starts_of_a_run_is_marked(tmp_path):
         texts.append(page([out]).replace(str(out), "").replace(f">{name}<", "><").replace(f">{name} -", "> -"))
     assert texts[0] != texts[1]
     assert MARKED.sub("", texts[0]) == MARKED.sub("", texts[1])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, sd):
+    """The folder of one small run of each kind, by the test's name of it, and its page's place."""
+    root = tmp_path_factory.mktemp("real")
+    places, made = trainers.make_places(root / "places", sd), {}
+    for name in ("teacher", "student", "texts", "canvas", "control"):
+        one = trainers.TRAINERS[name]
+        AcceleratorState._reset_state(True)
+        one.main(replace(one.options(places), out=root / name))
+        made[name] = root / name / NAME
+    brief = ["--device", "cpu", "--seed", "1"]
+    commands = {
+        "scene": ["sds", "toyworld", "a red mug", "--teacher", str(sd), "--long-prompts", "cut", "--steps", "6",
+                  "--batch-size", "2", "--save-every", "2", "--log-every", "1", "--probe-every", "3",
+                  "--render-size", "8", "--num-samples", "8", "--quarters", "1", "--draws", "1",
+                  "--mesh-resolution", "12", "--turntable-size", "16"],
+        "edit": ["edit", "recolour", "--teacher", str(sd), "--source", "a mug", "--target", "a cup",
+                 "--size", "16", "--steps", "3", "--report", *brief],
+        "attack": ["attack", "toyworld", "--num-images", "4", "--steps", "2", "--draws", "1", "--evaluations", "2",
+                   "--purify-steps", "2", "--methods", "fgsm", *brief],
+    }  # fmt: skip
+    for name, words in commands.items():
+        AcceleratorState._reset_state(True)
+        cli.main([*words, "--out", str(root / name)])
+        made[name] = root / name / NAME
+    torch.manual_seed(0)
+    save_classifier(Classifier(Facts(1, 8, 10)), root / "features")
+    for name in ("made", "reference"):
+        images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(len(name)))
+        np.savez(root / f"{name}.npz", images=images.numpy(), labels=np.arange(40) % 10)
+    sets = ["--generated", str(root / "made.npz"), "--reference", str(root / "reference.npz")]
+    network = ["--features", str(root / "features"), "--device", "cpu"]
+    cli.main(["evaluate", *sets, *network, "--out", str(root / "figures.json")])
+    return {**made, "evaluate": root / "figures.html"}
+
+
+def said_by(name, out):
+    """What the files of a run say, in words that its verdict must hold."""
+    if name == "teacher":
+        return "has learned for 6 steps"
+    if name == "canvas":
+        return "a mug: the pictures were optimised"
+    if name == "evaluate":
+        return f"Fréchet distance is {json.loads((out / 'figures.json').read_text())['frechet_distance']:.4g}"
+    if name == "attack":
+        (found,) = (row for key, row in json.loads((out / "figures.json").read_text()).items() if "fgsm" in key)
+        return f"fgsm 8 fools the classifier on {100 * found['success']:.0f} %"
+    report = json.loads((out / ("export/report.json" if name == "scene" else "report.json")).read_text())
+    if name == "scene":
+        return f"to {report['mesh_versus_render']['psnr']:.1f} dB"
+    if name == "control":
+        return f"Control {report['event']}."
+    if name == "edit":
+        return f"1 edit by prompt-to-prompt, {100 * report['edits'][0]['changed']:.0f} % of the pixels changed"
+    return f"is {report['distance']:.4g} from its teacher" if name == "student" else "was not measured"
+
+
+@pytest.mark.slow
+def test_every_command_writes_a_page_whose_verdict_is_that_of_its_report(real):
+    for name, path in real.items():
+        text = path.read_text()
+        found = assert_closed(text)
+        verdict = text[text.index('<div class="verdict') : text.index("<!-- from the log -->")]
+        assert said_by(name, path.parent) in html.unescape(verdict), (name, verdict)
+        assert "Not finished" not in verdict
+        assert "damaged" not in text
+        began = time.process_time()
+        again = main(Report(runs=(path.parent if path.name == NAME else path.with_suffix(".json"),)))
+        assert time.process_time() - began < 2, name
+        assert (again, again.read_text()) == (path, text), "from the files alone"
+        pictures = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
+        assert bool(pictures) == (name != "evaluate")
+    both = page([real["student"].parent, real["texts"].parent])
+    assert_closed(both)
+    assert both[both.index("Curves together") :].count("fake/loss") >= 3

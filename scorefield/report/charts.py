@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 148
 MOST_POINTS = 300
 """Points of a line; more are thinned out evenly."""
 
-MOST_CHARTS = 24
+MOST_CHARTS = 60
 
 ORDER = (
     "guard/distance", "control/", "probe/residual", "eval/frechet", "eval/", "probe/", "loss", "guard/", "scene/",

@@ -104,7 +104,8 @@ def _edits(folder: Folder, kind: str, content: Mapping[str, Any], room: int) -> 
     listed = content.get("edits", ()) if kind == "edit" else ()
     rows = [row for row in listed if isinstance(row, dict)][:MOST_EDITS]
     labels = content.get("strips")
-    labels = f"; under other options: {told(labels)}" if isinstance(labels, list) and labels else ""
+    labels = "; ".join(told(one) for one in labels[:20]) if isinstance(labels, list) else ""
+    labels = f"; under other options: {labels}" if labels else ""
     for number, row in enumerate(rows):
         words = row.get("attention")
         names = {"source": f"{number:06d}.source.png", "edit": f"{number:06d}.png"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from scorefield import __version__
 from scorefield.report import measurements, trainings
-from scorefield.report.charts import Chart, charts, grouped, signs, together
+from scorefield.report.charts import MOST_CHARTS, Chart, charts, grouped, signs, together
 from scorefield.report.curves import Points, read_curves
 from scorefield.report.folder import Folder, number, shortened, told, whole
 from scorefield.report.galleries import galleries
@@ -169,7 +169,7 @@ def draw(runs: Sequence[Summary]) -> str:
     compared: tuple[list[Chart], int] = ([], 0)
     if several:
         compared = charts(together({run.name: run.curves for run in runs}), 12)
-    drawn = [charts(grouped(run.curves), 12 if several else 24) for run in runs]
+    drawn = [charts(grouped(run.curves), 9 if several else MOST_CHARTS) for run in runs]
     script = _templates().get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return str(_templates().get_template("page.html").render(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from scorefield.data.pictures import open_frames, open_image, size_of
+from scorefield.data.pictures import open_frames, open_image
 from scorefield.report.folder import Folder
 
 MOST_BYTES = 2**25
@@ -49,7 +49,7 @@ class Shown:
     @property
     def scale(self) -> int:
         """Factor by which a tiny picture is enlarged, so that its pixels can be seen."""
-        return max(1, min(12, 420 // self.width))
+        return max(1, min(16, 640 // self.width))
 
 
 def load(folder: Folder, name: str) -> Image.Image | None:
@@ -80,7 +80,8 @@ def _check(data: bytes, kind: str) -> None:
     if not any(data.startswith(first) and found == kind for first, found in KINDS.items()):
         raise ValueError(f"is no {kind.upper()} file: it begins with {data[:8]!r}.")
     try:
-        height, width = size_of(data)
+        with Image.open(io.BytesIO(data)) as file:  # of its header alone
+            width, height = file.size
     except Exception as error:  # of Pillow, a dozen kinds
         raise ValueError(f"cannot be read as a picture: {error or type(error).__name__}.") from error
     if height * width > MOST_PIXELS or not height * width:

@@ -86,21 +86,26 @@ def distill(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         return broken
     calls = whole(report.get("num_steps")) or whole(config.get("student_steps")) or 0
     name = plural(calls, "step") if calls else "The student"
-    distance, floor = number(report.get("distance")), number(report.get("floor"))
-    share, step = ratio(distance, floor), whole(report.get("step"))
+    distance, halves = number(report.get("distance")), number(report.get("distance_of_halves"))
+    share, step, count = ratio(distance, halves), whole(report.get("step")), whole(report.get("num_images"))
     works: bool | None = None
+    apart = ""
     if distance is None:
         verdict = f"{name}: the student is there; its distance from the teacher was not measured."
+        if not report:
+            verdict = (
+                f"{name}: the student is there; report.json, which says how good it is, is missing or damaged."
+            )
     elif not math.isfinite(distance):
         verdict, works = f"{name}: the student draws nothing that is finite.", False
     else:
         verdict = f"{name}: the student is {figure(distance)} from its teacher in the teacher's features"
         if share is not None:
             verdict += f", {share:.2f} x the distance of two halves of the teacher's own pictures"
+            apart = f"two halves of the teacher's own {told(count)} pictures are {figure(halves)} apart"
         verdict += "." if step is None else f" (weights of step {step:,})."
     figures = [] if distance is None else [
-        Figure("distance from the teacher", figure(distance), figure(floor),
-               note="floor: two halves of the teacher's own pictures, half as many of each"),
+        Figure("distance from the teacher", figure(distance), note=apart),
         *measured("KID, in the same features", report, "kernel"),
         *measured("difference of pictures of the same noise", report, "error", "mean over pixels; pictures are in "
                   "[-1, 1]"),
@@ -137,9 +142,10 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         return broken
     prompt = shortened(config["prompt"], 100) if isinstance(config.get("prompt"), str) else "the scene"
     if config.get("canvas") is True:
+        scene = [("Make a scene of it:", command("scorefield", "sds", "toyworld", prompt))]
         return Outcome(
             f"{prompt}: the pictures were optimised; no figure says how good they are, look at them.", None,
-            next_steps=[("Make a scene of it:", command("scorefield", "sds", "toyworld", prompt))],
+            next_steps=[] if prompt.startswith("-") else scene,  # which a shell would take for an option
         )  # fmt: skip
     report = folder.object("export/report.json")
     compared = report.get("mesh_versus_render")
