@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
+import subprocess
 import time
 import zlib
 from dataclasses import replace
@@ -36,6 +38,7 @@ from scorefield.report.write import NAME, add_page
 from scorefield.training.features import Classifier, Facts, save_classifier
 
 MARKED = re.compile(r"<!-- from the log -->.*?<!-- to here -->", re.DOTALL)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\"' {{ 7*7 }} javascript:alert(3) http://evil.example"
 )
@@ -524,3 +527,29 @@ def test_every_command_writes_a_page_whose_verdict_is_that_of_its_report(real):
     both = page([real["student"].parent, real["texts"].parent])
     assert_closed(both)
     assert both[both.index("Curves together") :].count("fake/loss") >= 3
+
+
+def opened(path):
+    """The page as a browser leaves it, and what its console said."""
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    found = subprocess.run([*words, f"file://{path}"], capture_output=True, text=True, timeout=120, check=True)
+    return found.stdout, [line for line in found.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+def test_a_browser_shows_one_step_at_a_time_and_asks_nothing(tmp_path):
+    out = finished(tmp_path / "run", "sds", prompt=HOSTILE)
+    frames = [Image.new("RGB", (40, 30), (10 * number, 0, 0)) for number in range(12)]
+    frames[0].save(out / "export" / "turntable.gif", save_all=True, append_images=frames[1:])
+    log(out, {"probe/residual": [0.5, 0.4]})
+    main(Report(runs=(out,)))
+    shown, said = opened(out / NAME)
+    assert said == []
+    slider = shown[shown.index('<div class="slider">') :]
+    assert [bool(one) for one in re.findall(r'<figure( hidden="")?>', slider)[:3]] == [True, True, False]
+    turntable = shown[shown.index('<div class="turntable"') : shown.index('<div class="slider">')]
+    assert "hidden" not in re.search(r"<input[^>]*>", turntable)[0], "shown by the script"
+    other = (out / NAME).read_text().replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1 onclick="x()">')
+    _, said = opened(write(tmp_path / "other.html", other))
+    assert any("Content Security Policy" in line for line in said), "a page that asks would be told"
