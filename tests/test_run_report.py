@@ -274,7 +274,7 @@ def test_a_film_becomes_a_turntable_and_edits_show_their_pictures(tmp_path):
         picture(tmp_path / "edits" / name)
     write(tmp_path / "edits" / "report.json", FIGURES["edit"][0])
     (gallery,) = read(tmp_path / "edits").galleries
-    assert [one.label for one in gallery.shown] == ["source", "edit", "what changed"]
+    assert [one.label for one in gallery.shown] == ["source", "edit", "what changed, in white"]
 
 
 def test_curves_are_those_of_tensorboard_also_where_a_run_was_started_again(tmp_path):

@@ -61,14 +61,13 @@ def read_curves(folder: Folder, logs: str = "logs") -> dict[str, Points]:
 
 def _scalars(path: Path) -> Iterator[tuple[int, str | None, float]]:
     # (step, name, value); a name of None says that the run was started again at this step.
-    from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     with path.open("rb") as file:
         for record in _records(file):
             try:
                 event: Any = Event.FromString(record)
-            except DecodeError:
+            except Exception:  # protobuf's DecodeError, which is a dependency of TensorBoard's alone
                 raise ValueError("a record is no event.") from None
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
                 yield event.step, None, math.nan

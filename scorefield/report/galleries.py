@@ -109,7 +109,10 @@ def _edits(folder: Folder, kind: str, content: Mapping[str, Any], room: int) -> 
     for number, row in enumerate(rows):
         words = row.get("attention")
         names = {"source": f"{number:06d}.source.png", "edit": f"{number:06d}.png"}
-        names |= {"what changed": f"{number:06d}.changed.png", "other options": f"{number:06d}.strip.png"}
+        names |= {
+            "what changed, in white": f"{number:06d}.changed.png",
+            "other options": f"{number:06d}.strip.png",
+        }
         names[f"attention to: {told(words)}" if words else "attention"] = f"{number:06d}.attention.png"
         there = [(label, name) for label, name in names.items() if folder.holds(name)]
         images: list[tuple[str, Image.Image]] = [
