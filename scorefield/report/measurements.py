@@ -59,9 +59,8 @@ def attack(content: Mapping[str, Any], place: str) -> Outcome:
     clean = content["clean"] if isinstance(content["clean"], dict) else {}
     others = {name: row for name, row in content.items() if name not in ("clean", "settings")}
     attacks = {name: row for name, row in others.items() if isinstance(row, dict)}
-    floor = share(1 - accuracy) if (accuracy := number(clean.get("accuracy"))) is not None else "-"
     figures = [
-        Figure("accuracy on clean images", share(accuracy)),
+        Figure("accuracy on clean images", share(clean.get("accuracy"))),
         *([Figure("accuracy on clean, purified images", share(clean.get("purified_accuracy")))]
           if "purified_accuracy" in clean else []),
     ]  # fmt: skip
@@ -76,10 +75,10 @@ def attack(content: Mapping[str, Any], place: str) -> Outcome:
     if known:
         best = max(known, key=lambda name: known[name])
         verdict = f"{shortened(best, 60)} fools the classifier on {share(known[best])} of the images it had right"
-        purified = attacks[best].get("purified_success")
-        verdict += "." if number(purified) is None else f", and on {share(purified)} after purification."
+        after = attacks[best].get("purified_success")
+        verdict += "." if number(after) is None else f", and on {share(after)} after purification."
     else:
-        verdict = f"Nothing was fooled: the classifier has none of the clean images right (error {floor})."
+        verdict = "No success was measured: none was counted among the images that the classifier had right."
     flags = clean.get("flags")
     outside = [name for name, row in attacks.items() if row.get("within_ball") is False]
     warnings = [f"The classifier is flagged: {told(flags)}; the figures may flatter it."] if flags else []

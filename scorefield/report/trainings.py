@@ -185,21 +185,7 @@ def control(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     if isinstance(event, str):
         verdict = f"Control {shortened(event, 200)}."
     works = None if not isinstance(event, str) or "undecided" in event else learned is not None
-    scores, without = (report.get(name) for name in ("scores", "scores_without_control"))
-    scores, without = (one if isinstance(one, dict) else {} for one in (scores, without))
-    figures = []
-    for name, score in list(scores.items())[:20]:
-        found = score if isinstance(score, dict) else {}
-        free = without.get(name)
-        free = number(free.get("value")) if isinstance(free, dict) else None
-        figures.append(
-            Figure(
-                shortened(name, 60),
-                *(figure(number(found.get(key))) for key in ("value", "floor", "ceiling")),
-                note="floor: hints of other samples; ceiling: real images"
-                + ("" if free is None else f"; without control {figure(free)}"),
-            )
-        )
+    figures = scores_of(report)
     gap = report.get("gap")
     if isinstance(gap, dict):
         error = figure(number(gap.get("error")))
@@ -214,6 +200,21 @@ def control(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         verdict, works, figures, warnings,
         [*more, (f"How diffusers draws with it is in {folder.shown}/controlnet/README.md.", "")], process,
     )  # fmt: skip
+
+
+def scores_of(report: Mapping[str, Any]) -> list[Figure]:
+    """Return the scores of control, each beside its floor, its ceiling and the base without control."""
+    scores, without = (report.get(name) for name in ("scores", "scores_without_control"))
+    scores, without = (one if isinstance(one, dict) else {} for one in (scores, without))
+    figures = []
+    for name, score in list(scores.items())[:20]:
+        found, free = (one if isinstance(one, dict) else {} for one in (score, without.get(name)))
+        value, floor, ceiling = (figure(number(found.get(key))) for key in ("value", "floor", "ceiling"))
+        note = "floor: hints of other samples; ceiling: real images"
+        if (alone := number(free.get("value"))) is not None:
+            note += f"; without control {figure(alone)}"
+        figures.append(Figure(shortened(name, 60), value, floor, ceiling, note))
+    return figures
 
 
 KIND_OF = {
