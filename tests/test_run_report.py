@@ -140,7 +140,7 @@ FIGURES = {
     "evaluate": ({"features": "f", "num_generated": 4, "num_reference": 4, "frechet_distance": 3.0, "kid": 0.1,
                   "floor_frechet_distance": 1.5, "floor_kid": 0.1, "floor_num": 2},
                  "The Fréchet distance is 3, 2.00 x that of two halves of the reference (1.5)."),
-    "attack": ({"clean": {"accuracy": 1.0, "flags": ["random"]}, "settings": {"seed": 1},
+    "attack": ({"clean": {"accuracy": 1.0, "purified_error": 0.125, "flags": ["random"]}, "settings": {"seed": 1},
                 "pgd 8": {"success": 0.25}, "diff-pgd 8": {"success": 0.75, "purified_success": 0.5}},
                "diff-pgd 8 fools the classifier on 75 % of the images it had right, and on 50 % after "
                "purification."),
@@ -171,6 +171,9 @@ def test_the_page_of_figures_says_what_they_say(kind, tmp_path):
         assert verdict in (tmp_path / "figures.html").read_text()
     if kind == "attack":
         assert "The classifier is flagged: random" in run.outcome.warnings[0]
+        assert [(one.value, one.floor) for one in run.outcome.figures[1:]] == [
+            ("25 %", ""), ("75 %", ""), ("50 %", "12 %")
+        ]  # fmt: skip
 
 
 def test_what_files_say_is_shown_and_never_run(tmp_path):
@@ -456,6 +459,7 @@ def test_what_may_differ_between_two_starts_of_a_run_is_marked(tmp_path):
 def real(tmp_path_factory, sd):
     """The folder of one small run of each kind, by the test's name of it, and its page's place."""
     root = tmp_path_factory.mktemp("real")
+    (root / "places").mkdir()
     places, made = trainers.make_places(root / "places", sd), {}
     for name in ("teacher", "student", "texts", "canvas", "control"):
         one = trainers.TRAINERS[name]

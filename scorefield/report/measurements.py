@@ -65,12 +65,13 @@ def attack(content: Mapping[str, Any], place: str) -> Outcome:
           if "purified_accuracy" in clean else []),
     ]  # fmt: skip
     for name, row in list(attacks.items())[:MOST]:
-        purified = f"; purified {share(row['purified_success'])}" if "purified_success" in row else ""
-        figures.append(
-            Figure(f"{shortened(name, 60)}: images fooled", share(row.get("success")) + purified,
-                   note=f"PSNR {figure(number(row.get('psnr')))} dB, largest change "
-                   f"{figure(number(row.get('linf_max')))} of 1")
-        )  # fmt: skip
+        title, psnr, largest = shortened(name, 60), number(row.get("psnr")), number(row.get("linf_max"))
+        note = f"PSNR {figure(psnr)} dB, largest change {figure(largest)} of 1"
+        figures.append(Figure(f"{title}: images fooled", share(row.get("success")), note=note))
+        if "purified_success" in row:
+            fooled, floor = share(row["purified_success"]), share(clean.get("purified_error"))
+            note = "floor: what purification breaks by itself"
+            figures.append(Figure(f"{title}: fooled after purification", fooled, floor, note=note))
     known = {name: found for name, row in attacks.items() if (found := number(row.get("success"))) is not None}
     if known:
         best = max(known, key=lambda name: known[name])
