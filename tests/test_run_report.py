@@ -128,7 +128,7 @@ def test_the_verdict_follows_the_report(tmp_path):
     out = finished(tmp_path / "student", "distill")
     write(out / "report.json", {**REPORTS["distill"][1], "distance": float("nan")})
     assert read(out).outcome.works is False
-    assert "nothing that is finite" in read(out).outcome.verdict
+    assert "pictures are not finite" in read(out).outcome.verdict
     write(out / "report.json", {"steps": 60, "num_steps": 4})
     assert (
         read(out).outcome.verdict

@@ -38,7 +38,7 @@ def unfinished(folder: Folder, kind: str, config: Mapping[str, Any], ended: bool
     if step is None or step == 0:
         begun = " Its warm-up has begun." if folder.names("warm-up/checkpoints", r"step-\d{9}") else ""
         return Outcome(
-            f"Not finished: nothing has been learned yet, there is no checkpoint of a later step.{begun}",
+            f"Not finished: nothing has been learned yet.{begun}",
             False, next_steps=[("If it is not running any more, start it again:", again)],
         )  # fmt: skip
     of = "" if steps is None else f" of {steps:,}"
@@ -97,7 +97,7 @@ def distill(folder: Folder, config: Mapping[str, Any]) -> Outcome:
                 f"{name}: the student is there; report.json, which says how good it is, is missing or damaged."
             )
     elif not math.isfinite(distance):
-        verdict, works = f"{name}: the student draws nothing that is finite.", False
+        verdict, works = f"{name}: the student's pictures are not finite.", False
     else:
         verdict = f"{name}: the student is {figure(distance)} from its teacher in the teacher's features"
         if share is not None:
