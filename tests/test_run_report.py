@@ -311,7 +311,8 @@ def test_what_the_curves_say():
     residual = [(step, value) for step, value in enumerate((0.5, 0.3, 0.2, 0.4))]
     assert "is rising: from 0.2 at step 2 to 0.4" in signs("sds", {"probe/residual": residual})[0]
     assert "fell from 0.5 at step 0 to 0.2" in signs("sds", {"probe/residual": residual[:3]})[0]
-    (said,) = signs("teacher", {"teacher/loss": [(1, 1.0), (2, float("nan"))]})
+    nan = float("nan")
+    (said,) = signs("teacher", {"teacher/loss": [(1, 1.0), (2, nan)], "control/f1_relative": [(2, nan)]})
     assert said == "teacher/loss: the last value is not finite. Lower the learning rate."
     curves = {
         "control/f1": [(1, 0.5)], "control/f1_floor": [(1, 0.1)], "control/f1_relative": [(1, 0.5)],

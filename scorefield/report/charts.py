@@ -24,7 +24,8 @@ ORDER = (
 """What of a name brings a chart forward."""
 
 HIDDEN = ("_relative", "t_not_finite_max")
-"""Ends of names that are not drawn: what floor and ceiling show already, and what only an error message reads."""
+"""Ends of names that are not drawn: what floor and ceiling show already (nan where these say nothing), and what only
+an error message reads."""
 
 SUFFIXES = ("_floor", "_ceiling")
 """Curves that are drawn with the one they are read beside."""
@@ -153,7 +154,8 @@ def thinned(points: Points) -> Points:
 def signs(kind: str, curves: Mapping[str, Points]) -> list[str]:
     """Return what the curves say, in words: figures that are not finite, and the one that should fall."""
     said = []
-    broken = [tag for tag, points in curves.items() if not math.isfinite(points[-1][1])]
+    last = {tag: points[-1][1] for tag, points in curves.items() if not tag.endswith(HIDDEN)}
+    broken = [tag for tag, value in last.items() if not math.isfinite(value)]
     if broken:
         said.append(f"{', '.join(broken[:4])}: the last value is not finite. Lower the learning rate.")
     named = {
