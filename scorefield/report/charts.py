@@ -24,8 +24,8 @@ ORDER = (
 """What of a name brings a chart forward."""
 
 HIDDEN = ("_relative", "t_not_finite_max")
-"""Ends of names that are not drawn: what floor and ceiling show already (nan where these say nothing), and what only
-an error message reads."""
+"""Ends of names that are not drawn: what floor and ceiling show already (nan where these cannot tell), and what is
+for an error message."""
 
 SUFFIXES = ("_floor", "_ceiling")
 """Curves that are drawn with the one they are read beside."""
