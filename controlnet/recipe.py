@@ -116,9 +116,6 @@ def main(config: Config) -> Path:
             task, judged, averaged, at(untouched, accelerator.device), log, indices, config.steps, accelerator
         )
         report |= {"seed": config.seed, "resumed": first > 0}
-        if report["learned_at"] is None:
-            seen = config.steps * images_per_step
-            report["likely_causes"] = likely_causes(look, judged.probe.hint, images_seen=seen)
         if first == 0:  # what an earlier process took is not known
             report["seconds"] = round(time.perf_counter() - began, 1)
             report["cpu_seconds"] = round(time.process_time(), 1)
@@ -131,9 +128,14 @@ def main(config: Config) -> Path:
         config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
         watch=watch, all_watch=True, finish=finish,
     )  # fmt: skip
+    return with_page(config.out, accelerator)
+
+
+def with_page(out: Path, accelerator: Accelerator) -> Path:
+    """Write the page of a run, whose log is closed, and return the folder of the adapter."""
     if accelerator.is_main_process:
-        add_page(config.out)
-    return config.out / "controlnet"
+        add_page(out)
+    return out / "controlnet"
 
 
 def plan(config: Config) -> Path:
@@ -417,6 +419,9 @@ def export(
     denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
 ) -> None:  # fmt: skip
     """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    if report["learned_at"] is None:
+        seen = config.steps * images_per_step
+        report = {**report, "likely_causes": likely_causes(look, judged.probe.hint, images_seen=seen)}
     pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
     asked = (judged.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
