@@ -30,6 +30,7 @@ from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.models.user_code import call
 from scorefield.progress import progress, working
 from scorefield.randomness import derived_generator
+from scorefield.report.write import add_page
 from scorefield.sampling import ddim, ddpm, grid
 from scorefield.shipped import shipped
 from scorefield.training.identity import resolved
@@ -323,6 +324,7 @@ def write(out: Path, figures: dict[str, Any], case: Case, made: dict[str, Tensor
         arrays |= {"images": case.images.cpu().numpy(), "labels": case.labels.cpu().numpy()}
         np.savez(folder / "adversarial.npz", **arrays)
         picture(case.images, made).save(folder / "images.png")
+        add_page(folder, shown=out)
 
 
 def picture(images: Tensor, made: dict[str, Tensor]) -> Image.Image:

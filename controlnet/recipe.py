@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
 from controlnet.data import ControlBatches
 from controlnet.evidence import Validation
-from controlnet.evidence_log import Evidence, EvidenceLog
+from controlnet.evidence_log import Evidence, EvidenceLog, likely_causes
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
@@ -54,6 +54,7 @@ from scorefield.models.quantize import count_weights, stored_weights
 from scorefield.models.teacher import Teacher, load_teacher, named_folder
 from scorefield.progress import working
 from scorefield.randomness import derived_generator
+from scorefield.report.write import add_page
 from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
 from scorefield.training.latents import Latents, Memory
@@ -127,7 +128,14 @@ def main(config: Config) -> Path:
         config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
         watch=watch, all_watch=True, finish=finish,
     )  # fmt: skip
-    return config.out / "controlnet"
+    return with_page(config.out, accelerator)
+
+
+def with_page(out: Path, accelerator: Accelerator) -> Path:
+    """Write the page of a run, whose log is closed, and return the folder of the adapter."""
+    if accelerator.is_main_process:
+        add_page(out)
+    return out / "controlnet"
 
 
 def plan(config: Config) -> Path:
@@ -411,6 +419,9 @@ def export(
     denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
 ) -> None:  # fmt: skip
     """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
+    if report["learned_at"] is None:
+        seen = config.steps * images_per_step
+        report = {**report, "likely_causes": likely_causes(look, judged.probe.hint, images_seen=seen)}
     pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
     asked = (judged.judge.__doc__ or "").partition("\n")[0]
     card = model_card(

@@ -7,7 +7,7 @@ checkpoints as an independent classifier does; against real images it rewards th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,27 @@ class Guard:
             ),
         )
 
+    @torch.no_grad()
+    def distance_of_halves(self) -> float:
+        """Return the distance of two random halves of the teacher's own images: a scale for that of a student.
+
+        It is no floor: halves are of different noise, and have half as many images, which makes distances larger.
+        """
+        if not self._wanted:
+            self._wanted.extend(self.features(self.pairs.x0))
+        number = len(self.pairs.x0)
+        order = torch.randperm(number, generator=derived_generator("guard halves"))
+        halves = order[: number // 2], order[number // 2 :]
+        return distance(*([one[half] for one in self._wanted] for half in halves))
+
+    def beside(self, student: Student, number: int = 2 * GROUPS) -> tuple[Images, Images]:
+        """Return the teacher's images and the student's of the same noise, the first ``number`` of each."""
+        pairs = self.pairs
+        cond = {name: value[:number] for name, value in pairs.cond.items()}
+        few = replace(self, pairs=Pairs(pairs.noise[:number], pairs.x0[:number], cond))
+        return few.pairs.x0, few.images(student)
+
+    @torch.no_grad()
     def images(self, student: Student) -> Images:
         """Return images of the student from the pairs' noise; the noise between its steps is always the same."""
         device = next(student.denoiser.network.parameters()).device

@@ -157,7 +157,7 @@ class Texts:
 class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOptions, EvalOptions, RunOptions):
     """Distil a diffusion teacher into a generator of one or a few steps (DMD2 and relatives, consistency)."""
 
-    results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json")
+    results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json", "report.json", "beside_teacher.png")
     free: ClassVar[tuple[str, ...]] = ("preset", "gradient_checkpointing", "offload")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "auto"

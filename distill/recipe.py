@@ -41,6 +41,7 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
 from scorefield.randomness import Rng
+from scorefield.report.write import add_page
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, check_evaluation, watcher
 from scorefield.training.identity import identity
@@ -112,6 +113,7 @@ def distil_images(config: Config) -> Path:
             else:
                 save_student(student, folder, teacher.facts)
         print(f"student: {folder}")
+        add_page(config.out)
     return folder
 
 

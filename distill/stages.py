@@ -16,6 +16,7 @@ from distill.consistency import Consistency
 from distill.guard import Guard, middle_layer
 from distill.guarding import Guarded, SetbackError, set_rate
 from distill.options import ALONG_PATHS, Config
+from distill.outcome import draw_beside, outcome, write_outcome
 from distill.parts import DISTANCES, Method, average_of, averaged, build_phases, teacher_pairs, uses_pairs
 from distill.rates import Rates, range_test
 from distill.regression import Pairs, Regression, teacher_batch
@@ -103,7 +104,13 @@ def distil(
     else:
         match_guarded(stages, phases, first, columns, lambda: preview(average), looks, guarded)
     gathered = replace(average, denoiser=whole_denoiser(average.denoiser))
+    report = outcome(config, gathered, guarded)
     stages.accelerator.end_training()
+    if stages.accelerator.is_main_process:
+        write_outcome(report, config.out)
+        if guarded is not None:
+            with stages.accelerator.autocast():
+                draw_beside(guarded.guard, gathered, stages.teacher, config.out)
     return gathered
 
 

@@ -43,6 +43,7 @@ from scorefield.models.quantize import outlined
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
 from scorefield.randomness import Rng, shuffled
+from scorefield.report.write import add_page
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
 from scorefield.training.identity import check_options, identity
@@ -120,6 +121,7 @@ def distil_texts(config: Config) -> Path:
         with working("saving the student"):
             save(config, average, teacher, out, accelerator.num_processes)
         print(f"student: {out}")
+        add_page(config.out)
     return out
 
 

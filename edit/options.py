@@ -111,10 +111,10 @@ class Config(Pictures, AttentionOptions, InversionOptions, OtherOptions, LoadOpt
     batch_size: int = 8
     """Edits at a time."""
     out: Path = Path("edits")
-    """Folder for the pictures and report.json. Earlier edits there are replaced."""
+    """Folder for the pictures, report.json and report.html. Earlier edits there are replaced."""
     report: bool = False
-    """Write report.html, too: source, target, what changed, attention to each word, and a strip over windows or
-    strengths, which costs five more edits of each picture."""
+    """Show more in report.html: what changed, attention to each word, and a strip over windows or strengths, which
+    costs five more edits of each picture."""
     device: str = default_device()
     """Where to compute, such as cpu or cuda."""
     dry_run: bool = False

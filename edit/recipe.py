@@ -24,6 +24,7 @@ from edit.words import tokens_of
 from scorefield.models.prompts import PromptEncoder
 from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import Progress, working
+from scorefield.report.words import plural
 from scorefield.training.identity import resolved
 from scorefield.training.options import check_device
 
@@ -43,7 +44,8 @@ def main(config: Config) -> Path | None:
     requests, images = read_images(requests, teacher.size, config.on_bad_data)
     if config.dry_run:
         print(json.dumps(resolved(config), indent=2))
-        print(f"{len(requests):,} edits of {teacher.size[0]} x {teacher.size[1]} pixels by {config.method}")
+        height, width = teacher.size
+        print(f"{plural(len(requests), 'edit')} of {height} x {width} pixels by {config.method}")
         return None
     edits = make_edits(teacher, config, requests, images)
     strips = {
@@ -54,7 +56,7 @@ def main(config: Config) -> Path | None:
     }
     with working("writing the pictures"):
         write(edits, config, strips)
-    print(f"{len(edits):,} edits in {config.out}, side by side in {config.out / 'strip.png'}")
+    print(f"{plural(len(edits), 'edit')} in {config.out}, side by side in {config.out / 'strip.png'}")
     return config.out
 
 

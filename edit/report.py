@@ -1,6 +1,5 @@
-"""What ``scorefield edit`` leaves: pictures, a strip, figures, and a page that shows them."""
+"""What ``scorefield edit`` leaves: pictures, a strip, figures, and the page that shows them."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torchvision.utils import make_grid, save_image
 from edit.options import Config
 from edit.requests import Request
 from scorefield.atomic import whole_folder
+from scorefield.report.write import add_page
 from scorefield.training.identity import resolved
 
 MOST = 20
@@ -67,7 +67,7 @@ def _db(a: Tensor, b: Tensor) -> float:
 
 
 def write(edits: Sequence[Edit], config: Config, strips: Mapping[str, Sequence[Tensor]]) -> None:
-    """Write all pictures, strip.png and report.json, and the page if it is asked for; whole or not at all.
+    """Write all pictures, strip.png, report.json and the page; whole or not at all.
 
     ``strips`` are the targets of all edits under other options, by what the page calls these.
     """
@@ -86,39 +86,13 @@ def write(edits: Sequence[Edit], config: Config, strips: Mapping[str, Sequence[T
                         folder / f"{number:06d}.strip.png",
                     )
                 if edit.maps is not None:
+                    rows[-1]["attention"] = list(edit.words)
                     _save(_attention(edit.maps, edit.image.shape[1:]), folder / f"{number:06d}.attention.png")
         pairs = [picture for edit in edits[:MOST] for picture in (edit.image, edit.source, edit.target)]
         _save(make_grid(torch.stack(pairs), nrow=3, padding=2, pad_value=1.0), folder / "strip.png")
-        content = {"options": resolved(config), "edits": rows}
+        content = {"options": resolved(config), "edits": rows, **({"strips": list(strips)} if strips else {})}
         (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n")
-        if config.report:
-            (folder / "report.html").write_text(page(edits, rows, tuple(strips)))
-
-
-def page(edits: Sequence[Edit], rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
-    """Return the page: each edit with its pictures and figures, and its strip, whose pictures ``labels`` name."""
-    parts = []
-    for number, (edit, row) in enumerate(zip(edits, rows, strict=True)):
-        shown = [("source", f"{number:06d}.source.png"), ("edit", f"{number:06d}.png"),
-                 ("changed", f"{number:06d}.changed.png")]  # fmt: skip
-        if edit.maps is not None:
-            shown.append(("attention to: " + " ".join(edit.words), f"{number:06d}.attention.png"))
-        if labels:
-            shown.append(("; ".join(labels), f"{number:06d}.strip.png"))
-        pictures = "".join(
-            f"<figure><img src='{file}'><figcaption>{html.escape(name)}</figcaption></figure>"
-            for name, file in shown
-        )
-        figures = ", ".join(
-            f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.items() if isinstance(value, float)
-        )
-        title = " &rarr; ".join(map(html.escape, (edit.request.source, edit.request.target)))
-        parts.append(f"<section><h2>{title}</h2>{pictures}<p>{html.escape(figures)}</p></section>")
-    return (
-        "<!doctype html><meta charset='utf-8'><title>scorefield edit</title><style>body{font-family:sans-serif}"
-        "figure{display:inline-block;margin:4px}img{height:160px;image-rendering:pixelated}</style>"
-        f"<h1>{len(edits):,} edits</h1>{''.join(parts)}"
-    )
+        add_page(folder, shown=config.out)
 
 
 def _attention(maps: Tensor, size: Sequence[int]) -> Tensor:

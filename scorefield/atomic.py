@@ -126,6 +126,14 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(os.path.realpath(folder))
 
 
+def note_written(path: Path) -> None:
+    """Count a file as ours that was written into a folder of :func:`whole_folder` later; nothing in any other."""
+    if listed := _read_marker(path.parent):
+        with whole_file(path.parent / MARKER) as temporary:
+            content = {"format": FORMAT, "files": {**listed, path.name: _fingerprint(path)}}
+            temporary.write_text(json.dumps(content, indent=1))
+
+
 def _write_marker(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     listed = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths}

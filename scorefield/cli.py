@@ -89,6 +89,11 @@ COMMANDS = {
         "scorefield.commands.options:Evaluate", "scorefield.commands.evaluate:main",
         check="scorefield.commands.options:check_evaluate",
     ),
+    "report": Command(
+        "Make one page about a run, or several side by side, from their files alone.",
+        "scorefield.commands.options:Report", "scorefield.commands.report:main",
+        check="scorefield.commands.options:check_report",
+    ),
     "toyworld evaluate": Command(
         "Measure the pipeline that ships, or another one of the toy world.",
         "toyworld.options:EvaluatePipeline", "toyworld.evaluate:main", check="toyworld.options:check_pipeline",

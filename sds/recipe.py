@@ -26,6 +26,7 @@ from tqdm import tqdm
 from scorefield.atomic import whole_file
 from scorefield.models.teacher import Teacher
 from scorefield.progress import working
+from scorefield.report.write import add_page
 from scorefield.training import checkpoint
 from scorefield.training.identity import identity
 from scorefield.training.loop import Phase
@@ -87,7 +88,11 @@ def main(config: Config) -> Path:
         checkpoint.save(config.out / "checkpoints", 0, phases, own)  # the first state to go back to
     accelerator.wait_for_everyone()
     learn(config, task, phases, build_probe(config, task, teacher), accelerator, own, first)
-    return write_results(config, task, teacher, optimizer) if accelerator.is_main_process else config.out
+    if not accelerator.is_main_process:
+        return config.out
+    made = write_results(config, task, teacher, optimizer)
+    add_page(config.out)
+    return made
 
 
 def check_scene(config: Config) -> None:

@@ -130,6 +130,8 @@ def test_without_control_the_report_is_of_the_base_itself(place, whole):
     """Drawn here without any adapter, sample by sample, and judged by edges read off."""
     report = json.loads((whole / "report.json").read_text())
     assert report["scores_without_control"] != report["scores"]
+    assert report["learned_at"] is None
+    assert report["likely_causes"][-1].startswith("it is early: ")
     base, validation, _ = make_looker(make_config(place, place / "whole"))
     probe, times, images = validation.probe, grid(base.denoiser.schedule, 2, spacing="uniform"), []
     for row in range(2):

@@ -75,6 +75,22 @@ def test_a_student_that_is_its_teacher_is_at_no_distance():
     assert max(map(abs, look.left_out)) < 1e-6
 
 
+def test_halves_of_the_teachers_images_are_a_scale_that_falls_with_their_number():
+    few, many = (make_guard(number).distance_of_halves() for number in (64, 4096))
+    assert 0 < many < few / 4
+    guard = make_guard()
+    noise = guard.pairs.noise
+    sorted_ = Guard(teacher=guard.teacher, layer="middle", pairs=Pairs(noise, noise.sort(0).values, {}))
+    assert sorted_.distance_of_halves() < 0.3, "halves are drawn at random, whatever the order"
+
+
+def test_teacher_and_student_are_shown_with_the_same_noise():
+    guard = make_guard()
+    theirs, ours = guard.beside(student_of(Affine(shift=0.5)), 20)
+    assert torch.equal(theirs, guard.pairs.x0[:20])
+    close(ours - theirs, torch.full((20, 3), 0.5))
+
+
 @pytest.mark.parametrize("batch", [64, 100])
 def test_brightness_and_error_say_by_how_much(batch):
     look = make_guard(batch=batch).look(student_of(Affine(shift=0.25)))

@@ -33,8 +33,9 @@ FLOORS = {
     "models": {""},
     "data": {""},
     "diagnosis": {""},
+    "report": {"", "data"},
     "training": {"", "models", "data", "diagnosis"},
-    "commands": {"", "models", "data", "diagnosis", "training"},
+    "commands": {"", "models", "data", "diagnosis", "training", "report"},
 }
 
 # The only places where a heavy library may be imported.

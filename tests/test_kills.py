@@ -288,6 +288,10 @@ TOLD = ("resumed", "seconds", "cpu_seconds")
 """In the report of a ControlNet: that it was resumed, and how long the last process took."""
 
 
+OF_THE_LOG = re.compile(r"<!-- from the log -->.*?<!-- to here -->", re.DOTALL)
+"""In a page: curves, of which a kill takes what was not written yet, and how long the last process took."""
+
+
 def results(out):
     """All that a run leaves: bytes, but for what says that it was resumed; tensors; the logs' last scalars."""
     found = {}
@@ -300,6 +304,8 @@ def results(out):
             found[name] = {key: value for key, value in report.items() if key not in TOLD}
         elif name == "controlnet/README.md":
             found[name] = [line for line in path.read_text().splitlines() if "seconds" not in line]
+        elif path.name == "report.html":
+            found[name] = OF_THE_LOG.sub("", path.read_text())
         elif path.name.startswith("events.out"):
             pass
         elif path.name not in ("manifest.json", MARKER):  # sums of the others

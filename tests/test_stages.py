@@ -123,6 +123,11 @@ def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, te
     assert printed.err.count("at half the learning rates") == 2
     assert "the run ends here" in printed.err
     assert "best weights: step 0" in printed.out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["step"], report["setbacks"], report["ended_early"]) == (0, 2, True)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The run ended before its last step" in page
+    assert "Not finished" not in page
     begun = load_file(tmp_path / "run" / "checkpoints" / "step-000000000" / "student.ema.safetensors")
     assert_same({name: value for (_, name), value in result.items()}, begun)
     assert_same(result, tensors(train_dmd.main(drifting)))

@@ -25,6 +25,7 @@ from scorefield.atomic import whole_file
 from scorefield.commands.options import TrainTeacher
 from scorefield.commands.teacher import main as train_teacher
 from scorefield.models.teacher import load_teacher
+from scorefield.report.write import add_page
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.training import checkpoint
 from scorefield.training.identity import resolved
@@ -55,6 +56,7 @@ def main(config: Demo) -> Path:
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2))
     draw(images, judge.labels, config.out / "samples.png")
+    add_page(config.out)
     show(report, config.out)
     return path
 

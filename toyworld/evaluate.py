@@ -28,6 +28,7 @@ from scorefield.models.pretrained import INDEX, PartReader, read_schedule
 from scorefield.models.teacher import named_folder
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator
+from scorefield.report.write import add_page
 from scorefield.training.options import check_device
 from toyworld.captions import caption
 from toyworld.data import HELD_OUT
@@ -82,6 +83,7 @@ def main(config: EvaluatePipeline) -> Path:
     pixels = ((sheet + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     with whole_file(config.out / "contact_sheet.png") as temporary:
         Image.fromarray(pixels).save(temporary)
+    add_page(config.out)
     print(f"figures and contact sheet (renders above, answers to their captions below) in {config.out}")
     return config.out
 

@@ -26,6 +26,7 @@ from scorefield.models.pretrained import LORA_FACTS
 from scorefield.models.prompts import default_cache_folder
 from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
+from scorefield.report.write import add_page
 from scorefield.training.options import check_device
 from toyworld.bench import Bench, make_bench
 from toyworld.evaluate import check_size, check_teacher, draw, load_pipeline, load_scheduler, network_of
@@ -57,6 +58,7 @@ def main(config: EvaluateStudents) -> Path:
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     with whole_file(config.out / "contact_sheet.png") as temporary:
         Image.fromarray(pixels).save(temporary)
+    add_page(config.out)
     print(f"figures and contact sheet (a row each: {', '.join(drawn)}) in {config.out}")
     return config.out
 

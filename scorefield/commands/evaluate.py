@@ -19,6 +19,7 @@ from scorefield.commands.options import Evaluate, check_evaluate
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
 from scorefield.metrics import agreement, extract_features, frechet_distance, kernel_distance
+from scorefield.report.write import add_page
 from scorefield.training.features import Classifier, inception, load_classifier
 from scorefield.training.options import check_device
 
@@ -44,6 +45,8 @@ def main(config: Evaluate) -> Path | None:
         with whole_file(config.out) as temporary:
             temporary.write_text(json.dumps(figures, indent=2))
         print(f"figures in {config.out}")
+        if (page := config.out.with_suffix(".html")) != config.out:
+            add_page(config.out.parent, page, file=config.out.name)
     return config.out
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from scorefield.atomic import check_replaceable
 from scorefield.choices import LongPrompts, OnBadData, Quantize, Solver, Spacing
@@ -19,6 +21,9 @@ from scorefield.training.options import (
     check_quantize,
     check_run,
 )
+
+MOST_RUNS = 24
+"""Runs side by side in one report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,16 @@ class Evaluate:
     """Images at a time."""
     device: str = default_device()
     """Where to compute, such as cpu or cuda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make one page about a run, or about several side by side, from their files alone."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders that commands wrote, such as runs/student, or a file of figures of `scorefield evaluate`."""
+    out: Path | None = None
+    """The page. By default report.html in the run's folder; of several runs, here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +205,19 @@ def check_evaluate(config: Evaluate) -> None:
         if config.out.exists() and not are_figures(config.out):
             raise ValueError(f"--out {config.out} holds what no earlier evaluation wrote. Choose another --out.")
     check_alone("evaluate")
+
+
+def check_report(config: Report) -> None:
+    """Raise ``ValueError`` for runs that are not there, and for a page that cannot be written."""
+    if not 1 <= len(config.runs) <= MOST_RUNS:
+        raise ValueError(
+            f"a report is about 1 to {MOST_RUNS} runs; got {len(config.runs)}. Pass folders, such as runs/student."
+        )
+    if config.out is not None:
+        if config.out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--out must be a name that ends in .html; got {config.out}.")
+        check_out(config.out.parent)
+    check_alone("report")
 
 
 def are_figures(file: Path) -> bool:

@@ -23,6 +23,7 @@ from scorefield.models.networks import build_network
 from scorefield.models.storage import TIMES, load_denoiser, read_facts, save_denoiser
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
+from scorefield.report.write import add_page
 from scorefield.sampling import grid, initial_noise, sample
 from scorefield.times import log_normal
 from scorefield.training.evaluate import check_evaluation, watcher
@@ -66,6 +67,7 @@ def main(config: TrainTeacher) -> Path:
     )  # fmt: skip
     if accelerator.is_main_process:
         print(f"teacher: {folder}")
+        add_page(config.out)
     return folder
 
 

@@ -96,6 +96,27 @@ def open_image(data: bytes) -> Image.Image:
     return _plain(*_opened(data))
 
 
+def open_frames(data: bytes, most: int, pixels: int) -> list[Image.Image]:
+    """Return up to ``most`` frames of an animated file, evenly spaced over its length, in mode RGB.
+
+    Raises ``ValueError`` for what is no picture or a damaged one, and for frames of more than ``pixels`` pixels
+    together.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            number = getattr(file, "n_frames", 1)
+            if number * file.width * file.height > pixels:
+                raise ValueError(f"{number} frames of {file.width} x {file.height}, above {pixels:,} pixels")
+            chosen = sorted({round(i * number / min(most, number)) for i in range(min(most, number))})
+            frames = list[Image.Image]()
+            for frame in chosen:
+                file.seek(frame)
+                frames.append(file.convert("RGB"))
+            return frames
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError(f"cannot be read as a film: {error or type(error).__name__}.") from error
+
+
 def _plain(kind: str | None, image: Image.Image) -> Image.Image:
     # The scale comes from the file's type: one taken from its pixels would brighten the dark images of a set.
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):

@@ -1,25 +1,36 @@
 """Where a run shows how it goes: the trackers of --report-to, and pictures in --out/samples."""
 
+import dataclasses
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from scorefield import __version__
 from scorefield.atomic import whole_file
-from scorefield.training.identity import resolved
+from scorefield.training.identity import code_hash, resolved
 
 PROJECT = "scorefield"
 """Project of wandb and trackio; each start of a run is one of its runs, called as the folder is."""
+
+ABOUT = "about.json"
+"""In ``--out``: which options were set, and the versions of the last start."""
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "kornia", "nerfstudio")
+"""Packages whose versions are noted."""
 
 SAMPLES = "samples"
 """Folder in ``--out`` of the pictures that are drawn on the way."""
@@ -34,7 +45,29 @@ def start_logging(accelerator: Accelerator, config: Any, out: Path, first: int) 
         out.mkdir(parents=True, exist_ok=True)
         with whole_file(out / "config.json") as temporary:
             temporary.write_text(json.dumps(resolved(config), indent=2))
+        with whole_file(out / ABOUT) as temporary:
+            temporary.write_text(json.dumps({"set": differing(config), "versions": versions()}, indent=2))
     open_log(accelerator, first, out, resolved(config))
+
+
+def differing(config: Any) -> list[str]:
+    """Return the names of options that differ from the defaults of their class, or have none."""
+    found = []
+    for option in dataclasses.fields(config):
+        default = option.default_factory() if callable(option.default_factory) else option.default
+        if getattr(config, option.name) != default:
+            found.append(option.name)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return what a run computes with: versions by name, the code's own hash, and the device."""
+    found = {"scorefield": __version__, "code": code_hash(), "python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return found
 
 
 def open_log(
