@@ -25,7 +25,8 @@ from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving, per_sample
 from scorefield.times import TimeSampler
 from sds.cameras import CameraDistribution, Views
-from sds.export import Export, export
+from sds.export import export
+from sds.export_options import Export
 from sds.losses import TIMES, distillation_loss, sds
 from sds.penalties import entropy_loss
 from sds.radiance import radiance_field

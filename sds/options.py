@@ -10,6 +10,7 @@ import tyro
 
 from scorefield.choices import Quantize
 from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_quantize, check_run
+from sds.export_options import check_mesh
 
 Pair = tuple[float, float]
 
@@ -143,7 +144,9 @@ class Penalties:
 class Watch:
     """Figures while training, what happens to a lost scene, and the export."""
 
-    free: ClassVar[tuple[str, ...]] = ("probe_every", "max_rollbacks", "mesh_resolution", "turntable_size")
+    free: ClassVar[tuple[str, ...]] = (
+        "probe_every", "max_rollbacks", "mesh_resolution", "turntable_size", "faces", "texture",
+    )  # fmt: skip
 
     probe_every: int = 100
     """Iterations between two measurements (residuals, gradients, balance of views) with pictures. 0 means
@@ -154,6 +157,10 @@ class Watch:
     """Cells of the exported mesh along a side."""
     turntable_size: int = 128
     """Height and width of the exported videos, in pixels."""
+    faces: int = 5000
+    """Triangles of the exported mesh, at most. 0 keeps all."""
+    texture: int = 512
+    """Height and width of the mesh's texture in texels. 0: colours of the vertices instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +270,7 @@ def check(config: Config) -> None:
             f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."
         )
     if not config.canvas:
+        check_mesh(None, config.faces, config.texture, "--")
         _check_views(config)
 
 

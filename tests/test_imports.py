@@ -58,6 +58,9 @@ LIBRARIES = {
     "peft": ("scorefield/models/lora.py",),
     "skimage": ("sds/mesh.py",),
     "trimesh": ("sds/formats.py",),
+    "fast_simplification": ("sds/mesh.py",),
+    "xatlas": ("sds/texture.py",),
+    "scipy": ("sds/solid.py", "sds/texture.py", "sds/topology.py", "benchmarks/"),
     "imageio_ffmpeg": ("sds/formats.py",),
     "kornia": ("sds/", "controlnet/", "attack/", "toyworld/", "train_scripts/"),
     "datasets": ("scorefield/data/tables.py", "scorefield/data/parquet.py"),
@@ -66,7 +69,7 @@ LIBRARIES = {
 # The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = (
     *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
-    *("skimage", "trimesh", "imageio_ffmpeg"),
+    *("skimage", "trimesh", "imageio_ffmpeg", "fast_simplification", "xatlas", "scipy"),
 )
 CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {
