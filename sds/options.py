@@ -248,6 +248,11 @@ def toyworld() -> Config:
     )  # fmt: skip
 
 
+LARGEST = {
+    "learning_rate": 10.0, "guidance": 1e4, "opacity": 1e6, "entropy": 1e6, "orientation": 1e6, "distortion": 1e6,
+}  # fmt: skip
+"""Largest value of options without a natural bound. Papers use guidance of 101, and weights of 1,000."""
+
 PRESETS = {"toyworld": toyworld, "dreamfusion": dreamfusion, "prolificdreamer": prolificdreamer}
 
 
@@ -300,6 +305,11 @@ def _check_ranges(config: Config) -> None:
     for name in ("guidance", "opacity", "entropy", "orientation", "distortion", "learning_rate"):
         if min(getattr(config, name)) < 0:
             raise ValueError(f"{_flag(name)} must be at least 0; got {shown(getattr(config, name))}.")
+    for name, most in LARGEST.items():
+        if max(value := getattr(config, name)) > most:
+            raise ValueError(
+                f"{_flag(name)} must be at most {most:,.0f}; got {shown(value)}. Pass a smaller value."
+            )
     for name in ("quarters", "quarters_until", "grow_at", "widen"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {getattr(config, name)}.")

@@ -33,6 +33,7 @@ from scorefield.training.ranks import check_same
 from scorefield.training.report import close_log, open_log
 from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
+from sds.doubts import NOISY, doubts, unsettled
 from sds.export import export, needed
 from sds.formats import check_encoder, check_installed
 from sds.options import Config, check
@@ -51,7 +52,7 @@ from sds.parts import (
 )
 from sds.probe import Probe
 from sds.recovery import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
-from sds.runs import build_scene, export_choices, facts_of, field_of, tell
+from sds.runs import build_scene, export_choices, facts_of, field_of, tell, tell_all
 from sds.scene import Scene, check_nerfstudio, save_scene
 from sds.training import SceneDistillation
 
@@ -76,6 +77,8 @@ def main(config: Config) -> Path:
         replace(phase, lr_options=RATES[phase.name])
         for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
     ]
+    if accelerator.is_main_process:
+        tell_all(doubts(config, task.subject.network))
     if config.dry_run:
         networks = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
         show_plan(config, networks, {phase.name: config.steps for phase in phases})
@@ -173,7 +176,7 @@ class Watcher:
         self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
     ) -> None:
         self.config, self.task, self.probe, self.optimizer = config, task, probe, optimizer
-        self.step, self.shown = 0, torch.empty(0)
+        self.step, self.shown, self.noisy = 0, torch.empty(0), list[float]()
 
     def figures(self, step: int) -> Mapping[str, float]:
         """Return what is logged of this step besides the loss."""
@@ -185,6 +188,9 @@ class Watcher:
             with working("probe of the scene"):
                 probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
             figures |= probed
+            self.noisy.append(probed[NOISY])
+            if step == self.config.steps and not self.config.canvas:
+                tell_all(unsettled(self.noisy))
         return figures
 
     def pictures(self) -> Tensor:

@@ -2,11 +2,12 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from scorefield.commands.configuration import read_config
 from scorefield.files import load_json
@@ -127,5 +128,10 @@ def main(config: ExportRun) -> Path:
 def tell(report: Mapping[str, Any], folder: Path) -> None:
     """Print what the report says of the mesh, and warn of what is wrong with it."""
     print(f"{summary(report)}; export: {folder}")
-    for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+    tell_all(report["warnings"])
+
+
+def tell_all(warnings: Iterable[str]) -> None:
+    """Print warnings, one a line."""
+    for text in warnings:
+        tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -57,7 +57,7 @@ LIBRARIES = {
     "nerfstudio": ("sds/scene.py",),
     "peft": ("scorefield/models/lora.py",),
     "skimage": ("sds/mesh.py",),
-    "trimesh": ("sds/formats.py",),
+    "trimesh": ("sds/formats.py", "benchmarks/mesh_voxels.py"),
     "fast_simplification": ("sds/mesh.py",),
     "xatlas": ("sds/texture.py",),
     "scipy": ("sds/solid.py", "sds/texture.py", "sds/topology.py", "benchmarks/"),
