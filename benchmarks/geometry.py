@@ -5,8 +5,8 @@
 A scene learns a solid of the toy world from scores alone: those of a narrow Gaussian around the true picture from
 the same camera, a new camera each time. Printed next to baselines that learn nothing, and written to the scene's
 folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled voxels, of
-the field and of the exported mesh, and the PSNR of that mesh against the scene's own pictures. Needs the extras
-``nerf`` and ``dev``.
+the field and of the exported mesh, the share of that mesh that had to be filled, and its PSNR against the scene's
+own pictures. Needs the extras ``nerf`` and ``dev``.
 """
 
 import json
@@ -29,6 +29,7 @@ from yardsticks import (
     baselines,
     ceiling,
     filled,
+    hollow,
     iou,
     measured,
     truth,
@@ -137,8 +138,9 @@ def run(shape: str, seed: int, config: Config) -> dict[str, Any]:
     facts = {"shape": shape, "seed": seed, "steps": config.steps}
     found = {**facts, "cpu_seconds": seconds, **asdict(measured(shape, scene))}
     found["mesh_versus_render"] = exported(scene, folder / "export", facts)
-    meshed, points = inside(load_mesh(folder / "export" / "scene.glb")), voxels()
-    found["mesh_iou"] = iou(filled(meshed), filled(occupancy(shape, points).numpy()))
+    meshed = inside(load_mesh(folder / "export" / "scene.glb"))
+    found["mesh_iou"] = iou(filled(meshed), filled(occupancy(shape, voxels()).numpy()))
+    found["mesh_hollow"] = hollow(meshed)
     (folder / "measures.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 

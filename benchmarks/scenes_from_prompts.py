@@ -8,8 +8,8 @@ the true solid, turned and scaled for the best fit, next to a white picture and 
 opacity outside the true silhouette, widened by two pixels.
 
 The judge calls a stool a chair, and a shift by a pixel alone costs most of the PSNR. So the solid is also moved
-for the best fit, and then compared by PSNR, by silhouettes, and by volume: that of the field, and that of the
-exported mesh if there is one. Writes evaluation.json and evaluation.png into the run.
+for the best fit, and then compared by PSNR, by silhouettes, and by volume, with all hollows filled: that of
+the field, and that of the exported mesh if there is one. Writes evaluation.json and evaluation.png into the run.
 """
 
 import itertools
@@ -33,6 +33,7 @@ from yardsticks import (
     best_ellipsoid,
     crop_psnrs,
     filled,
+    hollow,
     iou,
     matter,
     ring,
@@ -169,7 +170,7 @@ def true_voxels(shape: str, fit: Fit, position: Position) -> np.ndarray:
     angle = math.radians(fit.degrees)
     (x, y, z), cos, sin = voxels().unbind(-1), math.cos(angle), math.sin(angle)
     own = torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1)
-    return filled(occupancy(shape, own / fit.scale, position).numpy())
+    return occupancy(shape, own / fit.scale, position).numpy()
 
 
 def solid_figures(folder: Path, scene: Scene, pictures: Render, asked: Attributes, fit: Fit) -> dict[str, Any]:
@@ -181,10 +182,12 @@ def solid_figures(folder: Path, scene: Scene, pictures: Render, asked: Attribute
         **dict(zip(("moved_x", "moved_y", "moved_z"), position, strict=True)),
         "psnr_moved": psnr,
         "silhouette_iou": float((ours & true).sum() / (ours | true).sum()),
-        "volume_iou": iou(filled(matter(scene, voxels())), solid),
+        "volume_iou": iou(filled(matter(scene, voxels())), filled(solid)),
     }
     if (folder / "export" / "scene.glb").is_file():
-        figures["mesh_volume_iou"] = iou(filled(inside(load_mesh(folder / "export" / "scene.glb"))), solid)
+        mesh = inside(load_mesh(folder / "export" / "scene.glb"))
+        figures["mesh_volume_iou"] = iou(filled(mesh), filled(solid))
+        figures["mesh_hollow"] = hollow(mesh)
     return figures
 
 

@@ -12,6 +12,7 @@ from sds.field import Field
 from sds.scene import grid_scene, save_scene
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene
+from toyworld.solids import occupancy
 
 close = torch.testing.assert_close
 
@@ -44,6 +45,9 @@ def test_a_moved_solid_is_found_where_it_is_and_its_voxels_with_it():
     # The handle of the mug, at its front (+x), is turned by -40 degrees, made smaller and moved with it.
     solid, points = scenes_from_prompts.true_voxels("mug", start, position), voxels()
     handle = points[torch.from_numpy(solid)]
+    assert len(handle) * (2 / 64) ** 3 == pytest.approx(
+        0.9**3 * float(occupancy("mug", points).sum()) * (2 / 64) ** 3, rel=0.03
+    )
     tip = handle[handle[:, :2].norm(dim=1).argmax()]
     assert math.degrees(math.atan2(tip[1], tip[0])) == pytest.approx(-40, abs=6)
     assert float(tip[:2].norm()) == pytest.approx(0.9 * (0.685 + 0.1), abs=0.04)
