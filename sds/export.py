@@ -41,8 +41,9 @@ from sds.formats import (
     write_png,
 )
 from sds.level import LevelSearch, choose_level, compare, pictures_of, surface_at
-from sds.mesh import Mesh, recoloured, seen_colours, simplified, surface_points
+from sds.mesh import Mesh, recoloured, seen_colours, surface_points
 from sds.radiance import RadianceField, Rendered
+from sds.simplify import simplified
 from sds.solid import Space, field_normals, survey
 from sds.texture import baked, unfolded
 from sds.topology import Topology, topology

@@ -154,30 +154,6 @@ def _without_voids(values: np.ndarray, level: float) -> np.ndarray:
     return np.where(enclosed, 2 * level, values)
 
 
-def simplified(mesh: Mesh, num_faces: int, colours: Query) -> Mesh:
-    """Return a mesh of about ``num_faces`` triangles, merged where that moves the surface least.
-
-    Triangles are merged by their quadric error (Garland and Heckbert, SIGGRAPH 1997). A mesh that has no more
-    triangles than that is returned as it is.
-
-    Args:
-        mesh: A mesh without a texture.
-        num_faces: Triangles to keep, at least 4.
-        colours: Vertices (v, 3) -> colours (v, 3).
-
-    Raises ``ValueError`` for fewer than 4 triangles.
-    """
-    from fast_simplification import simplify
-
-    if num_faces < 4:
-        raise ValueError(f"a closed mesh has at least 4 triangles; got {num_faces}.")
-    if len(mesh.faces) <= num_faces:
-        return mesh
-    vertices, faces = simplify(mesh.vertices.numpy(), mesh.faces.numpy(), target_count=num_faces)
-    kept = torch.from_numpy(np.ascontiguousarray(vertices)).float()
-    return Mesh(kept, torch.from_numpy(faces.astype(np.int64)), colours(kept))
-
-
 def recoloured(mesh: Mesh, scene: RadianceField, reach: float, num_samples: int = 8) -> Mesh:
     """Return the mesh with the colours of :func:`seen_colours` at its vertices. Arguments are those."""
     normals = vertex_normals(mesh) if mesh.normals is None else mesh.normals

@@ -58,7 +58,7 @@ LIBRARIES = {
     "peft": ("scorefield/models/lora.py",),
     "skimage": ("sds/mesh.py",),
     "trimesh": ("sds/formats.py", "benchmarks/mesh_voxels.py"),
-    "fast_simplification": ("sds/mesh.py",),
+    "fast_simplification": ("sds/simplify.py",),
     "xatlas": ("sds/texture.py",),
     "scipy": ("sds/solid.py", "sds/texture.py", "sds/topology.py", "benchmarks/"),
     "imageio_ffmpeg": ("sds/formats.py",),

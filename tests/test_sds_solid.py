@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from sds.mesh import Lattice, extract_mesh, sample_lattice, simplified
+from sds.mesh import Lattice, extract_mesh, sample_lattice
 from sds.radiance import RadianceField
+from sds.simplify import simplified
 from sds.solid import Space, field_normals, hidden_share, lookouts, optical_depth, survey
 from sds.topology import Topology, topology
 from sds.turntable import turntable_cameras

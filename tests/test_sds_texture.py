@@ -8,9 +8,10 @@ import torch
 from closed_form_scenes import Ball
 
 from sds.level import psnr
-from sds.mesh import Mesh, Texture, extract_mesh, sample_lattice, simplified, vertex_normals
+from sds.mesh import Mesh, Texture, extract_mesh, sample_lattice, vertex_normals
 from sds.radiance import RadianceField
 from sds.rasterise import rasterise
+from sds.simplify import simplified
 from sds.texture import baked, covered, spread, unfolded
 from sds.topology import Topology, topology
 from sds.turntable import turntable_cameras
@@ -40,6 +41,27 @@ def test_a_simplified_ball_is_closed_and_nearly_as_large(ball):
     assert simplified(mesh, 600, lambda p: p) is mesh
     with pytest.raises(ValueError, match="at least 4 triangles; got 3"):
         simplified(fine, 3, lambda p: p)
+
+
+def test_a_pace_that_leaves_it_open_is_not_taken_unless_all_do(ball, monkeypatch):
+    fine, _ = ball
+    import fast_simplification
+
+    simplify, paces, broken = fast_simplification.simplify, [], set()
+
+    def leaky(vertices, faces, target_count, agg):
+        paces.append(agg)
+        vertices, faces = simplify(vertices, faces, target_count=target_count, agg=agg)
+        return vertices, faces[1:] if agg in broken else faces
+
+    monkeypatch.setattr(fast_simplification, "simplify", leaky)
+    for leaking, asked, closed in (((), [5], True), ((5,), [5, 3], True), ((3, 5), [5, 3], False)):
+        paces.clear()
+        broken.update(leaking)
+        found = simplified(fine, 4000, lambda p: p)
+        assert paces == asked
+        assert topology(found).closed == closed
+    assert len(found.faces) in (3999, 3998)  # the first one
 
 
 def test_a_cut_mesh_is_the_same_surface_with_each_chart_in_the_picture(ball):
