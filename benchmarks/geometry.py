@@ -4,8 +4,9 @@
 
 A scene learns a solid of the toy world from scores alone: those of a narrow Gaussian around the true picture from
 the same camera, a new camera each time. Printed next to baselines that learn nothing, and written to the scene's
-folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled voxels, and
-the PSNR of the exported mesh against the scene's own pictures. Needs the extras ``nerf`` and ``dev``.
+folder as ``measures.json``: PSNR on the object's crop over 12 held-out views, IoU of interior-filled voxels, of
+the field and of the exported mesh, the share of that mesh that had to be filled, and its PSNR against the scene's
+own pictures. Needs the extras ``nerf`` and ``dev``.
 """
 
 import json
@@ -17,20 +18,37 @@ from typing import Any
 
 import torch
 import tyro
+from mesh_voxels import inside, load_mesh
 from torch import Tensor
-from yardsticks import BACKGROUND, DISTANCE, FOCAL, HALF_SIZE, Measures, baselines, ceiling, measured, truth
+from yardsticks import (
+    BACKGROUND,
+    DISTANCE,
+    FOCAL,
+    HALF_SIZE,
+    Measures,
+    baselines,
+    ceiling,
+    filled,
+    hollow,
+    iou,
+    measured,
+    truth,
+    voxels,
+)
 
 from scorefield.denoiser import Cond, Denoiser
 from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving, per_sample
 from scorefield.times import TimeSampler
 from sds.cameras import CameraDistribution, Views
-from sds.export import Export, export
+from sds.export import export
+from sds.export_options import Export
 from sds.losses import TIMES, distillation_loss, sds
 from sds.penalties import entropy_loss
 from sds.radiance import radiance_field
 from sds.scene import Scene, grid_scene, save_scene
 from toyworld.camera import FIELD_OF_VIEW
+from toyworld.solids import occupancy
 
 CAMERAS = CameraDistribution(
     distance=(2.6, 3.1), elevation=(0.0, 80.0), focal=(FOCAL, FOCAL),
@@ -120,6 +138,9 @@ def run(shape: str, seed: int, config: Config) -> dict[str, Any]:
     facts = {"shape": shape, "seed": seed, "steps": config.steps}
     found = {**facts, "cpu_seconds": seconds, **asdict(measured(shape, scene))}
     found["mesh_versus_render"] = exported(scene, folder / "export", facts)
+    meshed = inside(load_mesh(folder / "export" / "scene.glb"))
+    found["mesh_iou"] = iou(filled(meshed), filled(occupancy(shape, voxels()).numpy()))
+    found["mesh_hollow"] = hollow(meshed)
     (folder / "measures.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 
@@ -142,7 +163,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             found = run(shape, seed, config)
             mesh = found["mesh_versus_render"]
             line = row(f"{shape}, seed {seed}", Measures(found["psnr"], found["iou"]))
-            meshed = f"mesh {mesh['psnr']:.2f} dB, on its crop {mesh['psnr_crop']:.2f} dB"
+            meshed = (
+                f"mesh {mesh['psnr']:.2f} dB, on its crop {mesh['psnr_crop']:.2f} dB, IoU {found['mesh_iou']:.3f}"
+            )
             print(f"{line}  {meshed}  {found['cpu_seconds']:.0f} s of CPU", flush=True)
             results.append(found)
     return results

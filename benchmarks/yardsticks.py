@@ -100,6 +100,11 @@ def filled(solid: np.ndarray) -> np.ndarray:
     return np.stack([binary_fill_holes(solid[:, :, level]) for level in range(solid.shape[2])], axis=2)
 
 
+def hollow(solid: np.ndarray) -> float:
+    """Return the share of the interior-filled voxels that were empty before; 0 for a solid without hollows."""
+    return 1 - float(solid.sum() / filled(solid).sum())
+
+
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Return intersection over union."""
     return float((a & b).sum() / (a | b).sum())

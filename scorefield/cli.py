@@ -60,6 +60,11 @@ COMMANDS = {
         "Turn a prompt into a 3D scene (SDS, CSD, VSD).",
         "sds.options:Config", "sds.recipe:main", presets="sds.options:PRESETS", check="sds.options:check",
     ),
+    "export": Command(
+        "Export the scene of a finished run again, with another level, budget or texture.",
+        "sds.export_options:ExportRun", "sds.runs:main", check="sds.export_options:check_export",
+        folders="sds.export_options:export_folders",
+    ),
     "control": Command(
         "Teach a model to follow hints such as edges (ControlNet).",
         "controlnet.options:Config", "controlnet.recipe:main", presets="controlnet.options:PRESETS",

@@ -1,4 +1,4 @@
-"""Writers of meshes (glb, obj), points (ply), videos (mp4, gif) and pictures (png).
+"""Writers of meshes (glb, obj with mtl and png), points (ply), videos (mp4, gif) and pictures (png).
 
 Each file appears whole or not at all. In the world z is up and the front is +x. In glb and obj files y is up and
 the front is +z, as glTF 2.0 (section 3.4) has it; Blender turns that into its own front view. A point cloud keeps
@@ -18,8 +18,14 @@ from scorefield.atomic import whole_file
 from sds.mesh import Mesh
 from sds.turntable import Frames
 
-PACKAGES = {"skimage": "scikit-image", "trimesh": "trimesh", "imageio_ffmpeg": "imageio-ffmpeg"}
+PACKAGES = {
+    "skimage": "scikit-image", "trimesh": "trimesh", "imageio_ffmpeg": "imageio-ffmpeg", "xatlas": "xatlas",
+    "fast_simplification": "fast-simplification",
+}  # fmt: skip
 """Name on PyPI of each module."""
+
+WITHOUT = {"fast-simplification": "--faces 0", "xatlas": "--texture 0"}
+"""Option with which a package is not needed."""
 
 
 def check_installed(*modules: str) -> None:
@@ -29,16 +35,18 @@ def check_installed(*modules: str) -> None:
         raise ValueError(
             f"the export needs packages that are not installed: {', '.join(missing)}. Install them: "
             'pip install "scorefield[nerf]".'
+            + "".join(f" Or do without: {WITHOUT[name]}." for name in WITHOUT if name in missing)
         )
 
 
-MATERIAL = {
-    "name": "vertex colours",
-    "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-    "doubleSided": True,
-}
+MATERIAL: dict[str, Any] = {
+    "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}, "doubleSided": True,
+}  # fmt: skip
 """Material of an exported mesh. Without one, viewers use glTF's default: metal, which is black where nothing is
 reflected."""
+
+SAMPLER = {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}
+"""Sampler of a texture: LINEAR, LINEAR_MIPMAP_LINEAR and CLAMP_TO_EDGE, since its sides are no neighbours."""
 
 
 def y_up(vectors: Tensor) -> Tensor:
@@ -52,38 +60,54 @@ def linear(colours: Tensor) -> Tensor:
 
 
 def write_glb(mesh: Mesh, path: Path) -> Path:
-    """Write a binary glTF 2.0 file with normals, vertex colours and a rough, non-metallic material; y is up.
+    """Write a binary glTF 2.0 file with normals and a rough, non-metallic material; y is up.
 
-    COLOR_0 holds linear light, as the standard says (section 3.7.2.1), in float32: 8 bits would show bands in dark
-    colours.
+    A texture is written as a PNG, in display values, as the standard wants it. Without one, COLOR_0 holds linear
+    light (section 3.7.2.1), in float32: 8 bits would show bands in dark colours.
     """
     check_installed("trimesh")
     from trimesh.exchange.gltf import export_glb
 
     found = _trimesh(mesh)
-    found.vertex_attributes["_LINEAR"] = linear(mesh.colours).numpy()
-    return _write(path, export_glb(found, include_normals=True, tree_postprocessor=_coloured))
+    if mesh.texture is None:
+        found.vertex_attributes["_LINEAR"] = linear(mesh.colours).numpy()
+    return _write(path, export_glb(found, include_normals=True, tree_postprocessor=_completed))
 
 
-def _coloured(tree: dict[str, Any]) -> None:
-    # trimesh stores colours in 8 bits, but attributes of any other name as they are.
+def _completed(tree: dict[str, Any]) -> None:
     primitive = tree["meshes"][0]["primitives"][0]
-    primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_LINEAR")
+    material = {"name": "vertex colours", **MATERIAL}
+    if "_LINEAR" in primitive["attributes"]:
+        # trimesh stores colours in 8 bits, but attributes of any other name as they are.
+        primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_LINEAR")
+    else:
+        factors = {**MATERIAL["pbrMetallicRoughness"], "baseColorTexture": {"index": 0}}
+        material = {**material, "name": "texture", "pbrMetallicRoughness": factors}
+        tree["samplers"], tree["textures"] = [SAMPLER], [{"sampler": 0, "source": 0}]
     primitive["material"] = 0
-    tree["materials"] = [MATERIAL]
+    tree["materials"] = [material]
     for accessor in (primitive["indices"], *primitive["attributes"].values()):
         view = tree["bufferViews"][tree["accessors"][accessor]["bufferView"]]
         view["target"] = 34963 if accessor == primitive["indices"] else 34962  # ELEMENT_ARRAY_BUFFER, ARRAY_BUFFER
 
 
 def write_obj(mesh: Mesh, path: Path) -> Path:
-    """Write a Wavefront obj file with normals, y up. Each vertex line ends with its colour, in display values."""
+    """Write a Wavefront obj file with normals, y up.
+
+    A texture is written beside it, as a ``.png`` and a ``.mtl`` of the same name. Without one, each vertex line
+    ends with its colour, in display values, which not every program reads.
+    """
     check_installed("trimesh")
     from trimesh.exchange.obj import export_obj
 
-    found = _trimesh(mesh)
-    found.visual.vertex_colors = _bytes(mesh.colours)
-    text = export_obj(found, include_normals=True, header="scorefield: y is up")
+    found = _trimesh(mesh, path.stem)
+    if mesh.texture is None:
+        found.visual.vertex_colors = _bytes(mesh.colours)
+    text, others = export_obj(
+        found, include_normals=True, return_texture=True, mtl_name=f"{path.stem}.mtl", header="scorefield: y is up"
+    )
+    for name, content in others.items():  # the material, and the picture
+        _write(path.with_name(name), content)
     return _write(path, text.encode())
 
 
@@ -95,10 +119,22 @@ def write_ply(points: Tensor, colours: Tensor, path: Path) -> Path:
     return _write(path, PointCloud(points.numpy(), colors=_bytes(colours)).export(file_type="ply"))
 
 
-def _trimesh(mesh: Mesh) -> Any:
+def _trimesh(mesh: Mesh, name: str = "scene") -> Any:
     from trimesh import Trimesh
 
-    return Trimesh(y_up(mesh.vertices).numpy(), mesh.faces.numpy(), process=False)
+    normals = None if mesh.normals is None else y_up(mesh.normals).numpy()
+    found = Trimesh(y_up(mesh.vertices).numpy(), mesh.faces.numpy(), vertex_normals=normals, process=False)
+    if mesh.texture is not None:
+        from trimesh.visual import TextureVisuals
+        from trimesh.visual.material import SimpleMaterial
+
+        right, down = mesh.texture.places.unbind(1)
+        picture = Image.fromarray(as_pixels(mesh.texture.picture[None])[0])
+        white, black = (255, 255, 255, 255), (0, 0, 0, 255)
+        material = SimpleMaterial(name=name, image=picture, diffuse=white, ambient=white, specular=black)
+        # trimesh counts upwards from the lower left corner, as obj does, and turns that round for glTF.
+        found.visual = TextureVisuals(torch.stack([right, 1 - down], dim=1).numpy(), material=material)
+    return found
 
 
 def _bytes(colours: Tensor) -> Any:

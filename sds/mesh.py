@@ -1,4 +1,7 @@
-"""Meshes and point clouds of a density, by marching cubes on a lattice: closed, with a colour at every vertex."""
+"""Meshes and point clouds of a density, by marching cubes on a lattice: closed, with a colour at every vertex.
+
+Parts that float apart from the object are dropped, and voids that it encloses are filled.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,18 +18,35 @@ Query = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class Texture:
+    """A picture of a mesh's colours, and where in it each vertex is.
+
+    Attributes:
+        places: (v, 2) in [0, 1]: how far right and how far down in the picture.
+        picture: (3, h, w) in [0, 1], in display values, rows from the top.
+    """
+
+    places: Float[Tensor, "v 2"]
+    picture: Float[Tensor, "3 h w"]
+
+
+@dataclass(frozen=True, eq=False)
 class Mesh:
     """Triangles with coloured corners, in world coordinates (z up).
 
     Attributes:
-        vertices: (v, 3).
+        vertices: (v, 3). Where a texture has a seam, two of them share a place.
         faces: (f, 3) indices of vertices, counter-clockwise seen from outside.
         colours: (v, 3) in [0, 1], in display values.
+        normals: (v, 3) unit vectors, outwards; None: those of the triangles, averaged.
+        texture: Colours between the vertices; None: those of the vertices, interpolated.
     """
 
     vertices: Float[Tensor, "v 3"]
     faces: Int[Tensor, "f 3"]
     colours: Float[Tensor, "v 3"]
+    normals: Float[Tensor, "v 3"] | None = None
+    texture: Texture | None = None
 
     @property
     def volume(self) -> float:
@@ -100,7 +120,7 @@ def extract_mesh(lattice: Lattice, colours: Query, level: float, *, min_part: fl
 
     if not 0 < level < math.inf or not 0 <= min_part <= 1:
         raise ValueError(f"level must be positive and min_part lie in [0, 1]; got {level} and {min_part}.")
-    values = _without_floaters(lattice.values.numpy(), level, min_part)
+    values = _without_voids(_without_floaters(lattice.values.numpy(), level, min_part), level)
     if not (values > level).any():
         return None
     # Zeros around the box close the surface. "ascent" makes triangles face outwards where the inside is denser.
@@ -124,34 +144,55 @@ def _without_floaters(values: np.ndarray, level: float, min_part: float) -> np.n
     return np.where((parts > 0) & (sizes < min_part * sizes.max())[parts], 0, values)
 
 
+def _without_voids(values: np.ndarray, level: float) -> np.ndarray:
+    from skimage.measure import label
+
+    # Space that touches the border, also by way of the zeros around the box, is outside.
+    outside = np.pad(values <= level, 1, constant_values=True)
+    parts = label(outside, connectivity=1)
+    enclosed = (outside & (parts != parts[0, 0, 0]))[1:-1, 1:-1, 1:-1]
+    return np.where(enclosed, 2 * level, values)
+
+
 def recoloured(mesh: Mesh, scene: RadianceField, reach: float, num_samples: int = 8) -> Mesh:
-    """Return the mesh with the colours that a ray along the normal sees, as pictures do.
+    """Return the mesh with the colours of :func:`seen_colours` at its vertices. Arguments are those."""
+    normals = vertex_normals(mesh) if mesh.normals is None else mesh.normals
+    return replace(mesh, colours=seen_colours(scene, mesh.vertices, normals, mesh.colours, reach, num_samples))
+
+
+def seen_colours(
+    scene: RadianceField, points: Tensor, normals: Tensor, own: Tensor, reach: float, num_samples: int = 8
+) -> Float[Tensor, "n 3"]:
+    """Return the colours that rays along the normals see, as pictures do.
 
     The colour at the surface itself is poorly determined, since little of what a picture shows comes from there.
     For a field that has become opaque, recolouring gains half a dB. For one that is still foggy it loses as much,
     because the pale colour of its outer layer stands for its transparency. So compare both.
 
     Args:
-        mesh: A surface of the scene.
         scene: Gives density and colours.
+        points: (n, 3) on a surface of the scene.
+        normals: (n, 3) unit vectors, outwards.
+        own: (n, 3) colours where a ray meets nothing.
         reach: The ray starts this far outside the surface and ends twice as far inside.
         num_samples: Samples along the ray.
     """
     step = 3 * reach / num_samples
     offsets = reach - step * (torch.arange(num_samples) + 0.5)
-    rays = mesh.vertices[:, None] + offsets[:, None] * _vertex_normals(mesh)[:, None]
+    rays = points[:, None] + offsets[:, None] * normals[:, None]
     low, high = torch.tensor(scene.lower), torch.tensor(scene.upper)
-    points = rays.flatten(0, 1).minimum(high).maximum(low)
-    depth = (scene.densities(points).view(len(rays), num_samples).clamp(min=0) * step).double()
+    samples = rays.flatten(0, 1).minimum(high).maximum(low)
+    depth = (scene.densities(samples).view(len(rays), num_samples).clamp(min=0) * step).double()
     passed = torch.exp(depth - depth.cumsum(1))  # transmittance of the ray before each of its samples
     weights = passed * -torch.expm1(-depth)
     total = weights.sum(1, keepdim=True)
-    colours = scene.colours(points).view(len(rays), num_samples, 3)
+    colours = scene.colours(samples).view(len(rays), num_samples, 3)
     seen = (weights[..., None] * colours).sum(1) / total.clamp(min=1e-12)
-    return replace(mesh, colours=torch.where(total > 1e-6, seen, mesh.colours).float())
+    return torch.where(total > 1e-6, seen, own).float()
 
 
-def _vertex_normals(mesh: Mesh) -> Tensor:
+def vertex_normals(mesh: Mesh) -> Float[Tensor, "v 3"]:
+    """Return unit normals of the vertices: the mean of their triangles, weighted by area."""
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     normals = torch.zeros_like(mesh.vertices)
     for corner in range(3):

@@ -10,6 +10,7 @@ import tyro
 
 from scorefield.choices import Quantize
 from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_quantize, check_run
+from sds.export_options import check_mesh
 
 Pair = tuple[float, float]
 
@@ -143,7 +144,9 @@ class Penalties:
 class Watch:
     """Figures while training, what happens to a lost scene, and the export."""
 
-    free: ClassVar[tuple[str, ...]] = ("probe_every", "max_rollbacks", "mesh_resolution", "turntable_size")
+    free: ClassVar[tuple[str, ...]] = (
+        "probe_every", "max_rollbacks", "mesh_resolution", "turntable_size", "faces", "texture",
+    )  # fmt: skip
 
     probe_every: int = 100
     """Iterations between two measurements (residuals, gradients, balance of views) with pictures. 0 means
@@ -154,6 +157,10 @@ class Watch:
     """Cells of the exported mesh along a side."""
     turntable_size: int = 128
     """Height and width of the exported videos, in pixels."""
+    faces: int = 5000
+    """Triangles of the exported mesh, at most. 0 keeps all."""
+    texture: int = 512
+    """Height and width of the mesh's texture in texels. 0: colours of the vertices instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +248,11 @@ def toyworld() -> Config:
     )  # fmt: skip
 
 
+LARGEST = {
+    "learning_rate": 10.0, "guidance": 1e4, "opacity": 1e6, "entropy": 1e6, "orientation": 1e6, "distortion": 1e6,
+}  # fmt: skip
+"""Largest value of options without a natural bound. Papers use guidance of 101, and weights of 1,000."""
+
 PRESETS = {"toyworld": toyworld, "dreamfusion": dreamfusion, "prolificdreamer": prolificdreamer}
 
 
@@ -263,6 +275,7 @@ def check(config: Config) -> None:
             f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."
         )
     if not config.canvas:
+        check_mesh(None, config.faces, config.texture, "--")
         _check_views(config)
 
 
@@ -292,6 +305,11 @@ def _check_ranges(config: Config) -> None:
     for name in ("guidance", "opacity", "entropy", "orientation", "distortion", "learning_rate"):
         if min(getattr(config, name)) < 0:
             raise ValueError(f"{_flag(name)} must be at least 0; got {shown(getattr(config, name))}.")
+    for name, most in LARGEST.items():
+        if max(value := getattr(config, name)) > most:
+            raise ValueError(
+                f"{_flag(name)} must be at most {most:,.0f}; got {shown(value)}. Pass a smaller value."
+            )
     for name in ("quarters", "quarters_until", "grow_at", "widen"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {getattr(config, name)}.")

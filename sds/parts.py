@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import ImageColor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,7 +21,6 @@ from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
 from sds.cameras import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
 from sds.canvas import Canvas
-from sds.field import Field, cone_blob, scaled_softplus
 from sds.losses import (
     Distillation,
     alpha_sigma_squared,
@@ -35,7 +34,7 @@ from sds.losses import (
 from sds.options import Config, Pair
 from sds.penalties import Penalties
 from sds.probe import Probe
-from sds.scene import Scene, background_network, frequency_network, grid_scene, hash_network, triplane_network
+from sds.scene import Scene
 from sds.shading import ShadingSchedule
 from sds.training import Backdrop, CanvasSubject, Observation, SceneDistillation, SceneSubject
 from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
@@ -92,24 +91,6 @@ def along(config: Config, pair: Pair, step: int) -> float:
     """Return the value at this step of an option that moves from a first to a last value."""
     start, end = (share * config.steps for share in config.anneal)
     return ramp(step, start, pair[0], pair[1], end)
-
-
-def build_scene(config: Config) -> Scene:
-    """Return the scene at the start: a blob in empty space."""
-    seeded = derived_generator("scene", config.seed)
-    background = None if config.backdrops else background_network(generator=seeded)
-    blob = cone_blob(*config.blob)
-    if config.field == "grid":
-        return grid_scene(
-            half_size=config.half_size, background=background, num_samples=config.num_samples, blob=blob,
-            initial=config.initial,
-        )  # fmt: skip
-    build: dict[str, Callable[..., nn.Module]] = {
-        "triplane": triplane_network, "hash": hash_network, "frequency": frequency_network,
-    }  # fmt: skip
-    network = build[config.field](generator=seeded)
-    field = Field(network, half_size=config.half_size, blob=blob, activation=scaled_softplus())
-    return Scene(field, background=background, num_samples=config.num_samples)
 
 
 def build_canvas(config: Config, teacher: Teacher) -> Canvas:

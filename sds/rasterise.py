@@ -1,4 +1,4 @@
-"""A z-buffer rasteriser of meshes with vertex colours, unlit, whose pictures are compared with renders of a scene.
+"""A z-buffer rasteriser of unlit meshes with vertex colours or a texture, to compare them with renders of a scene.
 
 Homogeneous rasterisation (Olano and Greer, Graphics Hardware 1997). A ray from the camera along d meets the
 triangle with corners v_0, v_1, v_2 (in the camera's frame) if all e_i = d . (v_j x v_k), (i, j, k) cyclic, have
@@ -12,7 +12,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, grid_sample
 
 from sds.mesh import Mesh
 from sds.radiance import Colour, Rendered, check_colour
@@ -75,12 +75,22 @@ def _layers(mesh: Mesh, camera: Tensor, size: int, focal: float) -> Tensor:
     weights = _along(edges[face], ray)
     total = weights.sum(1, keepdim=True)
     depth = (corners[face, 0] * edges[face, 0]).sum(1, keepdim=True) / total * ray.norm(dim=1, keepdim=True)
-    colour = (weights[..., None] / total[..., None] * mesh.colours.double()[mesh.faces[face]]).sum(1)
+    colour = _colours(mesh, mesh.faces[face], weights / total)
     # The camera's axes turn the normal of the triangle back into the world.
     normal = torch.nn.functional.normalize(edges.sum(1), dim=1)[face] @ axes.T
     layers = torch.zeros(8, size * size, dtype=torch.float64)
     layers[:, pixel] = torch.cat([colour, depth, normal, torch.ones_like(depth)], dim=1).T
     return layers.view(8, size, size)
+
+
+def _colours(mesh: Mesh, corners: Tensor, weights: Tensor) -> Tensor:
+    """Return colours (n, 3) at points with these barycentric weights (n, 3) of these corners (n, 3)."""
+    if mesh.texture is None:
+        return (weights[..., None] * mesh.colours.double()[corners]).sum(1)
+    places = (weights[..., None] * mesh.texture.places.double()[corners]).sum(1)
+    picture = mesh.texture.picture.double()[None]
+    found = grid_sample(picture, (places * 2 - 1)[None, None], padding_mode="border", align_corners=False)
+    return found[0, :, 0].T
 
 
 def _visible(corners: Tensor, edges: Tensor, size: int, focal: float) -> tuple[Tensor, Tensor]:
@@ -90,7 +100,7 @@ def _visible(corners: Tensor, edges: Tensor, size: int, focal: float) -> tuple[T
     counts = extent.prod(1)
     volume = (corners[:, 0] * edges[:, 0]).sum(1)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for faces in _chunks(counts):
+    for faces in pieces(counts):
         face = torch.repeat_interleave(faces, counts[faces])
         first = torch.repeat_interleave(counts[faces].cumsum(0) - counts[faces], counts[faces])
         number = torch.arange(len(face)) - first
@@ -124,8 +134,8 @@ def _boxes(corners: Tensor, size: int, focal: float) -> tuple[Tensor, Tensor]:
     return low.long(), high.long()
 
 
-def _chunks(counts: Tensor) -> list[Tensor]:
-    """Return the numbers of the faces that cover any pixel, split into pieces of about ``PAIRS`` pairs."""
+def pieces(counts: Tensor) -> list[Tensor]:
+    """Return the numbers of the faces with a count (f,) of pixels above 0, in pieces of about ``PAIRS`` pixels."""
     faces = counts.nonzero()[:, 0]
     piece = counts[faces].cumsum(0) // PAIRS
     return list(faces.split(torch.bincount(piece).tolist())) if len(faces) else [faces]

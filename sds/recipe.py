@@ -34,14 +34,14 @@ from scorefield.training.ranks import check_same
 from scorefield.training.report import close_log, open_log
 from scorefield.training.run import fit, resume, show_plan, start
 from sds.canvas import Canvas
-from sds.export import Export, export
+from sds.doubts import NOISY, doubts, unsettled
+from sds.export import export, needed
 from sds.formats import check_encoder, check_installed
 from sds.options import Config, check
 from sds.parts import (
     build_canvas,
     build_method,
     build_probe,
-    build_scene,
     build_subject,
     cameras_at,
     canvas_subject,
@@ -52,8 +52,8 @@ from sds.parts import (
     read_prompts,
 )
 from sds.probe import Probe
-from sds.radiance import radiance_field
 from sds.recovery import check_opacity, num_rollbacks, opacity_all_round, roll_back, seed_after
+from sds.runs import build_scene, export_choices, facts_of, field_of, tell, tell_all
 from sds.scene import Scene, check_nerfstudio, save_scene
 from sds.training import SceneDistillation
 
@@ -78,6 +78,8 @@ def main(config: Config) -> Path:
         replace(phase, lr_options=RATES[phase.name])
         for phase in task.phases(optimizer, lr_schedule=lr_schedule, phi=phi)
     ]
+    if accelerator.is_main_process:
+        tell_all(doubts(config, task.subject.network))
     if config.dry_run:
         networks = {"teacher": teacher.denoiser.network, **{phase.name: phase.network for phase in phases}}
         show_plan(config, networks, {phase.name: config.steps for phase in phases})
@@ -107,10 +109,9 @@ def check_scene(config: Config) -> None:
     cameras_at(config, 0)  # raises for cameras that are out of range
     for name in config.backdrops:
         colour_of(name)
-    check_installed("skimage", "trimesh", "imageio_ffmpeg")
+    check_installed(*needed(export_choices(config)))
     with TemporaryDirectory() as folder:
         check_encoder(Path(folder))
-    export_choices(config)
 
 
 def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> SceneDistillation:
@@ -180,7 +181,7 @@ class Watcher:
         self, config: Config, task: SceneDistillation, probe: Probe, optimizer: torch.optim.Optimizer
     ) -> None:
         self.config, self.task, self.probe, self.optimizer = config, task, probe, optimizer
-        self.step, self.shown = 0, torch.empty(0)
+        self.step, self.shown, self.noisy = 0, torch.empty(0), list[float]()
 
     def figures(self, step: int) -> Mapping[str, float]:
         """Return what is logged of this step besides the loss."""
@@ -192,6 +193,9 @@ class Watcher:
             with working("probe of the scene"):
                 probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
             figures |= probed
+            self.noisy.append(probed[NOISY])
+            if step == self.config.steps and not self.config.canvas:
+                tell_all(unsettled(self.noisy))
         return figures
 
     def pictures(self) -> Tensor:
@@ -211,26 +215,10 @@ def write_results(
     if isinstance(network, Canvas):
         return write_canvas(config, network, teacher)
     assert isinstance(network, Scene)
-    field_of_view = 2 * math.degrees(math.atan(0.5 / (sum(config.focal) / 2)))
-    # Far enough away for the whole cube to be in the picture.
-    distance = max(
-        sum(config.distance) / 2, config.half_size * (1 + 1 / math.tan(math.radians(field_of_view) / 2))
-    )
-    facts = {
-        "prompt": config.prompt, "preset": config.preset, "method": config.method, "steps": config.steps,
-        "seed": config.seed, "rollbacks": num_rollbacks(optimizer),
-    }  # fmt: skip
-    scene = radiance_field(network, distance=distance, field_of_view=field_of_view)
-    report = export(scene, config.out / "export", export_choices(config), facts=facts)
-    print(f"mesh versus renders: {report['mesh_versus_render']['psnr']:.1f} dB; export: {config.out / 'export'}")
+    facts = {**facts_of(config), "rollbacks": num_rollbacks(optimizer)}
+    report = export(field_of(config, network), config.out / "export", export_choices(config), facts=facts)
+    tell(report, config.out / "export")
     return config.out / "export"
-
-
-def export_choices(config: Config) -> Export:
-    """Return the options of the export: its resolution, and the size and elevation of the turntable."""
-    return Export(
-        resolution=config.mesh_resolution, size=config.turntable_size, elevation=sum(config.elevation) / 2
-    )
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ def test_a_filled_mug_holds_no_tea():
     within = (((points[..., 0] + 0.16) ** 2 + points[..., 1] ** 2).sqrt() < 0.3) & (points[..., 2].abs() < 0.3)
     assert not mug[within.numpy()].any()
     assert yardsticks.filled(mug)[within.numpy()].all()
+    assert 0.5 < yardsticks.hollow(mug) < 0.6
+    assert yardsticks.hollow(yardsticks.filled(mug)) == 0
     for shape in ("chair", "letter L"):
         solid = occupancy(shape, points).numpy()
         assert (yardsticks.filled(solid) == solid).all()

@@ -1,16 +1,18 @@
 """The measurement of scenes from prompts: does it find the turn and the scale, and does it count what it says?"""
 
 import json
+import math
 
 import pytest
 import scenes_from_prompts
 import torch
-from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs
+from yardsticks import BACKGROUND, DISTANCE, Ellipsoid, crop_psnrs, voxels
 
 from sds.field import Field
 from sds.scene import grid_scene, save_scene
 from toyworld.render import render
 from toyworld.scene import Scene as ToyScene
+from toyworld.solids import occupancy
 
 close = torch.testing.assert_close
 
@@ -30,6 +32,28 @@ def test_a_turned_and_scaled_solid_is_found():
     assert fit.psnr == pytest.approx(20 * 3.301, rel=1e-3)  # an error of 1e-3 / 2 everywhere
     close(fit.truth.rgb, pictures.rgb)
     close(fit.truth.mask, pictures.mask)
+
+
+@pytest.mark.slow
+def test_a_moved_solid_is_found_where_it_is_and_its_voxels_with_it(monkeypatch):
+    there = (0.1, 0.0, -0.05)
+    truth = scenes_from_prompts.true_views("mug", "red", 0.9, position=there, turn=15, first=40)
+    assert len(truth.rgb) == scenes_from_prompts.NUM_VIEWS
+    start = scenes_from_prompts.Fit(0.0, 40, 0.9, truth)
+    monkeypatch.setattr(scenes_from_prompts, "MOVES", (0.1, 0.05))
+    position, psnr, found = scenes_from_prompts.best_position(truth.rgb + 1e-3, "mug", "red", start)
+    assert position == pytest.approx(there, abs=0.011)
+    assert psnr > 35
+    assert float((found.mask & truth.mask).sum() / (found.mask | truth.mask).sum()) > 0.98
+    # The handle of the mug, at its front (+x), is turned by -40 degrees, made smaller and moved with it.
+    solid, points = scenes_from_prompts.true_voxels("mug", start, position), voxels()
+    handle = points[torch.from_numpy(solid)]
+    share = 0.9**3 * float(occupancy("mug", points).sum())
+    assert len(handle) == pytest.approx(share, rel=0.06)
+    tip = handle[handle[:, :2].norm(dim=1).argmax()]
+    assert math.degrees(math.atan2(tip[1], tip[0])) == pytest.approx(-40, abs=6)
+    assert float(tip[:2].norm()) == pytest.approx(0.9 * (0.685 + 0.1), abs=0.04)
+    assert float(handle[:, 2].min() + handle[:, 2].max()) / 2 == pytest.approx(-0.05 * 0.9, abs=0.02)
 
 
 def test_psnr_counts_the_crop_alone_and_opacity_what_is_outside_the_widened_silhouette():
@@ -72,12 +96,17 @@ def write_run(folder, **changes):
 def test_a_run_is_measured_and_the_figures_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes_from_prompts, "SCALES", [0.95])
     monkeypatch.setattr(scenes_from_prompts, "FINER", [0.0, 0.05])
+    monkeypatch.setattr(scenes_from_prompts, "MOVES", ())
     scene = write_run(tmp_path / "run")
     figures = scenes_from_prompts.evaluate(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == pytest.approx(figures)
     assert (tmp_path / "run" / "evaluation.png").is_file()
     assert figures["psnr_all_background"] < figures["psnr_best_ellipsoid"]
     assert figures["shape_of_true_renders"] > 0.9
+    assert figures["psnr_moved"] == pytest.approx(figures["psnr"])  # it was not moved
+    assert 0 < figures["volume_iou"] < 0.9
+    assert 0 < figures["silhouette_iou"] < 0.9
+    assert "mesh_volume_iou" not in figures  # nothing is exported there
     rgb = scenes_from_prompts.turntable(scene).rgb
     truth = scenes_from_prompts.turned(
         scenes_from_prompts.true_views("mug", "red", figures["scale"]), figures["degrees"]

@@ -58,7 +58,10 @@ LIBRARIES = {
     "nerfstudio": ("sds/scene.py",),
     "peft": ("scorefield/models/lora.py",),
     "skimage": ("sds/mesh.py",),
-    "trimesh": ("sds/formats.py",),
+    "trimesh": ("sds/formats.py", "benchmarks/mesh_voxels.py"),
+    "fast_simplification": ("sds/simplify.py",),
+    "xatlas": ("sds/texture.py",),
+    "scipy": ("sds/solid.py", "sds/texture.py", "sds/topology.py", "benchmarks/"),
     "imageio_ffmpeg": ("sds/formats.py",),
     "kornia": ("sds/", "controlnet/", "attack/", "toyworld/", "train_scripts/"),
     "datasets": ("scorefield/data/tables.py", "scorefield/data/parquet.py"),
@@ -67,7 +70,7 @@ LIBRARIES = {
 # The core without these costs torch alone; these import accelerate or diffusers.
 FORBIDDEN = (
     *("diffusers", "transformers", "accelerate", "nerfstudio", "peft", "kornia", "datasets"),
-    *("skimage", "trimesh", "imageio_ffmpeg"),
+    *("skimage", "trimesh", "imageio_ffmpeg", "fast_simplification", "xatlas", "scipy"),
 )
 CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {

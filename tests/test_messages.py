@@ -168,6 +168,8 @@ NEVER_SAID = {
     # The message says which commands have it.
     "sds": {"network"}, "control": {"network"}, "edit": {"network"},
     "attack": {"network", "channels", "memory-limit"},
+    # It reads the config.json of a run as --config is read, and leaves that word out.
+    "export": {"config"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 

@@ -1,8 +1,11 @@
 """Meshes, points and videos as files: read again by other programs, and byte by byte."""
 
+import io
 import json
 import struct
+import subprocess
 import sys
+from dataclasses import replace
 
 import imageio_ffmpeg
 import numpy as np
@@ -22,7 +25,7 @@ from sds.formats import (
     write_png,
     y_up,
 )
-from sds.mesh import Mesh
+from sds.mesh import Mesh, Texture
 
 close = torch.testing.assert_close
 LOWER, UPPER = torch.tensor([0.1, -0.2, 0.5]), torch.tensor([0.3, 0.2, 1.4])
@@ -84,6 +87,149 @@ def test_other_programs_load_what_was_written(box, tmp_path):
     cloud = trimesh.load(write_ply(points, colours, tmp_path / "a.ply"))
     np.testing.assert_allclose(cloud.vertices, points)  # in the world
     np.testing.assert_array_equal(cloud.colors[:, :3], [[255, 128, 0], [51, 102, 153]])
+
+
+def glb(content):
+    """Tree and binary part of a glb, whose headers say what is there (glTF 2.0, section 4.4)."""
+    magic, version, total, length, kind = struct.unpack("<4sIII4s", content[:20])
+    assert (magic, version, total, kind) == (b"glTF", 2, len(content), b"JSON")
+    size, kind = struct.unpack("<I4s", content[20 + length : 28 + length])
+    assert (length % 4, size % 4, kind, 28 + length + size) == (0, 0, b"BIN\0", total)
+    return json.loads(content[20 : 20 + length]), content[28 + length :]
+
+
+WIDTHS = {5126: 4, 5125: 4, 5123: 2, 5121: 1}
+NUMBERS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3}
+KINDS = {5126: "<f4", 5125: "<u4", 5123: "<u2", 5121: "u1"}
+
+
+def accessed(tree, binary, number):
+    """Values of an accessor; it lies within its view, aligned, and its bounds are those of its values."""
+    accessor = tree["accessors"][number]
+    view = tree["bufferViews"][accessor["bufferView"]]
+    width, columns = WIDTHS[accessor["componentType"]], NUMBERS[accessor["type"]]
+    start, size = accessor.get("byteOffset", 0), width * columns * accessor["count"]
+    assert start + size <= view["byteLength"]
+    start += view.get("byteOffset", 0)
+    assert start % width == 0
+    assert view.get("byteOffset", 0) + view["byteLength"] <= tree["buffers"][0]["byteLength"] == len(binary)
+    values = np.frombuffer(binary[start : start + size], KINDS[accessor["componentType"]]).reshape(-1, columns)
+    for bound, found in (("min", values.min(0)), ("max", values.max(0))):
+        if bound in accessor:
+            np.testing.assert_allclose(accessor[bound], found, rtol=1e-6)
+    return values, accessor
+
+
+@pytest.fixture
+def textured(box):
+    """The box with a picture of 16 x 16 texels, red to the right and green downwards, and normals of its own."""
+    ramp = torch.linspace(0, 1, 16)
+    picture = torch.stack([ramp.expand(16, 16), ramp[:, None].expand(16, 16), torch.full((16, 16), 0.25)])
+    places = torch.linspace(0, 1, 16).view(8, 2)
+    normals = torch.nn.functional.normalize(box.vertices - box.vertices.mean(0), dim=1)
+    return replace(box, normals=normals, texture=Texture(places, picture))
+
+
+def test_a_textured_glb_is_valid_and_holds_the_picture_in_its_place(textured, tmp_path):
+    tree, binary = glb(write_glb(textured, tmp_path / "a.glb").read_bytes())
+    assert tree["asset"]["version"] == "2.0"
+    (primitive,) = tree["meshes"][0]["primitives"]
+    assert primitive["attributes"].keys() == {"POSITION", "NORMAL", "TEXCOORD_0"}
+    values = {}
+    for name, number in primitive["attributes"].items():
+        values[name], accessor = accessed(tree, binary, number)
+        assert tree["bufferViews"][accessor["bufferView"]]["target"] == 34962
+        assert accessor["componentType"] == 5126
+        assert (name == "POSITION") <= ("min" in accessor and "max" in accessor)
+    indices, accessor = accessed(tree, binary, primitive["indices"])
+    assert tree["bufferViews"][accessor["bufferView"]]["target"] == 34963
+    np.testing.assert_array_equal(indices.reshape(-1, 3), textured.faces)
+    np.testing.assert_allclose(values["POSITION"], y_up(textured.vertices), atol=1e-6)
+    np.testing.assert_allclose(values["NORMAL"], y_up(textured.normals), atol=1e-6)
+    np.testing.assert_allclose(values["TEXCOORD_0"], textured.texture.places, atol=1e-6)  # v grows downwards
+    material = tree["materials"][primitive["material"]]
+    assert material["pbrMetallicRoughness"] == {
+        "metallicFactor": 0.0, "roughnessFactor": 1.0, "baseColorTexture": {"index": 0}
+    }  # fmt: skip
+    (texture,), (sampler,), (image,) = tree["textures"], tree["samplers"], tree["images"]
+    assert (texture["source"], texture["sampler"], image["mimeType"]) == (0, 0, "image/png")
+    assert sampler == {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}
+    view = tree["bufferViews"][image["bufferView"]]
+    assert "target" not in view
+    start = view.get("byteOffset", 0)
+    picture = np.asarray(Image.open(io.BytesIO(binary[start : start + view["byteLength"]])).convert("RGB"))
+    np.testing.assert_array_equal(picture, (textured.texture.picture * 255).round().permute(1, 2, 0))
+
+
+def test_other_programs_find_the_colours_of_a_textured_box(textured, tmp_path):
+    (one,) = trimesh.load_scene(write_glb(textured, tmp_path / "a.glb")).geometry.values()
+    other = trimesh.load_mesh(write_obj(textured, tmp_path / "a.obj"), process=False, maintain_order=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.glb", "a.mtl", "a.obj", "a.png"]
+    right, down = textured.texture.places.unbind(1)
+    expected = torch.stack([right, down, 0 * right + 0.25], dim=1) * 255
+    for loaded in (one, other):
+        order = [
+            int(np.abs(np.asarray(loaded.vertices) - vertex).sum(1).argmin())
+            for vertex in y_up(textured.vertices).numpy()
+        ]
+        colours = np.asarray(loaded.visual.to_color().vertex_colors)[order, :3]
+        np.testing.assert_allclose(colours, expected, atol=10)  # trimesh takes the nearest texel
+    mtl = (tmp_path / "a.mtl").read_text()
+    assert "map_Kd a.png" in mtl
+    assert "newmtl a\n" in mtl
+    assert "\nusemtl a\n" in (tmp_path / "a.obj").read_text()
+    assert "\nmtllib a.mtl\n" in (tmp_path / "a.obj").read_text()
+
+
+@pytest.mark.slow
+def test_pygltflib_reads_what_was_written(textured, tmp_path):
+    pygltflib = pytest.importorskip("pygltflib", reason="pip install pygltflib, to read glb by another library")
+    found = pygltflib.GLTF2().load(str(write_glb(textured, tmp_path / "a.glb")))
+    assert found.materials[0].pbrMetallicRoughness.baseColorTexture.index == 0
+    assert found.accessors[found.meshes[0].primitives[0].attributes.POSITION].count == 8
+
+
+BLENDER = """
+import bpy, sys
+bpy.ops.wm.read_factory_settings(use_empty=True)
+load = bpy.ops.import_scene.gltf if sys.argv[-2].endswith("glb") else bpy.ops.wm.obj_import
+load(filepath=sys.argv[-2])
+(mesh,) = [thing for thing in bpy.data.objects if thing.type == "MESH"]
+sun = bpy.data.objects.new("sun", bpy.data.lights.new("sun", "SUN"))
+camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
+camera.location, camera.rotation_euler = (0.0, -4.0, 0.95), (1.5707963, 0.0, 0.0)  # from the front, -y
+sun.rotation_euler = camera.rotation_euler
+for thing in (sun, camera):
+    bpy.context.scene.collection.objects.link(thing)
+scene = bpy.context.scene
+scene.camera, scene.render.engine, scene.cycles.samples = camera, "CYCLES", 4
+scene.cycles.device, scene.render.film_transparent = "CPU", True
+scene.render.resolution_x = scene.render.resolution_y = 64
+scene.view_settings.view_transform, scene.render.filepath = "Standard", sys.argv[-1]
+bpy.ops.render.render(write_still=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["glb", "obj"])
+def test_blender_shows_it_coloured_upright_and_from_its_front(box, tmp_path, kind):
+    """The box is red in front (+x here, -y there) and narrow: its height stands upright in the picture."""
+    pytest.importorskip("bpy", reason="pip install bpy, Blender as a module, to test what it imports")
+    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 16, 16).clone()
+    red[2, :, 8:] = 0.9  # magenta where the vertices of the back are
+    front = (box.vertices[:, 0] > 0.2).float()
+    places = torch.stack([0.75 - 0.5 * front, torch.full((8,), 0.5)], dim=1)
+    mesh = replace(box, texture=Texture(places, red))
+    path = (write_glb if kind == "glb" else write_obj)(mesh, tmp_path / f"a.{kind}")
+    script = tmp_path / "render.py"
+    script.write_text(BLENDER)
+    subprocess.run([sys.executable, str(script), str(path), str(tmp_path / "a.png")], check=True, timeout=300)
+    seen = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    rows, columns = np.nonzero(seen[..., 3] > 128)
+    assert np.ptp(rows) > 1.5 * np.ptp(columns)  # 0.9 high, 0.4 wide
+    colour = seen[rows, columns, :3].mean(0)
+    assert colour[0] > 2 * colour[1]
+    assert colour[0] > 2 * colour[2]
 
 
 def test_a_failed_write_leaves_the_older_file(box, tmp_path, monkeypatch):

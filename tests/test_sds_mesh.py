@@ -6,9 +6,10 @@ import pytest
 import torch
 from closed_form_scenes import Ball
 
-from sds.export import LevelSearch, choose_level, compare, pictures_of, psnr, surface_at
+from sds.level import LevelSearch, choose_level, compare, likeness, pictures_of, psnr, surface_at
 from sds.mesh import extract_mesh, recoloured, sample_lattice, surface_points
 from sds.radiance import RadianceField
+from sds.solid import survey
 from sds.turntable import turntable_cameras
 from toyworld.solids import SOLIDS, occupancy, signed_distance
 
@@ -123,23 +124,25 @@ def test_the_lattice_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
 
 
 def search(scene, resolution=48, **settings):
-    lattice = sample_lattice(scene, resolution)
+    space = survey(scene, resolution)
     cameras = turntable_cameras(4, elevations=(10.0, 40.0), distance=scene.distance)
     rendered = scene.pictures(cameras, 48)
-    return lattice, cameras, rendered, choose_level(scene, lattice, cameras, rendered, **settings)
+    return space, cameras, rendered, choose_level(scene, space, cameras, rendered, **settings)
 
 
 def test_the_mesh_at_the_chosen_level_looks_like_the_ball():
     scene = Ball().scene()
-    lattice, cameras, rendered, found = search(scene)
-    best = max(found.tried, key=lambda pair: pair[1])
+    space, cameras, rendered, found = search(scene)
+    best = max(reversed(found.tried), key=lambda pair: round(pair[1], 3))
     assert found == LevelSearch(best[0], found.tried)
-    assert len(found.tried) == 9 + 9
+    assert len(found.tried) in (9 + 8, 9 + 9)  # the best may be in both rounds
     assert list(found.tried) == sorted(found.tried)
-    mesh = surface_at(scene, lattice, found.level)
-    assert abs(mesh.volume - BALL) < float(mesh.areas.sum()) * lattice.spacing / 2
-    figures = compare(pictures_of(mesh, scene, cameras, rendered), rendered, scene.background)
-    assert figures["psnr"] == best[1] > 25
+    mesh = surface_at(scene, space, found.level)
+    assert abs(mesh.volume - BALL) < float(mesh.areas.sum()) * space.lattice.spacing / 2
+    pictures = pictures_of(mesh, scene, cameras, rendered)
+    assert likeness(pictures, rendered, 2.0) == best[1] > 20
+    figures = compare(pictures, rendered, scene.background)
+    assert figures["psnr"] > 25
     assert figures["psnr_crop"] > 20
     assert figures["psnr_crop_without_mesh"] < 10
 
@@ -149,11 +152,11 @@ def test_fog_is_left_out_because_pictures_do_not_show_it():
     ball = Ball()
     fog = lambda p: 0.4 * (p.norm(dim=1) <= 0.9) * (p.norm(dim=1) > ball.radius)  # noqa: E731
     scene = ball.scene(density=lambda points: ball.densities(points) + fog(points))
-    lattice, _, _, found = search(scene)
-    lowest = surface_at(scene, lattice, found.tried[0][0])
+    space, _, _, found = search(scene)
+    lowest = surface_at(scene, space, found.tried[0][0])
     assert lowest.volume == pytest.approx(4 / 3 * math.pi * 0.9**3, rel=0.05)
     assert found.tried[0][1] < 16
-    assert surface_at(scene, lattice, found.level).volume == pytest.approx(BALL, rel=0.05)
+    assert surface_at(scene, space, found.level).volume == pytest.approx(BALL, rel=0.05)
 
 
 @pytest.mark.parametrize(("scene", "level", "message"), [
@@ -165,7 +168,7 @@ def test_fog_is_left_out_because_pictures_do_not_show_it():
 ])  # fmt: skip
 def test_a_scene_without_a_surface_says_so(scene, level, message):
     with pytest.raises(ValueError, match=message):
-        surface_at(scene, sample_lattice(scene, 16), level)
+        surface_at(scene, survey(scene, 16), level)
     if level != 70.0:
         with pytest.raises(ValueError, match=message):
             search(scene, 16)

@@ -15,6 +15,7 @@ from scorefield.training.identity import identity
 from sds import recovery
 from sds.losses import ScoreDistillation
 from sds.options import PRESETS
+from sds.runs import build_scene
 from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def test_presets_are_sound(name, tmp_path):
     config = replace(PRESETS[name](), prompt="a corgi", out=tmp_path / "run")
     assert config.preset == name
     train_sds.check_scene(config)
-    recovery.check_opacity(recovery.opacity_all_round(scenes.build_scene(config), size=8), 0)
+    recovery.check_opacity(recovery.opacity_all_round(build_scene(config), size=8), 0)
     for step in (0, config.steps // 2, config.steps):
         assert sum(number for _, number in scenes.cameras_at(config, step)) == config.batch_size
         scenes.penalties_at(config, step)

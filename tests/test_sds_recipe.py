@@ -26,7 +26,7 @@ from sds import recovery, scene
 TINY = {
     "prompt": "a red mug", "steps": 6, "batch_size": 2, "draws": 1, "quarters": 1.0, "render_size": (8, 8),
     "num_samples": 8, "save_every": 2, "log_every": 1, "probe_every": 3, "mesh_resolution": 12,
-    "turntable_size": 16,
+    "turntable_size": 16, "faces": 400, "texture": 32,
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_what_can_be_opened(finished):
     export = finished.out / "export"
-    names = {"scene.glb", "scene.obj", "points.ply", "turntable.mp4", "turntable.gif", "depth.mp4", "normals.mp4",
-             "contact.png", "report.json", MARKER}  # fmt: skip
+    names = {"scene.glb", "scene.obj", "scene.mtl", "scene.png", "points.ply", "turntable.mp4", "turntable.gif",
+             "depth.mp4", "normals.mp4", "contact.png", "report.json", MARKER}  # fmt: skip
     assert {path.name for path in export.iterdir()} == names
     mesh = trimesh.load(export / "scene.glb", force="mesh")
     assert len(mesh.faces) > 0
