@@ -193,7 +193,7 @@ class Watcher:
             with working("probe of the scene"):
                 probed, self.shown = self.probe(step - 1, self.task.method(step - 1))
             figures |= probed
-            self.noisy.append(probed[NOISY])
+            self.noisy += [probed[NOISY]] if NOISY in probed else []
             if step == self.config.steps and not self.config.canvas:
                 tell_all(unsettled(self.noisy))
         return figures

@@ -125,6 +125,7 @@ def test_the_coarsest_layers_are_known_before_a_call_and_maps_have_the_proportio
         Recorder(rows=1, size=(4, 4), sums={6: torch.ones(1, 6, 2)}, counts={6: 1}).finest()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_network_is_edited_and_compiled_again_behind(denoiser):
     x_t, t, cond = asked()

@@ -107,6 +107,7 @@ def test_each_does_the_work_that_it_is_named_for(networks, monkeypatch):
     assert all(not torch.equal(old, p) for old, p in zip(before, scene.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_it_reports_every_contender_and_ratio(tmp_path, capsys, configs, monkeypatch):
     monkeypatch.setattr(sds_operations, "DRAWS", (1, 2))
     tables = sds_operations.tables
@@ -147,6 +148,7 @@ def test_a_layer_that_learns_costs_a_third_pass():
     assert operations(lambda: frozen.requires_grad_()(x).sum().backward()) == 3 * product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vae", ["sd_vae", "taesd"])
 def test_shapes_are_counted_as_a_real_run_is(configs, networks, vae):
     """Fused attention multiplies queries and keys once more going backward; AutoencoderKL has it in its middle."""
@@ -160,6 +162,7 @@ def test_shapes_are_counted_as_a_real_run_is(configs, networks, vae):
         assert operations(step) == counted[name] + once_more, name
 
 
+@pytest.mark.slow
 def test_a_step_is_the_sum_of_its_parts(configs):
     full, tiny_guide = (meta_guide(configs, "sd21_unet", vae, SIDE) for vae in ("sd_vae", "taesd"))
     part, small, found = parts(full), parts(tiny_guide), totals(full, tiny_guide)
@@ -180,6 +183,7 @@ VAE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_step_at_the_size_of_stable_diffusion_stays_within_its_budget(tmp_path):
     """In 10^12 operations for one image of 512 pixels; all other settings are diffusers' defaults."""
     for name, settings in {"unet": SD21, "full": VAE, "tiny": {"_class_name": "AutoencoderTiny"}}.items():

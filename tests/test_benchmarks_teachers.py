@@ -35,6 +35,7 @@ def configs(tmp_path, networks, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_counts_the_weights_and_the_work_that_the_models_have(configs, networks):
     for model in teachers.MODELS.values():
         count = teachers.count(Config(configs=configs), model)

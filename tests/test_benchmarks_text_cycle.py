@@ -68,6 +68,7 @@ def test_bytes_need_no_run(sdxl, monkeypatch, capsys):
     assert f"{counted[SHARED] / counted[COPIES]:.3f}   goal <= 0.25" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_reports_every_contender(tmp_path, capsys):
     result = text_cycle.main(replace(TINY, rounds=2, out=tmp_path / "text.json"))
     assert json.loads((tmp_path / "text.json").read_text()) == result
@@ -94,6 +95,7 @@ def test_networks_of_sdxl_get_their_conditions(sdxl):
         torch.testing.assert_close(runs[name], runs[SHARED], rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
     """Two calls that guide otherwise, copies that start elsewhere, another learning rate in one of them."""
     plain, start = text_contenders.make_student_and_fake, text_cycle.start
@@ -123,6 +125,7 @@ def test_contenders_that_learn_something_else_are_not_compared(monkeypatch):
         assert text_cycle.loss_errors(TINY)[TWO_CALLS] > 1e-9
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_a_result_and_is_free_for_the_next(monkeypatch, capsys):
     plain_start, plain_turns, built = text_cycle.start, text_cycle.take_turns, {}
 

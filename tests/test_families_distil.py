@@ -82,6 +82,7 @@ def stock_image(name, pipeline, noise, size):
     return torch.as_tensor(images).float() * 2 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_diffusers_draws_the_students_image(root, tmp_path, name, lora):

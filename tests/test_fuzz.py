@@ -180,6 +180,7 @@ def check_flags(command, words, folder, teacher, classifier, dry=False):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", FLAGS)
 @fuzz(40)
 @given(data=st.data(), dry=st.booleans())

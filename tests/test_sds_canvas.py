@@ -58,6 +58,7 @@ def test_a_start_that_cannot_be_raises(start, bounded, message):
 # The experiment: the same particles, teacher and steps. Four modes of unequal weight, far apart.
 
 
+@pytest.mark.slow
 def test_sds_collapses_to_the_modes_and_vsd_covers_the_mixture(accelerator):
     """Each particle of SDS ends at the mode in whose basin it started, whatever the mode's weight."""
     mixture = canvas_modes.truth()

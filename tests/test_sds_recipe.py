@@ -65,6 +65,7 @@ def test_a_run_writes_what_can_be_opened(finished):
     assert events.Tags()["images"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(finished, tmp_path, capfd):
     """SIGKILL of a copy of this process after a checkpoint; the next says from where it goes on."""
     config = replace(finished, out=tmp_path / "cut")
@@ -149,6 +150,7 @@ def test_an_empty_scene_is_an_alarm(monkeypatch, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"method": "csd"}, {"method": "vsd"},
     {"method": "x0", "backdrops": (), "shading": "dreamfusion", "orientation": (0.0, 1e-2)},

@@ -125,6 +125,7 @@ def test_accuracies_count_right_answers_to_asked_questions():
     assert torch.tensor([silent["background"], silent["view"]]).isnan().all()
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_measures_what_is_stored(tmp_path):
     first, again = train_judge(**TINIEST), train_judge(**TINIEST)
     (tmp_path / "thesis.txt").write_text("precious")

@@ -99,6 +99,7 @@ def weights(folder: Path):
     return {path.parent.name: load_file(path) for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_latents_are_scaled_to_unit_variance(trained):
     teacher = load_teacher(trained, cache=trained.parent / "cache")
     assert teacher.codec is not None
@@ -218,6 +219,7 @@ def test_the_evaluation_refuses_pipelines_of_another_world_before_it_draws(folde
         evaluate_toyworld.main(config)
 
 
+@pytest.mark.slow
 def test_the_evaluation_refuses_what_it_cannot_measure(trained, tmp_path):
     for changes, message in (
         ({"teacher": Path("nosuch")}, "no model_index.json"), ({"device": "gpu"}, "--device gpu"),

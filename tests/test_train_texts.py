@@ -595,6 +595,7 @@ def test_a_judge_that_cannot_start_is_met_before_anything_is_written(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_students_are_measured_beside_their_teacher(students, tmp_path):
     events = EventAccumulator(str(students[0].parent / "logs")).Reload()
     assert {"eval/frechet_distance", "eval/shape"} <= set(events.Tags()["scalars"])
