@@ -71,7 +71,6 @@ def models(tmp_path_factory):
     tiny.pixels(num_class_embeds=4).save_pretrained(root / "pixels")
     teacher = train_teacher.main(TrainTeacher(out=root / "run", steps=2, batch_size=8, width=16, depth=1))
     shutil.copytree(teacher, root / "ours")
-    shutil.rmtree(root / "run")
     known = load_teacher(root / "sd")
     export_pipeline(Student(known.denoiser, lcm_times(known.denoiser.schedule, 2)), root / "sd", root / "student")
     adapter = copy_encoder(known.denoiser, hint_channels=1, factor=known.codec.factor)
@@ -222,6 +221,7 @@ def usual(inputs, models):
         "edit": ["--teacher", sd, "--source", "a mug", "--target", "a cup", "--dry-run"],
         "edit (pictures)": ["sdedit", "--teacher", sd, "--edits", str(inputs / "edits.jsonl"), "--dry-run"],
         "attack": ["--teacher", ours, "--data", npz, "--classifier", "scorefield_tests:classifier", "--dry-run"],
+        "report": [str(models / "run")], "export": [str(models / "run")],
         "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
         "features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
@@ -240,7 +240,7 @@ WORDS = [
     "{inputs}/images.npz", "{inputs}/prompts.txt", "{inputs}/empty", "{models}/sd",
     "{models}/ours", "{models}/pixels", "nowhere:make", ":", "a:b:c",
 ]  # fmt: skip
-UNTOUCHED = {"dry_run", "compile", "out", "device", "preset", "prompt"}
+UNTOUCHED = {"dry_run", "compile", "out", "device", "preset", "prompt", "run", "runs"}
 
 
 def word_for(hint, chance):
@@ -292,6 +292,8 @@ def test_command_lines(models, inputs, tmp_path, monkeypatch):
         out = tmp_path / "out" / "run"
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         words = [*lines[name], "--out", str(out), *hostile(options_of(script), chance, places)]
+        if script == "report" and chance.random() < 0.7:
+            words.insert(0, chance.choice([*WORDS, *NUMBERS]).format(inputs=inputs, models=models))
         code, said = run(script, words)
         about = f"{script} {[word[:60] for word in words]}: {code} {said[-600:]}"
         assert code in (0, 2), about
