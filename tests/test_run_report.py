@@ -409,6 +409,11 @@ def test_several_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert [tag for tag, _ in found.tags].count("details") >= 2
     cli.main(["report", "a/run", "--out", "pages/a.html"])
     assert (tmp_path / "pages" / "a.html").exists()
+    finished(tmp_path / "c" / "run", "control", steps=70)
+    cli.main(["report", "a/run", "c/run"])
+    table = (tmp_path / NAME).read_text().partition("Curves together")[0].partition("</table>")[0]
+    assert "<tr><td>--steps</td><td>60</td><td>70</td></tr>" in table
+    assert "--num-pairs" not in table, "an option that one command alone has"
 
 
 def test_a_page_belongs_to_the_files_of_a_folder_that_lists_them(tmp_path):

@@ -146,9 +146,9 @@ def side_by_side(runs: Sequence[Summary]) -> Table:
         rows.append((name, [one.get(name, "") for one in figures]))
     options = [{name: value for name, value, _ in run.options} for run in runs]
     for name in dict.fromkeys(name for one in options for name in one):
-        values = [one.get(name, "") for one in options]
-        if len(set(values)) > 1 and name not in ("out", "free", "may_change"):
-            rows.append((f"--{name.replace('_', '-')}", values))
+        held = {one[name] for one in options if name in one}  # runs of other commands have other options
+        if len(held) > 1 and name not in ("out", "free", "may_change"):
+            rows.append((f"--{name.replace('_', '-')}", [one.get(name, "") for one in options]))
     return Table(rows)
 
 
