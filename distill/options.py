@@ -193,7 +193,7 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
 
     @property
     def needs_images(self) -> bool:
-        """Whether something learns from images beside noise: a critic, or the points of the teacher's paths."""
+        """Return True if something learns from images beside noise: a critic, or the points of paths."""
         return self.method in ALONG_PATHS or bool(self.gan_weight)
 
     @property

@@ -127,7 +127,7 @@ def plan_of_pairs(config: Config) -> str:
 
 
 def uses_pairs(config: Config) -> bool:
-    """Whether anything learns from the teacher's pairs."""
+    """Return True if anything learns from the teacher's pairs."""
     of_paths = config.method in ALONG_PATHS and config.reals == "teacher"
     return bool(config.warmup_steps or config.regression_weight or of_paths)
 

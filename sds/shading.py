@@ -29,7 +29,7 @@ class Shading:
 
     @property
     def needs_normals(self) -> bool:
-        """Whether any view is lit."""
+        """Return True if any view is lit."""
         return bool((self.diffuse != 0).any())
 
     def at(self, view: Tensor) -> "Shading":
