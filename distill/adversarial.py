@@ -30,9 +30,6 @@ class Critic(nn.Module):
         head: bottleneck features -> (b,) logits; :func:`discriminator_head`.
     """
 
-    uses_hooks = True
-    """It reads features by a hook, which compiled code does not call."""
-
     def __init__(self, network: nn.Module, bottleneck: str, head: nn.Module) -> None:
         super().__init__()
         try:
@@ -43,6 +40,11 @@ class Critic(nn.Module):
                 f"the network has no submodule {bottleneck!r}; it has {', '.join(names[:12])}, ..."
             ) from error
         self.network, self.bottleneck, self.head = network, bottleneck, head
+
+    @property
+    def heard(self) -> tuple[nn.Module, ...]:
+        """What it listens to, which ``compile_network`` leaves open."""
+        return (self.network.get_submodule(self.bottleneck),)
 
     def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:
         """Return the network's prediction and (b,) logits, positive for real."""

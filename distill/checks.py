@@ -96,8 +96,8 @@ def check_texts(config: Config) -> None:
     if not config.lora:
         refuse_given(config, LORA_ONLY, "is for LoRAs: pass --lora, too.")
     check_quantize(config.quantize)
-    if config.lora and config.compile:
-        raise ValueError("--compile is not for --lora, whose networks listen to one another's weights.")
+    if config.quantize != "no" and config.compile:
+        raise ValueError("--compile was not made to work with rounded weights. Leave out --compile or --quantize.")
     if any(not prompt.strip() for prompt in config.validation_prompts):
         raise ValueError(f"--validation-prompts must say something; got {list(config.validation_prompts)}.")
     if config.negative_prompt and config.guidance == 1:

@@ -46,6 +46,7 @@ from scorefield.randomness import Rng, shuffled
 from scorefield.report.write import add_page
 from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
+from scorefield.training.compiling import compile_network
 from scorefield.training.identity import check_options, identity
 from scorefield.training.run import check_identity, cut, prepare, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
@@ -274,7 +275,11 @@ def is_only_counted(config: Config, device: torch.device) -> bool:
 
 def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
     """Return a copy of the teacher as ``prepare`` wraps it; a LoRA, which is not wrapped, on its device."""
-    return network.to(accelerator.device) if config.lora else prepare(network, config, accelerator)
+    if not config.lora:
+        return prepare(network, config, accelerator)
+    if config.compile:
+        compile_network(network)
+    return network.to(accelerator.device)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_prompts_have_numbers_of_their_own(monkeypatch):
     ({"eval_every": -1}, "--eval-every must be at least 0"), ({"betas": (0.9, 1.0)}, "--betas must lie"),
     ({"eval_every": 2, "eval_images": 1}, "--eval-images must be at least 2"),
     ({"validation_prompts": ("a", " ")}, "--validation-prompts must say something"),
-    ({"lora": True, "compile": True}, "--compile is not for --lora"),
+    ({"lora": True, "quantize": "nf4", "compile": True}, "--compile was not made .* --quantize"),
     ({"preset": "auto"}, "preset auto is for teachers of images.*take text"),
     ({"ratio_range": (1.0, 1.0)}, "--ratio-range needs 0 < first < last, or 0 0; got 1 1"),
     ({"ratio_range": (0.0, 20.0)}, "--ratio-range needs 0 < first"),

@@ -82,6 +82,11 @@ class LoRA(nn.Module):
         """The LoRA itself, for example to switch gradient checkpointing on, or to listen to a layer."""
         return self._hidden[0]
 
+    @property
+    def heard(self) -> tuple[nn.Module, ...]:
+        """Modules whose outputs it adds to, which ``compile_network`` leaves open."""
+        return tuple(self.backbone.get_submodule(place) for place in self._told.values())
+
     def tell(self, name: str, place: str, embedding: nn.Module) -> None:
         """Let the LoRA be told more than its network is: from now on its ``cond`` needs ``name``.
 

@@ -52,7 +52,7 @@ class RunOptions:
     clip_norm: float = 10.0
     """Largest norm of a network's gradient. A larger gradient is scaled down to it."""
     compile: bool = False
-    """Compile the networks with torch.compile: minutes at the start, then faster steps. Not with a critic."""
+    """Compile the networks with torch.compile: minutes at the start, then faster steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     shard: int = 1

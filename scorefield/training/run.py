@@ -22,6 +22,7 @@ from scorefield.choices import Quantize
 from scorefield.progress import Progress
 from scorefield.randomness import Rng
 from scorefield.training import checkpoint
+from scorefield.training.compiling import compile_network
 from scorefield.training.evaluate import Watch, forget_best
 from scorefield.training.identity import LAYOUT, check_earlier, check_ranks, note_identity, resolved
 from scorefield.training.launcher import is_first_rank
@@ -77,9 +78,8 @@ def prepare(network: nn.Module, config: RunOptions, accelerator: Accelerator) ->
         if not able:
             raise ValueError(f"--gradient-checkpointing: a {type(network).__name__} cannot; only UNets can.")
         able[0].enable_gradient_checkpointing()
-    hooked = any(getattr(part, "uses_hooks", False) for part in network.modules())
-    if config.compile and not hooked:  # compiled code does not call the hook by which a critic reads features
-        network.compile()  # in place: names of weights stay as they are
+    if config.compile:
+        compile_network(network)
     if config.shard > 1:
         # For its autocast alone, without DDP.
         network = accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
