@@ -239,11 +239,11 @@ def terms(options: Options, names: tuple[str, ...] = ("SDXL", "Z-Image", "FLUX.1
         sums = plain.bytes(), small.bytes(), plain.bytes(offload=True)
         parts = [plain.roles["teacher"].weights, *map(plain.part, ("weights", "gradients", "states"))]
         cells = [gib(x) for x in (*parts, plain.kept, plain.most, *sums)]
-        rows.append([name, *cells, judged(*sums, bar=SIZES[name].bar)])
+        rows.append([name, *cells, beside_bar(*sums, bar=SIZES[name].bar)])
     return markdown(head, rows)
 
 
-def judged(plain: int, small: int, offloaded: int, *, bar: float) -> str:
+def beside_bar(plain: int, small: int, offloaded: int, *, bar: float) -> str:
     """Return the bar, and whether it is kept."""
     if not bar or plain <= bar * GIB:
         return f"{bar:g}: kept" if bar else "-"

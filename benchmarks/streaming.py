@@ -203,7 +203,7 @@ def read(logs: list[Path]) -> dict[str, object]:
     return {"batches": batches, "peak_bytes": peak}
 
 
-def verdict(batches: dict[int, list[int]], num_samples: int) -> dict[str, int]:
+def miscounted(batches: dict[int, list[int]], num_samples: int) -> dict[str, int]:
     """Return how many samples were drawn more than once, and how many not at all."""
     drawn = np.bincount([number for numbers in batches.values() for number in numbers], minlength=num_samples)
     return {"repeated": int((drawn > 1).sum()), "lost": int((drawn == 0).sum())}
@@ -229,7 +229,7 @@ def measure(config: Config, num_samples: int, num_bytes: int) -> None:
         found = run(config, num_ranks, num_samples, killed=place == 0)
         batches: dict[int, list[int]] = found.pop("batches")  # type: ignore[assignment]
         first = first or batches
-        found |= {**verdict(batches, num_samples), "same_batches": batches == first}
+        found |= {**miscounted(batches, num_samples), "same_batches": batches == first}
         size = round(num_bytes / 1e9, 1)
         figures.append({"kind": config.kind, "samples": num_samples, "gigabytes": size, **found})
         print(json.dumps(figures[-1]), flush=True)

@@ -107,11 +107,11 @@ class ControlBatches:
         "x0" (b, c, h, w), "hint" (b, k, height, width) in [0, 1], "cond", and what was dropped: "prompt_dropped"
         (b,) and "hint_dropped" (b, number of hints), bools.
         """
-        return self.finish(self.load(rng.index, rng.seed), rng.seed)
+        return self.complete(self.load(rng.index, rng.seed), rng.seed)
 
     def ahead(self, num_ranks: int = 1) -> Callable[[Rng], dict[str, Any]]:
         """Return the same batches, the next of which is loaded in a thread meanwhile; see :func:`read_ahead`."""
-        return read_ahead(self.load, lambda loaded, rng: self.finish(loaded, rng.seed), num_ranks)
+        return read_ahead(self.load, lambda loaded, rng: self.complete(loaded, rng.seed), num_ranks)
 
     def load(self, number: int, seed: int) -> Loaded:
         """Batch ``number`` from disk, cut and mirrored; on the CPU, and the slow part."""
@@ -126,7 +126,7 @@ class ControlBatches:
         return self._load(indices, epochs, mirrored, generators if self.crop == "random" else None)
 
     @torch.no_grad()
-    def finish(self, loaded: Loaded, seed: int) -> dict[str, Any]:
+    def complete(self, loaded: Loaded, seed: int) -> dict[str, Any]:
         """Return what :meth:`__call__` returns, made of a loaded batch on the device."""
         batch = self._undropped(loaded, seed)
         batch.pop("images")

@@ -151,10 +151,10 @@ class EvidenceLog:
             return []
         try:
             lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            looks = [_from_json(line) for line in lines if line.get("validation", "") == self.validation]
+            found = [_from_json(line) for line in lines if line.get("validation", "") == self.validation]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.path} is no record of evidence ({error!r}). Move it away.") from error
-        return [look for look in looks if look.step < before]
+        return [look for look in found if look.step < before]
 
 
 def _as_json(look: Evidence) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def start_from(
         given = load_adapter(source)
     except ValueError as error:
         raise ValueError(f"--init-from: {error}") from error
-    weights, hashed = _fitting(source, given, adapter), list[Tensor]()
+    weights, hashed = _usable(source, given, adapter), list[Tensor]()
     adapter.load_state_dict(weights)
     if with_decoder:
         hashed = _give_decoder(Path(source), unet_of(teacher.denoiser))
@@ -87,7 +87,7 @@ def _give_lora(source: str, adapter: ControlLoRA) -> str:
     return fingerprint(weights[name] for name in sorted(weights))
 
 
-def _fitting(source: str, given: EncoderCopy, adapter: EncoderCopy) -> dict[str, Tensor]:
+def _usable(source: str, given: EncoderCopy, adapter: EncoderCopy) -> dict[str, Tensor]:
     weights = dict(given.state_dict())
     if adapter.channels == 1 and given.channels == 3:  # saved for three: to a grey hint the same function
         weights[FIRST] = weights[FIRST].sum(1, keepdim=True)

@@ -109,11 +109,11 @@ def main(config: Config) -> Path:
         images_per_step=images_per_step, first=first,
     )  # fmt: skip
 
-    def finish() -> None:
+    def report_and_export() -> None:
         indices = tested or looked
-        judged = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
+        final = make_validation(config, teacher, task, held_out, indices, accelerator) if tested else validation
         report, look, images = make_report(
-            task, judged, averaged, at(untouched, accelerator.device), log, indices, config.steps, accelerator
+            task, final, averaged, at(untouched, accelerator.device), log, indices, config.steps, accelerator
         )
         report |= {"seed": config.seed, "resumed": first > 0}
         if first == 0:  # what an earlier process took is not known
@@ -122,11 +122,11 @@ def main(config: Config) -> Path:
         learned = replace(averaged, adapter=whole(averaged.adapter))  # of all ranks
         if accelerator.is_main_process:
             with working("saving the adapter"):
-                export(config, teacher, task, report, look, learned, judged, images, images_per_step)
+                export(config, teacher, task, report, look, learned, final, images, images_per_step)
 
     fit(
         config, [phase], batches.ahead(accelerator.num_processes), accelerator, own=own, first=first,
-        watch=watch, all_watch=True, finish=finish,
+        watch=watch, all_watch=True, at_end=report_and_export,
     )  # fmt: skip
     return with_page(config.out, accelerator)
 
@@ -416,14 +416,14 @@ def facts(
 
 def export(
     config: Config, teacher: Teacher, task: Task, report: dict[str, Any], look: Evidence,
-    denoiser: ControlledDenoiser, judged: Validation, images: Tensor, images_per_step: int,
+    denoiser: ControlledDenoiser, final: Validation, images: Tensor, images_per_step: int,
 ) -> None:  # fmt: skip
     """Adapter, card and samples as a folder of diffusers, and report.json beside it and in it."""
     if report["learned_at"] is None:
         seen = config.steps * images_per_step
-        report = {**report, "likely_causes": likely_causes(look, judged.probe.hint, images_seen=seen)}
+        report = {**report, "likely_causes": likely_causes(look, final.probe.hint, images_seen=seen)}
     pipeline = isinstance(teacher.codec, Codec)  # diffusers knows none of circles
-    asked = (judged.judge.__doc__ or "").partition("\n")[0]
+    asked = (final.judge.__doc__ or "").partition("\n")[0]
     card = model_card(
         base="toyworld/pipeline" if config.teacher == "toyworld" else config.teacher, hint=config.hint, look=look,
         event=report["event"], training=facts(config, teacher, task, report, denoiser, images_per_step),
@@ -434,7 +434,7 @@ def export(
         f"{config.guidance:g}, {config.sampling_steps} DDIM steps. What the judge asks: {asked} Other data may "
         "differ.",
     )  # fmt: skip
-    sheet = contact_sheet(judged.probe, images)
+    sheet = contact_sheet(final.probe, images)
     folder = config.out / "controlnet"
     unet = unet_of(denoiser.base) if config.unlocked else None
     save_adapter(denoiser.adapter, folder, card, samples=sheet, unet=unet, report=report)

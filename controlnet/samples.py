@@ -188,7 +188,7 @@ class Form:
     size: Shape
     channels: int
     convert: bool
-    captioned: bool
+    has_captions: bool
     buckets: tuple[Shape, ...]
 
     def identity(self) -> str:
@@ -217,7 +217,7 @@ class Checked:
 def judge(row: Row, form: Form, known: TensorCache | None) -> Checked:
     """Return what is wrong with a sample, if anything; it is decoded unless its files were checked before."""
     try:
-        if row.fault or (form.captioned and (fault := _caption_fault(row))):
+        if row.fault or (form.has_captions and (fault := _caption_fault(row))):
             raise ValueError(f"{row.name} {row.fault or fault}")
         contents = _contents(row, form.kinds)
         make = lambda _: [in_few_threads(lambda: _facts(row, contents, form), *contents.values())]  # noqa: E731

@@ -95,9 +95,9 @@ def check_texts(config: Config) -> None:
     refuse_given(config, IMAGES_ONLY, "is for teachers of images: leave it out with --prompts.")
     if not config.lora:
         refuse_given(config, LORA_ONLY, "is for LoRAs: pass --lora, too.")
-    check_quantize(config.quantize)
     if config.quantize != "no" and config.compile:
         raise ValueError("--compile was not made to work with rounded weights. Leave out --compile or --quantize.")
+    check_quantize(config.quantize)
     if any(not prompt.strip() for prompt in config.validation_prompts):
         raise ValueError(f"--validation-prompts must say something; got {list(config.validation_prompts)}.")
     if config.negative_prompt and config.guidance == 1:

@@ -165,5 +165,5 @@ def check_images(
     # Of the teacher only its codec is held: its text encoders are freed before training.
     latents = Latents(lambda x: {"latents": codec.encode(x).float()}, cache, Memory(), batch_size)
     real = RealLatents(images, teacher.size, latents, teacher.device)
-    judged = in_shares(real.judge, len(images), rank=rank, num_ranks=num_ranks, gather=gather)
-    return replace(real, digests=[digest for digest, _ in judged]), [fault for _, fault in judged]
+    checked = in_shares(real.judge, len(images), rank=rank, num_ranks=num_ranks, gather=gather)
+    return replace(real, digests=[digest for digest, _ in checked]), [fault for _, fault in checked]

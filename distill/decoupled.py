@@ -96,5 +96,5 @@ def decoupled_gradient(
     gap, push = baseline - pos[:n], (teacher.scale - 1) * (neg[n:] - pos[n:])
     guided = weight(x0, target[n:], s, schedule) * push
     whole = described(weight(x0, target[:n], t, schedule) * gap + guided, gap, t)
-    extra = {"guidance_rms": guided.float().square().mean().sqrt(), "guidance_t_mean": s.mean()}
-    return ScoreGradient(whole.value, {**whole.metrics, **extra})
+    of_guidance = {"guidance_rms": guided.float().square().mean().sqrt(), "guidance_t_mean": s.mean()}
+    return ScoreGradient(whole.value, {**whole.metrics, **of_guidance})

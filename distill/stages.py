@@ -83,7 +83,7 @@ def distil(
     phases = build_phases(config, stages.method)
     average = Student(replace(stages.teacher.denoiser, network=averaged(phases[0])), method.student.times)
     guard = make_guard(stages)
-    looks = watch(average)  # or it says why not, before anything is written
+    evaluation = watch(average)  # or it says why not, before anything is written
     guarded = None
     if guard is not None:
         guarded = Guarded(
@@ -100,9 +100,9 @@ def distil(
     if guarded is not None and guarded.best is not None and not first:
         guarded.log(*guarded.best)  # the log was not open when it looked
     if guarded is None:
-        match(stages, phases, first, columns, lambda: preview(average), looks)
+        match(stages, phases, first, columns, lambda: preview(average), evaluation)
     else:
-        match_guarded(stages, phases, first, columns, lambda: preview(average), looks, guarded)
+        match_guarded(stages, phases, first, columns, lambda: preview(average), evaluation, guarded)
     gathered = replace(average, denoiser=whole_denoiser(average.denoiser))
     report = outcome(config, gathered, guarded)
     stages.accelerator.end_training()

@@ -32,10 +32,10 @@ def test_terms_add_up_and_the_smallest_card_leaves_room():
     assert (found.kept, found.most) == (3, 2 * gib)
     assert [found.part(name) for name in ("weights", "gradients", "states")] == [2 * gib, 2 * gib, 3 * gib]
     assert [counted.card(size * gib) for size in (7, 8, 23, 80)] == ["8", "16", "24", "none"]
-    assert counted.judged(9 * gib, gib, gib, bar=9) == "9: kept"
-    assert counted.judged(10 * gib, gib, 10 * gib, bar=9) == "9: **missed**, kept with 8-bit AdamW"
-    assert counted.judged(10 * gib, 10 * gib, 10 * gib, bar=9) == "9: **missed**"
-    assert counted.judged(10 * gib, gib, gib, bar=0) == "-"
+    assert counted.beside_bar(9 * gib, gib, gib, bar=9) == "9: kept"
+    assert counted.beside_bar(10 * gib, gib, 10 * gib, bar=9) == "9: **missed**, kept with 8-bit AdamW"
+    assert counted.beside_bar(10 * gib, 10 * gib, 10 * gib, bar=9) == "9: **missed**"
+    assert counted.beside_bar(10 * gib, gib, gib, bar=0) == "-"
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ def test_each_picture_is_a_large_file_that_shows_its_number(tmp_path, monkeypatc
 
 
 def test_what_was_drawn_twice_or_never_is_counted(tmp_path):
-    assert streaming.verdict({0: [3, 1], 1: [0, 2]}, 4) == {"repeated": 0, "lost": 0}
-    assert streaming.verdict({0: [3, 1], 1: [1, 1]}, 4) == {"repeated": 1, "lost": 2}
+    assert streaming.miscounted({0: [3, 1], 1: [0, 2]}, 4) == {"repeated": 0, "lost": 0}
+    assert streaming.miscounted({0: [3, 1], 1: [1, 1]}, 4) == {"repeated": 1, "lost": 2}
     log = tmp_path / "drawn.jsonl"
     lines = [[0, [3, 1], 50], [1, [0, 2], 70], [1, [0, 2], 60]]  # a step that was done again after a kill
     log.write_text("\n".join(map(json.dumps, lines)))

@@ -247,7 +247,7 @@ def visits_dropped(loader, num_samples, num_epochs):
     tables = {name: torch.zeros(num_epochs, num_samples) for name in ("prompt_dropped", "hint_dropped")}
     for index in range(num_epochs * num_samples // loader.batch_size):
         loaded = loader.load(index, 0)
-        batch = loader.finish(loaded, 0)
+        batch = loader.complete(loaded, 0)
         for name, table in tables.items():
             table[loaded.epochs, loaded.indices] = batch[name].float().reshape(-1)
         assert torch.equal(batch["hint"].flatten(1).abs().amax(1) == 0, batch["hint_dropped"][:, 0])

@@ -268,4 +268,4 @@ def test_hints_of_other_channels_are_refused(control):
         teacher = load_teacher(str(control / "model"))
         adapters.append(train_controlnet.copy_encoder(teacher.denoiser, hint_channels=channels, factor=2))
     with pytest.raises(ValueError, match="is an adapter of hints of other channels"):
-        control_initial._fitting("x", adapters[0], adapters[1])
+        control_initial._usable("x", adapters[0], adapters[1])

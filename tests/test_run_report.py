@@ -89,7 +89,7 @@ def test_the_page_of_a_finished_run_says_what_its_files_say(kind, tmp_path):
     found = assert_closed(text)
     said = " ".join(" ".join(found.texts).split())
     assert kind_of(json.loads((out / "config.json").read_text())) == run.kind == kind
-    assert run.outcome.verdict in said
+    assert run.outcome.conclusion in said
     assert f"scorefield {kind}, {out}" in said
     wanted = {
         "teacher": "best Fréchet distance to the data is 1.25, at step 40 of 60",
@@ -98,7 +98,7 @@ def test_the_page_of_a_finished_run_says_what_its_files_say(kind, tmp_path):
         "sds": "the mesh looks like the scene's own renders to 25.5 dB",
         "control": "Control was learned at step 50",
     }  # fmt: skip
-    assert wanted[kind] in run.outcome.verdict
+    assert wanted[kind] in run.outcome.conclusion
     assert {"seed", "steps"} == {name for name, _, given in run.options if given}
     assert dict(run.facts)["versions"] == "scorefield 0.2.0, torch 2.15"
     assert dict(run.facts)["data, hash"] == "4567cdef"
@@ -121,17 +121,17 @@ def test_the_verdict_follows_the_report(tmp_path):
         causes = {} if at else {"likely_causes": ["it is early: 12 images seen"]}
         write(out / "report.json", {**REPORTS["control"][1], "event": event, "learned_at": at, **causes})
         run = read(out)
-        assert (run.outcome.verdict, run.outcome.works) == (f"Control {event}.", works)
+        assert (run.outcome.conclusion, run.outcome.works) == (f"Control {event}.", works)
         assert ("it is early: 12 images seen" in run.outcome.warnings) == (at is None)
     (score, _) = run.outcome.figures
     assert (score.value, score.floor, score.ceiling) == ("0.6", "0.1", "0.9")
     out = finished(tmp_path / "student", "distill")
     write(out / "report.json", {**REPORTS["distill"][1], "distance": float("nan")})
     assert read(out).outcome.works is False
-    assert "pictures are not finite" in read(out).outcome.verdict
+    assert "pictures are not finite" in read(out).outcome.conclusion
     write(out / "report.json", {"steps": 60, "num_steps": 4})
     assert (
-        read(out).outcome.verdict
+        read(out).outcome.conclusion
         == "4 steps: the student is there; its distance from the teacher was not measured."
     )
 
@@ -160,15 +160,15 @@ FIGURES = {
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_the_page_of_figures_says_what_they_say(kind, tmp_path):
-    content, verdict = FIGURES[kind]
+    content, conclusion = FIGURES[kind]
     name = "report.json" if kind in ("demo", "edit") else "figures.json"
     write(tmp_path / name, content)
     run = read(tmp_path)
-    assert (run.kind, run.outcome.verdict) == (kind, verdict)
+    assert (run.kind, run.outcome.conclusion) == (kind, conclusion)
     assert_closed(page([tmp_path]))
     if kind == "evaluate":
         assert main(Report(runs=(tmp_path / name,))) == tmp_path / "figures.html"
-        assert verdict in (tmp_path / "figures.html").read_text()
+        assert conclusion in (tmp_path / "figures.html").read_text()
     if kind == "attack":
         assert "The classifier is flagged: random" in run.outcome.warnings[0]
         assert [(one.value, one.floor) for one in run.outcome.figures[1:]] == [
@@ -358,7 +358,7 @@ def test_a_broken_run_gets_a_page_that_says_so(tmp_path, capsys):
         main(Report(runs=(out,)))
         text = (out / NAME).read_text()
         assert said in text
-        assert '<div class="verdict bad">' in text
+        assert '<div class="conclusion bad">' in text
         assert_closed(text)
     assert "config.json is damaged: it is no JSON" in (tmp_path / "damaged" / NAME).read_text()
     assert "There are no curves" in (tmp_path / "killed" / NAME).read_text()
@@ -499,7 +499,7 @@ def real(tmp_path_factory, sd):
 
 
 def said_by(name, out):
-    """What the files of a run say, in words that its verdict must hold."""
+    """What the files of a run say, in words that its conclusion must hold."""
     if name == "teacher":
         return "has learned for 6 steps"
     if name == "canvas":
@@ -524,9 +524,9 @@ def test_every_command_writes_a_page_whose_verdict_is_that_of_its_report(real):
     for name, path in real.items():
         text = path.read_text()
         found = assert_closed(text)
-        verdict = text[text.index('<div class="verdict') : text.index("<!-- from the log -->")]
-        assert said_by(name, path.parent) in html.unescape(verdict), (name, verdict)
-        assert "Not finished" not in verdict
+        conclusion = text[text.index('<div class="conclusion') : text.index("<!-- from the log -->")]
+        assert said_by(name, path.parent) in html.unescape(conclusion), (name, conclusion)
+        assert "Not finished" not in conclusion
         assert "damaged" not in text
         began = time.process_time()
         again = main(Report(runs=(path.parent if path.name == NAME else path.with_suffix(".json"),)))

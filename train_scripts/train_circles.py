@@ -100,7 +100,7 @@ def main(config: Config) -> Path:
 
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=8,
-        preview=lambda: preview(painter(averaged, config.size), captions), finish=save,
+        preview=lambda: preview(painter(averaged, config.size), captions), at_end=save,
     )  # fmt: skip
     if accelerator.is_main_process:
         print(f"painter of circles: {folder}")

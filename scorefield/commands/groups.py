@@ -56,11 +56,11 @@ def _nested(options: type, default: Any) -> type:
     for field in dataclasses.fields(options):
         kind = hints[field.name]
         value = field.default if default is None else getattr(default, field.name)
-        extra = [tyro.conf.arg(help=texts.get(field.name, ""), metavar=_metavar(kind))]
+        described = [tyro.conf.arg(help=texts.get(field.name, ""), metavar=_metavar(kind))]
         if value in (None, "", ()):  # the text says what that means
-            extra.append(tyro.conf.arg(help_behavior_hint=""))
+            described.append(tyro.conf.arg(help_behavior_hint=""))
         made = dataclasses.field() if value is dataclasses.MISSING else dataclasses.field(default=value)
-        parts[group_of(options, field.name)].append((field.name, Annotated[kind, *extra], made))
+        parts[group_of(options, field.name)].append((field.name, Annotated[kind, *described], made))
     fields = parts.pop(options)
     for part, inside in parts.items():
         if inside:

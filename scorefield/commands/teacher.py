@@ -63,7 +63,7 @@ def main(config: TrainTeacher) -> Path:
 
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=min(10, data.num_classes),
-        preview=lambda: preview(model), watch=watcher(config, model, data, teacher=None, save=save), finish=save,
+        preview=lambda: preview(model), watch=watcher(config, model, data, teacher=None, save=save), at_end=save,
     )  # fmt: skip
     if accelerator.is_main_process:
         print(f"teacher: {folder}")

@@ -11,13 +11,13 @@ Batch = TypeVar("Batch")
 
 
 def read_ahead(
-    load: Callable[[int, int], Loaded], finish: Callable[[Loaded, Rng], Batch], num_ranks: int = 1
+    load: Callable[[int, int], Loaded], complete: Callable[[Loaded, Rng], Batch], num_ranks: int = 1
 ) -> Callable[[Rng], Batch]:
-    """Return a function of ``Rng`` that makes batches: ``finish`` of what ``load`` reads.
+    """Return a function of ``Rng`` that makes batches: ``complete`` of what ``load`` reads.
 
     Args:
         load: number of the batch and seed -> what lies on the disk, and the slow part; runs in a thread.
-        finish: the rest, when the batch is asked for.
+        complete: the rest, when the batch is asked for.
         num_ranks: a rank asks for each ``num_ranks``-th batch.
     """
     pool = ThreadPoolExecutor(1)
@@ -28,6 +28,6 @@ def read_ahead(
         future = coming.pop(here, None)
         coming.clear()
         coming[following] = pool.submit(load, *following)
-        return finish(future.result() if future else load(*here), rng)
+        return complete(future.result() if future else load(*here), rng)
 
     return batch

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from scorefield.report.folder import Folder, shortened, told
-from scorefield.report.pictures import Shown, evenly, fitting, load, load_frames, strip
+from scorefield.report.pictures import Shown, evenly, load, load_frames, strip, within
 from scorefield.report.summary import Gallery
 
 PIXELS = 8_000_000
@@ -70,7 +70,7 @@ def galleries(folder: Folder, kind: str, content: Mapping[str, Any], room: int) 
 
 def _singles(folder: Folder, kind: str, content: Mapping[str, Any], room: int) -> Iterator[Gallery]:
     for name, title, caption in SINGLE.get(kind, ()):
-        if (image := load(folder, name)) is not None and (shown := fitting([(name, image)], room)):
+        if (image := load(folder, name)) is not None and (shown := within([(name, image)], room)):
             room -= len(shown[0].uri)
             yield Gallery(title, caption, shown)
 
@@ -88,10 +88,10 @@ def _steps(folder: Folder, kind: str, content: Mapping[str, Any], room: int) -> 
     most = max(2, min(MOST_STEPS, PIXELS // (first.width * first.height)))
     chosen = evenly(names, most)
     images = [(_step(name), image) for name in chosen[:-1] if (image := load(folder, name)) is not None]
-    shown = fitting([*images, (_step(names[-1]), first)], room)
+    shown = within([*images, (_step(names[-1]), first)], room)
     while not shown and len(images) > 1:
         images = images[::2]
-        shown = fitting([*images, (_step(names[-1]), first)], room)
+        shown = within([*images, (_step(names[-1]), first)], room)
     if shown:
         yield Gallery("Over training", STEPS.get(kind, ""), shown, "slider")
 
@@ -118,7 +118,7 @@ def _edits(folder: Folder, kind: str, content: Mapping[str, Any], room: int) -> 
         images: list[tuple[str, Image.Image]] = [
             (label, image) for label, name in there if (image := load(folder, name)) is not None
         ]
-        shown: list[Shown] = fitting(images, room // len(rows), side=600)
+        shown: list[Shown] = within(images, room // len(rows), side=600)
         if shown:
             title = f"{told(row.get('source', ''))} → {told(row.get('target', ''))}"
             yield Gallery(shortened(title, 200), f"Edit {number}{labels}", shown)

@@ -75,26 +75,29 @@ def attack(content: Mapping[str, Any], place: str) -> Outcome:
     known = {name: found for name, row in attacks.items() if (found := number(row.get("success"))) is not None}
     if known:
         best = max(known, key=lambda name: known[name])
-        verdict = f"{shortened(best, 60)} fools the classifier on {share(known[best])} of the images it had right"
+        fooled = f"{share(known[best])} of the images it had right"
+        conclusion = f"{shortened(best, 60)} fools the classifier on {fooled}"
         after = attacks[best].get("purified_success")
-        verdict += "." if number(after) is None else f", and on {share(after)} after purification."
+        conclusion += "." if number(after) is None else f", and on {share(after)} after purification."
     else:
-        verdict = "No success was measured: none was counted among the images that the classifier had right."
+        conclusion = "No success was measured: none was counted among the images that the classifier had right."
     flags = clean.get("flags")
     outside = [name for name, row in attacks.items() if row.get("within_ball") is False]
     warnings = [f"The classifier is flagged: {told(flags)}; the figures may flatter it."] if flags else []
     warnings += [f"{shortened(name, 60)} left its ball." for name in outside[:5]]
     return Outcome(
-        verdict, None, figures, warnings, [(f"The images, unrounded, are in {place}/adversarial.npz.", "")]
+        conclusion, None, figures, warnings, [(f"The images, unrounded, are in {place}/adversarial.npz.", "")]
     )
 
 
 def evaluation(content: Mapping[str, Any], place: str) -> Outcome:
     """Return what `scorefield evaluate` measured, beside the floor."""
     distance, floor = number(content.get("frechet_distance")), number(content.get("floor_frechet_distance"))
-    verdict = f"The Fréchet distance is {figure(distance)}"
+    conclusion = f"The Fréchet distance is {figure(distance)}"
     times = ratio(distance, floor)
-    verdict += "." if times is None else f", {times:.2f} x that of two halves of the reference ({figure(floor)})."
+    if times is not None:
+        conclusion += f", {times:.2f} x that of two halves of the reference ({figure(floor)})"
+    conclusion += "."
     note = f"floor: two halves of the reference, {told(content.get('floor_num', '?'))} images each"
     figures = [
         Figure("Fréchet distance", figure(distance), figure(floor), note=note),
@@ -108,7 +111,7 @@ def evaluation(content: Mapping[str, Any], place: str) -> Outcome:
         warnings.append("The sets are of different size, and distances depend on it: pass --num-images.")
     if floor is None:
         warnings.append("There is no floor: the reference is too small for two halves.")
-    return Outcome(verdict, None, figures, warnings)
+    return Outcome(conclusion, None, figures, warnings)
 
 
 def students(content: Mapping[str, Any], place: str) -> Outcome:
@@ -149,9 +152,9 @@ def demo(content: Mapping[str, Any], place: str) -> Outcome:
     """Return what `scorefield demo` measured: the student beside the teacher."""
     steps, speed = whole(content.get("student_steps")), number(content.get("speedup"))
     times = ratio(content.get("student_fd"), content.get("teacher_fd"))
-    verdict = f"{'The student' if steps is None else plural(steps, 'step')}: "
-    verdict += "its distance is not known" if times is None else f"{times:.2f} x the teacher's distance"
-    verdict += "" if speed is None else f", {speed:.0f} times as fast"
+    conclusion = f"{'The student' if steps is None else plural(steps, 'step')}: "
+    conclusion += "its distance is not known" if times is None else f"{times:.2f} x the teacher's distance"
+    conclusion += "" if speed is None else f", {speed:.0f} times as fast"
     floor, ceiling = (figure(number(content.get(name))) for name in ("test_fd", "one_step_teacher_fd"))
     figures = [
         Figure(f"{who}: Fréchet distance", figure(number(content.get(f"{who}_fd"))), floor, ceiling,
@@ -160,7 +163,7 @@ def demo(content: Mapping[str, Any], place: str) -> Outcome:
         for who in ("teacher", "student")
     ]  # fmt: skip
     return Outcome(
-        verdict + ".", None, figures, (),
+        conclusion + ".", None, figures, (),
         [("Look closer:", command("scorefield", "report", f"{place}/teacher", f"{place}/student")),
          ("Train for longer:", command("scorefield", "demo", "--long"))],
     )  # fmt: skip

@@ -140,7 +140,7 @@ class Table:
 
 def side_by_side(runs: Sequence[Summary]) -> Table:
     """Return the verdicts, figures and differing options of several runs as a table."""
-    rows = [("made by", [run.kind for run in runs]), ("verdict", [run.outcome.verdict for run in runs])]
+    rows = [("made by", [run.kind for run in runs]), ("conclusion", [run.outcome.conclusion for run in runs])]
     figures = [{one.name: one.value for one in run.outcome.figures} for run in runs]
     for name in dict.fromkeys(name for one in figures for name in one):
         rows.append((name, [one.get(name, "") for one in figures]))

@@ -105,7 +105,7 @@ def encoded(image: Image.Image, label: str, lossless: bool | None = None) -> Sho
     return Shown(label, f"data:image/{kind};base64,{base64.b64encode(target.getvalue()).decode()}", *image.size)
 
 
-def fitting(images: Sequence[tuple[str, Image.Image]], room: int, side: int = SIDE) -> list[Shown]:
+def within(images: Sequence[tuple[str, Image.Image]], room: int, side: int = SIDE) -> list[Shown]:
     """Return labelled pictures in at most ``room`` characters: smaller where they must be, or none."""
     while images and side >= 64:
         found = [encoded(shrunk(image, side), label) for label, image in images]

@@ -52,7 +52,7 @@ class Outcome:
     """What a run came to.
 
     Attributes:
-        verdict: one sentence, from the files of results alone.
+        conclusion: one sentence, from the files of results alone.
         works: True, False, or None where the files do not say.
         figures: measured numbers.
         warnings: what the reader should know.
@@ -60,7 +60,7 @@ class Outcome:
         process: figures of this start alone, such as seconds, which a resumed run has otherwise.
     """
 
-    verdict: str
+    conclusion: str
     works: bool | None = None
     figures: Sequence[Figure] = ()
     warnings: Sequence[str] = ()

@@ -61,18 +61,18 @@ def teacher(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     ]
     warnings = []
     if distance is None:
-        verdict = f"The teacher has learned for {plural(steps, 'step')}; no distance to the data was measured."
+        conclusion = f"The teacher has learned for {plural(steps, 'step')}; no distance to the data was measured."
         warnings.append(
             "Nothing but the pictures says whether it is good: --eval-every 500 --features runs/features measure "
             "its distance to the data."
         )
     else:
-        verdict = f"The teacher's best Fréchet distance to the data is {figure(distance)}"
-        verdict += "." if at is None else f", at step {at:,} of {steps:,}."
+        conclusion = f"The teacher's best Fréchet distance to the data is {figure(distance)}"
+        conclusion += "." if at is None else f", at step {at:,} of {steps:,}."
     if at is not None and at < steps:
         warnings.append(f"The weights of step {at:,} were better than the last ones: they are in {place}/best.")
     return Outcome(
-        verdict, None if distance is None or math.isfinite(distance) else False, figures, warnings,
+        conclusion, None if distance is None or math.isfinite(distance) else False, figures, warnings,
         [("Draw pictures:", command("scorefield", "sample", "--teacher", made, "--out", "samples")),
          ("Distil it to one step:", command("scorefield", "distill", "--teacher", made, "--out", "runs/student"))],
     )  # fmt: skip
@@ -91,19 +91,19 @@ def distill(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     works: bool | None = None
     apart = ""
     if distance is None:
-        verdict = f"{name}: the student is there; its distance from the teacher was not measured."
+        conclusion = f"{name}: the student is there; its distance from the teacher was not measured."
         if not report:
-            verdict = (
+            conclusion = (
                 f"{name}: the student is there; report.json, which says how good it is, is missing or damaged."
             )
     elif not math.isfinite(distance):
-        verdict, works = f"{name}: the student's pictures are not finite.", False
+        conclusion, works = f"{name}: the student's pictures are not finite.", False
     else:
-        verdict = f"{name}: the student is {figure(distance)} from its teacher in the teacher's features"
+        conclusion = f"{name}: the student is {figure(distance)} from its teacher in the teacher's features"
         if share is not None:
-            verdict += f", {share:.2f} x the distance of two halves of the teacher's own pictures"
+            conclusion += f", {share:.2f} x the distance of two halves of the teacher's own pictures"
             apart = f"two halves of the teacher's own {told(count)} pictures are {figure(halves)} apart"
-        verdict += "." if step is None else f" (weights of step {step:,})."
+        conclusion += "." if step is None else f" (weights of step {step:,})."
     figures = [] if distance is None else [
         Figure("distance from the teacher", figure(distance), note=apart),
         *measured("KID, in the same features", report, "kernel"),
@@ -112,7 +112,7 @@ def distill(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         *measured("brightness beside the teacher's", report, "brightness", "0 is the same"),
     ]  # fmt: skip
     return Outcome(
-        verdict, works, figures, distill_warnings(report, config, distance),
+        conclusion, works, figures, distill_warnings(report, config, distance),
         [("Draw pictures:", command("scorefield", "sample", "--teacher", f"{place}/student", "--out", "samples")),
          ("Measure them beside real ones:", command(
              "scorefield", "evaluate", "--generated", "samples", "--reference", "held_out",
@@ -153,9 +153,9 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     compared, facts, mesh = (one if isinstance(one, dict) else {} for one in (compared, facts, mesh))
     psnr = number(compared.get("psnr"))
     if psnr is None:
-        verdict = f"{prompt}: the scene was exported; its report is missing or damaged."
+        conclusion = f"{prompt}: the scene was exported; its report is missing or damaged."
     else:
-        verdict = f"{prompt}: the mesh looks like the scene's own renders to {psnr:.1f} dB."
+        conclusion = f"{prompt}: the mesh looks like the scene's own renders to {psnr:.1f} dB."
     rollbacks = whole(facts.get("rollbacks")) or 0
     warnings = []
     if rollbacks:
@@ -169,7 +169,7 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     ]  # fmt: skip
     files = f"{folder.shown}/export"
     return Outcome(
-        verdict, None if psnr is not None and math.isfinite(psnr) else False, figures, warnings,
+        conclusion, None if psnr is not None and math.isfinite(psnr) else False, figures, warnings,
         [(f"Open {files}/scene.glb in Blender or any viewer of glTF; {files}/turntable.mp4 is a film.", "")],
     )  # fmt: skip
 
@@ -181,9 +181,9 @@ def control(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     report = folder.object("report.json")
     event = report.get("event")
     learned = whole(report.get("learned_at"))
-    verdict = "The adapter is there; its report is missing or damaged."
+    conclusion = "The adapter is there; its report is missing or damaged."
     if isinstance(event, str):
-        verdict = f"Control {shortened(event, 200)}."
+        conclusion = f"Control {shortened(event, 200)}."
     works = None if not isinstance(event, str) or "undecided" in event else learned is not None
     figures = scores_of(report)
     gap = report.get("gap")
@@ -197,7 +197,7 @@ def control(folder: Folder, config: Mapping[str, Any]) -> Outcome:
     more = [] if learned is not None or not steps else [("Train on:", f"{again} --steps {2 * steps}")]
     process = measured("seconds", report, "seconds", "of a run that was not resumed")
     return Outcome(
-        verdict, works, figures, warnings,
+        conclusion, works, figures, warnings,
         [*more, (f"How diffusers draws with it is in {folder.shown}/controlnet/README.md.", "")], process,
     )  # fmt: skip
 

@@ -292,8 +292,8 @@ class _FiniteWatch:
         pending, self.pending = self.pending, []
         if not pending:
             return
-        judged = [torch.stack([own[f"{phase}/loss"], own[f"{phase}/grad_norm"]]) for _, phase, own in pending]
-        finite = torch.stack(judged).isfinite().all(1)
+        sizes = [torch.stack([own[f"{phase}/loss"], own[f"{phase}/grad_norm"]]) for _, phase, own in pending]
+        finite = torch.stack(sizes).isfinite().all(1)
         # Of several ranks one may have met the bad sample: all of them stop, and in the same step.
         everywhere = self.accelerator.gather(finite[None]).all(0).tolist()
         for (step, phase, own), good in zip(pending, everywhere, strict=True):

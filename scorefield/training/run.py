@@ -163,7 +163,7 @@ def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
-    check: Callable[[int, bool], None] = lambda step, saving: None, finish: Callable[[], None] = lambda: None,
+    check: Callable[[int, bool], None] = lambda step, saving: None, at_end: Callable[[], None] = lambda: None,
     keep: Callable[[int], Collection[int]] = lambda step: (), last: bool = True,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
@@ -174,7 +174,7 @@ def fit(
     called again for the step resumed from, since a kill may have cut it off: two looks at the same weights must
     leave what one does. All call ``check`` with the step and whether it is about to be saved, which may raise, as
     do weights that are not finite. All call ``keep``, which returns the steps whose checkpoints must stay; such a
-    step is saved at once. All call ``finish`` after the last step, while they can still speak to each other.
+    step is saved at once. All call ``at_end`` after the last step, while they can still speak to each other.
     SIGTERM, Ctrl-C and SIGHUP save a checkpoint first: exit codes 143, 130, 129.
     """
     together = accelerator.is_main_process or all_watch or in_pieces(phases)
@@ -216,7 +216,7 @@ def fit(
             if stop:
                 break
     if not stop:
-        finish()
+        at_end()
     _end(stop, last, accelerator)
 
 

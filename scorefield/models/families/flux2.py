@@ -39,8 +39,8 @@ def surplus(parts: Parts, negative: bool) -> Callable[[str], int]:
     said = pipeline.system_message
 
     def count(prompt: str) -> int:
-        roles = (("system", said), ("user", prompt))
-        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in roles]
+        messages = (("system", said), ("user", prompt))
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
         return max(0, num_tokens(getattr(processor, "tokenizer", processor), text) - LENGTH)
 
