@@ -99,6 +99,11 @@ COMMANDS = {
         "scorefield.commands.options:Report", "scorefield.commands.report:main",
         check="scorefield.commands.options:check_report",
     ),
+    "push": Command(
+        "Put what a run made on the Hugging Face Hub, under a card of its figures.",
+        "scorefield.commands.options:Push", "scorefield.commands.push:main",
+        check="scorefield.commands.options:check_push",
+    ),
     "toyworld evaluate": Command(
         "Measure the pipeline that ships, or another one of the toy world.",
         "toyworld.options:EvaluatePipeline", "toyworld.evaluate:main", check="toyworld.options:check_pipeline",

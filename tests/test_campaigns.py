@@ -222,6 +222,7 @@ def usual(inputs, models):
         "edit (pictures)": ["sdedit", "--teacher", sd, "--edits", str(inputs / "edits.jsonl"), "--dry-run"],
         "attack": ["--teacher", ours, "--data", npz, "--classifier", "scorefield_tests:classifier", "--dry-run"],
         "report": [str(models / "run")], "export": [str(models / "run")],
+        "push": [str(models / "run"), "--to", "me/it", "--dry-run"],
         "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
         "features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
@@ -291,7 +292,8 @@ def test_command_lines(models, inputs, tmp_path, monkeypatch):
         script = name.partition(" (")[0]
         out = tmp_path / "out" / "run"
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        words = [*lines[name], "--out", str(out), *hostile(options_of(script), chance, places)]
+        to = [] if script == "push" else ["--out", str(out)]
+        words = [*lines[name], *to, *hostile(options_of(script), chance, places)]
         if script == "report" and chance.random() < 0.7:
             words.insert(0, chance.choice([*WORDS, *NUMBERS]).format(inputs=inputs, models=models))
         code, said = run(script, words)

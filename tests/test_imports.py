@@ -34,8 +34,9 @@ FLOORS = {
     "data": {""},
     "diagnosis": {""},
     "report": {"", "data"},
+    "publish": {"", "report"},
     "training": {"", "models", "data", "diagnosis"},
-    "commands": {"", "models", "data", "diagnosis", "training", "report"},
+    "commands": {"", "models", "data", "diagnosis", "training", "report", "publish"},
 }
 
 # The only places where a heavy library may be imported.

@@ -170,6 +170,8 @@ NEVER_SAID = {
     "attack": {"network", "channels", "memory-limit"},
     # It reads the config.json of a run as --config is read, and leaves that word out.
     "export": {"config"},
+    # Other commands have them: the one that made the run, and those of the card. It loads no model.
+    "push": {"out", "teacher", "num-images", "local-dir", "variant", "allow-pickle"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 

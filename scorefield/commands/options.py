@@ -1,5 +1,6 @@
 """Options of the commands that belong to no pillar: teacher, sample, evaluate and features."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -118,6 +119,22 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Push:
+    """Put what a run made on the Hugging Face Hub, under a card of its figures."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run, such as runs/student, or a folder that one made."""
+    to: str = ""
+    """Name of the repository, as owner/name. It is made if it is not there; files of equal names are replaced."""
+    private: bool = False
+    """Let nobody else see a repository that is made."""
+    licence: str = ""
+    """Licence for the card, such as apache-2.0. By default that of the teacher's own card, if it is here."""
+    dry_run: bool = False
+    """Show the files and the card, and send nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainFeatures(DataOptions):
     """Train a classifier on your own classes, whose features `scorefield evaluate` compares."""
 
@@ -218,6 +235,25 @@ def check_report(config: Report) -> None:
             raise ValueError(f"--out must be a name that ends in .html; got {config.out}.")
         check_out(config.out.parent)
     check_alone("report")
+
+
+_PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+REPOSITORY = re.compile(rf"(?=.{{3,96}}$)(?!.*(?:--|\.\.))(?!.*\.git$){_PART}/{_PART}", re.ASCII)
+"""Name of a repository of the hub."""
+
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+"""What the hub takes for a licence; which names it knows, it says itself."""
+
+
+def check_push(config: Push) -> None:
+    """Raise ``ValueError`` for a name that no repository can have, a licence of another form, or no folder."""
+    if not REPOSITORY.fullmatch(config.to):
+        raise ValueError(f"--to must be owner/name, such as me/mugs-in-one-step; got {config.to!r}.")
+    if config.licence and not LICENCE.fullmatch(config.licence):
+        raise ValueError(f"--licence must be a short name, such as apache-2.0; got {config.licence!r}.")
+    if not config.run.is_dir():
+        raise ValueError(f"{config.run} is no folder. Pass the --out of a training, such as runs/student.")
+    check_alone("push")
 
 
 def are_figures(file: Path) -> bool:

@@ -1,0 +1,101 @@
+"""The card of what is published: the run's own, with its figures, a picture, and the licence of its base."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from scorefield.publish.result import CARD, MOST_CARD, SHOWN, Result
+from scorefield.report.folder import Folder
+from scorefield.report.page import read_run
+from scorefield.report.summary import Figure
+from scorefield.shipped import shipped
+
+UNKNOWN = "that-of-the-base-model"
+"""License name of a card whose maker did not know the base's."""
+
+
+def finished_card(result: Result, name: str, licence: str = "") -> str:
+    """Return the card: header and text of the one that lies there, figures of the run and a picture behind it.
+
+    A card that somebody edited is left as it is. Its licence is ``licence``, or that of the base's card where the
+    base lies on this machine. A base that only this machine has is not named in the header, which would refuse it.
+
+    Args:
+        result: what is published.
+        name: owner/name there.
+        licence: such as apache-2.0.
+
+    Raises:
+        ValueError: a header that is no YAML, or of a form that the hub refuses.
+    """
+    text = result.card or _plain_card(name)
+    try:
+        card = ModelCard(text, ignore_metadata_errors=False)
+    except Exception as error:  # of whatever parser the library has
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{result.folder / CARD}: its header cannot be read ({said}). Mend it.") from error
+    if result.edited and not licence:
+        return str(card)
+    _set_licence(card.data, licence or _licence_of(result))
+    if result.edited:
+        return str(card)
+    base = card.data.base_model
+    if isinstance(base, str) and (base.count("/") != 1 or base.startswith((".", "/", "~")) or _place_of(base)):
+        card.data.base_model = None
+    parts = [card.text.rstrip(), *_measured(result)]
+    if result.picture is not None:
+        parts.append(f"## Samples\n\n![what it draws]({SHOWN})")
+    card.text = "\n\n".join(parts) + "\n"
+    return str(card)
+
+
+def _plain_card(name: str) -> str:
+    data = ModelCardData(library_name="scorefield", tags=["diffusion", "distillation"])
+    usage = f"""# {name.rpartition("/")[2]}
+
+```bash
+hf download {name} --local-dir {name.rpartition("/")[2]}
+scorefield sample --teacher {name.rpartition("/")[2]} --num-images 16
+```"""
+    return f"---\n{data}\n---\n{usage}\n"
+
+
+def _set_licence(data: Any, licence: str) -> None:
+    if licence:
+        data.license, data.license_name = licence, None
+
+
+def _licence_of(result: Result) -> str:
+    """Return the licence that the base's own card names, or nothing."""
+    if result.run is None:
+        return ""
+    config = Folder(result.run.resolve(), str(result.run)).object("config.json")
+    place = _place_of(str(config.get("teacher", "")))
+    if place is None or (text := Folder(place.resolve(), str(place)).read(CARD, MOST_CARD)) is None:
+        return ""
+    try:
+        licence = ModelCard(text.decode(), ignore_metadata_errors=True).data.license
+    except Exception:  # a stranger's card: without a licence that can be read, ours says that it has the base's
+        return ""
+    return licence if isinstance(licence, str) and licence != "other" else ""
+
+
+def _place_of(base: str) -> Path | None:
+    """Return the folder of a base on this machine: one that was named, or that ships."""
+    if base in ("toyworld", "toyworld/pipeline"):
+        return Path(shipped("teacher toyworld")())
+    return Path(base) if base and Path(base).is_dir() else None
+
+
+def _measured(result: Result) -> list[str]:
+    if result.run is None:
+        return []
+    figures = read_run(Folder(result.run.resolve(), str(result.run))).outcome.figures
+    return ["\n".join(["## Measured", "", *(f"- {_line(one)}" for one in figures)])] if figures else []
+
+
+def _line(figure: Figure) -> str:
+    ends = [f"{word} {value}" for word, value in (("floor", figure.floor), ("ceiling", figure.ceiling)) if value]
+    beside = "; ".join([*ends, *([figure.note] if figure.note else [])])
+    return f"{figure.name}: {figure.value}" + (f" ({beside})" if beside else "")
