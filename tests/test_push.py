@@ -105,7 +105,8 @@ def make_run(root, base="toyworld/pipeline", teacher="toyworld", card=CARD):
             (folder / "README.md").write_text(card.replace("BASE", base))
     for step in (1, 2):
         (run / "samples" / f"step-{step:09}.png").write_bytes(b"\x89PNG of step %d" % step)
-    (run / "config.json").write_text(json.dumps({"command": "distill", "teacher": teacher, "steps": 2}))
+    options = {"teacher": teacher, "steps": 2, "student_every": 1, "fake_lr": 0.1}
+    (run / "config.json").write_text(json.dumps(options))
     return run
 
 
@@ -178,12 +179,15 @@ def test_a_card_that_was_edited_is_sent_as_it_is(hub, tmp_path):
 
 def test_a_folder_without_a_card_gets_one_with_the_figures_of_the_run(hub, tmp_path):
     run = make_run(tmp_path, card="")
-    report = {"distance": 0.012, "best_step": 2, "steps": 2, "num_steps": 1}
+    report = {"distance": 0.012, "distance_of_halves": 0.01, "num_images": 64, "step": 2, "num_steps": 1}
     (run / "report.json").write_text(json.dumps(report))
     assert push(run, "--to", NAME) == 0
     card = hub.files["README.md"].decode()
     assert f"hf download {NAME}" in card
     assert "scorefield sample --teacher mugs-in-one-step" in card
+    assert "1.20 x the distance of two halves" in card
+    assert "- distance from the teacher: 0.012" in card
+    assert str(tmp_path) not in card
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(hub, tmp_path, capsys):

@@ -37,12 +37,13 @@ def finished_card(result: Result, name: str, licence: str = "") -> str:
         raise ValueError(f"{result.folder / CARD}: its header cannot be read ({said}). Mend it.") from error
     if result.edited and not licence:
         return str(card)
-    _set_licence(card.data, licence or _licence_of(result))
+    data: Any = card.data  # of a model, which has fields that other cards have not
+    _set_licence(data, licence or _licence_of(result))
     if result.edited:
         return str(card)
-    base = card.data.base_model
+    base = data.base_model
     if isinstance(base, str) and (base.count("/") != 1 or base.startswith((".", "/", "~")) or _place_of(base)):
-        card.data.base_model = None
+        data.base_model = None
     parts = [card.text.rstrip(), *_measured(result)]
     if result.picture is not None:
         parts.append(f"## Samples\n\n![what it draws]({SHOWN})")
@@ -75,10 +76,10 @@ def _licence_of(result: Result) -> str:
     if place is None or (text := Folder(place.resolve(), str(place)).read(CARD, MOST_CARD)) is None:
         return ""
     try:
-        licence = ModelCard(text.decode(), ignore_metadata_errors=True).data.license
+        data: Any = ModelCard(text.decode(), ignore_metadata_errors=True).data
     except Exception:  # a stranger's card: without a licence that can be read, ours says that it has the base's
         return ""
-    return licence if isinstance(licence, str) and licence != "other" else ""
+    return data.license if isinstance(data.license, str) and data.license != "other" else ""
 
 
 def _place_of(base: str) -> Path | None:
@@ -91,8 +92,10 @@ def _place_of(base: str) -> Path | None:
 def _measured(result: Result) -> list[str]:
     if result.run is None:
         return []
-    figures = read_run(Folder(result.run.resolve(), str(result.run))).outcome.figures
-    return ["\n".join(["## Measured", "", *(f"- {_line(one)}" for one in figures)])] if figures else []
+    # Under the name of its folder: where that lies on this machine is nobody's business.
+    outcome = read_run(Folder(result.run.resolve(), result.run.name)).outcome
+    figures = "\n".join(f"- {_line(one)}" for one in outcome.figures)
+    return [f"## Measured\n\n{outcome.conclusion}\n\n{figures}"] if figures else []
 
 
 def _line(figure: Figure) -> str:

@@ -1,6 +1,6 @@
 """How much of the Janus problem is due to the prompt? One scene, and three teachers that know more or less.
 
-    python benchmarks/janus.py --out runs/janus --picture docs/janus.png
+    python benchmarks/view_words.py --out runs/janus --picture docs/janus.png
 
 A scene with two faces is blamed on the optimiser, on the guidance, or on a teacher that prefers front views. Here
 the teacher is exact and has no preference. It is a mixture of narrow Gaussians around true pictures of a chair
