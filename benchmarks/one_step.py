@@ -111,7 +111,9 @@ def check(config: Config) -> None:
 
 def student_config(config: Config, method: MethodName, number: int, seed: int, teacher: Teacher) -> Distil:
     """Return the options of one distillation: its method's defaults, for as many steps as the passes allow."""
-    base = PRESETS["consistency" if method in ALONG_PATHS else "auto"]()
+    base = PRESETS[
+        "progressive" if method == "progressive" else "consistency" if method in ALONG_PATHS else "auto"
+    ]()
     has_images = config.data is not None or teacher.shape == (1, 8, 8)
     student = replace(
         base, method=method, teacher=config.teacher, data=config.data, num_steps=number, seed=seed,
@@ -160,6 +162,8 @@ def missing(config: Config, table: dict[str, Any]) -> Iterator[tuple[MethodName,
     for seed in config.seeds:
         for number in config.num_steps:
             for method in config.methods:
+                if method == "progressive" and number > 1:  # it ends in one step
+                    continue
                 if str(seed) not in table["students"].get(f"{method} {number}", {}):
                     yield method, number, seed
 

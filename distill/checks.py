@@ -75,6 +75,8 @@ def check_method(config: Config) -> None:
         refuse_given(config, FAKE_SCORE_ONLY, why)
         if config.gan_weight:
             raise ValueError(f"--gan-weight is for a fake score's critic, and --method {method} has none. Pass 0.")
+        if method == "progressive":
+            check_progressive(config)
         if config.points < 2:
             raise ValueError(f"--points must be at least 2; got {config.points}. 18 to 50 are usual.")
         return
@@ -83,6 +85,23 @@ def check_method(config: Config) -> None:
     if method == "f-distill" and config.gan_weight == 0:
         raise ValueError(
             "--method f-distill reads its weights off the critic, which --gan-weight 0 trains none of. Pass 0.03."
+        )
+
+
+def check_progressive(config: Config) -> None:
+    """Raise ``ValueError`` for what progressive distillation cannot do."""
+    if config.num_steps != 1:
+        raise ValueError(
+            f"--method progressive ends in one step; got --num-steps {config.num_steps}. Its students of several "
+            "steps walk without new noise between, which no student here does. Pass --num-steps 1."
+        )
+    if config.points < 2 or config.points & (config.points - 1):
+        raise ValueError(
+            f"--points must be a power of two for --method progressive; got {config.points}. Pass 16."
+        )
+    if config.steps < (stages := config.points.bit_length() - 1):
+        raise ValueError(
+            f"--steps {config.steps} are fewer than the {stages} halvings of --points {config.points}."
         )
 
 

@@ -42,10 +42,10 @@ class Student:
     """Decay of the student's moving average, which is what is saved. 0 saves the student itself."""
 
 
-MethodName = Literal["dmd", "sid", "f-distill", "diff-instruct", "consistency", "scm"]
+MethodName = Literal["dmd", "sid", "f-distill", "diff-instruct", "consistency", "scm", "progressive"]
 """What the student learns from."""
 
-ALONG_PATHS = ("consistency", "scm")
+ALONG_PATHS = ("consistency", "scm", "progressive")
 """Methods without a fake score, which learn from images and the teacher's paths through them."""
 
 
@@ -56,17 +56,20 @@ class Matching:
     method: MethodName = "dmd"
     """dmd: distribution matching (DMD2). sid, f-distill and diff-instruct: its relatives, with another gradient;
     f-distill needs the GAN term. consistency: neighbours on a path of the teacher shall end alike; with guidance
-    that is LCM. scm: the same in continuous time. These two have no fake score; their settings are in the presets
-    consistency and lcm."""
+    that is LCM. scm: the same in continuous time. progressive: one step for two of the teacher's, again and again,
+    to one step. These three have no fake score; their settings are in the presets consistency, lcm and
+    progressive."""
     points: int = 32
-    """Points on a path of the teacher, for --method consistency: CM 18, LCM 50."""
+    """Points on a path of the teacher, for --method consistency: CM 18, LCM 50. For --method progressive the steps
+    of the first teacher, a power of two; each halving takes an equal share of --steps."""
     student_every: int = 5
     """Updates of the fake score per update of the student (DMD2: 5)."""
     ratio_range: tuple[float, float] = (0.15, 20.0)
     """Lowest and highest noise level sigma / alpha at which student and teacher are compared. 0 0 means 2 to 98 %
     of the timesteps, as in DMD."""
     student_lr: float = 0.0
-    """Peak learning rate of the student. 0 means 1/25 of the warm-up's; for consistency and scm a quarter."""
+    """Peak learning rate of the student. 0 means 1/25 of the warm-up's; a quarter
+    for consistency, scm and progressive."""
     fake_lr: float = 0.0
     """Peak learning rate of the fake score. 0 means 2/5 of the warm-up's."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
@@ -93,8 +96,8 @@ class GAN:
     critic_weight: float = 0.01
     """Weight of the critic's loss beside the fake score's loss."""
     reals: Literal["data", "teacher"] = "data"
-    """What the critic takes for real, and where --method consistency and scm take their images from: --data, or
-    images that the teacher made, which need no data."""
+    """What the critic takes for real, and where consistency, scm and progressive take their images from: --data,
+    or images that the teacher made, which need no data."""
     bottleneck: str | None = None
     """Name of the submodule whose output the critic and the guard read. By default the network's own mid_block, or
     the narrowest layer of one forward pass."""
@@ -200,10 +203,11 @@ class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOpti
     def may_change(self) -> tuple[str, ...]:
         """The length of the run, when it gives up, and rates that are constant."""
         rates = ("student_lr", "fake_lr") if self.lr_schedule == "constant" else ()
-        return ("steps", "max_setbacks", *rates)
+        length = () if self.method == "progressive" else ("steps",)  # which its stages are shares of
+        return (*length, "max_setbacks", *rates)
 
 
-IMAGE_PRESETS = ("auto", "digits", "consistency")
+IMAGE_PRESETS = ("auto", "digits", "consistency", "progressive")
 
 
 def auto() -> Config:
@@ -232,6 +236,11 @@ def consistency() -> Config:
         auto(), preset="consistency", method="consistency", student_ratio=20.0, warmup_steps=0,
         regression_weight=0.0, guard_every=500, steps=10_000,
     )  # fmt: skip
+
+
+def progressive() -> Config:
+    """Progressive distillation of any teacher of images: eight, four, two steps, one."""
+    return replace(consistency(), preset="progressive", method="progressive", points=16)
 
 
 def lcm() -> Config:
@@ -376,7 +385,8 @@ def sana_1step() -> Config:
 
 
 PRESETS: Mapping[str, Callable[[], Config]] = {
-    "auto": auto, "digits": digits, "consistency": consistency, "text": text, "lcm": lcm,
+    "auto": auto, "digits": digits, "consistency": consistency, "progressive": progressive,
+    "text": text, "lcm": lcm,
     "toyworld-1step": toyworld_1step, "toyworld-4step": toyworld_4step, "toyworld-1step-lora": toyworld_1step_lora,
     "sd15-1step": sd15_1step, "sdxl-4step-lora": sdxl_4step_lora, "flux-4step-lora": flux_4step_lora,
     "qwen-image-4step-lora": qwen_image_4step_lora, "z-image-4step-lora": z_image_4step_lora,

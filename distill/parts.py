@@ -24,6 +24,7 @@ from distill.f_distill import FDistill
 from distill.guard import middle_layer
 from distill.options import ALONG_PATHS, Config
 from distill.pair_store import PairsOf, stored_in_step, stored_pairs
+from distill.progressive import Progressive, StageTeacher, angle_times, rate_of_stages
 from distill.regression import Distance, Pairs, absolute_error, make_pairs, pseudo_huber, squared_error
 from distill.sid import SiD
 from distill.student import Student, even_times, times_by_ratio
@@ -213,6 +214,12 @@ def build_method(config: Config, teacher: Teacher, student: nn.Module, fake: nn.
     check_rounding(config, teacher.denoiser, latent)
     times = student_times(config, schedule, latent)
     generator = Student(replace(teacher.denoiser, network=student), times)
+    if config.method == "progressive":
+        grid = angle_times(schedule, config.points, times[0])
+        return Progressive(
+            teacher=target, student=generator, shape=teacher.shape, path=grid,
+            stage_steps=max(1, config.steps // (len(grid).bit_length() - 1)),
+        )  # fmt: skip
     if fake is None:
         kind = ContinuousConsistency if config.method == "scm" else Consistency
         path = path_times(schedule, config.points, times[0])
@@ -375,7 +382,14 @@ def build_phases(config: Config, method: Method) -> list[Phase]:
     constant = config.lr_schedule == "constant"
     student = optimizer_of(config, method.student.denoiser.network, config.student_lr)
     ema = average_of(method.student.denoiser.network, config)
-    if isinstance(method, Consistency):
+    if isinstance(method, Progressive):
+        network = method.student.denoiser.network
+        ema = StageTeacher(network, method.stage_steps, method.num_stages, config.steps)
+        method = replace(method, average=replace(method.student.denoiser, network=ema.network))
+        phases = method.phases(
+            student, ema=ema, lr_schedule=rate_of_stages(student, method, config.steps, constant)
+        )
+    elif isinstance(method, Consistency):
         if ema is not None:
             method = replace(method, average=replace(method.student.denoiser, network=ema.network))
         rate = cosine(student, config.steps, floor=1.0 if constant else 0.0)

@@ -62,10 +62,10 @@ def test_cells_are_made_once_and_the_table_is_their_mean(config, monkeypatch):
 
 def test_all_methods_have_the_same_passes(config):
     teacher = load_teacher(config.teacher)
-    for method in ("dmd", "sid", "f-distill", "diff-instruct", "consistency", "scm"):
+    for method in ("dmd", "sid", "f-distill", "diff-instruct", "consistency", "scm", "progressive"):
         student = one_step.student_config(config, method, 1, 0, teacher)
         paid = student.steps * student.batch_size * one_step.cost(student)
-        pairs = 512 if method in ("consistency", "scm") else 2512
+        pairs = 512 if method in ("consistency", "scm", "progressive") else 2512
         assert paid + pairs * 16 == pytest.approx(1e6, rel=1e-3)
     plain = replace(student, method="dmd", gan_weight=0.0, student_every=5)
     # Five iterations: four images, five updates of the fake score, one of the student with two answers and the

@@ -18,6 +18,7 @@ from distill.dmd import DMD
 from distill.f_distill import FDistill
 from distill.options import PRESETS
 from distill.parts import build_method, build_networks, settled
+from distill.progressive import Progressive
 from distill.sid import SiD
 from scorefield.commands.options import TrainTeacher
 from scorefield.models.teacher import load_teacher
@@ -39,7 +40,7 @@ def teacher(tmp_path_factory):
 
 
 def config_of(teacher, out, method, **changes):
-    along = method in ("consistency", "scm")
+    along = method in ("consistency", "scm", "progressive")
     usual = PRESETS["consistency"]() if along else PRESETS["auto"]()
     settings = ALONG_PATHS if along else TINY
     return replace(usual, teacher=str(teacher), method=method, out=out, **{**settings, **changes})
@@ -47,7 +48,7 @@ def config_of(teacher, out, method, **changes):
 
 CASES = {
     "sid": {}, "f-distill": {"gan_weight": 0.03}, "diff-instruct": {"gan_weight": 0.0}, "consistency": {},
-    "scm": {"num_steps": 2, "reals": "teacher"},
+    "scm": {"num_steps": 2, "reals": "teacher"}, "progressive": {"points": 4, "reals": "teacher"},
 }  # fmt: skip
 
 
@@ -61,18 +62,19 @@ def test_a_student_of_each_method_learns(teacher, tmp_path, method):
 
 @pytest.mark.parametrize(("method", "kind"), [
     ("dmd", DMD), ("sid", SiD), ("f-distill", FDistill), ("diff-instruct", DMD), ("consistency", Consistency),
-    ("scm", ContinuousConsistency),
+    ("scm", ContinuousConsistency), ("progressive", Progressive),
 ])  # fmt: skip
 def test_a_name_stands_for_its_method(teacher, tmp_path, method, kind):
     known = load_teacher(str(teacher))
-    config = settled(config_of(teacher, tmp_path, method, reals="teacher"), known, real=True)
+    changes = {"points": 8} if method == "progressive" else {}
+    config = settled(config_of(teacher, tmp_path, method, reals="teacher", **changes), known, real=True)
     built = build_method(config, known, *build_networks(config, known))
     assert type(built) is kind
     if method == "diff-instruct":
         x0, t = torch.zeros(1, 1, 8, 8), torch.tensor([0.5])
         assert float(built.weight(x0, x0 + 3, t, known.denoiser.schedule)) == pytest.approx(4), "(alpha / sigma)^2"
     if isinstance(built, Consistency):
-        assert len(built.path) == 6
+        assert len(built.path) == config.points
         assert float(built.path[0]) == built.student.times[0] == pytest.approx(20)
 
 
@@ -106,6 +108,9 @@ def test_a_dry_run_counts_no_fake_score(teacher, tmp_path, capsys):
     ("consistency", {"student_every": 3}, "--student-every is of the fake score, and --method consistency has no"),
     ("scm", {"gan_weight": 0.1}, "--gan-weight is for a fake score's critic, and --method scm has none. Pass 0."),
     ("consistency", {"points": 1}, "--points must be at least 2; got 1. 18 to 50 are usual."),
+    ("progressive", {"points": 12}, "--points must be a power of two for --method progressive; got 12. Pass 16."),
+    ("progressive", {"points": 4, "num_steps": 2}, "--method progressive ends in one step; got --num-steps 2."),
+    ("progressive", {"points": 4, "steps": 1}, "--steps 1 are fewer than the 2 halvings of --points 4."),
     ("sid", {"separate_guidance": True}, "--separate-guidance is for --method dmd; got sid. Leave it out."),
     ("f-distill", {"gan_weight": 0.0}, "--method f-distill reads its weights off the critic"),
 ])  # fmt: skip
