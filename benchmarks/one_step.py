@@ -111,9 +111,8 @@ def check(config: Config) -> None:
 
 def student_config(config: Config, method: MethodName, number: int, seed: int, teacher: Teacher) -> Distil:
     """Return the options of one distillation: its method's defaults, for as many steps as the passes allow."""
-    base = PRESETS[
-        "progressive" if method == "progressive" else "consistency" if method in ALONG_PATHS else "auto"
-    ]()
+    usual = {"scm": "consistency"}.get(method, method)
+    base = PRESETS[usual if method in ALONG_PATHS else "auto"]()
     has_images = config.data is not None or teacher.shape == (1, 8, 8)
     student = replace(
         base, method=method, teacher=config.teacher, data=config.data, num_steps=number, seed=seed,
