@@ -18,7 +18,7 @@ from distill.dmd import DMD
 from distill.f_distill import FDistill
 from distill.options import PRESETS
 from distill.parts import build_method, build_networks, settled
-from distill.progressive import Progressive
+from distill.progressive import Progressive, StageTeacher
 from distill.sid import SiD
 from scorefield.commands.options import TrainTeacher
 from scorefield.models.teacher import load_teacher
@@ -58,6 +58,27 @@ def test_a_student_of_each_method_learns(teacher, tmp_path, method):
     ours, before = (load_file(folder / "model.safetensors") for folder in (student, teacher))
     assert any(not torch.equal(ours[name], before[name]) for name in before)
     assert all(bool(value.isfinite().all()) for value in ours.values() if value.is_floating_point())
+
+
+def test_a_run_that_was_stopped_within_a_stage_ends_in_the_same_weights(teacher, tmp_path, monkeypatch):
+    """The student of the stage before lies in the checkpoint, and so does how far the stage has come."""
+    settings = {"points": 8, "steps": 9, "save_every": 2, "reals": "teacher"}
+    whole = distill.recipe.main(config_of(teacher, tmp_path / "whole", "progressive", **settings))
+    update = StageTeacher.update
+
+    def interrupted(self):
+        update(self)
+        if self.num_updates == 5:  # of stages that end at 3, 6 and 9
+            raise KeyboardInterrupt
+
+    config = config_of(teacher, tmp_path / "cut", "progressive", **settings)
+    monkeypatch.setattr(StageTeacher, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill.recipe.main(config)
+    monkeypatch.undo()
+    again = distill.recipe.main(config)
+    ours, expected = (load_file(folder / "model.safetensors") for folder in (again, whole))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("method", "kind"), [
