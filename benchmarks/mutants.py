@@ -12,12 +12,13 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
-    *("scorefield", "distill", "sds", "controlnet", "attack", "toyworld"),
+    *("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld"),
     *("train_scripts", "benchmarks", "tests", "docs"),
 )
 HEAVY = (
@@ -111,6 +112,12 @@ MUTANTS = (
            "low < math.inf", "test_distill_options"),
     Mutant("pickles that are read unasked", "scorefield/models/teacher.py", "allow_pickle: bool = False, variant",
            "allow_pickle: bool = True, variant", "test_pretrained"),
+    Mutant("weight of progressive distillation", "distill/progressive.py", ".square().clamp(min=1)", ".square()",
+           "test_progressive"),
+    Mutant("end of a stage", "distill/progressive.py", "if self.num_updates in self.ends",
+           "if self.num_updates - 1 in self.ends", "test_progressive"),
+    Mutant("files that nobody wrote are published", "scorefield/publish/result.py",
+           "{*others, MARKER, CARD}", "{MARKER, CARD}", "test_push"),
 )  # fmt: skip
 
 
@@ -146,6 +153,12 @@ def is_caught(mutant: Mutant, folder: Path) -> bool:
     return code == 1
 
 
+def _stays(entry: str) -> bool:
+    # Not the checkout's own modules; its .venv, which may lie in it, has everything else.
+    path = Path(entry or ".").resolve()
+    return not path.is_relative_to(ROOT) or path.is_relative_to(Path(sys.prefix).resolve())
+
+
 def run_tests(folder: Path, test: str) -> int:
     """Return pytest's exit code of one file, up to its first failure, in a process of its own."""
     child = os.fork()
@@ -155,13 +168,16 @@ def run_tests(folder: Path, test: str) -> int:
     os.dup2(silence, 1), os.dup2(silence, 2)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [
-        str(folder),
-        *(path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT)),
-    ]
-    import pytest
+    sys.path[:] = [str(folder), *filter(_stays, sys.path)]
+    code = 70
+    try:  # whatever is raised must not reach the parent's code, which would remove the folder
+        import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"tests/{test}.py"])))
+        code = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"tests/{test}.py"]))
+    finally:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

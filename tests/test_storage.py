@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from refusals import refused
 from torch import nn
 
 from scorefield.atomic import MARKER, whole_folder
+from scorefield.data_scale import rescaled_data
 from scorefield.denoiser import KarrasPreconditioning, NetworkDenoiser, karras_denoiser
 from scorefield.models import storage
 from scorefield.models.storage import describe_schedule, load_denoiser, read_facts, restore_schedule, save_denoiser
@@ -162,3 +164,18 @@ def test_a_failure_while_saving_leaves_the_older_denoiser(saved, inputs, monkeyp
     with pytest.raises(TypeError):
         save_denoiser(denoiser, folder, {"shape": {1, 2}})  # facts that are not JSON
     assert read_facts(folder)["width"] == 8
+
+
+def test_weights_that_do_not_fit_are_counted_and_a_wrapper_is_named(tmp_path):
+    """A UNet has hundreds of them: a line that names all is a page."""
+    inner = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(200)))
+    plain = NetworkDenoiser(inner, VariancePreserving.scaled_linear(), "eps")
+    save_denoiser(rescaled_data(plain, 0.5), tmp_path / "wrapped")
+    with refused(
+        "do not fit Sequential: they are of such a network inside another.* Pass the function that wraps"
+    ):
+        load_denoiser(tmp_path / "wrapped", inner)
+    save_denoiser(plain, tmp_path / "plain")
+    message = "do not fit Linear: 2 are missing, such as bias; 400 have no place there, such as 0.bias."
+    with refused(re.escape(message)):
+        load_denoiser(tmp_path / "plain", torch.nn.Linear(2, 2))

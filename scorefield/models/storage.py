@@ -15,7 +15,7 @@ from torch import nn
 from scorefield.atomic import whole_folder
 from scorefield.denoiser import NetworkDenoiser
 from scorefield.files import check_regular, load_json
-from scorefield.models.weights import check_finite
+from scorefield.models.weights import check_finite, read_shapes
 from scorefield.schedule import Karras, RectifiedFlow, Schedule, VariancePreserving, check_kind
 
 FORMAT = "scorefield-denoiser-1"
@@ -58,13 +58,34 @@ def load_denoiser(folder: Path, network: nn.Module) -> NetworkDenoiser:
         check_regular(folder / WEIGHTS)
         load_model(network, str(folder / WEIGHTS))
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {error}") from error
+        why = _misfit(folder / WEIGHTS, network) or str(error)
+        raise ValueError(f"the weights in {folder} do not fit {type(network).__name__}: {why}") from error
     check_finite(network.state_dict(), folder / WEIGHTS)
     try:
         schedule = restore_schedule(description["schedule"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} names no schedule that this version knows: {error!r}") from error
     return NetworkDenoiser(network.eval(), schedule, description["kind"], description["time_scale"])
+
+
+def _misfit(file: Path, network: nn.Module) -> str:
+    """Return in words which names of weights differ, or nothing where the file cannot be read or none do."""
+    try:
+        stored, expected = set(read_shapes(file)), set(network.state_dict())
+    except (OSError, ValueError):
+        return ""
+    inner = {name.removeprefix("network.") for name in stored if name.startswith("network.")}
+    if inner and inner == expected:
+        return (
+            "they are of such a network inside another, as rescaled_data and the like make one. Pass the function "
+            "that wraps it, such as the one that made the teacher."
+        )
+    faults = [
+        f"{len(names):,} {what}, such as {min(names)}"
+        for what, names in (("are missing", expected - stored), ("have no place there", stored - expected))
+        if names
+    ]
+    return "; ".join(faults) + ("." if faults else "")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
