@@ -3,7 +3,7 @@
     scorefield control toyworld-canny --out runs/canny
     python train_scripts/ship_canny.py --run runs/canny --time "519 seconds of CPU" --out toyworld/canny
 
-Weights are rounded to 16 bits, as the pipeline's are; the card says what the run reached, and how far weights moved.
+Weights are rounded to 16 bits, as the pipeline's are; the card says what the run reached, and how far they moved.
 """
 
 from dataclasses import dataclass
