@@ -60,7 +60,8 @@ def read_drawing(url: str, size: tuple[int, int]) -> Tensor:
     picture = _told(lambda: read_picture(data, "lines", 1, convert=True))
     if not bool((picture > 127).any()):
         raise ValueError("Draw something first, or upload a picture.")
-    return as_values(resized(picture, "lines", size), "lines")[None]
+    lines = (picture > 127).to(picture.dtype) * 255  # edges are 0 or 1, and the canvas draws soft borders
+    return as_values(resized(lines, "lines", size), "lines")[None]
 
 
 def _bytes_of(path: str) -> bytes:
