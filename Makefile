@@ -89,7 +89,7 @@ $(VENV)/docs: $(VENV)/python-ready setup.cfg constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/python-ready setup.cfg constraints.txt
-	$(INSTALL) -e ".[demo,nerf,docs,dev]"
+	$(INSTALL) -e ".[demo,nerf,play,docs,dev]"
 	touch $@
 
 $(LOWEST)/ready: $(VENV)/python-ready setup.cfg

@@ -99,6 +99,11 @@ COMMANDS = {
         "scorefield.commands.options:Report", "scorefield.commands.report:main",
         check="scorefield.commands.options:check_report",
     ),
+    "play": Command(
+        "Play with a teacher, its students and its adapter in the browser.",
+        "scorefield.play.options:Play", "scorefield.commands.play:main",
+        check="scorefield.play.options:check_play",
+    ),
     "push": Command(
         "Put what a run made on the Hugging Face Hub, under a card of its figures.",
         "scorefield.commands.options:Push", "scorefield.commands.push:main",

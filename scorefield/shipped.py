@@ -9,6 +9,7 @@ from typing import Any
 
 FUNCTIONS = {
     "teacher toyworld": "toyworld:pipeline_folder",
+    "adapter toyworld": "toyworld:adapter_folder",
     "teacher circles.json": "toyworld.circles:load_circles",
     "images digits": "toyworld.digits:training_images",
     "prompts toyworld": "toyworld.renders:world_texts",

@@ -36,7 +36,8 @@ FLOORS = {
     "report": {"", "data"},
     "publish": {"", "report"},
     "training": {"", "models", "data", "diagnosis"},
-    "commands": {"", "models", "data", "diagnosis", "training", "report", "publish"},
+    "play": {"", "models", "data", "training"},
+    "commands": {"", "models", "data", "diagnosis", "training", "report", "publish", "play"},
 }
 
 # The only places where a heavy library may be imported.
@@ -58,6 +59,7 @@ LIBRARIES = {
     ),
     "nerfstudio": ("sds/scene.py",),
     "peft": ("scorefield/models/lora.py",),
+    "gradio": ("scorefield/play/page.py", "scorefield/play/server.py"),
     "skimage": ("sds/mesh.py",),
     "trimesh": ("sds/formats.py", "benchmarks/mesh_voxels.py"),
     "fast_simplification": ("sds/simplify.py",),
@@ -77,9 +79,9 @@ CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines",
 HEAVY = {
     *("parts", "vsd", "training", "recovery", "doubts", "probe", "recipe", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
-    *("students", "judge", "renders", "lora", "lora_keys", "attacked"),
+    *("students", "judge", "renders", "lora", "lora_keys", "lora_student", "attacked"),
 }
-HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/")
+HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/", "scorefield/play/")
 
 
 def sources(*packages):

@@ -168,6 +168,8 @@ NEVER_SAID = {
     # The message says which commands have it.
     "sds": {"network"}, "control": {"network"}, "edit": {"network"},
     "attack": {"network", "channels", "memory-limit"},
+    # A drawing is converted, and a page tells what `scorefield sds --out` makes.
+    "play": {"network", "convert", "out"},
     # It reads the config.json of a run as --config is read, and leaves that word out.
     "export": {"config"},
     # Other commands have them: the one that made the run, and those of the card. It loads no model.

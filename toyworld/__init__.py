@@ -20,3 +20,8 @@ def pipeline_folder() -> Path:
     Its README says how it was made and what it can draw.
     """
     return Path(__file__).parent / "pipeline"
+
+
+def adapter_folder() -> Path:
+    """Return the folder of the shipped ControlNet of this pipeline, for canny edges, with a card."""
+    return Path(__file__).parent / "canny"
