@@ -78,10 +78,14 @@ def test_what_changes_no_number_does_not_bind_a_resume():
 
 def test_all_that_is_read_of_a_teacher_binds_a_resume(teacher):
     words = scenes.read_prompts(MUG, teacher)
-    first = scenes.fingerprints(teacher, words)
-    assert first == scenes.fingerprints(teacher, scenes.read_prompts(MUG, teacher))
+
+    def hashes(teacher, words):
+        return {**scenes.fingerprints(teacher), **scenes.fingerprint_of_words(words)}
+
+    first = hashes(teacher, words)
+    assert first == hashes(teacher, scenes.read_prompts(MUG, teacher))
     scaled = replace(teacher, codec=replace(teacher.codec, scaling=2 * teacher.codec.scaling))
-    others = scenes.fingerprints(scaled, words), scenes.fingerprints(teacher, words[1:])
+    others = hashes(scaled, words), hashes(teacher, words[1:])
     different = [[name for name in first if first[name] != other[name]] for other in others]
     assert different == [["codec"], ["conditions"]]
 

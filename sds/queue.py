@@ -1,0 +1,100 @@
+"""Many prompts in one process: each is a run of its own, and all share the teacher."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from scorefield.commands.command import hold
+from scorefield.data.texts import read_texts
+from scorefield.files import load_json, printable
+from scorefield.training import checkpoint
+from scorefield.training.identity import resolved
+from scorefield.training.refusal import BEGUN
+from scorefield.training.report import close_log
+from sds.options import Config, check
+
+LONGEST = 60
+"""Characters of a prompt in the name of its folder."""
+
+
+def runs_of(config: Config) -> list[Config]:
+    """Return the options of each run that a command asks for: one, or one for each prompt of ``--prompts``.
+
+    Raises ``ValueError`` for a file that cannot be read, and for a prompt that is there twice.
+    """
+    if not config.prompts:
+        return [config]
+    found: dict[str, Config] = {}
+    for prompt in read_texts(config.prompts).prompts:
+        name = f"{slug(prompt)}-{config.seed}"
+        if name in found:
+            raise ValueError(
+                f"--prompts {config.prompts} holds {prompt[:80]!r} twice, and both runs would be {name}. Leave "
+                "one out; for another scene of it pass another --seed."
+            )
+        found[name] = replace(config, prompt=prompt, prompts="", out=config.out / name)
+    for one in found.values():
+        check(one)
+    return list(found.values())
+
+
+def slug(prompt: str) -> str:
+    """Return a name for the folder of a prompt: its letters and digits, in lower case.
+
+    Where that says less than the prompt does, six digits of its hash follow, so that two prompts never share one.
+
+    >>> slug("a red mug"), slug("a mug, red!")
+    ('a-red-mug', 'a-mug-red-a3e3ac')
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST].strip("-")
+    if name == prompt.replace(" ", "-"):
+        return name
+    return "-".join(filter(None, [name, hashlib.sha256(prompt.encode()).hexdigest()[:6]]))
+
+
+def is_finished(config: Config) -> bool:
+    """Return True for a run that was trained to its end and exported with these very options."""
+    done = config.out / ("canvas.png" if config.canvas else "export/report.json")
+    try:
+        same = load_json(config.out / "config.json") == resolved(config)
+    except (OSError, ValueError):
+        return False
+    newest = checkpoint.newest(config.out / "checkpoints")
+    return same and done.is_file() and newest is not None and newest.name == f"step-{config.steps:09d}"
+
+
+def run_all(runs: Sequence[Config], run: Callable[[Config, bool], None], accelerator: Accelerator) -> None:
+    """Call ``run`` with the options of each run, and whether it is the last one.
+
+    One that fails does not end the others. Each run holds its folder meanwhile. Of several ranks one may fail
+    alone, and the others would wait for it: there only a scene that was lost, which all see, lets the next begin.
+
+    Raises ``ValueError`` in the end, naming the runs that failed.
+    """
+    survived = FloatingPointError if accelerator.num_processes > 1 else (FloatingPointError, ValueError, OSError)
+    failed = []
+    for number, config in enumerate(runs, 1):
+        if accelerator.is_main_process:
+            print(f"prompt {number} of {len(runs)}: {printable(config.prompt)}, in {config.out}", flush=True)
+        try:
+            with ExitStack() as held:
+                hold(config.out, held)
+                run(config, number == len(runs))
+        except survived as error:
+            close_log(accelerator)
+            failed.append(config.out.name)
+            if accelerator.is_main_process:
+                tqdm.write(f"error in {config.out}: {printable(str(error))}", file=sys.stderr)
+    if failed:
+        failure = ValueError(
+            f"{len(failed)} of {len(runs)} prompts failed: {', '.join(failed)}. The others are finished; the same "
+            "command tries these again."
+        )
+        failure.add_note(BEGUN)
+        raise failure
