@@ -50,7 +50,7 @@ def slug(prompt: str) -> str:
     Where that says less than the prompt does, six digits of its hash follow, so that two prompts never share one.
 
     >>> slug("a red mug"), slug("a mug, red!")
-    ('a-red-mug', 'a-mug-red-a3e3ac')
+    ('a-red-mug', 'a-mug-red-bad393')
     """
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST].strip("-")
     if name == prompt.replace(" ", "-"):

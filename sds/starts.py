@@ -1,8 +1,8 @@
 """Short starts of a scene with several seeds, of which the best one goes on.
 
 What a scene becomes is decided in its first steps: a green chair of one seed became a stool, and no later step
-made a chair of it. The probe's residual at a high noise level, where the teacher answers from the prompt and hardly
-from the picture, shows that early. It has the same views, times and noise for all seeds.
+made a chair of it. The probe's residual at a high noise level, where the teacher answers from the prompt and
+hardly from the picture, shows that early. It has the same views, times and noise for all seeds.
 """
 
 import json

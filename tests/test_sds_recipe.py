@@ -150,9 +150,16 @@ def test_an_empty_scene_is_an_alarm(monkeypatch, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000000"]
 
 
+def test_an_exploding_canvas_stops_the_run_and_names_the_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(recovery, "LARGEST_WEIGHT", 0.5)
+    config = tiny(tmp_path / "run", canvas=True, overhead=0, probe_every=0, max_rollbacks=0)
+    with pytest.raises(recovery.LostSceneError, match="exploded in step 2: its largest weight is"):
+        train_sds.main(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"method": "csd"}, {"method": "vsd"},
+    {"method": "csd"}, {"method": "vsd"}, {"method": "ism"}, {"method": "sdi"},
     {"method": "x0", "backdrops": (), "shading": "dreamfusion", "orientation": (0.0, 1e-2)},
 ])  # fmt: skip
 def test_other_losses_and_a_background_of_its_own_train(changes, tmp_path):

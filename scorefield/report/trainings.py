@@ -146,7 +146,8 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         scene = [("Make a scene of it:", command("scorefield", "sds", "toyworld", prompt))]
         return Outcome(
             f"{prompt}: the pictures were optimised; no figure says how good they are, look at them.", None,
-            starts_of(folder), next_steps=[] if prompt.startswith("-") else scene,  # which a shell would take for an option
+            starts_of(folder),
+            next_steps=[] if prompt.startswith("-") else scene,  # which a shell would take for an option
         )  # fmt: skip
     report = folder.object("export/report.json")
     compared = report.get("mesh_versus_render")
