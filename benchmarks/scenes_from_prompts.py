@@ -6,9 +6,9 @@ Measured for each run of ``scorefield sds``, from 24 views of a turntable: PSNR 
 true solid, turned and scaled for the best fit, next to a white picture and the best ellipsoid; the mean opacity
 outside the true silhouette, widened by two pixels.
 
-A shift by a pixel alone costs most of the PSNR. So the solid is also moved for the best fit, to a third of a pixel,
-and then compared by PSNR, by silhouettes, and by volume, with all hollows filled: that of the field, and that of
-the exported mesh if there is one. These three say whether a scene is the solid that its prompt asks for.
+A shift by a pixel alone costs most of the PSNR. So the solid is also moved for the best fit, to a third of a
+pixel, and then compared by PSNR, by silhouettes, and by volume, with all hollows filled: that of the field, and
+that of the exported mesh if there is one. These three say whether a scene is the solid that its prompt asks for.
 
 How often a judge of pictures names shape and colour, as a share of how often it does so for true renders, is
 printed last. It proves no shape: the judge calls a stool a chair in 24 of 24 views. Writes evaluation.json and
@@ -74,8 +74,8 @@ BARS = {"cone": 20.0, "torus": 20.0}
 """PSNR required, in dB; 16 for all other solids."""
 
 LEAST_SILHOUETTE, LEAST_VOLUME, LEAST_PSNR = 0.85, {"chair": 0.5}, 14.0
-"""What a scene must have to be the solid it should be, with the position fitted: IoU of silhouettes, IoU of volumes
-(0.65 for all other solids), and PSNR in dB."""
+"""What a scene must have to be the solid it should be, with the position fitted: IoU of silhouettes, IoU of
+volumes (0.65 for all other solids), and PSNR in dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +298,8 @@ def main(config: Config) -> None:
     """Measure and print a table. Raises ``ValueError`` for runs that cannot be measured."""
     if not config.runs:
         raise ValueError("--runs is empty; pass the folders of finished runs of `scorefield sds`.")
-    print("| run | the solid | silhouettes | volume | mesh | PSNR moved, dB | PSNR, dB | bar | ellipsoid | white | "
-          "opacity outside | judge: shape | colour | all bars |")  # fmt: skip
+    print("| run | the solid | silhouettes | volume | mesh | PSNR moved, dB | PSNR, dB | bar | ellipsoid | "
+          "white | opacity outside | judge: shape | colour | all bars |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in config.runs:
         f = evaluate(folder)
