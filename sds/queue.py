@@ -16,7 +16,6 @@ from scorefield.files import load_json, printable
 from scorefield.training import checkpoint
 from scorefield.training.identity import resolved
 from scorefield.training.refusal import BEGUN
-from scorefield.training.report import close_log
 from sds.options import Config, check
 
 LONGEST = 60
@@ -69,8 +68,8 @@ def is_finished(config: Config) -> bool:
     return same and done.is_file() and newest is not None and newest.name == f"step-{config.steps:09d}"
 
 
-def run_all(runs: Sequence[Config], run: Callable[[Config, bool], None], accelerator: Accelerator) -> None:
-    """Call ``run`` with the options of each run, and whether it is the last one.
+def run_all(runs: Sequence[Config], run: Callable[[Config], None], accelerator: Accelerator) -> None:
+    """Call ``run`` with the options of each run.
 
     One that fails does not end the others. Each run holds its folder meanwhile. Of several ranks one may fail
     alone, and the others would wait for it: there only a scene that was lost, which all see, lets the next begin.
@@ -85,9 +84,8 @@ def run_all(runs: Sequence[Config], run: Callable[[Config, bool], None], acceler
         try:
             with ExitStack() as held:
                 hold(config.out, held)
-                run(config, number == len(runs))
+                run(config)
         except survived as error:
-            close_log(accelerator)
             failed.append(config.out.name)
             if accelerator.is_main_process:
                 tqdm.write(f"error in {config.out}: {printable(str(error))}", file=sys.stderr)

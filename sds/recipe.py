@@ -113,14 +113,18 @@ def main(config: Config) -> Path:
         return config.out
     hashed = {one.out: inputs for one, inputs in zip(runs, session.inputs, strict=True)}
 
-    def run(one: Config, last: bool) -> None:
-        inputs, ranks = hashed[one.out], start(one)
+    def run(one: Config) -> None:
+        inputs, own = hashed[one.out], start(one)
         if is_finished(one):
-            check_identity(one, identity(one, ranks, inputs), ranks)
-        else:
-            run_scene(one, session.teacher, inputs, ranks, last=last)
+            check_identity(one, identity(one, own, inputs), own)
+            return
+        try:
+            run_scene(one, session.teacher, inputs, own, last=False)
+        finally:
+            close_log(own)
 
     run_all(runs, run, accelerator)
+    accelerator.end_training()
     return config.out
 
 

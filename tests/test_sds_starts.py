@@ -177,6 +177,9 @@ def test_a_scene_says_in_its_reports_which_start_went_on(finished):
     assert facts["seed"] == facts["starts"]["chosen"] == int(chosen)
     assert facts["starts"]["steps"] == 2
     assert len(set(facts["starts"]["residual_at_high_noise"].values())) == 3
+    plain = replace(finished, out=finished.out.parent / "plain", seed=int(chosen), seeds=1)
+    train_sds.main(plain)
+    assert weights(plain) == weights(finished)
 
 
 KILLED_AT = {
