@@ -10,10 +10,13 @@ from accelerate import Accelerator
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
+from scorefield import Conditioned, guided
+from scorefield.times import constant
 from scorefield.training.checkpoint import differences
 from scorefield.training.identity import identity
 from sds import recovery
-from sds.losses import ScoreDistillation
+from sds.inversion import ism, sdi
+from sds.losses import ScoreDistillation, unit
 from sds.options import PRESETS
 from sds.runs import build_scene
 from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
@@ -62,6 +65,24 @@ def test_the_loss_is_what_the_flags_say(teacher):
     assert vsd(0).phi.network.camera is not None
     again = low_rank_denoiser(teacher.denoiser, generator=torch.Generator().manual_seed(0), camera_at=None)
     assert "camera" not in dict(again.network.named_children())
+
+
+def test_losses_along_inverted_paths_are_what_the_flags_say(teacher):
+    options = {"t_low": (0.6, 0.6), "t_high": (0.6, 0.6), "inversion_stride": 0.25, "inversion_guidance": -3.0}
+    config = replace(MUG, weight="unit", interval=0.1, negative_prompt="a blue cube", **options)
+    denoiser, negative = teacher.denoiser, teacher.negative("a blue cube")
+    times = constant(float(denoiser.schedule.at(torch.tensor(0.6))))
+    settings = {"stride": 0.25, "times": times, "w": unit}
+    by_hand = {
+        "ism": ism(guided(denoiser, 5.0, negative), Conditioned(denoiser, negative), interval=0.1, **settings),
+        "sdi": sdi(guided(denoiser, 5.0, negative), guided(denoiser, -3.0, negative), **settings),
+    }
+    x0 = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    cond = teacher.prompts(["a red mug"])
+    for name, wanted in by_hand.items():
+        method = scenes.build_method(replace(config, method=name), teacher)(0)
+        got, expected = (one.gradient(x0, cond, generator=torch.Generator()).value for one in (method, wanted))
+        assert torch.equal(got, expected)
 
 
 def test_what_changes_no_number_does_not_bind_a_resume():

@@ -178,6 +178,12 @@ def test_a_canvas_becomes_a_picture(tmp_path):
     assert load_file(config.out / "scene.safetensors")["pixels"].shape == (2, 4, 16, 16)
 
 
+@pytest.mark.parametrize("method", ["ism", "sdi"])
+def test_a_picture_learns_along_inverted_paths(method, tmp_path):
+    config = tiny(tmp_path / "run", canvas=True, overhead=0, steps=2, probe_every=2, method=method)
+    assert train_sds.main(config) == config.out / "canvas.png"
+
+
 BAD = [
     ({"prompt": "  "}, "the prompt is missing"),
     ({"prompt": __file__}, "is a file; a scene takes words"),
@@ -207,6 +213,9 @@ BAD = [
     ({"gradient_checkpointing": True}, "--gradient-checkpointing is for networks"),
     ({"optimizer": "adamw8bit"}, "adamw8bit is not for scenes"),
     ({"rescale": 2.0}, "rescale must lie in"),
+    ({"interval": 1.0}, "--interval must lie in"),
+    ({"inversion_stride": 0.0}, "--inversion-stride must lie in"),
+    ({"inversion_guidance": float("inf")}, "--inversion-guidance must be finite"),
     ({"mesh_resolution": 1}, "resolution must be at least 2"),
 ]
 
