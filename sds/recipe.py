@@ -221,7 +221,8 @@ def best_start(
     if accelerator.is_main_process:
         print("\n".join(starts.lines()), flush=True)
         write_starts(config.out, starts)
-        checkpoint.save(checkpoints, step, phases, own)
+        if checkpoint.newest(checkpoints) is None:  # else the run is further, and only the file was gone
+            checkpoint.save(checkpoints, step, phases, own)
     accelerator.wait_for_everyone()
     return starts.chosen
 
