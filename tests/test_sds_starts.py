@@ -87,15 +87,15 @@ def test_starts_that_cannot_work_are_refused(changes, message, tmp_path):
 
 
 def residuals(monkeypatch, values):
-    """Let the probe find these residuals, in the order in which it is asked."""
-    build, left = train_sds.build_probe, list(values)
+    """Let the probe find these residuals, by seed."""
+    build = train_sds.build_probe
 
     def build_failing(config, task, teacher):
         probe = build(config, task, teacher)
 
         def probed(step, method):
             _, shown = probe(step, method)
-            return {train_sds.NOISY: left.pop(0)}, shown
+            return {train_sds.NOISY: values[config.seed]}, shown
 
         probed.views = probe.views
         return probed
@@ -109,11 +109,14 @@ def weights(config):
 
 def test_the_start_that_goes_on_is_the_plain_run_of_its_seed(tmp_path, monkeypatch, capsys):
     config = replace(PICTURES, out=tmp_path / "three")
-    residuals(monkeypatch, [0.5, 0.25, math.nan])
+    residuals(monkeypatch, {5: 0.5, 6: 0.25, 7: math.nan})
     train_sds.main(config)
     said = capsys.readouterr().out
     assert "start of seed 6: residual at high noise 0.2500 after 2 steps, goes on" in said
     assert "start of seed 7: the scene was lost after 2 steps" in said
+    (config.out / "starts.json").unlink()
+    train_sds.main(config)
+    assert "resumed from step 4" in capsys.readouterr().out, "the run behind the starts is not put back"
     monkeypatch.undo()
     plain = replace(config, out=tmp_path / "plain", seed=6, seeds=1)
     train_sds.main(plain)
