@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from scorefield.choices import Quantize
+from scorefield.choices import OnBadData, Quantize
 from scorefield.training.options import (
     LoadOptions,
     RunOptions,
@@ -198,7 +198,7 @@ class Config(Loss, Scene, Starts, Cameras, Penalties, Watch, LoadOptions, RunOpt
     """
 
     results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png", "starts.json")
-    free: ClassVar[tuple[str, ...]] = ("preset", "long_prompts")
+    free: ClassVar[tuple[str, ...]] = ("preset", "long_prompts", "on_bad_data")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "toyworld"
     prompt: Annotated[str, tyro.conf.Positional] = ""
@@ -206,6 +206,8 @@ class Config(Loss, Scene, Starts, Cameras, Penalties, Watch, LoadOptions, RunOpt
     prompts: str = ""
     """File of prompts, one a line, or a table with a column named prompt (jsonl, csv, parquet). Each becomes a run
     of its own in --out, in a folder called after prompt and seed; all share the teacher."""
+    on_bad_data: OnBadData = "stop"
+    """What to do about rows of --prompts that cannot be used: stop, or skip them."""
     teacher: str = "toyworld"
     """The frozen model: name or folder of a diffusers text-to-image pipeline, or toyworld, the one that ships."""
     method: Literal["sds", "csd", "vsd", "x0", "ism", "sdi"] = "sds"

@@ -30,7 +30,7 @@ def runs_of(config: Config) -> list[Config]:
     if not config.prompts:
         return [config]
     found: dict[str, Config] = {}
-    for prompt in read_texts(config.prompts).prompts:
+    for prompt in read_texts(config.prompts, on_bad_data=config.on_bad_data).prompts:
         name = f"{slug(prompt)}-{config.seed}"
         if name in found:
             raise ValueError(
