@@ -201,13 +201,15 @@ def best_start(
     """
     check_identity(config, own, accelerator)
     known, checkpoints = read_starts(config), config.out / "checkpoints"
-    if first_says(known is not None and checkpoint.newest(checkpoints) is not None):
+    begun = first_says(checkpoint.newest(checkpoints) is not None)
+    if begun and first_says(known is not None):
         return first_says(known.chosen if known is not None else config.seed)
-    if accelerator.is_main_process:
-        forget_samples(config.out)
-        note_identity(config.out, own)
-    start_logging(accelerator, config, config.out, 0)
-    close_log(accelerator)
+    if not begun:  # else the run is further, and only the file of the choice is gone
+        if accelerator.is_main_process:
+            forget_samples(config.out)
+            note_identity(config.out, own)
+        start_logging(accelerator, config, config.out, 0)
+        close_log(accelerator)
     residuals = {}
     for number, seed in enumerate(seeds_of(config), 1):
         if accelerator.is_main_process:
@@ -221,7 +223,7 @@ def best_start(
     if accelerator.is_main_process:
         print("\n".join(starts.lines()), flush=True)
         write_starts(config.out, starts)
-        if checkpoint.newest(checkpoints) is None:  # else the run is further, and only the file was gone
+        if not begun:
             checkpoint.save(checkpoints, step, phases, own)
     accelerator.wait_for_everyone()
     return starts.chosen
