@@ -166,21 +166,16 @@ def test_a_dry_run_tells_the_steps_in_all(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    config = replace(SCENE, out=tmp_path_factory.mktemp("scene") / "run")
-    train_sds.main(config)
-    return config
-
-
 @pytest.mark.slow
-def test_a_scene_says_in_its_reports_which_start_went_on(finished):
+def test_a_scene_says_in_its_reports_which_start_went_on(tmp_path):
+    finished = replace(SCENE, out=tmp_path / "run")
+    train_sds.main(finished)
     facts = json.loads((finished.out / "export" / "report.json").read_text())["facts"]
     chosen = min(facts["starts"]["residual_at_high_noise"].items(), key=lambda item: item[1])[0]
     assert facts["seed"] == facts["starts"]["chosen"] == int(chosen)
     assert facts["starts"]["steps"] == 2
     assert len(set(facts["starts"]["residual_at_high_noise"].values())) == 3
-    plain = replace(finished, out=finished.out.parent / "plain", seed=int(chosen), seeds=1)
+    plain = replace(finished, out=tmp_path / "plain", seed=int(chosen), seeds=1)
     train_sds.main(plain)
     assert weights(plain) == weights(finished)
 
@@ -190,6 +185,14 @@ KILLED_AT = {
     "last start": "starts/seed-7/checkpoints/step-000000002", "choice": "starts.json",
     "behind them": "checkpoints/step-000000004",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Pictures, whose runs are those of scenes without an export."""
+    config = replace(PICTURES, out=tmp_path_factory.mktemp("pictures") / "run", steps=40)
+    train_sds.main(config)
+    return config
 
 
 @pytest.mark.slow
