@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from scorefield.commands.command import hold
 from scorefield.data.texts import read_texts
 from scorefield.files import load_json, printable
+from scorefield.progress import is_first_rank
 from scorefield.training import checkpoint
 from scorefield.training.identity import resolved
 from scorefield.training.refusal import BEGUN
@@ -68,18 +68,21 @@ def is_finished(config: Config) -> bool:
     return same and done.is_file() and newest is not None and newest.name == f"step-{config.steps:09d}"
 
 
-def run_all(runs: Sequence[Config], run: Callable[[Config], None], accelerator: Accelerator) -> None:
-    """Call ``run`` with the options of each run.
+def run_all(runs: Sequence[Config], run: Callable[[Config], None], *, alone: bool) -> None:
+    """Call ``run`` with the options of each run. One that fails does not end the others.
 
-    One that fails does not end the others. Each run holds its folder meanwhile. Of several ranks one may fail
-    alone, and the others would wait for it: there only a scene that was lost, which all see, lets the next begin.
+    Args:
+        runs: Options of each run, which holds its folder meanwhile.
+        run: Makes one scene.
+        alone: There is one process. Of several, one may fail and the others would wait for it: there only a scene
+            that was lost, which all see, lets the next run begin.
 
     Raises ``ValueError`` in the end, naming the runs that failed.
     """
-    survived = FloatingPointError if accelerator.num_processes > 1 else (FloatingPointError, ValueError, OSError)
+    survived = (FloatingPointError, ValueError, OSError) if alone else FloatingPointError
     failed = []
     for number, config in enumerate(runs, 1):
-        if accelerator.is_main_process:
+        if is_first_rank():
             print(f"prompt {number} of {len(runs)}: {printable(config.prompt)}, in {config.out}", flush=True)
         try:
             with ExitStack() as held:
@@ -87,7 +90,7 @@ def run_all(runs: Sequence[Config], run: Callable[[Config], None], accelerator: 
                 run(config)
         except survived as error:
             failed.append(config.out.name)
-            if accelerator.is_main_process:
+            if is_first_rank():
                 tqdm.write(f"error in {config.out}: {printable(str(error))}", file=sys.stderr)
     if failed:
         failure = ValueError(

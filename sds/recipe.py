@@ -123,7 +123,7 @@ def main(config: Config) -> Path:
         finally:
             close_log(own)
 
-    run_all(runs, run, accelerator)
+    run_all(runs, run, alone=accelerator.num_processes == 1)
     accelerator.end_training()
     return config.out
 

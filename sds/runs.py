@@ -14,7 +14,6 @@ from scorefield.cache import fingerprint
 from scorefield.commands.configuration import read_config
 from scorefield.files import load_json
 from scorefield.randomness import derived_generator
-from sds.doubts import doubts_of_words
 from sds.export import export, summary
 from sds.export_options import Export, ExportRun, check_export
 from sds.field import Field, cone_blob, scaled_softplus
@@ -31,6 +30,7 @@ from sds.scene import (
     triplane_network,
 )
 from sds.starts import facts_of_starts
+from sds.words import doubts_of_words
 
 
 def load_run(folder: Path | str) -> Scene:
