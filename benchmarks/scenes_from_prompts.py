@@ -2,14 +2,17 @@
 
     python benchmarks/scenes_from_prompts.py --runs runs/demo-3d/red-mug-0 runs/demo-3d/red-mug-1
 
-Measured for each run of ``scorefield sds``, from 24 views of a turntable: how often the judge names shape and
-colour, as a share of how often it does so for true renders from the same views; PSNR on the object's crop against
-the true solid, turned and scaled for the best fit, next to a white picture and the best ellipsoid; the mean
-opacity outside the true silhouette, widened by two pixels.
+Measured for each run of ``scorefield sds``, from 24 views of a turntable: PSNR on the object's crop against the
+true solid, turned and scaled for the best fit, next to a white picture and the best ellipsoid; the mean opacity
+outside the true silhouette, widened by two pixels.
 
-The judge calls a stool a chair, and a shift by a pixel alone costs most of the PSNR. So the solid is also moved
-for the best fit, and then compared by PSNR, by silhouettes, and by volume, with all hollows filled: that of
-the field, and that of the exported mesh if there is one. Writes evaluation.json and evaluation.png into the run.
+A shift by a pixel alone costs most of the PSNR. So the solid is also moved for the best fit, to a third of a
+pixel, and then compared by PSNR, by silhouettes, and by volume, with all hollows filled: that of the field, and
+that of the exported mesh if there is one. These three say whether a scene is the solid that its prompt asks for.
+
+How often a judge of pictures names shape and colour, as a share of how often it does so for true renders, is
+printed last. It proves no shape: the judge calls a stool a chair in 24 of 24 views. Writes evaluation.json and
+evaluation.png into the run.
 """
 
 import itertools
@@ -69,6 +72,10 @@ MOVES = (0.08, 0.04, 0.02, 0.01)
 
 BARS = {"cone": 20.0, "torus": 20.0}
 """PSNR required, in dB; 16 for all other solids."""
+
+LEAST_SILHOUETTE, LEAST_VOLUME, LEAST_PSNR = 0.85, {"chair": 0.5}, 14.0
+"""What a scene must have to be the solid it should be, with the position fitted: IoU of silhouettes, IoU of
+volumes (0.65 for all other solids), and PSNR in dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +251,9 @@ def evaluate(folder: Path) -> dict[str, Any]:
     white = BACKGROUND.view(3, 1, 1).expand_as(fit.truth.rgb)
     at_scale_1 = turned(true_views(asked.shape, asked.colour, 1.0), 0)
     ellipsoid = turntable(ellipsoid_scene(asked.shape, at_scale_1, scene.field.half_size)).rgb
+    solid = solid_figures(folder, scene, pictures, asked, fit)
     figures = {
+        "is_the_solid": is_the_solid(solid, asked.shape),
         "shape": ours["shape"],
         "shape_of_true_renders": true["shape"],
         "colour": ours["colour"],
@@ -256,7 +265,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
         "opacity_outside": outside(pictures.opacity, fit.truth.mask),
         "degrees": fit.degrees,
         "scale": fit.scale,
-        **solid_figures(folder, scene, pictures, asked, fit),
+        **solid,
     }
     with whole_file(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n")
@@ -276,20 +285,30 @@ def reached(figures: dict[str, Any]) -> bool:
     )
 
 
+def is_the_solid(figures: dict[str, Any], shape: str) -> bool:
+    """Return whether a scene is the solid that was asked for, whatever a judge of its pictures says."""
+    return bool(
+        figures["silhouette_iou"] >= LEAST_SILHOUETTE
+        and figures["volume_iou"] >= LEAST_VOLUME.get(shape, 0.65)
+        and figures["psnr_moved"] >= LEAST_PSNR
+    )
+
+
 def main(config: Config) -> None:
     """Measure and print a table. Raises ``ValueError`` for runs that cannot be measured."""
     if not config.runs:
         raise ValueError("--runs is empty; pass the folders of finished runs of `scorefield sds`.")
-    print("| run | shape | colour | PSNR dB | bar | moved | white | ellipsoid | silhouettes | volume | mesh | "
-          "opacity outside | all bars |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| run | the solid | silhouettes | volume | mesh | PSNR moved, dB | PSNR, dB | bar | ellipsoid | "
+          "white | opacity outside | judge: shape | colour | all bars |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in config.runs:
         f = evaluate(folder)
         print(
-            f"| {folder.name} | {f['shape']:.2f} of {f['shape_of_true_renders']:.2f} | {f['colour']:.2f} of "
-            f"{f['colour_of_true_renders']:.2f} | {f['psnr']:.1f} | {f['psnr_bar']:.0f} | {f['psnr_moved']:.1f} | "
-            f"{f['psnr_all_background']:.1f} | {f['psnr_best_ellipsoid']:.1f} | {f['silhouette_iou']:.2f} | "
-            f"{f['volume_iou']:.2f} | {f.get('mesh_volume_iou', math.nan):.2f} | {f['opacity_outside']:.3f} | "
+            f"| {folder.name} | {'yes' if f['is_the_solid'] else 'no'} | {f['silhouette_iou']:.2f} | "
+            f"{f['volume_iou']:.2f} | {f.get('mesh_volume_iou', math.nan):.2f} | {f['psnr_moved']:.1f} | "
+            f"{f['psnr']:.1f} | {f['psnr_bar']:.0f} | {f['psnr_best_ellipsoid']:.1f} | "
+            f"{f['psnr_all_background']:.1f} | {f['opacity_outside']:.3f} | {f['shape']:.2f} of "
+            f"{f['shape_of_true_renders']:.2f} | {f['colour']:.2f} of {f['colour_of_true_renders']:.2f} | "
             f"{'yes' if reached(f) else 'no'} |",
             flush=True,
         )

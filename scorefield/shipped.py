@@ -13,6 +13,7 @@ FUNCTIONS = {
     "teacher circles.json": "toyworld.circles:load_circles",
     "images digits": "toyworld.digits:training_images",
     "prompts toyworld": "toyworld.renders:world_texts",
+    "words toyworld": "toyworld.captions:unknown_words",
     "judge toyworld": "toyworld.bench:text_watch",
     "classifier toyworld": "toyworld.attacked:shape_classifier",
     "attacked toyworld": "toyworld.attacked:shape_images",

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sds.options import Config, shown
+from sds.options import Config
 from sds.recovery import EMPTY, FULL, opacity_all_round
 from sds.scene import Scene
+from sds.words import doubts_of_words
 
 NOISY = "probe/residual/t_0.9"
 """Figure of :class:`sds.probe.Probe` at its highest noise level."""
@@ -27,12 +28,7 @@ def doubts(config: Config, network: nn.Module) -> list[str]:
         config: Options of the run.
         network: What is trained, as it starts.
     """
-    found = []
-    if config.negative_prompt.strip() and config.guidance == (1.0, 1.0):
-        found.append(
-            f"--negative-prompt {config.negative_prompt!r} has no effect at --guidance {shown(config.guidance)}. "
-            "Raise --guidance above 1."
-        )
+    found = doubts_of_words(config)
     if isinstance(network, Scene):
         opacity = opacity_all_round(network)
         if not EMPTY <= opacity <= FULL:

@@ -8,8 +8,15 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from scorefield.choices import Quantize
-from scorefield.training.options import LoadOptions, RunOptions, check_numbers, check_quantize, check_run
+from scorefield.choices import OnBadData, Quantize
+from scorefield.training.options import (
+    LoadOptions,
+    RunOptions,
+    check_init_from,
+    check_numbers,
+    check_quantize,
+    check_run,
+)
 from sds.export_options import check_mesh
 
 Pair = tuple[float, float]
@@ -49,7 +56,7 @@ class Loss:
     """The score distillation loss: weights, timesteps and noise."""
 
     weight: Literal["sigma_squared", "unit", "alpha_sigma_squared", "noise_to_signal"] = "sigma_squared"
-    """Weight w(t) of the residual. For x0-reconstruction it weighs the difference of images."""
+    """Weight w(t) of the residual. For x0-reconstruction and SDI it weighs the difference of images."""
     rescale: float = 0.0
     """How far guided images are rescaled to the spread of unguided ones: 0 not at all, 1 fully (MVDream: 0.5)."""
     t_low: Ramp = (0.02, 0.02)
@@ -65,6 +72,12 @@ class Loss:
     """VSD: learning rate of phi, the LoRA that follows the scene's renders."""
     phi_rank: int = 4
     """VSD: rank of phi."""
+    interval: float = 0.05
+    """ISM: the interval between its two timesteps, as a share of the schedule."""
+    inversion_stride: float = 0.1
+    """ISM and SDI: longest step of the DDIM inversion of a render, as a share of the schedule."""
+    inversion_guidance: float = -7.5
+    """SDI: guidance scale of the inversion. Below 0 it leads away from the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,20 @@ class Scene:
     """Learning rate of the scene."""
     background_lr: float = 1e-3
     """Learning rate of the scene's background network. Only without --backdrops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Starts:
+    """How a run starts, and which of several starts goes on."""
+
+    seeds: int = 1
+    """Number of short starts, with the seeds --seed, --seed + 1, and so on. The one with the smallest residual at
+    a high noise level goes on to the end."""
+    start_steps: int = 100
+    """Steps of each start. Only with --seeds above 1."""
+    init_from: str = ""
+    """Folder of a finished run whose scene this run starts from, with another prompt, teacher or loss. Both need
+    the same --field, --half-size, --blob and kind of background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,23 +191,28 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Loss, Scene, Cameras, Penalties, Watch, LoadOptions, RunOptions):
+class Config(Loss, Scene, Starts, Cameras, Penalties, Watch, LoadOptions, RunOptions):
     """Turn a prompt into a 3D scene by score distillation.
 
     FIRST:LAST is a value at the start of the run and at its end; between them it moves in a straight line.
     """
 
-    results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png")
-    free: ClassVar[tuple[str, ...]] = ("preset", "long_prompts")
+    results: ClassVar[tuple[str, ...]] = ("export", "scene.safetensors", "canvas.png", "starts.json")
+    free: ClassVar[tuple[str, ...]] = ("preset", "long_prompts", "on_bad_data")
 
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "toyworld"
     prompt: Annotated[str, tyro.conf.Positional] = ""
     """What the scene shows, such as "a red mug"."""
+    prompts: str = ""
+    """File of prompts, one a line, or a table with a column named prompt (jsonl, csv, parquet). Each becomes a run
+    of its own in --out, in a folder called after prompt and seed; all share the teacher."""
+    on_bad_data: OnBadData = "stop"
+    """What to do about rows of --prompts that cannot be used: stop, or skip them."""
     teacher: str = "toyworld"
     """The frozen model: name or folder of a diffusers text-to-image pipeline, or toyworld, the one that ships."""
-    method: Literal["sds", "csd", "vsd", "x0"] = "sds"
-    """Score distillation sampling, classifier score distillation, variational score distillation, or
-    x0-reconstruction."""
+    method: Literal["sds", "csd", "vsd", "x0", "ism", "sdi"] = "sds"
+    """Score distillation sampling, classifier score distillation, variational score distillation,
+    x0-reconstruction, interval score matching, or score distillation via inversion."""
     guidance: Ramp = (7.5, 7.5)
     """Scale of classifier-free guidance. Papers that write cond + s (cond - uncond) call s what is s + 1 here."""
     negative_prompt: str = ""
@@ -220,6 +252,7 @@ def dreamfusion() -> Config:
         guidance=(101.0, 101.0), field="hash", half_size=1.0, num_samples=128, learning_rate=(0.01, 0.01),
         shading="dreamfusion", opacity=(1.0, 1.0), orientation=(10.0, 1000.0), anneal=(0.0, 1 / 3),
         precision="bf16", save_every=500, probe_every=250, mesh_resolution=256, turntable_size=256,
+        start_steps=1000,
     )  # fmt: skip
 
 
@@ -230,7 +263,7 @@ def prolificdreamer() -> Config:
         batch_size=1, method="vsd", guidance=(7.5, 7.5), t_high=(0.98, 0.5), anneal=(0.2, 0.2), field="hash",
         half_size=1.0, num_samples=96, learning_rate=(0.01, 0.01), phi_lr=1e-4, render_size=(64, 512), grow_at=0.2,
         entropy=(0.0, 0.0), precision="bf16", save_every=500, probe_every=250, mesh_resolution=256,
-        turntable_size=256,
+        turntable_size=256, start_steps=1000,
     )  # fmt: skip
 
 
@@ -250,6 +283,7 @@ def toyworld() -> Config:
 
 LARGEST = {
     "learning_rate": 10.0, "guidance": 1e4, "opacity": 1e6, "entropy": 1e6, "orientation": 1e6, "distortion": 1e6,
+    "distance": 1e3, "focal": 1e3,
 }  # fmt: skip
 """Largest value of options without a natural bound. Papers use guidance of 101, and weights of 1,000."""
 
@@ -260,13 +294,9 @@ def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or contradict each other."""
     _check_unread(config)
     check_run(config)
-    if not config.prompt.strip():
-        raise ValueError(
-            'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
-        )
-    if os.path.isfile(config.prompt):
-        raise ValueError(f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it.")
+    _check_prompt(config)
     _check_ranges(config)
+    _check_start(config)
     check_quantize(config.quantize)
     if config.shard > 1:
         raise ValueError(f"--shard {config.shard} is for networks that are trained, not scenes. Leave it out.")
@@ -277,6 +307,40 @@ def check(config: Config) -> None:
     if not config.canvas:
         check_mesh(None, config.faces, config.texture, "--")
         _check_views(config)
+
+
+def _check_prompt(config: Config) -> None:
+    if config.prompts:
+        if config.prompt.strip():
+            raise ValueError(
+                f"a run has one prompt, and --prompts {config.prompts} many; got {config.prompt[:80]!r}, too. "
+                "Leave one of them out."
+            )
+        return
+    if not config.prompt.strip():
+        raise ValueError(
+            'the prompt is missing; say what the scene should show: scorefield sds toyworld "a red mug".'
+        )
+    if os.path.isfile(config.prompt):
+        raise ValueError(
+            f"the prompt {config.prompt} is a file; a scene takes words. Pass what is written in it, or --prompts "
+            f"{config.prompt} for a scene of each line."
+        )
+
+
+def _check_start(config: Config) -> None:
+    check_init_from(config.init_from, config.out)
+    if config.init_from and config.canvas:
+        raise ValueError(
+            f"--init-from {config.init_from} is for scenes; --canvas starts from noise. Leave one out."
+        )
+    if config.seeds > 1 and config.start_steps >= config.steps:
+        raise ValueError(
+            f"--start-steps must be below --steps {config.steps}; got {config.start_steps}. The best of --seeds "
+            f"{config.seeds} starts goes on from there."
+        )
+    if config.seed + config.seeds > 2**63:
+        raise ValueError(f"--seed {config.seed} leaves no room for --seeds {config.seeds}. Pass a smaller --seed.")
 
 
 def _check_unread(config: Config) -> None:
@@ -292,7 +356,8 @@ def _check_unread(config: Config) -> None:
 
 def _check_ranges(config: Config) -> None:
     check_numbers(
-        config, positive=("draws", "num_samples", "half_size", "mesh_resolution", "turntable_size", "phi_rank"),
+        config, positive=("draws", "num_samples", "half_size", "mesh_resolution", "turntable_size", "phi_rank",
+                          "seeds", "start_steps"),
         not_negative=("rescale", "overhead", "jitter", "probe_every", "max_rollbacks", "size"),
         rates=("background_lr", "phi_lr"),
     )  # fmt: skip
@@ -313,6 +378,10 @@ def _check_ranges(config: Config) -> None:
     for name in ("quarters", "quarters_until", "grow_at", "widen"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {getattr(config, name)}.")
+    if not 0 < config.interval < 1:
+        raise ValueError(f"--interval must lie in (0, 1); got {config.interval}.")
+    if not 0 < config.inversion_stride <= 1:
+        raise ValueError(f"--inversion-stride must lie in (0, 1]; got {config.inversion_stride}.")
     for name in ("t_low", "t_high", "anneal"):
         if not all(0 <= value <= 1 for value in getattr(config, name)):
             raise ValueError(f"{_flag(name)} must lie in [0, 1]; got {shown(getattr(config, name))}.")

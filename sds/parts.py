@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from scorefield import Cond, Denoiser, guided
+from scorefield import Cond, Conditioned, Denoiser, guided
 from scorefield.cache import fingerprint
 from scorefield.gradient import TimeWeight
 from scorefield.models.codec import Codec
@@ -21,6 +21,7 @@ from scorefield.randomness import Rng, derived_generator
 from scorefield.times import ramp, uniform
 from sds.cameras import CameraDistribution, Views, orbit, view_prompts, word_bins, word_weights
 from sds.canvas import Canvas
+from sds.inversion import ism, sdi
 from sds.losses import (
     Distillation,
     alpha_sigma_squared,
@@ -75,16 +76,17 @@ def read_prompts(config: Config, teacher: Teacher) -> list[Cond]:
     return [teacher.negative(config.negative_prompt), *map(teacher.prompts, asked)]
 
 
-def fingerprints(teacher: Teacher, words: list[Cond]) -> dict[str, str]:
-    """Return hashes of the teacher's weights, of its codec and of the conditions, for the run's identity."""
+def fingerprints(teacher: Teacher) -> dict[str, str]:
+    """Return hashes of the teacher's weights and of its codec, for the run's identity."""
     codec: list[Tensor] = []
     if isinstance(teacher.codec, Codec):
         codec = [*teacher.codec.vae.state_dict().values(), teacher.codec.numbers]
-    said = [value for cond in words for _, value in sorted(cond.items())]
-    return {
-        "teacher": fingerprint(stored_weights(teacher.denoiser.network)), "codec": fingerprint(codec),
-        "conditions": fingerprint(said),
-    }  # fmt: skip
+    return {"teacher": fingerprint(stored_weights(teacher.denoiser.network)), "codec": fingerprint(codec)}
+
+
+def fingerprint_of_words(words: list[Cond]) -> dict[str, str]:
+    """Return a hash of the conditions of all prompts of a run, for its identity."""
+    return {"conditions": fingerprint(value for cond in words for _, value in sorted(cond.items()))}
 
 
 def along(config: Config, pair: Pair, step: int) -> float:
@@ -185,6 +187,13 @@ def build_method(config: Config, teacher: Teacher) -> Callable[[int], Distillati
         target = guided(denoiser, scale, negative, rescale=config.rescale)
         if phi is not None:
             return VSD(teacher=target, phi=phi, times=times, w=w)
+        if config.method == "ism":
+            null = Conditioned(denoiser, negative)
+            between = {"interval": config.interval, "stride": config.inversion_stride}
+            return ism(target, null, times=times, w=w, **between)
+        if config.method == "sdi":
+            inverter = guided(denoiser, config.inversion_guidance, negative)
+            return sdi(target, inverter, stride=config.inversion_stride, times=times, w=w)
         build = sds if config.method == "sds" else x0_reconstruction
         return build(target, times=times, w=w)
 

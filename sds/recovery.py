@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from scorefield.randomness import derived_generator
@@ -21,6 +22,9 @@ from scorefield.training import checkpoint
 from scorefield.training.loop import Phase
 from sds.cameras import orbit
 from sds.scene import Scene
+
+LARGEST_WEIGHT = 1e4
+"""A scene is lost if one of its weights is larger. Those of scenes that look like something stay below 100."""
 
 EMPTY, FULL = 0.003, 0.97
 """A scene is lost if its mean opacity from all four sides of the cube is below the first or above the second."""
@@ -31,7 +35,7 @@ Checkpoints hold them with the optimizer."""
 
 
 class LostSceneError(FloatingPointError):
-    """A scene is empty, or it fills its whole cube."""
+    """A scene is empty, fills its whole cube, or has weights without measure."""
 
 
 @torch.no_grad()
@@ -65,6 +69,17 @@ def check_opacity(opacity: float, step: int) -> None:
         f"the scene is {what} in step {step}: its mean opacity is {opacity:.4f}, expected between {EMPTY} and "
         f"{FULL}. Lower the learning rate{weight}."
     )
+
+
+@torch.no_grad()
+def check_weights(network: nn.Module, step: int) -> None:
+    """Raise :class:`LostSceneError` if a weight of a scene or a canvas is beyond ``LARGEST_WEIGHT``, or nan."""
+    largest = max(float(p.abs().max()) for p in network.parameters())
+    if not largest <= LARGEST_WEIGHT:
+        raise LostSceneError(
+            f"the scene has exploded in step {step}: its largest weight is {largest:.3g}, expected at most "
+            f"{LARGEST_WEIGHT:,.0f}. Lower the learning rate, or the weight of the score or of a penalty."
+        )
 
 
 def num_rollbacks(optimizer: Optimizer) -> int:

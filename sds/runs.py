@@ -3,12 +3,14 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
+from scorefield.cache import fingerprint
 from scorefield.commands.configuration import read_config
 from scorefield.files import load_json
 from scorefield.randomness import derived_generator
@@ -27,6 +29,8 @@ from sds.scene import (
     load_scene,
     triplane_network,
 )
+from sds.starts import facts_of_starts
+from sds.words import doubts_of_words
 
 
 def load_run(folder: Path | str) -> Scene:
@@ -61,6 +65,45 @@ def build_scene(config: Config) -> Scene:
     network = build[config.field](generator=seeded)
     field = Field(network, half_size=config.half_size, blob=blob, activation=scaled_softplus())
     return Scene(field, background=background, num_samples=config.num_samples)
+
+
+def first_scene(config: Config) -> Scene:
+    """Return the scene that a run starts from: that of ``--init-from``, or a blob in empty space.
+
+    Raises ``ValueError`` for a run whose scene is of another kind.
+    """
+    scene = build_scene(config)
+    if config.init_from:
+        check_same_kind(config, Path(config.init_from))
+        load_scene(scene, Path(config.init_from) / "scene.safetensors")
+    return scene
+
+
+def check_same_kind(config: Config, folder: Path) -> None:
+    """Raise ``ValueError`` unless the scene of the finished run in ``folder`` can be where this run starts."""
+    there = read_options(folder)
+    if not (folder / "scene.safetensors").is_file():
+        raise ValueError(f"--init-from {folder} is not finished: it holds no scene.safetensors. Finish it first.")
+    for name in ("field", "half_size", "blob"):
+        theirs, ours = getattr(there, name), getattr(config, name)
+        if theirs != ours:
+            theirs, ours = (" ".join(map(str, x)) if isinstance(x, tuple) else x for x in (theirs, ours))
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--init-from {folder} has {flag} {theirs}, and this run {ours}. Pass {flag} {theirs}."
+            )
+    if bool(there.backdrops) != bool(config.backdrops):
+        raise ValueError(
+            f"--init-from {folder} was trained with{'' if there.backdrops else 'out'} --backdrops, and this run "
+            "is otherwise: one of them lacks a background network. Pass the same kind."
+        )
+
+
+def fingerprint_of_scene(config: Config) -> str | None:
+    """Return a hash of the scene that ``--init-from`` names, for the run's identity; None without one."""
+    if not config.init_from:
+        return None
+    return fingerprint(value for _, value in sorted(load_run(config.init_from).state_dict().items()))
 
 
 def read_options(folder: Path) -> Config:
@@ -103,10 +146,11 @@ def export_choices(config: Config) -> Export:
     )  # fmt: skip
 
 
-def facts_of(config: Config) -> dict[str, Any]:
-    """Return what the report says of the run."""
+def facts_of(config: Config, folder: Path) -> dict[str, Any]:
+    """Return what the report says of the run in a folder."""
     names = ("prompt", "preset", "method", "steps", "seed")
-    return {name: getattr(config, name) for name in names}
+    facts = {name: getattr(config, name) for name in names}
+    return {**facts, **facts_of_starts(replace(config, out=folder)), "doubts": doubts_of_words(config)}
 
 
 def main(config: ExportRun) -> Path:
@@ -120,7 +164,7 @@ def main(config: ExportRun) -> Path:
     choices = export_choices(options)
     values = {**vars(choices), **{name: value for name, value in wanted.items() if value is not None}}
     scene = field_of(options, load_run(config.run))
-    report = export(scene, config.folder, Export(**values), facts=facts_of(options))
+    report = export(scene, config.folder, Export(**values), facts=facts_of(options, config.run))
     tell(report, config.folder)
     return config.folder
 

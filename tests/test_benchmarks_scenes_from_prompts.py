@@ -56,6 +56,29 @@ def test_a_moved_solid_is_found_where_it_is_and_its_voxels_with_it(monkeypatch):
     assert float(handle[:, 2].min() + handle[:, 2].max()) / 2 == pytest.approx(-0.05 * 0.9, abs=0.02)
 
 
+def test_a_shifted_copy_gets_its_psnr_back(monkeypatch):
+    """By a pixel to the side it is another picture; with the position fitted only the error of 1e-3 is left."""
+    monkeypatch.setattr(scenes_from_prompts, "NUM_VIEWS", 3)
+    monkeypatch.setattr(scenes_from_prompts, "SIZE", 32)
+    there = (0.06, 0.0, -0.03)
+    moved = scenes_from_prompts.true_views("cube", "red", 1.0, position=there, turn=120, first=20)
+    still = scenes_from_prompts.true_views("cube", "red", 1.0, turn=120, first=20)
+    assert float(crop_psnrs(moved.rgb + 1e-3, still.rgb, still.mask).mean()) < 25
+    fit = scenes_from_prompts.Fit(0.0, 20, 1.0, still)
+    position, psnr, found = scenes_from_prompts.best_position(moved.rgb + 1e-3, "cube", "red", fit)
+    assert position == pytest.approx(there, abs=1e-6)
+    assert psnr == pytest.approx(20 * 3.301, rel=1e-3)
+    assert torch.equal(found.mask, moved.mask)
+
+
+def test_a_stool_is_no_chair_whatever_the_judge_says():
+    chair = {"silhouette_iou": 0.9, "volume_iou": 0.55, "psnr_moved": 15.0, "shape": 1.0}
+    assert scenes_from_prompts.is_the_solid(chair, "chair")
+    assert not scenes_from_prompts.is_the_solid(chair, "cube"), "0.65 of the volume"
+    for name, value in {"silhouette_iou": 0.84, "volume_iou": 0.49, "psnr_moved": 13.9}.items():
+        assert not scenes_from_prompts.is_the_solid({**chair, name: value}, "chair")
+
+
 def test_psnr_counts_the_crop_alone_and_opacity_what_is_outside_the_widened_silhouette():
     truth = scenes_from_prompts.turned(scenes_from_prompts.true_views("mug", "red", 1.0), 0)
     rgb = truth.rgb.clone()

@@ -77,7 +77,7 @@ FORBIDDEN = (
 )
 CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines", "samples"}
 HEAVY = {
-    *("parts", "vsd", "training", "recovery", "doubts", "probe", "recipe", "pretrained"),
+    *("parts", "vsd", "training", "recovery", "doubts", "probe", "queue", "recipe", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
     *("students", "judge", "renders", "lora", "lora_keys", "lora_student", "attacked"),
 }

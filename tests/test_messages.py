@@ -166,7 +166,7 @@ NEVER_SAID = {
     # The toy world's judge sees one size.
     "toyworld evaluate": {"size"}, "toyworld students": {"size"},
     # The message says which commands have it.
-    "sds": {"network"}, "control": {"network"}, "edit": {"network"},
+    "control": {"network"}, "edit": {"network"},
     "attack": {"network", "channels", "memory-limit"},
     # A drawing is converted, and a page tells what `scorefield sds --out` makes.
     "play": {"network", "convert", "out"},
@@ -174,6 +174,10 @@ NEVER_SAID = {
     "export": {"config"},
     # Other commands have them: the one that made the run, and those of the card. It loads no model.
     "push": {"out", "teacher", "num-images", "local-dir", "variant", "allow-pickle"},
+    # They read the config.json of a run as --config is read, and leave that word out; a report that is made again
+    # says what the run was doubted for, and which seed it chose.
+    "sds": {"network", "data", "num-prompts", "config"},
+    "export": {"config", "teacher", "negative-prompt", "guidance", "seed"},
 }  # fmt: skip
 """Options that a command says nothing of, though it calls what could."""
 

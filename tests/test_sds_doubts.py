@@ -33,6 +33,19 @@ def test_an_empty_or_full_start_is_said(scene, kind):
     assert said.startswith(f"the scene starts {kind}: its mean opacity is ")
 
 
+def test_words_that_the_toy_worlds_teacher_never_saw_are_named():
+    (said,) = doubts(replace(MUG, prompt="a Corgi and a red mug", negative_prompt="blurry"), BLOB)
+    assert said.startswith("--teacher toyworld was never shown the words Corgi, and, blurry; it will make")
+    assert doubts(replace(MUG, prompt="a corgi", teacher="runs/pipeline"), BLOB) == []
+    assert doubts(replace(MUG, prompt="a letter L on a grey background, side view"), BLOB) == []
+
+
+@pytest.mark.parametrize("method", ["csd", "ism", "sdi"])
+def test_losses_that_use_the_negative_prompt_without_guidance_are_not_doubted(method):
+    config = replace(MUG, negative_prompt="grey", guidance=(1.0, 1.0), method=method)
+    assert doubts(config, torch.nn.Linear(1, 1)) == []
+
+
 def test_a_residual_that_rises_is_said_and_one_that_falls_or_is_alone_is_not():
     assert unsettled([0.58, 0.61, 0.62]) == [
         "the residual at high noise rose from 0.58 to 0.62: the teacher does not see the prompt in this scene. "
@@ -47,6 +60,7 @@ def test_a_residual_that_rises_is_said_and_one_that_falls_or_is_alone_is_not():
     ({"learning_rate": (1e30, 1e30)}, r"--learning-rate must be at most 10; got 1e\+30"),
     ({"learning_rate": (0.1, 11.0)}, "--learning-rate must be at most 10; got 0.1:11"),
     ({"opacity": (0.0, 1e9)}, "--opacity must be at most 1,000,000; got 0:1e"),
+    ({"distance": (2.0, 1e9)}, "--distance must be at most 1,000; got 2:1e"),
     ({"guidance": (1e5, 1.0)}, "--guidance must be at most 10,000; got 100000:1"),
 ])  # fmt: skip
 def test_absurd_weights_are_refused(changes, message):

@@ -10,10 +10,13 @@ from accelerate import Accelerator
 import sds.options as scene_options
 import sds.parts as scenes
 import sds.recipe as train_sds
+from scorefield import Conditioned, guided
+from scorefield.times import constant
 from scorefield.training.checkpoint import differences
 from scorefield.training.identity import identity
 from sds import recovery
-from sds.losses import ScoreDistillation
+from sds.inversion import ism, sdi
+from sds.losses import ScoreDistillation, unit
 from sds.options import PRESETS
 from sds.runs import build_scene
 from sds.vsd import VSD, WithoutConditions, low_rank_denoiser
@@ -64,6 +67,24 @@ def test_the_loss_is_what_the_flags_say(teacher):
     assert "camera" not in dict(again.network.named_children())
 
 
+def test_losses_along_inverted_paths_are_what_the_flags_say(teacher):
+    options = {"t_low": (0.6, 0.6), "t_high": (0.6, 0.6), "inversion_stride": 0.25, "inversion_guidance": -3.0}
+    config = replace(MUG, weight="unit", interval=0.1, negative_prompt="a blue cube", **options)
+    denoiser, negative = teacher.denoiser, teacher.negative("a blue cube")
+    times = constant(float(denoiser.schedule.at(torch.tensor(0.6))))
+    settings = {"stride": 0.25, "times": times, "w": unit}
+    by_hand = {
+        "ism": ism(guided(denoiser, 5.0, negative), Conditioned(denoiser, negative), interval=0.1, **settings),
+        "sdi": sdi(guided(denoiser, 5.0, negative), guided(denoiser, -3.0, negative), **settings),
+    }
+    x0 = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    cond = teacher.prompts(["a red mug"])
+    for name, wanted in by_hand.items():
+        method = scenes.build_method(replace(config, method=name), teacher)(0)
+        got, expected = (one.gradient(x0, cond, generator=torch.Generator()).value for one in (method, wanted))
+        assert torch.equal(got, expected)
+
+
 def test_what_changes_no_number_does_not_bind_a_resume():
     free = {"max_rollbacks": 9, "turntable_size": 64, "probe_every": 7, "mesh_resolution": 9}
     first, *others = (
@@ -78,10 +99,14 @@ def test_what_changes_no_number_does_not_bind_a_resume():
 
 def test_all_that_is_read_of_a_teacher_binds_a_resume(teacher):
     words = scenes.read_prompts(MUG, teacher)
-    first = scenes.fingerprints(teacher, words)
-    assert first == scenes.fingerprints(teacher, scenes.read_prompts(MUG, teacher))
+
+    def hashes(teacher, words):
+        return {**scenes.fingerprints(teacher), **scenes.fingerprint_of_words(words)}
+
+    first = hashes(teacher, words)
+    assert first == hashes(teacher, scenes.read_prompts(MUG, teacher))
     scaled = replace(teacher, codec=replace(teacher.codec, scaling=2 * teacher.codec.scaling))
-    others = scenes.fingerprints(scaled, words), scenes.fingerprints(teacher, words[1:])
+    others = hashes(scaled, words), hashes(teacher, words[1:])
     different = [[name for name in first if first[name] != other[name]] for other in others]
     assert different == [["codec"], ["conditions"]]
 

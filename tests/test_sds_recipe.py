@@ -150,9 +150,16 @@ def test_an_empty_scene_is_an_alarm(monkeypatch, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000000"]
 
 
+def test_an_exploding_canvas_stops_the_run_and_names_the_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(recovery, "LARGEST_WEIGHT", 0.5)
+    config = tiny(tmp_path / "run", canvas=True, overhead=0, probe_every=0, max_rollbacks=0)
+    with pytest.raises(recovery.LostSceneError, match="exploded in step 2: its largest weight is"):
+        train_sds.main(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"method": "csd"}, {"method": "vsd"},
+    {"method": "csd"}, {"method": "vsd"}, {"method": "ism"}, {"method": "sdi"},
     {"method": "x0", "backdrops": (), "shading": "dreamfusion", "orientation": (0.0, 1e-2)},
 ])  # fmt: skip
 def test_other_losses_and_a_background_of_its_own_train(changes, tmp_path):
@@ -169,6 +176,12 @@ def test_a_canvas_becomes_a_picture(tmp_path):
     assert train_sds.main(config) == config.out / "canvas.png"
     assert (config.out / "canvas.png").is_file()
     assert load_file(config.out / "scene.safetensors")["pixels"].shape == (2, 4, 16, 16)
+
+
+@pytest.mark.parametrize("method", ["ism", "sdi"])
+def test_a_picture_learns_along_inverted_paths(method, tmp_path):
+    config = tiny(tmp_path / "run", canvas=True, overhead=0, steps=2, probe_every=2, method=method)
+    assert train_sds.main(config) == config.out / "canvas.png"
 
 
 BAD = [
@@ -200,6 +213,9 @@ BAD = [
     ({"gradient_checkpointing": True}, "--gradient-checkpointing is for networks"),
     ({"optimizer": "adamw8bit"}, "adamw8bit is not for scenes"),
     ({"rescale": 2.0}, "rescale must lie in"),
+    ({"interval": 1.0}, "--interval must lie in"),
+    ({"inversion_stride": 0.0}, "--inversion-stride must lie in"),
+    ({"inversion_guidance": float("inf")}, "--inversion-guidance must be finite"),
     ({"mesh_resolution": 1}, "resolution must be at least 2"),
 ]
 

@@ -11,6 +11,7 @@ from sds.recovery import (
     FULL,
     LostSceneError,
     check_opacity,
+    check_weights,
     num_rollbacks,
     opacity_all_round,
     roll_back,
@@ -48,6 +49,16 @@ def filled(raw):
     """A scene whose whole cube is of one raw density, without a blob."""
     scene = grid_scene(resolutions=(4,), num_samples=16, initial=raw, blob=lambda points: 0 * points[:, 0])
     return scene.requires_grad_(False)
+
+
+def test_weights_without_measure_are_those_of_a_lost_scene():
+    check_weights(grid_scene(resolutions=(4,), initial=-4.0), 7)
+    for value, said in ((1e30, "1e[+]30"), (-1e30, "1e[+]30"), (float("nan"), "nan")):
+        scene = grid_scene(resolutions=(4,))
+        with torch.no_grad():
+            next(scene.parameters())[0, 0, 0, 0, 0] = value
+        with pytest.raises(LostSceneError, match=f"exploded in step 7: its largest weight is {said}"):
+            check_weights(scene, 7)
 
 
 def test_opacity_is_that_of_the_whole_cube_and_draws_nothing():

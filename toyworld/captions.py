@@ -77,6 +77,15 @@ def parse(text: str) -> Attributes:
     return Attributes(shape, str(words["colour"]), words["background"], words["view"])
 
 
+def unknown_words(text: str) -> list[str]:
+    """Return the words of a prompt that are in no caption, each once, as they are written.
+
+    >>> unknown_words("a corgi on a white background")
+    ['corgi']
+    """
+    return list(dict.fromkeys(word for word in re.findall(r"\w+", text) if word.lower() not in WORDS))
+
+
 def _either(words: Iterable[str]) -> str:
     return "|".join(re.escape(word) for word in words)
 

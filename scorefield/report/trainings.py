@@ -37,6 +37,7 @@ def unfinished(folder: Folder, kind: str, config: Mapping[str, Any], ended: bool
     goes_on = "If it is not running any more, the same command goes on from there:"
     if step is None or step == 0:
         begun = " Its warm-up has begun." if folder.names("warm-up/checkpoints", r"step-\d{9}") else ""
+        begun = " Its starts have begun." if folder.names("starts", r"seed-\d+") else begun
         return Outcome(
             f"Not finished: nothing has been learned yet.{begun}",
             False, next_steps=[("If it is not running any more, start it again:", again)],
@@ -145,6 +146,7 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         scene = [("Make a scene of it:", command("scorefield", "sds", "toyworld", prompt))]
         return Outcome(
             f"{prompt}: the pictures were optimised; no figure says how good they are, look at them.", None,
+            starts_of(folder),
             next_steps=[] if prompt.startswith("-") else scene,  # which a shell would take for an option
         )  # fmt: skip
     report = folder.object("export/report.json")
@@ -162,7 +164,10 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         warnings.append(f"The scene was lost {plural(rollbacks, 'time')} and went back to a checkpoint.")
     if psnr is not None and psnr < 20:
         warnings.append("Below 20 dB the mesh lacks much of the scene: fog, or thin parts. Look at contact.png.")
+    doubts = facts.get("doubts")
+    warnings += [told(one) for one in doubts[:10]] if isinstance(doubts, list) else []
     figures = [
+        *starts_of(folder),
         *measured("mesh beside renders, PSNR in dB", compared, "psnr", "higher is better"),
         *measured("vertices", mesh, "vertices"), *measured("faces", mesh, "faces"),
         *measured("volume", mesh, "volume"), *measured("rollbacks", facts, "rollbacks"),
@@ -172,6 +177,21 @@ def sds(folder: Folder, config: Mapping[str, Any]) -> Outcome:
         conclusion, None if psnr is not None and math.isfinite(psnr) else False, figures, warnings,
         [(f"Open {files}/scene.glb in Blender or any viewer of glTF; {files}/turntable.mp4 is a film.", "")],
     )  # fmt: skip
+
+
+def starts_of(folder: Folder) -> list[Figure]:
+    """Return the residual of each start of a scene, and which one went on; empty for a run with one start."""
+    starts = folder.object("starts.json")
+    found, steps, chosen = starts.get("residual_at_high_noise"), whole(starts.get("steps")), starts.get("chosen")
+    if not isinstance(found, dict) or steps is None:
+        return []
+    figures = []
+    for seed, value in list(found.items())[:20]:
+        note = "smaller is better" + (": this one went on" if seed == str(chosen) else "")
+        residual = "lost" if value is None else figure(number(value))
+        name = f"start of seed {shortened(seed, 20)}: residual at high noise after {steps:,} steps"
+        figures.append(Figure(name, residual, note=note))
+    return figures
 
 
 def control(folder: Folder, config: Mapping[str, Any]) -> Outcome:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scorefield.models.preflight import check_device
 from scorefield.training.options import PROBE
 from scorefield.training.sharding import is_piece, local, sharding_of
+
+T = TypeVar("T")
 
 AGAIN = "scorefield-restarted"
 """Scheme of the address at which ranks meet that were started again."""
@@ -183,7 +185,7 @@ def check_shared(out: Path, accelerator: Accelerator, patience: float = 10.0) ->
         )
 
 
-def first_says(value: bool) -> bool:
+def first_says(value: T) -> T:
     """Return on all ranks what the first one passes."""
     said = [value]
     if PartialState().num_processes > 1:
