@@ -11,6 +11,7 @@ FUNCTIONS = {
     "teacher toyworld": "toyworld:pipeline_folder",
     "teacher circles.json": "toyworld.circles:load_circles",
     "images digits": "toyworld.digits:training_images",
+    "held-out digits": "toyworld.digits:held_out_images",
     "prompts toyworld": "toyworld.renders:world_texts",
     "judge toyworld": "toyworld.bench:text_watch",
     "classifier toyworld": "toyworld.attacked:shape_classifier",
