@@ -1,4 +1,4 @@
-"""``scorefield robust``: files, mixtures, names of classes, refusals, AutoAttack, and `attack` on what it wrote."""
+"""``scorefield robust``: files, mixtures, classes, refusals, AutoAttack, and what `attack` reads of it."""
 
 import json
 import subprocess
@@ -76,8 +76,6 @@ MINE = """
         return Blind()
 
     class Late(nn.Module):
-        """Not finite after some calls."""
-
         def __init__(self):
             super().__init__()
             self.inner, self.calls = network(), 0
