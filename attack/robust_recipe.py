@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attack.autoattack import FEWEST
 from attack.networks import FUNCTION, Facts, build_classifier
 from attack.recipe import asked, check_gradient, load_classifier
 from attack.robust import Losses, Mixture, part_of, pgd_loss, trades_loss
@@ -137,21 +138,21 @@ def load_beside(config: Robust, source: str, option: str, data: ImageSet) -> Ima
 
 
 def relabelled(beside: ImageSet, data: ImageSet, config: Robust, option: str) -> ImageSet:
-    """Return further images with the class numbers of ``data``: numbers stay, names are looked up.
+    """Return further images with the class numbers of ``data``: numbers stay, as samples have them; names are
+    looked up.
 
     Raises ``ValueError`` for images without classes, and for a class that ``data`` does not have.
     """
     if beside.num_classes < 2:
         fix = "Label them, or pass --pseudo-label." if option == "--generated" else "Label them."
         raise ValueError(f"{option} {getattr(config, _name(option))} has no labels. {fix}")
-    numbers = all(name.isdigit() for name in (*beside.class_names, *data.class_names))
-    known = {name: number for number, name in enumerate(data.class_names)}
+    numbered = all(name.isdigit() for name in beside.class_names)
+    names = tuple(map(str, range(data.num_classes))) if numbered else data.class_names
+    known = {name: number for number, name in enumerate(names)}
     missing = [name for name in beside.class_names if name not in known]
     if missing:
-        raise ValueError(
-            f"{option} has the class {missing[0]!r}, and --data has none of that "
-            f"{'number' if numbers else 'name'}: {', '.join(data.class_names[:10])}. Label both alike."
-        )
+        shown = f"{data.num_classes} classes, from 0" if numbered else ", ".join(names[:10])
+        raise ValueError(f"{option} has the class {missing[0]!r}, and --data has {shown}. Label both alike.")
     places = torch.tensor([known[name] for name in beside.class_names])
     return replace(beside, labels=places[beside.labels], class_names=data.class_names)
 
@@ -208,6 +209,11 @@ def make_network(config: Robust, data: ImageSet, real: ImageSet) -> tuple[nn.Mod
             f"have {data.num_classes}."
         )
     check_gradient(network, images, name)
+    able = any(hasattr(part, "enable_gradient_checkpointing") for part in network.modules())
+    if config.gradient_checkpointing and not able:
+        raise ValueError(f"--gradient-checkpointing: {name} cannot recompute its activations. Leave it out.")
+    if config.autoattack and data.num_classes < FEWEST:
+        raise ValueError(f"--autoattack needs at least {FEWEST} classes; --data has {data.num_classes}.")
     return network.train(), facts
 
 

@@ -4,12 +4,12 @@ r"""Robust classifiers of 8 x 8 digits: three seeds on all data, and scarce data
 
 Of scikit-learn's 1,797 digits the first 900 of a fixed shuffle are learned from, or the first 100 or 200 of these,
 and the last 597 measure. For each number of real images: a teacher (`scorefield teacher`) and a classifier without
-attack learn from the same ones; the teacher draws images of its classes, and `scorefield robust digits` learns from
-the real ones alone, with the generated ones under the classes they were drawn for, and with the same ones under that
-classifier's answers. All have the same number of steps.
+attack learn from the same ones; the teacher draws images of its classes, and `scorefield robust digits` learns
+from the real ones alone, with the generated ones under the classes they were drawn for, and with the same ones
+under that classifier's answers. All have the same number of steps.
 
 Results are written to table.json as they are made; started again, the script makes those that are missing, and a
-training that was stopped goes on (its seconds are then those of the last process). table.md has the same in a table.
+training that was stopped goes on (its seconds are then those of the last process). table.md shows the same.
 """
 
 import json

@@ -223,7 +223,12 @@ def test_names_of_classes_are_looked_up(place):
     assert parts.facts.class_names == ("a", "b", "c", "d")
     rows = recipe.load(config)
     assert rows.held_out.identity() == parts.held_out.identity(), "always the same tenth"
-    with pytest.raises(ValueError, match="--generated has the class 'x', and --data has none of that name"):
+    np.savez("numbered.npz", images=np.zeros((8, 1, 8, 8), np.uint8), labels=np.arange(8) % 4)
+    assert (
+        recipe.load(replace(config, generated="numbered.npz")).mixture.generated.labels.tolist()
+        == [0, 1, 2, 3] * 2
+    )
+    with pytest.raises(ValueError, match="--generated has the class 'x', and --data has a, b, c, d. Label both"):
         recipe.load(replace(config, generated="wrong"))
 
 
@@ -236,7 +241,7 @@ def test_names_of_classes_are_looked_up(place):
     (["--classifier", "mine:blind"], "gives no gradient to its images"),
     (["--classifier", "mine:absent"], "mine:absent: no such function"),
     (["--generated", "unlabelled.npz"], "--generated unlabelled.npz has no labels. Label them, or pass"),
-    (["--generated", "beyond.npz"], "--generated has the class '10', and --data has none of that number"),
+    (["--generated", "beyond.npz"], "--generated has the class '10', and --data has 10 classes, from 0"),
     (["--generated", "made.npz", "--pseudo-label", "mine:five"], "--pseudo-label mine:five answers 5 classes"),
     (["--generated", "made.npz", "--pseudo-label", "absent"], "absent holds no classifier of `scorefield robust`"),
     (["--generated", "absent.npz"], "absent.npz"),
@@ -247,7 +252,7 @@ def test_names_of_classes_are_looked_up(place):
     (["--size", "16"], "the digits are 8 x 8 and grey"),
     (["--depth", "9"], "a cnn of depth 9 halves images 8 times"),
     (["--width", "99999"], "width must be a whole number in [1, 16384]"),
-    (["--gradient-checkpointing"], "only UNets can"),
+    (["--gradient-checkpointing", "--dry-run"], "--gradient-checkpointing: --network cnn cannot recompute"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(place, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
