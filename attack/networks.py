@@ -61,7 +61,7 @@ class Facts:
             value = getattr(self, name)
             least = 2 if name == "num_classes" else 1
             if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name} must be a whole number in [{least}, {most}]; got {str(value)[:80]!r}.")
+                raise ValueError(f"{name} must be a whole number in [{least}, {most}]; got {value!r:.80}.")
         if self.network == "cnn" and self.resolution < 2 ** (self.depth - 1):
             raise ValueError(
                 f"a cnn of depth {self.depth} halves images {self.depth - 1} times; {self.resolution} pixels are "
