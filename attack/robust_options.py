@@ -111,7 +111,9 @@ class Robust(Adversary, Generated, Measure, Learner, DataOptions, RunOptions):
 
 def digits() -> Robust:
     """scikit-learn's 8 x 8 digits at a radius of a tenth: minutes on a CPU, no download."""
-    return Robust(epsilon=25.5, steps=1500, learning_rate=2e-3, log_every=50, save_every=500)
+    return Robust(
+        epsilon=25.5, width=16, steps=1000, batch_size=64, attack_steps=5, learning_rate=3e-3, save_every=500
+    )
 
 
 PRESETS: Mapping[str, Callable[[], Robust]] = {"": Robust, "digits": digits}
