@@ -6,7 +6,7 @@ Of scikit-learn's 1,797 digits the first 900 of a fixed shuffle are learned from
 and the last 597 measure. For each number of real images: a teacher (`scorefield teacher`) and a classifier without
 attack learn from the same ones; the teacher draws images of its classes, and `scorefield robust digits` learns
 from the real ones alone, with the generated ones under the classes they were drawn for, and with the same ones
-under that classifier's answers. All have the same number of steps.
+under that classifier's answers. All are MLPs (CHEAP below), and have the same number of steps.
 
 Results are written to table.json as they are made; started again, the script makes those that are missing, and a
 training that was stopped goes on (its seconds are then those of the last process). table.md shows the same.
@@ -32,6 +32,9 @@ from scorefield.commands.options import Sample, TrainTeacher
 from scorefield.data.images import Labelled
 from toyworld.digits import load_digits
 
+CHEAP: dict[str, Any] = {"network": "mlp", "width": 256, "steps": 1500, "learning_rate": 2e-3}
+"""The classifiers of the comparison: as accurate on all images as the preset's, in a third of its time."""
+
 ADDED = ("none", "classes", "answers")
 """What is learned from beside the real images: nothing, generated ones with their classes, with answers."""
 
@@ -53,7 +56,7 @@ class Config:
     mix: float = 0.5
     """Share of generated images in a batch."""
     steps: int = 0
-    """Steps of the classifiers. 0 means those of the preset."""
+    """Steps of the classifiers. 0 means those of the preset, and 1,500 in the comparison."""
     teacher_steps: int = 3000
     """Steps of the teachers."""
     test_steps: int = 40
@@ -128,11 +131,9 @@ def _first(part: Labelled, number: int) -> Labelled:
 
 def classifier(config: Config, name: str, seed: int, **options: Any) -> Robust:
     """Return the options of a run."""
-    chosen = {"steps": config.steps} if config.steps else {}
-    return replace(
-        digits(), out=config.out / name, seed=seed, test_steps=config.test_steps, report_to=("none",),
-        **chosen, **options,
-    )  # fmt: skip
+    chosen = {**options, "steps": config.steps} if config.steps else options
+    brief = {"test_steps": config.test_steps, "report_to": ("none",)}
+    return replace(digits(), out=config.out / name, seed=seed, **brief, **chosen)
 
 
 def preset(config: Config, seed: int) -> dict[str, Any]:
@@ -142,7 +143,8 @@ def preset(config: Config, seed: int) -> dict[str, Any]:
 
 def scarce(config: Config, number: int, added: str, seed: int) -> dict[str, Any]:
     """Return the figures of a classifier of few real images, with what is added."""
-    real = {"data": str(config.out / f"real_{number}.npz"), "held_out": str(config.out / "held_out.npz")}
+    places = {"data": str(config.out / f"real_{number}.npz"), "held_out": str(config.out / "held_out.npz")}
+    real: dict[str, Any] = {**CHEAP, **places}
     if added == "none":
         return trained(classifier(config, f"{number}_none_{seed}", seed, **real))
     made, spent = generated(config, number)
