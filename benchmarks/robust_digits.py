@@ -26,6 +26,7 @@ import tyro
 import attack.robust_recipe
 import scorefield.commands.sample
 import scorefield.commands.teacher
+from attack.recipe import load_classifier
 from attack.robust_options import Robust, digits
 from scorefield.atomic import whole_file
 from scorefield.commands.options import Sample, TrainTeacher
@@ -132,7 +133,7 @@ def _first(part: Labelled, number: int) -> Labelled:
 def classifier(config: Config, name: str, seed: int, **options: Any) -> Robust:
     """Return the options of a run."""
     chosen = {**options, "steps": config.steps} if config.steps else options
-    brief = {"test_steps": config.test_steps, "report_to": ("none",)}
+    brief: dict[str, Any] = {"test_steps": config.test_steps, "report_to": ("none",)}
     return replace(digits(), out=config.out / name, seed=seed, **brief, **chosen)
 
 
@@ -157,7 +158,7 @@ def scarce(config: Config, number: int, added: str, seed: int) -> dict[str, Any]
         with np.load(made) as arrays:
             images = torch.from_numpy(arrays["images"]).float() / 255
             labels = torch.from_numpy(arrays["labels"])
-        answers = attack.robust_recipe.load_classifier(more["pseudo_label"], "cpu")
+        answers = load_classifier(more["pseudo_label"], "cpu")
         with torch.no_grad():
             spent["answers_that_are_the_classes"] = float((answers(images).argmax(1) == labels).double().mean())
     return trained(classifier(config, f"{number}_{added}_{seed}", seed, **real, **more)) | spent
