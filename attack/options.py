@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,17 @@ from scorefield.choices import OnBadData
 from scorefield.training.launcher import check_alone, default_device
 from scorefield.training.options import LoadOptions, check_numbers, check_out
 
-Method = Literal["fgsm", "pgd", "diff-pgd"]
-"""fgsm: one step. pgd: the classifier alone. diff-pgd: through the purifier, for a realistic result, too."""
+Method = Literal["fgsm", "pgd", "diff-pgd", "autoattack"]
+"""fgsm: one step. pgd: the classifier alone. diff-pgd: through the purifier, for a realistic result, too.
+autoattack: that of a package that is installed beside."""
+
+AUTOATTACK_PACKAGES = ("autoattack", "torchattacks")
+"""Packages with an AutoAttack, the official one first. They differ by half a point."""
+
+AUTOATTACK_WANTED = (
+    "AutoAttack needs a package: pip install git+https://github.com/fra31/auto-attack, the official one, or pip "
+    "install torchattacks."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +30,8 @@ class Budget:
 
     methods: tuple[Method, ...] = ("pgd", "diff-pgd")
     """Attacks to compare. fgsm: one step. pgd: against the classifier alone. diff-pgd: PGD through the teacher's
-    purification, which also gives a realistic result that is not bound by --epsilon."""
+    purification, which also gives a realistic result that is not bound by --epsilon. autoattack: of the package
+    autoattack or torchattacks, with settings of its own."""
     epsilon: tuple[float, ...] = (8.0,)
     """Radius of the ball in grey values, of 255; several make a curve."""
     norm: Literal["linf", "l2"] = "linf"
@@ -67,13 +78,15 @@ class Attack(Budget, Purification, LoadOptions):
     """Attack an image classifier, and measure it with and without purification by a diffusion model."""
 
     classifier: str = ""
-    """toyworld, the shape head of the judge that ships, or module:function, whose code is run: a function without
-    arguments that returns a function from images (b, c, h, w) in [0, 1] to logits."""
+    """toyworld, the shape head of the judge that ships; the folder classifier/ of `scorefield robust`; or
+    module:function, whose code is run: a function without arguments that returns a function from images (b, c, h,
+    w) in [0, 1] to logits."""
     transfer: tuple[str, ...] = ()
-    """Further classifiers, which are not attacked but measured on the results: module:function."""
+    """Further classifiers, which are not attacked but measured on the results, in the same forms."""
     data: str = ""
-    """Images, in all forms of `scorefield teacher --data`, whose labels are the classifier's numbers; or toyworld.
-    Images without labels have the classifier's own answers."""
+    """Images, in all forms of `scorefield teacher --data`, whose labels are the classifier's numbers; or toyworld,
+    or digits: those that `scorefield robust digits` measures with. Images without labels have the classifier's own
+    answers."""
     size: int = 0
     """Height and width of the images, in pixels. 0 means the teacher's, or those of the first image."""
     num_images: int = 32
@@ -109,11 +122,12 @@ def check(config: Attack) -> None:
         not_negative=("step_size", "size"),
     )  # fmt: skip
     if not config.classifier:
-        raise ValueError("--classifier is missing. Pass module:function, or toyworld.")
+        raise ValueError("--classifier is missing. Pass module:function, a folder, or toyworld.")
     if not config.data:
         raise ValueError("--data is missing. Pass a folder of images, or toyworld.")
     if not config.methods:
-        raise ValueError("--methods names none; expected fgsm, pgd or diff-pgd.")
+        raise ValueError("--methods names none; expected fgsm, pgd, diff-pgd or autoattack.")
+    check_autoattack(config)
     if not config.epsilon or not all(0 < value <= 255 * 255 for value in config.epsilon):
         raise ValueError(
             f"--epsilon must be above 0, in grey values of 255; got {list(config.epsilon)}. 8 is usual."
@@ -125,6 +139,19 @@ def check(config: Attack) -> None:
     check_out(config.out.absolute().parent)
     check_replaceable(config.out)
     check_alone("attack")
+
+
+def check_autoattack(config: Attack) -> None:
+    """Raise ``ValueError`` where AutoAttack is asked for what it cannot do, or no package has it."""
+    if "autoattack" not in config.methods:
+        return
+    if config.region or config.target:
+        raise ValueError(
+            "--methods autoattack has neither --region nor --target: it changes all of an image, for any wrong "
+            "answer. Leave them out."
+        )
+    if not any(find_spec(name) for name in AUTOATTACK_PACKAGES):
+        raise ValueError(f"--methods autoattack: {AUTOATTACK_WANTED}")
 
 
 def check_region(region: tuple[float, ...]) -> None:

@@ -24,6 +24,8 @@ Transform = Callable[[Tensor, Generators], Tensor]
 
 Labels = Int[Tensor, " b"]
 
+Probabilities = Float[Tensor, "b classes"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
@@ -55,7 +57,7 @@ class PGD:
             raise ValueError("restarts without a random start are all the same. Set random_start=True.")
 
     def __call__(
-        self, classifier: Classifier, images: Images, labels: Labels, *, generator: Generators,
+        self, classifier: Classifier, images: Images, labels: Labels | Probabilities, *, generator: Generators,
         transform: Transform | None = None, mask: Mask | None = None, center: Images | None = None,
     ) -> Tensor:  # fmt: skip
         """Return adversarial images: within the ball, within [0, 1], bit-equal to ``images`` outside the mask.
@@ -63,15 +65,19 @@ class PGD:
         Args:
             classifier: to be fooled, its own parameters without gradients.
             images: in [0, 1].
-            labels: the true ones, or, if targeted, the wanted ones.
+            labels: the true ones, or, if targeted, the wanted ones; or probabilities (b, classes), from which the
+                attack leads away (TRADES), with one restart.
             generator: one, or one for each image, whose result then does not depend on its batch.
             transform: what images pass before the classifier; gradients flow through it.
             mask: where images may change.
             center: of the ball; by default ``images``. Style-based attacks start from another image.
 
         Raises:
-            ValueError: images outside [0, 1], logits of another shape, gradients that are not finite.
+            ValueError: images outside [0, 1], logits of another shape, gradients that are not finite, several
+                restarts from probabilities, which have no margin to choose by.
         """
+        if labels.ndim != 1 and self.num_restarts > 1:
+            raise ValueError(f"an attack on probabilities has one restart; got num_restarts={self.num_restarts}.")
         check_images(images)
         check_images(center := images if center is None else center)
         best, furthest = images, torch.full((len(images),), -torch.inf, device=images.device)
@@ -93,8 +99,9 @@ class PGD:
         return best
 
     def gradient(
-        self, classifier: Classifier, x: Images, labels: Labels, transform: Transform | None, generator: Generators
-    ) -> Tensor:
+        self, classifier: Classifier, x: Images, labels: Labels | Probabilities, transform: Transform | None,
+        generator: Generators,
+    ) -> Tensor:  # fmt: skip
         """Return the gradient in which the attack climbs: of the loss, or, if targeted, of minus the loss.
 
         It is the mean over ``num_draws`` of the transformation, drawn one after the other to save memory.

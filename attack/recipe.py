@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.utils import make_grid
 
+from attack.autoattack import autoattack, package
 from attack.diff_pgd import Adversarial, diff_pgd
+from attack.networks import load_classifier as load_folder
 from attack.options import Attack, check
 from attack.pgd import PGD, Classifier, fgsm, logits_of
 from attack.purify import Purifier
@@ -114,17 +116,23 @@ def run(config: Attack, case: Case, method: str, threat: Threat, name: str) -> A
     for images, part in progress(parts_of(case.images, own, config.batch_size), name, number, unit="batch"):
         labels = wanted[start : start + len(images)]
         start += len(images)
-        found.append(attacked(attack, method, case, images, labels, part, box(config.region, images)))
+        mask = box(config.region, images)
+        found.append(attacked(attack, method, case, images, labels, part, mask, config.seed))
     return Adversarial(*(torch.cat([getattr(one, name) for one in found]) for name in ("iterate", "realistic")))
 
 
 def attacked(
-    attack: PGD, method: str, case: Case, images: Tensor, labels: Tensor, own: Any, mask: Tensor | None
-) -> Adversarial:
+    attack: PGD, method: str, case: Case, images: Tensor, labels: Tensor, own: Any, mask: Tensor | None,
+    seed: int = 0,
+) -> Adversarial:  # fmt: skip
     """Return the result of one batch; without a purifier its realistic image is the iterate itself."""
     if method == "diff-pgd" and case.purifier is not None:
         return diff_pgd(attack, case.classifier, images, labels, purifier=case.purifier, generator=own, mask=mask)
-    if method == "fgsm":
+    if method == "autoattack":
+        made = autoattack(
+            case.classifier, images, labels, threat=attack.threat, seed=seed, batch_size=len(images)
+        ).images
+    elif method == "fgsm":
         made = fgsm(
             case.classifier, images, labels, threat=attack.threat, generator=own, mask=mask,
             targeted=attack.targeted,
@@ -196,6 +204,9 @@ def load_data(config: Attack, teacher: Teacher | None) -> tuple[Labelled, bool]:
     if config.data == "toyworld":
         part: Labelled = shipped("attacked toyworld")(config.num_images, config.seed)
         return part, True
+    if config.data == "digits":
+        part = shipped("held-out digits")()
+        return Labelled(part.images[: config.num_images], part.labels[: config.num_images]), True
     height = 0 if teacher is None else teacher.size[0]
     colour = teacher is not None and teacher.image_shape[0] == 3
     options = DataOptions(
@@ -207,14 +218,17 @@ def load_data(config: Attack, teacher: Teacher | None) -> tuple[Labelled, bool]:
 
 
 def load_classifier(name: str, device: str) -> Classifier:
-    """Return a classifier of images in [0, 1]: the toy world's, or the user's, in eval mode without gradients.
+    """Return a classifier of images in [0, 1]: the toy world's, a folder's, or the user's, in eval mode.
 
-    Raises ``ValueError`` for a name that is neither, or a function that returns none.
+    Its parameters have no gradients. Raises ``ValueError`` for a name that is none of these, a folder without a
+    classifier, or a function that returns none.
     """
     classifier: Classifier
     if name == "toyworld":
         classifier = shipped("classifier toyworld")(device)
         return classifier
+    if ":" not in name or Path(name).is_dir():
+        return load_folder(Path(name), device)
     found = call(name)
     if not callable(found):
         raise ValueError(f"{name} must return a function from images to logits; got a {type(found).__name__}.")
@@ -308,6 +322,8 @@ def settings(config: Attack, case: Case) -> dict[str, Any]:
     """Return what the figures depend on."""
     names = ("classifier", "data", "teacher", "norm", "steps", "step_size", "restarts", "seed", "region", "target")
     held: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if "autoattack" in config.methods:
+        held["autoattack"] = package()
     held["labels"] = "the classifier's answers" if case.own_answers else "of the data"
     if case.purifier is not None:
         chosen = ("purify_prompt", "strength", "purify_steps", "sampler", "gradient", "draws", "evaluations")

@@ -75,6 +75,11 @@ COMMANDS = {
         "attack.options:Attack", "attack.recipe:main", presets="attack.options:PRESETS",
         check="attack.options:check",
     ),
+    "robust": Command(
+        "Train an image classifier that holds against attacks, on real and generated images (PGD, TRADES).",
+        "attack.robust_options:Robust", "attack.robust_recipe:main", presets="attack.robust_options:PRESETS",
+        check="attack.robust_options:check",
+    ),
     "edit": Command(
         "Edit pictures by prompts (Prompt-to-Prompt, null-text, SDEdit, FlowEdit).",
         "edit.options:Config", "edit.recipe:main", presets="edit.options:PRESETS", check="edit.options:check",

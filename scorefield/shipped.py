@@ -12,6 +12,7 @@ FUNCTIONS = {
     "adapter toyworld": "toyworld:adapter_folder",
     "teacher circles.json": "toyworld.circles:load_circles",
     "images digits": "toyworld.digits:training_images",
+    "held-out digits": "toyworld.digits:held_out_images",
     "prompts toyworld": "toyworld.renders:world_texts",
     "words toyworld": "toyworld.captions:unknown_words",
     "judge toyworld": "toyworld.bench:text_watch",

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+import attack.robust_options
 import controlnet.options
 import distill.options
 import scorefield.commands.options
@@ -14,10 +15,10 @@ from scorefield.training.identity import resolved
 
 OPTIONS = {
     "teacher": scorefield.commands.options.TrainTeacher, "distill": distill.options.Config,
-    "sds": sds.options.Config, "control": controlnet.options.Config,
+    "sds": sds.options.Config, "control": controlnet.options.Config, "robust": attack.robust_options.Robust,
 }  # fmt: skip
 RESULTS = {"teacher": "teacher/denoiser.json", "distill": "student/model.json", "sds": "export/report.json",
-           "control": "controlnet/config.json"}  # fmt: skip
+           "control": "controlnet/config.json", "robust": "classifier/classifier.json"}  # fmt: skip
 LOOKS = {"value": 0.6, "floor": 0.1, "ceiling": 0.9, "relative": 0.625}
 REPORTS = {
     "teacher": ("best.json", {"step": 40, "frechet_distance": 1.25, "kid": 0.5}),
@@ -29,6 +30,10 @@ REPORTS = {
     "control": ("report.json", {"step": 60, "learned_at": 50, "event": "was learned at step 50",
                                 "scores": {"f1": LOOKS}, "scores_without_control": {"f1": LOOKS},
                                 "gap": {"value": 0.5, "error": 0.25}, "seconds": 3.5, "resumed": False}),
+    "robust": ("report.json", {"accuracy": 0.975, "robust_accuracy": 0.85, "epsilon": 25.5, "norm": "linf",
+                               "attack": "PGD-40 x 2", "num_images": 597, "flags": [], "cross_entropy": 0.25,
+                               "curve": [{"epsilon": 0.0, "accuracy": 0.975}, {"epsilon": 25.5, "accuracy": 0.85}],
+                               "autoattack": {"accuracy": 0.84, "package": "torchattacks 3.5.1"}}),
 }  # fmt: skip
 
 

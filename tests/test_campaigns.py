@@ -26,6 +26,7 @@ import torch
 from hostile import CASES, Guard, campaign, listing, mutated, options_of, run, spoilt
 from PIL import Image
 
+import attack.networks as robust_networks
 import scorefield.commands.teacher as train_teacher
 from controlnet.adapter import copy_encoder
 from controlnet.export import save_adapter
@@ -76,6 +77,8 @@ def models(tmp_path_factory):
     adapter = copy_encoder(known.denoiser, hint_channels=1, factor=known.codec.factor)
     save_adapter(adapter, root / "adapter", "A card.")
     save_classifier(Classifier(Facts(1, 8, 10)), root / "features")
+    facts = robust_networks.Facts(network="cnn", channels=1, resolution=8, num_classes=10, width=4)
+    robust_networks.save_classifier(robust_networks.build_classifier(facts), facts, root / "classifier")
     for folder in root.iterdir():
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
             (place / "payload.py").write_text("raise SystemError('imported')")
@@ -121,6 +124,13 @@ def model_commands(root, out, kind, models, inputs):
         return [("control", ["--teacher", str(models / "sd"), *hints, "--init-from", model, *dry])]
     if kind == "student":
         return [("sample", [*draw, "--prompts", "a mug"])]
+    if kind == "classifier":
+        held = ["--data", npz, "--methods", "fgsm", "--num-images", "4", "--out", str(out / "made")]
+        learn = ["--data", npz, "--generated", npz, "--size", "8", *dry]
+        return [
+            ("attack", ["--classifier", model, *held]),
+            ("robust", ["digits", *learn, "--pseudo-label", model]),
+        ]
     if kind in ("pixels", "ours"):
         attack = ["--data", npz, "--methods", "fgsm", "--num-images", "2", "--evaluations", "2", *draw[:2]]
         attack += ["--classifier", "scorefield_tests:classifier", "--out", str(out / "made")]
@@ -140,7 +150,7 @@ def test_folders_of_models(models, inputs, guard, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a mug\na chair\n")
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    kinds = ["sd", "sd", "sd", "sd3", "pixels", "ours", "ours", "student", "features", "adapter"]
+    kinds = ["sd", "sd", "sd", "sd3", "pixels", "ours", "ours", "student", "features", "adapter", "classifier"]
     monkeypatch.chdir(tmp_path)
 
     def start(kind):
@@ -221,6 +231,7 @@ def usual(inputs, models):
         "edit": ["--teacher", sd, "--source", "a mug", "--target", "a cup", "--dry-run"],
         "edit (pictures)": ["sdedit", "--teacher", sd, "--edits", str(inputs / "edits.jsonl"), "--dry-run"],
         "attack": ["--teacher", ours, "--data", npz, "--classifier", "scorefield_tests:classifier", "--dry-run"],
+        "robust": ["digits", "--data", npz, "--generated", npz, "--dry-run"],
         "report": [str(models / "run")], "export": [str(models / "run")],
         "push": [str(models / "run"), "--to", "me/it", "--dry-run"],
         "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
@@ -331,8 +342,10 @@ def data_commands(source, models, inputs, out, chance):
     text = ["--teacher", sd, "--prompts", str(source), "--precision", "no", "--student-every", "1"]
     long = ["--long-prompts", chance.choice(["cut", "skip"])]
     one = str(source) if source.suffix in (".txt", ".jsonl", ".tar", ".parquet") else "a mug"
+    robust = ["--generated", str(source), "--size", "8", "--width", "4", "--dry-run", "--out", str(out), *skip]
     return {
         "teacher": [*train, "--data", str(source), *skip, "--batch-size", "4", "--width", "8", "--depth", "1"],
+        "robust": [*robust, "--pseudo-label", str(models / "classifier")],
         "distill": [*teach, "--teacher", ours, "--data", str(source), *small, *skip],
         "features": [*learn, "--data", str(source), *skip, *small[:2], "--out", str(out / "features")],
         "evaluate": [*judge, "--generated", str(source), "--reference", npz, *skip],
@@ -357,7 +370,7 @@ LABELLED = (*CAPTIONED, "classes", "numbered", "splits", "npz", "idx")
 READ = {
     "teacher": LABELLED, "distill": LABELLED, "features": LABELLED, "evaluate": LABELLED,
     "evaluate (reference)": LABELLED, "distill (texts)": (*CAPTIONED, "beside"), "control": (*CAPTIONED, "beside"),
-    "sample": ("lines", "prompts", "parquet"), "edit": ("edits",), "attack": LABELLED,
+    "sample": ("lines", "prompts", "parquet"), "edit": ("edits",), "attack": LABELLED, "robust": LABELLED,
 }  # fmt: skip
 """What each command can use, if nothing is wrong with it."""
 

@@ -24,7 +24,11 @@ PRESETS = [(name, preset) for name, found in cli.COMMANDS.items() if found.prese
 WRONG = [
     "attack", "attack toyworld --steps 0", "attack toyworld --epsilon -8", "attack toyworld --evaluations 1",
     "attack toyworld --region 0.5 0 0.2 1", "attack toyworld --strength 2", "attack --classifier a:b --data c",
-    "attack toyworld --epsilon 8 8", "distill --gan-weight -1", "distill --ratio-range 3 2",
+    "attack toyworld --epsilon 8 8", "attack toyworld --methods autoattack --target mug",
+    "robust digits --mix 0 --generated a", "robust --loss trades --epsilon 0", "robust --pseudo-label a:b",
+    "robust digits --epsilon -1", "robust digits --shard 2 --dry-run", "robust --test-epsilon nan",
+    "robust --generated a --mix 0.001", "robust --loss trades --no-random-start", "robust toyworld",
+    "distill --gan-weight -1", "distill --ratio-range 3 2",
     "distill --prompts p.txt --channels grey",
     "sds toyworld", "sds toyworld mug --guidance -1:2", "sds toyworld mug --overhead 9",
     "sds toyworld mug --compile",

@@ -203,6 +203,9 @@ TRAINERS = {
                 "--batch-size", "2", "--eval-every", "2", "--eval-samples", "2", "--test-samples", "2",
                 "--sampling-steps", "2", "--guidance", "2", "--save-every", "2", "--log-every", "1", "--cache",
                 "cache/control", "--learning-rate", "1e-3"],
+    "robust": ["robust", "digits", "--steps", "8", "--batch-size", "8", "--save-every", "2", "--log-every", "1",
+               "--width", "4", "--attack-steps", "2", "--test-steps", "2", "--loss", "trades", "--eval-every", "2",
+               "--eval-images", "20", "--generated", "{root}/made.npz", "--mix", "0.25"],
     "canvas": ["sds", "toyworld", *SCENE, "--canvas", "--overhead", "0"],
     "scene": ["sds", "toyworld", *SCENE],
 }  # fmt: skip
@@ -216,6 +219,8 @@ def material(tmp_path_factory, teacher):
     shutil.copytree(teacher, root / "images")
     torch.manual_seed(0)
     save_classifier(Classifier(Facts(1, 8, 10)), root / "features")
+    made = np.random.default_rng(0).integers(0, 255, (30, 1, 8, 8), np.uint8)
+    np.savez(root / "made.npz", images=made, labels=np.arange(30) % 10)
     (root / "data").mkdir()
     rows = []
     for number in range(10):

@@ -170,8 +170,6 @@ NEVER_SAID = {
     "attack": {"network", "channels", "memory-limit"},
     # A drawing is converted, and a page tells what `scorefield sds --out` makes.
     "play": {"network", "convert", "out"},
-    # It reads the config.json of a run as --config is read, and leaves that word out.
-    "export": {"config"},
     # Other commands have them: the one that made the run, and those of the card. It loads no model.
     "push": {"out", "teacher", "num-images", "local-dir", "variant", "allow-pickle"},
     # They read the config.json of a run as --config is read, and leave that word out; a report that is made again

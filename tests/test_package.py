@@ -109,7 +109,8 @@ def test_every_library_that_is_imported_is_a_requirement():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-    optional = {"bitsandbytes"}  # of --optimizer adamw8bit, whose message says what to install
+    # Of --optimizer adamw8bit, and of AutoAttack: their messages say what to install.
+    optional = {"bitsandbytes", "autoattack", "torchattacks"}
     foreign = imported - sys.stdlib_module_names - set(PACKAGES) - optional
     assert {called.get(name, name) for name in foreign} <= known
 

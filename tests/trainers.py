@@ -8,6 +8,8 @@ from typing import Any
 
 import folders
 
+import attack.robust_options
+import attack.robust_recipe
 import controlnet.options
 import controlnet.recipe
 import distill.options
@@ -83,6 +85,11 @@ def control(places):
     return controlnet.options.Config(**TINY, **reads, eval_samples=2, test_samples=0, sampling_steps=2)
 
 
+def robust(places):
+    own = {**TINY, "batch_size": 16, "width": 4, "attack_steps": 2, "test_steps": 2, "epsilon": 25.5}
+    return attack.robust_options.Robust(**own, loss="trades", eval_every=2, eval_images=20)
+
+
 TRAINERS = {
     "teacher": Trainer(scorefield.commands.teacher.main, teacher, "teacher", {"learning_rate": 0.5}),
     "student": Trainer(distill.recipe.main, student, "student", {"ema_decay": 0.5}),
@@ -91,6 +98,7 @@ TRAINERS = {
     "lora": Trainer(distill.recipe.main, lora, "student", {"lora_alpha": 1.0}),
     "canvas": Trainer(sds.recipe.main, canvas, "canvas.png", {"draws": 3}),
     "control": Trainer(controlnet.recipe.main, control, "controlnet", {"ema_decay": 0.5}),
+    "robust": Trainer(attack.robust_recipe.main, robust, "classifier", {"beta": 0.5}),
 }
 
 

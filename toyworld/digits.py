@@ -46,6 +46,11 @@ def training_images() -> Labelled:
     return load_digits()[0]
 
 
+def held_out_images() -> Labelled:
+    """Return the 597 images to measure with."""
+    return load_digits()[2]
+
+
 class DigitClassifier(nn.Module):
     """A small convolutional classifier. Its 64 penultimate activations are the feature space of the figures."""
 

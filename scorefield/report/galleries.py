@@ -41,6 +41,10 @@ SINGLE = {
         ("images.png", "Images and what was changed", "Above the clean images; then each attack, and under it its "
          "change, magnified, round grey."),
     ),
+    "robust": (
+        ("images.png", "Held-out images and what was changed", "Above clean, then attacked, then the change, "
+         "magnified, round grey."),
+    ),
     "toyworld students": (("contact_sheet.png", "Teacher and students", "A row each, from the same noise."),),
     "toyworld evaluate": (
         ("contact_sheet.png", "Renders and answers", "Renders above, answers to their captions below."),
@@ -53,6 +57,7 @@ STEPS = {
     "sds": "A column for each view: the render above, then what the teacher expects of it at five noise levels.",
     "control": "In turn: a row of hints, the real images, and what the model drew at that step.",
     "distill": "The student's pictures, always from the same noise.",
+    "robust": "Held-out images, the same attacked at that step, and the changes, magnified, round grey.",
     "teacher": "The averaged weights, always from the same noise.",
 }
 """What is to be seen in the pictures over training."""

@@ -26,6 +26,7 @@ ROOM = 3_400_000
 INPUTS = {
     "teacher": "teacher", "base": "teacher", "data": "data", "prompts": "prompts", "init_from": "started from",
     "features": "features", "hint": "hint", "prompt": "prompt", "preset": "preset", "classifier": "classifier",
+    "generated": "generated images", "held_out": "held-out images", "pseudo_label": "labels of generated images",
 }  # fmt: skip
 """Options and entries of identity.json that say what a run was made from, and what the page calls them."""
 

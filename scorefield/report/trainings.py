@@ -14,6 +14,7 @@ RESULTS = {
     "distill": ("student",),
     "sds": ("export", "canvas.png"),
     "control": ("controlnet",),
+    "robust": ("report.json",),
 }
 """What a finished run of each command has left; one of these is enough."""
 
@@ -237,13 +238,54 @@ def scores_of(report: Mapping[str, Any]) -> list[Figure]:
     return figures
 
 
+def robust(folder: Folder, config: Mapping[str, Any]) -> Outcome:
+    """Return what adversarial training came to: accuracy on held-out images, clean and attacked."""
+    if (broken := unfinished(folder, "robust", config)) is not None:
+        return broken
+    report, place = folder.object("report.json"), folder.shown
+    clean, held, attack = number(report.get("accuracy")), number(report.get("robust_accuracy")), told(
+        report.get("attack", "an attack")
+    )  # fmt: skip
+    verdict = "The classifier is there; report.json, which says how good it is, is missing or damaged."
+    if clean is not None:
+        verdict = f"The classifier is right about {clean:.1%} of the held-out images"
+        verdict += "." if held is None else (
+            f", and about {held:.1%} under {attack} at {figure(number(report.get('epsilon')))} of 255."
+        )  # fmt: skip
+    figures = [
+        *measured("accuracy on held-out images", report, "accuracy"),
+        *measured("accuracy under attack", report, "robust_accuracy", f"{attack}, right when clean, too"),
+        *measured("cross-entropy of clean images", report, "cross_entropy", "nats; smaller is better"),
+        *measured("held-out images", report, "num_images"),
+    ]
+    curve = report.get("curve")
+    for point in [one for one in curve[:20] if isinstance(one, dict)] if isinstance(curve, list) else ():
+        name = f"accuracy at radius {figure(number(point.get('epsilon')))} of 255"
+        figures += measured(name, point, "accuracy")
+    beside = report.get("autoattack")
+    if isinstance(beside, dict):
+        figures += measured("accuracy under AutoAttack", beside, "accuracy", told(beside.get("package", "")))
+    flags = report.get("flags")
+    warnings = [f"The classifier is flagged: {told(flags)}; the figures may flatter it."] if flags else []
+    if config.get("eval_every"):
+        warnings.append("Held-out images were measured on the way: what was chosen by that is flattered here.")
+    images, made = f"{place}/adversarial", f"{place}/classifier"
+    return Outcome(
+        verdict, None if clean is not None and math.isfinite(clean) else False, figures, warnings,
+        [("Attack it otherwise:", command(
+            "scorefield", "attack", "--classifier", made, "--data", "held_out", "--methods", "pgd", "--out", images
+        ))],
+    )  # fmt: skip
+
+
 KIND_OF = {
     "teacher": {"noise_mean", "unet_channels"}, "distill": {"student_every", "fake_lr"},
     "sds": {"turntable_size", "render_size"}, "control": {"hint", "eval_samples"},
+    "robust": {"attack_steps", "test_restarts"},
 }  # fmt: skip
 """Options by which the config.json of each command is known."""
 
-READERS = {"teacher": teacher, "distill": distill, "sds": sds, "control": control}
+READERS = {"teacher": teacher, "distill": distill, "sds": sds, "control": control, "robust": robust}
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from scorefield.training.ranks import check_same_fields
 IDENTITY = "identity.json"
 """In ``--out``: what the run there is made from. Without a checkpoint, the proof that it is the same run."""
 
-PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from")
+PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from", "generated", "held_out")
 """Options whose value may be another on each machine; what lies there is compared later, by its fingerprint."""
 
 PROCESSES = "num_processes"
