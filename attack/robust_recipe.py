@@ -68,7 +68,7 @@ def main(config: Robust) -> Path:
     shown = parts.held_out.some(max(10, config.eval_images))
     judge = judge_of(config, parts, average, shown, accelerator.device)
 
-    def finish() -> None:
+    def report_and_export() -> None:
         if accelerator.is_main_process:
             every = torch.arange(len(parts.held_out))
             whole = judge_of(config, parts, average, every, accelerator.device)
@@ -77,7 +77,7 @@ def main(config: Robust) -> Path:
     batches = parts.mixture.batches(config.batch_size, accelerator.device, accelerator.num_processes)
     fit(
         config, [phase], batches, accelerator, own=own, first=first, columns=min(10, len(judge.images)),
-        preview=lambda: preview(config, judge), watch=watch_of(config, judge), finish=finish,
+        preview=lambda: preview(config, judge), watch=watch_of(config, judge), at_end=report_and_export,
     )  # fmt: skip
     folder = config.out / "classifier"
     if accelerator.is_main_process:
