@@ -10,6 +10,7 @@ from typing import Any
 FUNCTIONS = {
     "teacher toyworld": "toyworld:pipeline_folder",
     "adapter toyworld": "toyworld:adapter_folder",
+    "student toyworld": "toyworld:student_folder",
     "teacher circles.json": "toyworld.circles:load_circles",
     "images digits": "toyworld.digits:training_images",
     "held-out digits": "toyworld.digits:held_out_images",

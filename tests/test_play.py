@@ -31,7 +31,7 @@ from scorefield.play.drawing import as_pixels, controlled_picture, draw_picture,
 from scorefield.play.models import check_mesh, load_models, load_students
 from scorefield.play.options import Play, check_play
 from scorefield.play.uploads import DRAWING, read_drawing, read_map, read_upload
-from toyworld import adapter_folder
+from toyworld import adapter_folder, student_folder
 from toyworld.control import choose_scenes, render_world
 
 SIZE = (64, 64)
@@ -342,8 +342,8 @@ def test_a_port_that_is_taken_is_refused(monkeypatch):
             check_play(Play(port=taken.getsockname()[1]))
 
 
-def test_the_adapter_that_ships_is_small_follows_at_once_and_has_a_card():
-    files = [path for path in adapter_folder().rglob("*") if path.is_file()]
+def test_what_ships_is_small_works_at_once_and_has_cards():
+    files = [path for one in (adapter_folder(), student_folder()) for path in one.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 6_000_000
     card = (adapter_folder() / "README.md").read_text()
     for words in (
@@ -354,8 +354,8 @@ def test_the_adapter_that_ships_is_small_follows_at_once_and_has_a_card():
         assert words in card
     models = load_models(Play(device="cpu"))
     assert models.edits
-    assert not models.students
-    assert any("scorefield distill" in line for line in models.told())
+    (student,) = models.students.values()
+    assert draw_picture(student, "a red mug").calls == 1
     world = render_world(choose_scenes(4, held_out=True))
     for number in range(4):
         image = world.load(number)["image"][None].float() / 127.5 - 1

@@ -22,6 +22,11 @@ def pipeline_folder() -> Path:
     return Path(__file__).parent / "pipeline"
 
 
+def student_folder() -> Path:
+    """Return the folder of the shipped one-step student of this pipeline, a LoRA with a card."""
+    return Path(__file__).parent / "student"
+
+
 def adapter_folder() -> Path:
     """Return the folder of the shipped ControlNet of this pipeline, for canny edges, with a card."""
     return Path(__file__).parent / "canny"

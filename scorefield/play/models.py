@@ -93,12 +93,15 @@ def load_models(config: Play) -> Models:
 
 
 def load_students(config: Play, teacher: Teacher) -> dict[str, Teacher]:
-    """Return the students by what the page calls them.
+    """Return the students by what the page calls them; the one that ships where none is named.
 
     Raises ``ValueError`` for a folder that is no student, or one that draws other pictures than the teacher.
     """
+    folders = [(printable(str(folder)), folder) for folder in config.student]
+    if not folders and not config.size and ships("student", config.teacher):
+        folders = [("the student that ships", shipped(f"student {config.teacher}")())]
     students = {}
-    for folder in config.student:
+    for name, folder in folders:
         if is_lora_student(folder):
             student = load_lora_student(folder, teacher)
         else:
@@ -115,7 +118,7 @@ def load_students(config: Play, teacher: Teacher) -> dict[str, Teacher]:
                 f"{teacher.shape} of {teacher.num_classes}. Pass a student of this teacher."
             )
         number = len(student.times)
-        students[f"{printable(str(folder))}, {number} step{'s' * (number > 1)}"] = student
+        students[f"{name}, {number} step{'s' * (number > 1)}"] = student
     return students
 
 

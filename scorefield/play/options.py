@@ -23,7 +23,8 @@ class Play(LoadOptions):
     """The frozen model: toyworld, the one that ships, folder of `scorefield teacher`, name or folder of a
     diffusers model, or module:function, whose code is run."""
     student: tuple[Path, ...] = ()
-    """Folders of its students, pipelines or LoRAs, which are drawn beside it."""
+    """Folders of its students, pipelines or LoRAs, which are drawn beside it. By default the one that ships, for
+    toyworld at its own size."""
     control: Path | None = None
     """Folder of an adapter for it, a ControlNet of `scorefield control`. By default the one that ships, for
     toyworld."""
