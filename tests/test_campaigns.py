@@ -233,7 +233,7 @@ def usual(inputs, models):
         "attack": ["--teacher", ours, "--data", npz, "--classifier", "scorefield_tests:classifier", "--dry-run"],
         "robust": ["digits", "--data", npz, "--generated", npz, "--dry-run"],
         "report": [str(models / "run")], "export": [str(models / "run")],
-        "push": [str(models / "run"), "--to", "me/it", "--dry-run"],
+        "push": [str(models / "run"), "--to", "me/it", "--dry-run"], "play": ["--teacher", sd, "--dry-run"],
         "toyworld evaluate": ["--teacher", str(inputs / "empty")], "toyworld students": ["--students", ours],
         "train_judge": ["--device", "nowhere"],
         "features": ["--data", npz, "--steps", "2", "--batch-size", "4", "--device", "nowhere"],
@@ -303,7 +303,7 @@ def test_command_lines(models, inputs, tmp_path, monkeypatch):
         script = name.partition(" (")[0]
         out = tmp_path / "out" / "run"
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        to = [] if script == "push" else ["--out", str(out)]
+        to = [] if script in ("push", "play") else ["--out", str(out)]
         words = [*lines[name], *to, *hostile(options_of(script), chance, places)]
         if script == "report" and chance.random() < 0.7:
             words.insert(0, chance.choice([*WORDS, *NUMBERS]).format(inputs=inputs, models=models))
