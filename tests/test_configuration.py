@@ -161,10 +161,11 @@ def test_a_misspelt_key_is_answered_before_torch_is_imported(tmp_path):
 def test_every_option_of_every_command_can_stand_in_a_file(command, tmp_path):
     """What a command writes as its config is read back as it was."""
     options = cli.found(cli.COMMANDS[command].options)
-    if command in ("sample", "evaluate", "export", "toyworld students"):
+    if command in ("sample", "evaluate", "export", "push", "toyworld students"):
         needed = {
             "sample": {"teacher": "x"}, "evaluate": {"generated": "a", "reference": "b", "features": Path("c")},
             "toyworld students": {"students": (Path("a"),)}, "export": {"run": Path("a")},
+            "push": {"run": Path("a")},
         }[command]  # fmt: skip
         config = options(**needed)
     else:
