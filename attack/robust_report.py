@@ -128,8 +128,8 @@ def _autoattack(config: Robust, judge: Judge, clean: Tensor) -> dict[str, Any]:
 
 def write_results(config: Robust, facts: Facts, judge: Judge) -> None:
     """Measure, print the figures, and write classifier/, report.json and images.png."""
+    save_classifier(judge.network, facts, config.out / "classifier")  # first: measuring may take long, or fail
     figures, made = measure(config, judge)
-    save_classifier(judge.network, facts, config.out / "classifier")
     with whole_file(config.out / PICTURE) as temporary:
         picture(judge.images.cpu(), {"attacked": made.cpu()}).save(temporary, format="PNG")
     with whole_file(config.out / REPORT) as temporary:

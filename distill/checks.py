@@ -95,6 +95,11 @@ def check_progressive(config: Config) -> None:
             f"--method progressive ends in one step; got --num-steps {config.num_steps}. Its students of several "
             "steps walk without new noise between, which no student here does. Pass --num-steps 1."
         )
+    if config.regression_weight or config.warmup_steps != 0:
+        raise ValueError(
+            "--method progressive learns no pairs: in all stages but the last one they are another target. Take "
+            "the preset progressive, or pass --regression-weight 0 --warmup-steps 0."
+        )
     if config.points < 2 or config.points & (config.points - 1):
         raise ValueError(
             f"--points must be a power of two for --method progressive; got {config.points}. Pass 16."

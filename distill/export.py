@@ -346,7 +346,7 @@ tags: [{task}, diffusion, distillation, dmd2{f", {tag}" if tag else ""}]
 ---
 # A student of {steps} step{"s" if steps > 1 else ""}
 
-{text or "Distilled by distribution matching (DMD2, arXiv 2405.14867)."}
+{text or "Distilled by `scorefield distill`."}
 
 {use.replace("BASE", base_model or "the teacher's folder or name")}
 A {pipeline} asked at timestep{"s" if steps > 1 else ""} {times}. Guidance is built in: `guidance_scale` must be

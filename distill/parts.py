@@ -86,6 +86,9 @@ def settled(config: Config, teacher: Teacher, real: bool) -> Config:
     """
     config = as_begun(config)
     gan, layer = config.gan_weight, config.bottleneck
+    if config.method == "progressive":  # or it is refused
+        schedule = teacher.denoiser.schedule
+        angle_times(schedule, config.points, student_times(config, schedule, teacher.codec is not None)[0])
     if layer is not None:
         find_bottleneck(teacher.denoiser.network, layer)
     if gan is None and config.method in ALONG_PATHS:
@@ -196,7 +199,8 @@ def planned_networks(
     config: Config, teacher: nn.Module, student: nn.Module, fake: nn.Module | None = None
 ) -> dict[str, nn.Module]:
     """Return the networks that a run holds, for ``--dry-run``."""
-    followed = {"its average": freeze(copy.deepcopy(student))} if config.ema_decay else {}
+    copied = config.ema_decay or config.method == "progressive"  # whose stage before is a copy, too
+    followed = {"its average": freeze(copy.deepcopy(student))} if copied else {}
     return {"teacher": teacher, "student": student, **followed, **({} if fake is None else {"fake": fake})}
 
 

@@ -333,7 +333,8 @@ def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_p
     card = (
         f"Distilled from {config.teacher} (guidance {config.guidance:g}) by ``scorefield distill``, preset "
         f"{config.preset}: {config.steps:,} iterations of batch {batch_size:,}, "
-        f"{config.steps // config.student_every:,} updates of the student, seed {config.seed}."
+        f"{planned_updates(config)['student']:,} updates of the student, method {config.method}, seed "
+        f"{config.seed}."
     )
     if config.quantize != "no":
         card += f" It learned on the teacher's weights rounded to {config.quantize}."

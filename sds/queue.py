@@ -52,7 +52,7 @@ def slug(prompt: str) -> str:
     ('a-red-mug', 'a-mug-red-bad393')
     """
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST].strip("-")
-    if name == prompt.replace(" ", "-"):
+    if name.replace("-", " ") == prompt:
         return name
     return "-".join(filter(None, [name, hashlib.sha256(prompt.encode()).hexdigest()[:6]]))
 

@@ -74,7 +74,8 @@ def check_opacity(opacity: float, step: int) -> None:
 @torch.no_grad()
 def check_weights(network: nn.Module, step: int) -> None:
     """Raise :class:`LostSceneError` if a weight of a scene or a canvas is beyond ``LARGEST_WEIGHT``, or nan."""
-    largest = max(float(p.abs().max()) for p in network.parameters())
+    # Of torch, whose maximum is nan where one of them is; Python's depends on their order.
+    largest = float(torch.stack([p.abs().max().float() for p in network.parameters()]).max())
     if not largest <= LARGEST_WEIGHT:
         raise LostSceneError(
             f"the scene has exploded in step {step}: its largest weight is {largest:.3g}, expected at most "

@@ -129,6 +129,8 @@ def test_a_dry_run_counts_no_fake_score(teacher, tmp_path, capsys):
     ("consistency", {"student_every": 3}, "--student-every is of the fake score, and --method consistency has no"),
     ("scm", {"gan_weight": 0.1}, "--gan-weight is for a fake score's critic, and --method scm has none. Pass 0."),
     ("consistency", {"points": 1}, "--points must be at least 2; got 1. 18 to 50 are usual."),
+    ("progressive", {"points": 4, "regression_weight": 1.0}, "--method progressive learns no pairs"),
+    ("progressive", {"points": 4, "warmup_steps": None}, "--method progressive learns no pairs"),
     ("progressive", {"points": 12}, "--points must be a power of two for --method progressive; got 12. Pass 16."),
     ("progressive", {"points": 4, "num_steps": 2}, "--method progressive ends in one step; got --num-steps 2."),
     ("progressive", {"points": 4, "steps": 1}, "--steps 1 are fewer than the 2 halvings of --points 4."),

@@ -68,6 +68,7 @@ def test_the_door_lets_through_what_the_page_needs_and_nothing_else():
 def test_the_door_refuses_other_hosts_and_other_sites():
     assert through("GET", "/", host="evil.example:7860") == 421, "DNS rebinding"
     assert through("GET", "/", host="evil.example:7860", local=False) == 299
+    assert through("GET", "/", host="[") == 400
     for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
         assert through("GET", "/", host=host) == 299
     join = {"method": "POST", "path": API + "queue/join", "body": b"{}"}

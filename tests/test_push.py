@@ -12,7 +12,7 @@ from huggingface_hub.utils import close_session
 from safetensors.torch import save_file
 
 from scorefield import cli
-from scorefield.atomic import whole_folder
+from scorefield.atomic import MARKER, whole_folder
 
 NAME = "me/mugs-in-one-step"
 CARD = """---
@@ -45,7 +45,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        self.answer({"error": "not found"}, 404)
+        self.answer({"id": NAME, "private": self.server.private, "tags": [], "siblings": []})
 
     def do_POST(self):
         body, server = self.body(), self.server
@@ -82,7 +82,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.files, server.asked, server.tokens, server.commits = {}, [], set(), 0
-    server.made, server.refuses = None, ""
+    server.made, server.refuses, server.private = None, "", True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
@@ -190,6 +190,33 @@ def test_a_folder_without_a_card_gets_one_with_the_figures_of_the_run(hub, tmp_p
     assert str(tmp_path) not in card
 
 
+def test_a_repository_that_is_public_already_is_refused_where_a_private_one_is_asked_for(hub, tmp_path, capsys):
+    hub.private = False
+    assert push(make_run(tmp_path), "--to", NAME, "--private") == 1
+    assert "it is there already, and public" in capsys.readouterr().err
+    assert not hub.commits
+
+
+def test_no_place_of_this_machine_is_told(hub, tmp_path, capsys):
+    data = tmp_path / "my" / "photos"
+    data.mkdir(parents=True)
+    body = CARD.replace("# A student", f"- data: {data}\n# A student")
+    run = make_run(tmp_path, base=f"[{tmp_path}/teacher, a/b]", card=body)
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**options, "data": str(data)}))
+    with whole_folder(run / "student") as folder:
+        save_file({"weight": torch.arange(4.0)}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": str(tmp_path), "width": 8}))
+        (folder / "README.md").write_text(body.replace("BASE", f"[{tmp_path}/teacher, a/b]"))
+    assert push(run, "--to", NAME) == 0
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+    assert b"- data: photos" in hub.files["README.md"]
+    assert json.loads(hub.files["config.json"]) == {"width": 8}
+    (run / "student" / "README.md").write_text(f"---\nlicense: mit\n---\nlearned from {data}\n")
+    assert push(run, "--to", NAME) == 2
+    assert f"names {data}, which is on this machine. Take it out." in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(hub, tmp_path, capsys):
     run = make_run(tmp_path)
     assert push(run, "--to", NAME, "--dry-run") == 0
@@ -205,11 +232,15 @@ def test_what_the_run_did_not_write_stays_at_home(hub, tmp_path, capsys):
     secret.write_text("password")
     (run / "student" / "notes.txt").write_text("mine")
     (run / "student" / "link.txt").symlink_to(secret)
+    listed = json.loads((run / "student" / MARKER).read_text())
+    listed["files"]["key.json"] = "no file"  # a crafted folder may list anything
+    (run / "student" / MARKER).write_text(json.dumps(listed))
+    (run / "student" / "key.json").symlink_to(secret)
     (run / "student" / "README.md").unlink()
     (run / "student" / "README.md").symlink_to(secret)
     assert push(run, "--to", NAME) == 0
     assert "notes.txt" in capsys.readouterr().out
-    assert not {"notes.txt", "link.txt", ".scorefield.json"} & set(hub.files)
+    assert not {"notes.txt", "link.txt", "key.json", ".scorefield.json"} & set(hub.files)
     assert not any(b"password" in content for content in hub.files.values())
 
 

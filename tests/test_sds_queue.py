@@ -51,6 +51,7 @@ def test_a_table_has_its_prompts_in_a_column(tmp_path):
 def test_two_prompts_never_share_a_folder():
     prompts = ("a red mug", "A red mug", "a red, mug", "a  red mug", "\u7ea2", "\u7eff", 70 * "a", 80 * "a")
     names = [slug(prompt) for prompt in prompts]
+    assert len({slug(prompt) for prompt in ("a red mug", "a-red mug", "a-red-mug")}) == 3
     assert len(set(names)) == len(names)
     assert names[0] == "a-red-mug"
     assert all(name and len(name) <= 67 and not name.startswith("-") for name in names)

@@ -61,6 +61,13 @@ def test_weights_without_measure_are_those_of_a_lost_scene():
             check_weights(scene, 7)
 
 
+def test_a_weight_that_is_nan_behind_others_is_seen():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    network[1].bias.data[1] = float("nan")
+    with pytest.raises(LostSceneError, match="its largest weight is nan"):
+        check_weights(network, 7)
+
+
 def test_opacity_is_that_of_the_whole_cube_and_draws_nothing():
     state = torch.random.get_rng_state()
     assert opacity_all_round(filled(-1e3)) == 0

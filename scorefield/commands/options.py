@@ -127,7 +127,7 @@ class Push:
     to: str = ""
     """Name of the repository, as owner/name. It is made if it is not there; files of equal names are replaced."""
     private: bool = False
-    """Let nobody else see a repository that is made."""
+    """Make a new repository private, and refuse one that is public already."""
     licence: str = ""
     """Licence for the card, such as apache-2.0. By default that of the teacher's own card, if it is here."""
     dry_run: bool = False

@@ -24,12 +24,14 @@ MOST_MESH = 2**26
 """Bytes of the largest mesh that is shown."""
 
 NO_STUDENT = (
-    "No student is here. `scorefield distill toyworld-1step --out runs/toy` makes one in half an hour of a core, "
-    "and `scorefield play --student runs/toy/student` shows it beside its teacher."
+    "No student is loaded. `scorefield distill toyworld-1step --out runs/toy` makes one in half an hour of a "
+    "core, and `scorefield play --student runs/toy/student` shows it beside its teacher."
 )
-NO_CONTROL = "No adapter is here. `scorefield control` makes one, and `scorefield play --control FOLDER` shows it."
+NO_CONTROL = (
+    "No adapter is loaded. `scorefield control` makes one, and `scorefield play --control FOLDER` shows it."
+)
 NO_SCENE = (
-    'No scene is here. `scorefield sds toyworld "a red mug" --out runs/mug` makes one in minutes, and '
+    'No scene is loaded. `scorefield sds toyworld "a red mug" --out runs/mug` makes one in minutes, and '
     "`scorefield play --scene runs/mug` shows it."
 )
 

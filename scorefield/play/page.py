@@ -110,7 +110,7 @@ def control_tab(models: Models) -> None:
                 label="or a picture, in place of the drawing", sources=["upload"], type="filepath", height=280,
                 buttons=[], interactive=True,
             )  # fmt: skip
-            kind = gr.Radio([EDGES, AS_IS], value=EDGES, label="What an uploaded picture is followed by")
+            kind = gr.Radio([EDGES, AS_IS], value=EDGES, label="What to take from the upload")
             low = gr.Slider(0, 1000, 100, step=10, label="Canny's lower threshold")
             high = gr.Slider(0, 1000, 200, step=10, label="Canny's higher threshold")
         with gr.Column(min_width=280):
@@ -193,7 +193,7 @@ def scene_tab(models: Models, folder: Path) -> None:
         return
     own = folder / "scene.glb"
     shutil.copyfile(models.mesh, own)
-    gr.Markdown("Drag to turn, scroll to come nearer.")
+    gr.Markdown("Drag to turn, scroll to zoom.")
     gr.Model3D(str(own), label=models.notes["scene"], height=520, interactive=False, buttons=[])
 
 
@@ -212,7 +212,7 @@ def numbers(models: Models, steps: int) -> list[Any]:
     with gr.Column(min_width=240):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         calls = gr.Slider(1, MOST_STEPS, min(steps, MOST_STEPS), step=1, label="Steps of the teacher")
-        guidance = gr.Slider(0, 15, models.guidance, step=0.5, label="Guidance")
+        guidance = gr.Slider(0, max(15.0, models.guidance), models.guidance, step=0.5, label="Guidance")
     return [seed, calls, guidance]
 
 

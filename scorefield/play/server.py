@@ -96,11 +96,14 @@ class Door:
     def fault(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         """Return status and sentence for a request that is refused by its head alone."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        origin = headers.get("origin", "")
+        try:
+            name, asker = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc
+        except ValueError:  # such as of a bracket that does not close
+            return 400, "The request names no host."
         if self.local and name not in LOOPBACK:
             return 421, "This page is served to this machine alone."
-        origin = headers.get("origin", "")
-        if method == "POST" and origin and urlsplit(origin).netloc != host:
+        if method == "POST" and origin and asker != host:
             return 403, "Requests of other sites are refused."
         read = "GET" if method == "HEAD" else method
         if path == API + "upload" and kept(self.folder) > MOST_KEPT:
@@ -131,7 +134,8 @@ async def checked_body(receive: Receive, path: str, most: int) -> tuple[Receive,
         if message["type"] != "http.request":
             return receive, (400, "The request was cut off.")
         part = message.get("body", b"")
-        parts, length, more = [*parts, part], length + len(part), message.get("more_body", False)
+        parts.append(part)
+        length, more = length + len(part), message.get("more_body", False)
         if length > most:
             return receive, (413, f"At most {most // 2**20} MB are taken at a time.")
     body = b"".join(parts)

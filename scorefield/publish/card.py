@@ -35,20 +35,24 @@ def finished_card(result: Result, name: str, licence: str = "") -> str:
     except Exception as error:  # of whatever parser the library has
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{result.folder / CARD}: its header cannot be read ({said}). Mend it.") from error
-    if result.edited and not licence:
-        return str(card)
     data: Any = card.data  # of a model, which has fields that other cards have not
-    _set_licence(data, licence or _licence_of(result))
-    if result.edited:
-        return str(card)
-    base = data.base_model
-    if isinstance(base, str) and (base.count("/") != 1 or base.startswith((".", "/", "~")) or _place_of(base)):
+    if not result.edited or licence:
+        _set_licence(data, licence or _licence_of(result))
+    bases = data.base_model if isinstance(data.base_model, list) else [data.base_model]
+    if any(isinstance(base, str) and _is_here(base) for base in bases):
         data.base_model = None
+    if result.edited:
+        if found := next((place for place in _places(result) if place in str(card)), None):
+            raise ValueError(f"{result.folder / CARD} names {found}, which is on this machine. Take it out.")
+        return str(card)
     parts = [card.text.rstrip(), *_measured(result)]
     if result.picture is not None:
         parts.append(f"## Samples\n\n![what it draws]({SHOWN})")
     card.text = "\n\n".join(parts) + "\n"
-    return str(card)
+    told = str(card)
+    for place in _places(result):  # such as that of the data; what it is called says enough
+        told = told.replace(place, Path(place).name)
+    return told
 
 
 def _plain_card(name: str) -> str:
@@ -60,6 +64,20 @@ hf download {name} --local-dir {name.rpartition("/")[2]}
 scorefield sample --teacher {name.rpartition("/")[2]} --num-images 16
 ```"""
     return f"---\n{data}\n---\n{usage}\n"
+
+
+def _is_here(base: str) -> bool:
+    return base.count("/") != 1 or base.startswith((".", "/", "~")) or _place_of(base) is not None
+
+
+def _places(result: Result) -> list[str]:
+    """Return paths that a card must not hold: those that the run was told, and the user's home; longest first."""
+    places = {str(Path.home()), str(result.folder.resolve().parent)}
+    if result.run is not None:
+        options = Folder(result.run.resolve(), str(result.run)).object("config.json")
+        told = (value for value in options.values() if isinstance(value, str))
+        places |= {value for value in told if "/" in value and Path(value).exists()}
+    return sorted(places - {"/"}, key=len, reverse=True)
 
 
 def _set_licence(data: Any, licence: str) -> None:

@@ -64,6 +64,8 @@ def find_result(place: Path) -> Result:
             "a folder of save_slider or save_student."
         )
     others = dict(foreign(folder))
+    # A link is never followed, whatever the folder's own list says of it: it may lead to a key of the user's.
+    others |= {path.relative_to(folder).as_posix(): "is a link" for path in folder.rglob("*") if path.is_symlink()}
     changed = [name for name, why in others.items() if "changed" in why and name != CARD]
     if changed:
         raise ValueError(
