@@ -43,7 +43,7 @@ class Critic(nn.Module):
 
     @property
     def heard(self) -> tuple[nn.Module, ...]:
-        """What it listens to, which ``compile_network`` leaves open."""
+        """Modules that it listens to, which ``compile_network`` leaves open."""
         return (self.network.get_submodule(self.bottleneck),)
 
     def forward(self, *args: Any, **cond: Tensor) -> tuple[Tensor, Float[Tensor, " b"]]:

@@ -20,7 +20,8 @@ from distill.consistency import Consistency
 from distill.regression import squared_error
 from scorefield.denoiser import Cond
 from scorefield.randomness import Rng, normal_like
-from scorefield.schedule import Images, PerSample, Schedule, per_sample
+from scorefield.sampling import mix
+from scorefield.schedule import Images, PerSample, Schedule
 from scorefield.training.loop import EMA
 
 WARMUP = 20
@@ -110,8 +111,9 @@ class Progressive(Consistency):
         end = (schedule.alpha(s).where(~clean, 1.0), schedule.sigma(s).where(~clean, 0.0))
         x_mid = moved(x_t, denoiser(x_t, t, cond).to(x_t.dtype), start, half)
         x_s = moved(x_mid, denoiser(x_mid, mid, cond).to(x_t.dtype), half, end)
-        keep = end[1] / start[1]
-        return (x_s - per_sample(keep, x_t) * x_t) / per_sample(end[0] - keep * start[0], x_t)
+        keep = end[1] / start[1]  # DDIM's step, solved for the image
+        share = end[0] - keep * start[0]
+        return mix(x_s, 1 / share, x_t, -keep / share)
 
 
 Level = tuple[PerSample, PerSample]
@@ -121,7 +123,7 @@ Level = tuple[PerSample, PerSample]
 def moved(x_t: Images, x0: Images, start: Level, end: Level) -> Images:
     """Return DDIM's deterministic step from one noise level to another (arXiv 2202.00512, Eq. 8)."""
     keep = end[1] / start[1]
-    return per_sample(keep, x_t) * x_t + per_sample(end[0] - keep * start[0], x_t) * x0
+    return mix(x_t, keep, x0, end[0] - keep * start[0])
 
 
 class StageTeacher(EMA):

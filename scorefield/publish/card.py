@@ -11,9 +11,6 @@ from scorefield.report.page import read_run
 from scorefield.report.summary import Figure
 from scorefield.shipped import shipped
 
-UNKNOWN = "that-of-the-base-model"
-"""License name of a card whose maker did not know the base's."""
-
 
 def finished_card(result: Result, name: str, licence: str = "") -> str:
     """Return the card: header and text of the one that lies there, figures of the run and a picture behind it.
