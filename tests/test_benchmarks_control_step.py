@@ -35,6 +35,7 @@ def _small_networks(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_it_reports_every_contender(tmp_path, capsys):
     result = control_step.main(replace(TINY, out=tmp_path / "new" / "control.json"))
     assert json.loads((tmp_path / "new" / "control.json").read_text()) == result

@@ -160,7 +160,7 @@ def test_a_killed_run_sees_the_same_numbers_and_ends_in_the_same_weights(
     assert_same(tensors(out / "controlnet"), tensors(tmp_path / "cut" / "controlnet"))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_on_any_number_of_ranks_the_same_batches_are_drawn(place, whole, tmp_path, monkeypatch, num_ranks):
     noting(monkeypatch, lambda index, batch: log(tmp_path, index, numbers(batch)))
     config = config_of(place, tmp_path / "ranks", steps=8 // num_ranks)

@@ -29,7 +29,10 @@ def make_validation(world, hint):
     return Validation(probe=probe, judge=make_judge(task))
 
 
-@pytest.mark.parametrize("name", ANNOTATORS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("canny", "palette", "tile") else pytest.mark.slow)
+    for name in ANNOTATORS
+])  # fmt: skip
 def test_what_does_not_look_at_the_hint_does_not_pass(world, name):
     validation = make_validation(world, ANNOTATORS[name])
     images = validation.probe.images

@@ -194,7 +194,10 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", OWN)
+@pytest.mark.parametrize("mistake", [
+    pytest.param(one, marks=pytest.mark.slow if one in ("x0 for flow", "linear for cosine", "v for eps") else ())
+    for one in OWN
+])  # fmt: skip
 def test_without_data_the_own_samples_show_that_something_is_wrong(mistake):
     found = ask(MISTAKES[mistake][1](), None, noise=torch.randn(16, 3, 8, 8, generator=seeded(1)))
     assert found.own

@@ -120,6 +120,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_evaluation_draws_what_our_sampler_draws_under_our_guidance(trained, tmp_path):
     """Z-Image's pipeline counts guidance from 0, and draws 1024 pixels unless it is told."""
     torch.manual_seed(1)

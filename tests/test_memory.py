@@ -78,8 +78,10 @@ def test_activations_are_those_that_saved_tensor_hooks_then_see(name, wide, side
     assert found.most > found.kept > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize(("name", "checkpointing"), [
+    ("sd", True), ("flux", False),
+    pytest.param("sd", False, marks=pytest.mark.slow), pytest.param("flux", True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_so_are_those_of_a_lora_in_bf16(name, checkpointing):
     """The frozen layers keep no inputs, and autocast's copies of the low-rank weights are kept."""
     made = []

@@ -276,7 +276,7 @@ def test_what_is_no_teacher_is_refused(own_module, name, message):
         load_teacher(name)
 
 
-@pytest.fixture(params=["no", "bf16"])
+@pytest.fixture(params=["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def precision(request):
     AcceleratorState._reset_state(True)  # a process knows one
     yield request.param

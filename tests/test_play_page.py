@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -140,7 +141,9 @@ class Served:
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     server = Served(folder, "--steps", "4")
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))  # where the client puts what it downloads
+        yield server
     assert server.end() == 128 + signal.SIGTERM
     assert not list(folder.glob("scorefield-play-*")), "what was drawn is gone"
     assert "Traceback" not in "".join(server.said), "".join(server.said)
@@ -237,6 +240,7 @@ def test_a_drawing_and_a_picture_control_what_is_drawn(served, tmp_path):
     assert 0 < (picture(found)[..., 0] > 0).mean() < 0.2
 
 
+@pytest.mark.slow
 def test_two_users_at_once_get_what_they_asked_for(served):
     wanted = [served.client().predict("a red mug", seed, 4, 3.0, api_name="/draw")[0] for seed in (1, 2)]
     jobs = [

@@ -36,22 +36,23 @@ class InOneStep(nn.Module):
 
     def forward(self, x, t):
         out = torch.empty_like(x)
-        for row, time in enumerate(t.double().tolist()):
-            here = int((self.path - time).abs().argmin())
-            x_t, teacher, step = x[row : row + 1], gaussian(self.schedule), ddim()
+        for time in t.unique():
+            here = int((self.path - time.double()).abs().argmin())
+            rows = t == time
+            x_t, teacher, step = x[rows], gaussian(self.schedule), ddim()
             end = here + 2**self.halvings
             moving = x_t
             for k in range(here, end):
-                u = self.path[k : k + 1]
+                u = self.path[k : k + 1].expand(len(x_t))
                 if k + 1 == len(self.path):
                     moving = teacher(moving, u, {})  # the last step lands on the clean image
                 else:
-                    moving = step(teacher, moving, u, self.path[k + 1 : k + 2], {}, None)
+                    moving = step(teacher, moving, u, self.path[k + 1 : k + 2].expand(len(x_t)), {}, None)
             alpha, sigma = float(self.schedule.alpha(self.path[here])), float(self.schedule.sigma(self.path[here]))
             clean = end == len(self.path)
             alpha_s = 1.0 if clean else float(self.schedule.alpha(self.path[end]))
             sigma_s = 0.0 if clean else float(self.schedule.sigma(self.path[end]))
-            out[row] = (moving - sigma_s / sigma * x_t) / (alpha_s - sigma_s / sigma * alpha)
+            out[rows] = (moving - sigma_s / sigma * x_t) / (alpha_s - sigma_s / sigma * alpha)
         return out + self.error
 
 

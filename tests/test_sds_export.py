@@ -151,7 +151,7 @@ def test_of_two_ways_to_colour_the_mesh_the_one_like_the_pictures_is_taken(tmp_p
     assert report["mesh_versus_render"]["psnr"] == pytest.approx(max(own, *seen), abs=1e-9)
 
 
-@pytest.mark.parametrize("texture", [0, 64])
+@pytest.mark.parametrize("texture", [0, pytest.param(64, marks=pytest.mark.slow)])
 def test_an_export_is_replaced_by_the_next_and_is_the_same(tmp_path, texture):
     choices, files = replace(SMALL, texture=texture, faces=200), (*FILES, *(TEXTURE_FILES if texture else ()))
     first = export(Ball().scene(), tmp_path / "a", choices)

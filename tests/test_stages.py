@@ -99,7 +99,9 @@ def test_the_student_is_asked_where_the_noise_is_moderate(finished):
     assert json.loads((finished / "config.json").read_text())["gan_weight"] == 0.03
 
 
-@pytest.mark.parametrize(("name", "step", "resumed"), [("warm-up", 5, 4), ("fake", 7, 4), ("fake", 2, 0)])
+@pytest.mark.parametrize(("name", "step", "resumed"), [
+    ("warm-up", 5, 4), ("fake", 7, 4), pytest.param("fake", 2, 0, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_killed_in_any_stage_resumes_to_the_same_weights(
     tmp_path, teacher, finished, monkeypatch, capsys, name, step, resumed
 ):
@@ -134,7 +136,7 @@ def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, te
     assert "half" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [6, 11])
+@pytest.mark.parametrize("step", [6, pytest.param(11, marks=pytest.mark.slow)])
 def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, drifted, monkeypatch, step):
     with monkeypatch.context() as patch:
         kill(patch, "fake", step)

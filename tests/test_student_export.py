@@ -110,7 +110,7 @@ SLOW = [
     (family, steps, kind)
     for family, steps, kind in CASES
     if (kind in ("fused", "merged") and family in ("sdxl", "sd3", "toyworld")) or (family == "sd3" and steps == 1)
-]
+] + [("toyworld", 1, "lora"), ("sd2", 4, "lora")]
 """What differs from another case by its family alone."""
 
 

@@ -178,6 +178,7 @@ def test_text_encoders_are_gone_before_the_training(root, tmp_path, monkeypatch)
     assert alive == [before]
 
 
+@pytest.mark.slow
 def test_a_size_of_its_own_is_exported(root, tmp_path):
     """At 24 x 24 in place of 16 x 16; here the rates are measured, without pairs."""
     changes = {"size": 24, "steps": 2, "warmup_steps": 0, "accumulate": 3, **PLAIN}

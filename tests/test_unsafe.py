@@ -191,12 +191,15 @@ def test_a_scheduler_that_diffusers_does_not_have_is_refused(folder, name):
 def test_no_code_of_a_folder_is_imported(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        (place / "payload.py").write_text("raise AssertionError('imported')")
+        (place / "payload_of_a_folder.py").write_text("raise AssertionError('imported')")
     for config in ("unet/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
-        edit(folder / config, auto_map={"AutoModel": "payload.Model", "AutoTokenizer": ["payload.T", None]})
+        edit(
+            folder / config,
+            auto_map={"AutoModel": "payload_of_a_folder.Model", "AutoTokenizer": ["payload_of_a_folder.T", None]},
+        )
     load_teacher(folder, cache=tmp_path / "cache").prompts(["a"])
     evaluate_toyworld.load_pipeline(folder, "cpu")
-    assert "payload" not in sys.modules
+    assert "payload_of_a_folder" not in sys.modules
 
 
 # Weights that are not what is described, or not finite.
