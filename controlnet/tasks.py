@@ -19,7 +19,7 @@ from controlnet.options import TaskOptions
 from controlnet.samples import Pictures, Samples, load_pictures
 from scorefield.cache import Content, hash_of
 from scorefield.data.buckets import Shape
-from scorefield.data.pictures import PLAIN, Kind
+from scorefield.data.pictures import FORMATS, PLAIN, Kind
 from scorefield.shipped import shipped, ships
 
 ANNOTATORS: Mapping[str, Hint] = {
@@ -157,7 +157,7 @@ def load_task(
 def check_distances(pictures: Pictures, name: str) -> None:
     """Raise ``ValueError`` for a map of 8 bits: distances, or a picture of them in which near is white?"""
     picture = pictures.rows[0].maps[name]
-    with Image.open(io.BytesIO(picture.read())) as file:
+    with Image.open(io.BytesIO(picture.read()), formats=FORMATS) as file:
         if file.mode in PLAIN[1]:
             raise ValueError(
                 f"{picture.name} has 8 bits, so it may be a picture of distances. Say --hint-kind image to show "

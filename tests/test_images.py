@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 import scorefield.commands.teacher as train_teacher
 from scorefield.commands.options import TrainTeacher
 from scorefield.data.images import ImageSet, load_images
 from scorefield.data.options import DataOptions
-from scorefield.data.pictures import open_image
+from scorefield.data.pictures import is_turned, open_image, size_of
 
 RNG = np.random.RandomState(0)
 
@@ -359,3 +359,19 @@ def test_random_crops_and_flips_come_from_the_generator():
     corners = torch.where(rising, one[:, 0, 0, 0], one[:, 0, 0, -1]) * 36 * 36
     assert set((corners.round() % 36).tolist()) == {0, 1, 2, 3, 4}
     assert set((corners.round() // 36).tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.jpg"])
+def test_a_format_that_starts_another_program_is_no_picture(tmp_path, monkeypatch, name):
+    """PostScript is drawn by Ghostscript, whatever its file is named as."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    for number in range(1, 4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / name).write_bytes(header)
+    assert Image.open(tmp_path / name).format == "EPS"
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as a picture: it begins with b'%!PS-Adobe-"):
+        load(tmp_path, size=16)
+    for read in (open_image, size_of, is_turned):
+        with pytest.raises((ValueError, UnidentifiedImageError)):
+            read(header)

@@ -25,6 +25,9 @@ PLAIN = {1: ("L", "1"), 3: ("RGB", "P")}
 NUMBERS = ("1", "L", "P", "I", "F")
 """Modes of one number a pixel; those of 16 bits all begin with I;16."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
+"""What is read, told by content and never by a name. Pillow knows more, of which EPS starts another program."""
+
 MEANING = {
     "L": "greyscale", "1": "black and white", "P": "of a palette", "RGB": "in colour", "F": "of 32-bit floats",
     "I": "of 32-bit integers",
@@ -48,7 +51,7 @@ def _opened(data: bytes) -> tuple[str | None, Image.Image]:
     # Format and upright picture.
     what = "cannot be read as a picture"
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             file.load()
             what = "has an Exif block that cannot be read; save it without"
             ImageOps.exif_transpose(file, in_place=True)  # a copy of a photograph takes 50 MB
@@ -62,7 +65,7 @@ def _opened(data: bytes) -> tuple[str | None, Image.Image]:
 
 def is_turned(data: bytes) -> bool:
     """Return whether a picture's Exif tag says that it lies otherwise than its pixels do."""
-    with Image.open(io.BytesIO(data)) as file:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         return file.getexif().get(ORIENTATION) in range(2, 9)
 
 
@@ -74,7 +77,7 @@ def in_few_threads(decode: Callable[[], T], *files: bytes) -> T:
 def _num_pixels(data: bytes) -> int:
     # By its header; 0 for what is no picture, of which whoever decodes it will tell.
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             return file.width * file.height
     except Exception:
         return 0
@@ -82,7 +85,7 @@ def _num_pixels(data: bytes) -> int:
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Height and width of a picture as it lies by its Exif tag; read of its header alone."""
-    with Image.open(io.BytesIO(data)) as file:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         width, height = file.size
         return (width, height) if file.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
 
@@ -103,7 +106,7 @@ def open_frames(data: bytes, most: int, pixels: int) -> list[Image.Image]:
     together.
     """
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             number = getattr(file, "n_frames", 1)
             if number * file.width * file.height > pixels:
                 raise ValueError(f"{number} frames of {file.width} x {file.height}, above {pixels:,} pixels")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from scorefield.data.pictures import open_frames, open_image
+from scorefield.data.pictures import FORMATS, open_frames, open_image
 from scorefield.report.folder import Folder
 
 MOST_BYTES = 2**25
@@ -80,7 +80,7 @@ def _check(data: bytes, kind: str) -> None:
     if not any(data.startswith(first) and found == kind for first, found in KINDS.items()):
         raise ValueError(f"is no {kind.upper()} file: it begins with {data[:8]!r}.")
     try:
-        with Image.open(io.BytesIO(data)) as file:  # of its header alone
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:  # of its header alone
             width, height = file.size
     except Exception as error:  # of Pillow, a dozen kinds
         raise ValueError(f"cannot be read as a picture: {error or type(error).__name__}.") from error
