@@ -10,8 +10,10 @@ import tyro
 from scorefield.choices import Kind, LongPrompts, OnBadData, Quantize
 from scorefield.training.options import (
     LoadOptions,
+    Passes,
     RunOptions,
     check_init_from,
+    check_micro_batch,
     check_numbers,
     check_quantize,
     check_run,
@@ -140,7 +142,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TaskOptions, Adapter, WatchOptions, LoadOptions, RunOptions):
+class Config(TaskOptions, Adapter, WatchOptions, LoadOptions, Passes, RunOptions):
     """Train a ControlNet, and prove that control was learned."""
 
     results: ClassVar[tuple[str, ...]] = ("controlnet", "report.json", "samples.png")
@@ -156,7 +158,7 @@ class Config(TaskOptions, Adapter, WatchOptions, LoadOptions, RunOptions):
     steps: int = 10_000
     """Number of iterations."""
     batch_size: int = 4
-    """Images per micro-batch and process."""
+    """Images per batch and process."""
     clip_norm: float = 1.0
     """Largest norm of the gradient. A larger gradient is scaled down to it."""
 
@@ -240,6 +242,7 @@ def check_watch(options: Any) -> None:
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or missing."""
     check_run(config)
+    check_micro_batch(config)
     check_init_from(config.init_from, config.out)
     check_watch(config)
     check_numbers(

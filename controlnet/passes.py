@@ -15,6 +15,7 @@ from scorefield.models.quantize import outlined
 from scorefield.models.teacher import Teacher
 from scorefield.schedule import RectifiedFlow
 from scorefield.training.memory import Activations, Pass, predicted
+from scorefield.training.options import images_per_pass
 
 
 def shape_of(teacher: Teacher) -> Teacher:
@@ -53,11 +54,12 @@ def predicted_passes(
     if config.unlocked:
         unlock(denoiser)
     networks = [base, adapter]
+    number = images_per_pass(config)
     with torch.device("meta"):
-        given = {name: torch.cat([value.to("meta")] * config.batch_size) for name, value in cond.items()}
-        x_t = torch.zeros(config.batch_size, *teacher.shape)
-        pictures = torch.zeros(config.batch_size, adapter.channels, *teacher.size)
-        t = torch.full((config.batch_size,), 0.5)
+        given = {name: torch.cat([value.to("meta")] * number) for name, value in cond.items()}
+        x_t = torch.zeros(number, *teacher.shape)
+        pictures = torch.zeros(number, adapter.channels, *teacher.size)
+        t = torch.full((number,), 0.5)
     held = replace(denoiser, hint=pictures if isinstance(adapter, EncoderCopy) else x_t)
     runs = {"update of the adapter": Pass(lambda: held(x_t, t, given).float())}
     if not isinstance(adapter, EncoderCopy):

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from controlnet.adapter import ControlledDenoiser, EncoderCopy, calibrate, copy_encoder, unet_of
-from controlnet.data import ControlBatches
+from controlnet.batches import first_hints, foresee, make_batches, settle_passes
 from controlnet.evidence import Validation
 from controlnet.evidence_log import Evidence, EvidenceLog, likely_causes
 from controlnet.export import contact_sheet, model_card, save_adapter, usage_of
 from controlnet.initial import start_from
 from controlnet.options import Config, check
 from controlnet.passes import predicted_passes, shape_of
-from controlnet.samples import Pictures
 from controlnet.tasks import Task, load_task
 from controlnet.training import ALL_TIMES, adamw, compile_lightly, control_phase, lighten, unlock, with_weights
 from controlnet.transformers import (
@@ -43,30 +42,27 @@ from controlnet.transformers import (
 )
 from controlnet.watch import ControlWatch, fingerprint_of, make_report, make_validation
 from scorefield.atomic import whole_file
-from scorefield.cache import TensorCache, fingerprint
-from scorefield.data.buckets import Buckets, Shape, bucket_shapes
+from scorefield.cache import fingerprint
+from scorefield.data.buckets import Shape, bucket_shapes
 from scorefield.denoiser import NetworkDenoiser, freeze, unwrap
 from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.networks import DiffusersNetwork
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
 from scorefield.models.quantize import count_weights, stored_weights
-from scorefield.models.teacher import Teacher, load_teacher, named_folder
+from scorefield.models.teacher import Teacher, load_teacher
 from scorefield.progress import working
 from scorefield.randomness import derived_generator
 from scorefield.report.write import add_page
 from scorefield.times import TimeSampler, logit_normal, shifted
 from scorefield.training.identity import check_options, identity
-from scorefield.training.latents import Latents, Memory
 from scorefield.training.launcher import has_gpu
 from scorefield.training.loop import EMA, Phase
-from scorefield.training.run import cosine, cut, fit, resume, show_plan, start
+from scorefield.training.micro_batch import best_device, room_for
+from scorefield.training.run import cosine, cut, fit, resume, roles_of, show_plan, start
 from scorefield.training.sharding import sharding_of, whole
 
 Adapter = EncoderCopy | TransformerCopy | ControlLoRA
-
-CALIBRATE_BY = 32
-"""Hints of training samples that an embedding is calibrated by."""
 
 
 def main(config: Config) -> Path:
@@ -76,10 +72,7 @@ def main(config: Config) -> Path:
     log.read()  # of a run that is resumed: better refused now than at the first look
     began = time.perf_counter()
     torch.manual_seed(config.seed)
-    config = replace(
-        config, cache=config.cache or default_cache_folder().parent,
-        eval_batch_size=config.eval_batch_size or config.batch_size,
-    )  # fmt: skip
+    config = replace(config, cache=config.cache or default_cache_folder().parent)
     if config.dry_run:
         return plan(config)
     accelerator = start(config)
@@ -88,13 +81,15 @@ def main(config: Config) -> Path:
     begun_from = start_from(config, teacher, adapter)
     inputs = checked_inputs(config, task, begun_from, accelerator)
     teacher = with_idle_codec(config, adapter, encode_captions(teacher, task, accelerator))
-    batches, held_out = make_batches(config, teacher, task, accelerator)
     if config.calibrate and begun_from is None and isinstance(adapter, EncoderCopy):
-        calibrate(adapter, batches.examples(batches.alike(CALIBRATE_BY))["hint"])
-    own = identity(config, accelerator, {**inputs, "base": frozen_base(config, teacher)})
+        calibrate(adapter, first_hints(config, teacher, task, accelerator))
+    inputs["base"] = frozen_base(config, teacher)
     denoiser = make_denoiser(config, teacher, adapter, accelerator)
     phase = make_phase(config, denoiser, training_times(teacher))
     assert phase.ema is not None
+    config = settle_passes(config, teacher, task, phase, accelerator)
+    batches, held_out = make_batches(config, teacher, task, accelerator)
+    own = identity(config, accelerator, inputs)
     averaged = with_weights(denoiser.unwrapped(), phase.ema.network)
     untouched = untrained(denoiser.unwrapped(), phase.network)
     looked, tested = range(config.eval_samples), range(config.eval_samples, len(task.held_out))
@@ -143,9 +138,7 @@ def plan(config: Config) -> Path:
     with tempfile.TemporaryDirectory() as nowhere:
         teacher, task = load(replace(config, cache=Path(nowhere), quantize="no"), None)
         cond = {name: value.cpu() for name, value in teacher.prompts([""]).items()}
-    plain, gpu = replace(config, quantize="no"), has_gpu()
-    shape = shape_of(teacher)
-    passes = predicted_passes(config, shape, make_adapter(plain, shape, task), cond, gpu=gpu)
+    plain, shape, rounded = replace(config, quantize="no"), shape_of(teacher), {"teacher": config.quantize}
     network, adapter = teacher.denoiser.network, make_adapter(plain, teacher, task)
     start_from(config, teacher, adapter)
     freeze_base(plain, network)
@@ -154,8 +147,11 @@ def plan(config: Config) -> Path:
     if isinstance(teacher.codec, Codec) and not waits(config, adapter):
         networks["autoencoder"] = teacher.codec.vae
     before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
-    rounded = {"teacher": config.quantize}
-    show_plan(config, networks, {"adapter": config.steps}, before, passes=passes, rounded=rounded)
+    config, passes, said = foresee(
+        config, lambda one: predicted_passes(one, shape, make_adapter(plain, shape, task), cond, gpu=has_gpu()),
+        roles_of(config, networks, rounded), room_for(best_device(), networks),
+    )  # fmt: skip
+    show_plan(config, networks, {"adapter": config.steps}, before, passes=passes, rounded=rounded, said=said)
     return config.out
 
 
@@ -282,39 +278,6 @@ def unrounded(config: Config) -> NetworkDenoiser:
             config.teacher, size=config.size or None, allow_pickle=config.allow_pickle,
             variant=config.variant or None,
         ).denoiser  # fmt: skip
-
-
-def make_batches(
-    config: Config, teacher: Teacher, task: Task, accelerator: Accelerator
-) -> tuple[ControlBatches, ControlBatches]:
-    """Those to train on, and those to judge by; their latents are kept."""
-    codec, source = teacher.codec, teacher.source
-    assert codec is not None
-    on_means = source is not None and source.resolve() == Path(named_folder("toyworld")).resolve()
-    sampled = config.latents == "sampled" or (config.latents == "auto" and not on_means)
-    cache = None
-    if isinstance(codec, Codec) and config.crop == "center" and config.cache:
-        cache = TensorCache(config.cache / "latents", codec.identity())
-    latents = Latents(
-        lambda images: dict(zip(("mean", "std"), codec.posterior(images), strict=True)), cache, Memory(),
-        config.eval_batch_size,
-    )  # fmt: skip
-    samples, buckets = task.training, None
-    if config.buckets and isinstance(samples, Pictures):
-        samples = samples.in_full_buckets(config.batch_size)
-        buckets = Buckets(samples.shapes, config.batch_size)
-    training, held_out = (
-        ControlBatches(
-            samples=samples, hints=[task.hint], size=teacher.size, batch_size=batch_size, prompts=teacher.prompts,
-            null=teacher.negative(), latents=latents, sampled=sampled, prompt_drop=config.prompt_drop,
-            hint_drop=config.hint_drop, flip=config.flip, crop=config.crop, device=accelerator.device,
-            buckets=shapes,
-        )
-        for samples, batch_size, shapes in (
-            (samples, config.batch_size, buckets), (task.held_out, config.eval_batch_size, None)
-        )
-    )  # fmt: skip
-    return training, held_out
 
 
 def freeze_base(config: Config, network: nn.Module) -> None:

@@ -4,7 +4,13 @@ import math
 from collections.abc import Sequence
 
 from distill.options import ALONG_PATHS, IMAGE_PRESETS, PRESETS, Config
-from scorefield.training.options import check_init_from, check_numbers, check_quantize, check_run
+from scorefield.training.options import (
+    check_init_from,
+    check_micro_batch,
+    check_numbers,
+    check_quantize,
+    check_run,
+)
 
 TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative_prompt", "lora", "lora_rank", "lora_alpha",
@@ -21,6 +27,7 @@ LORA_ONLY = ("lora_rank", "lora_alpha", "kohya_keys", "quantize")
 def check(config: Config) -> None:
     """Raise ``ValueError`` for options that are out of range or contradict each other."""
     check_run(config)
+    check_micro_batch(config, smallest_pass(config.method))
     check_init_from(config.init_from, config.out)
     check_numbers(
         config,
@@ -65,6 +72,11 @@ def check(config: Config) -> None:
         check_texts(config)
     else:
         check_no_texts(config)
+
+
+def smallest_pass(method: str) -> int:
+    """Return how many images a method needs in a pass: f-distill divides by a mean over them."""
+    return 2 if method == "f-distill" else 1
 
 
 def check_method(config: Config) -> None:

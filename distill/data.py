@@ -20,6 +20,7 @@ from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
 from scorefield.training.latents import Latents, Memory
+from scorefield.training.options import images_per_pass
 
 PIXELS = 2**20
 """Encoded at a time: one image of 1024 x 1024, or 256 of 64 x 64."""
@@ -69,17 +70,18 @@ def student_batches(
     config: Config, teacher: Teacher, data: ImageSet | None, device: torch.device, num_ranks: int = 1
 ) -> Callable[[Rng], dict[str, Any]]:
     """Return a function that makes a batch: real images and their conditions, or without images random classes."""
+    number = images_per_pass(config)
 
     def conditions(rng: Rng) -> dict[str, Any]:
-        labels = torch.randint(max(1, teacher.num_classes), (config.batch_size,), generator=rng("labels"))
+        labels = torch.randint(max(1, teacher.num_classes), (number,), generator=rng("labels"))
         # Real images come with the teacher pairs, which are not made yet when the shapes are tried.
-        shape = (config.batch_size, *teacher.shape)
+        shape = (number, *teacher.shape)
         real = {"real": torch.zeros(shape, device=device)} if config.needs_images else {}
-        return {"cond": teacher.cond(labels.to(device)), "size": config.batch_size, **real}
+        return {"cond": teacher.cond(labels.to(device)), "size": number, **real}
 
     if data is None or config.reals == "teacher":
         return conditions
-    images = data.batches(config.batch_size, device, num_ranks)
+    images = data.batches(number, device, num_ranks)
 
     def real(rng: Rng) -> dict[str, Any]:
         batch = images(rng)

@@ -10,7 +10,7 @@ import tyro
 from scorefield.choices import LongPrompts, Quantize
 from scorefield.data.options import DataOptions
 from scorefield.training.launcher import has_gpu
-from scorefield.training.options import EvalOptions, LoadOptions, RunOptions
+from scorefield.training.options import EvalOptions, LoadOptions, Passes, RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,9 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOptions, EvalOptions, RunOptions):
+class Config(
+    Student, Matching, GAN, WarmUp, Guard, Texts, LoadOptions, DataOptions, EvalOptions, Passes, RunOptions
+):
     """Distil a diffusion teacher into a generator of one or a few steps (DMD2 and relatives, consistency)."""
 
     results: ClassVar[tuple[str, ...]] = ("student", "best", "best.json", "report.json", "beside_teacher.png")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from scorefield.times import between_ratios, uniform
 from scorefield.training import checkpoint
 from scorefield.training.loop import EMA, Phase
 from scorefield.training.offload import offload_state
+from scorefield.training.options import images_per_pass
 from scorefield.training.run import adamw, cosine
 
 Method = DMD | Consistency
@@ -62,10 +64,14 @@ SETTLED: Mapping[str, Any] = {"gan_weight": None, "bottleneck": None, "warmup_st
 """Options whose defaults depend on others, with the value that stands for the default."""
 
 
+def folders_of(config: Config) -> tuple[Path, Path]:
+    """Return the folders of the checkpoints of a run: of its main stage, and of its warm-up."""
+    return config.out / "checkpoints", config.out / "warm-up" / "checkpoints"
+
+
 def as_begun(config: Config) -> Config:
     """Keep the defaults that the run in ``--out`` began with, since --steps may have changed."""
-    places = (config.out / "checkpoints", config.out / "warm-up" / "checkpoints")
-    saved = next(filter(None, map(checkpoint.described, places)), {})
+    saved = next(filter(None, map(checkpoint.described, folders_of(config))), {})
     return replace(config, **{
         name: saved[name] for name, unset in SETTLED.items() if name in saved and getattr(config, name) == unset
     })  # fmt: skip
@@ -333,7 +339,8 @@ def teacher_pairs(
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
-                items=items, batch=min(256, 8 * config.batch_size), device=device, keep=keep, told=bar.update,
+                items=items, batch=min(256, 8 * images_per_pass(config)), device=device, keep=keep,
+                told=bar.update,
             )  # fmt: skip
 
     if config.shard > 1:

@@ -14,6 +14,7 @@ from distill.parts import uses_pairs
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.training.memory import Activations, Pass, predicted
+from scorefield.training.options import images_per_pass
 
 MOST_PAIRS = 256
 """Pairs that are made at a time at most; see ``parts.teacher_pairs``."""
@@ -41,7 +42,7 @@ def predicted_passes(
     if fake is not None:
         runs["update of the fake score"] = Pass(lambda: asked.fake(fake))
     if uses_pairs(config):
-        runs["teacher pairs"] = Pass(lambda: asked.pairs(min(MOST_PAIRS, 8 * config.batch_size)))
+        runs["teacher pairs"] = Pass(lambda: asked.pairs(min(MOST_PAIRS, 8 * images_per_pass(config))))
     if isinstance(teacher.codec, Codec):
         networks.append(teacher.codec.vae)
         runs["decoding a picture"] = Pass(asked.decode)
@@ -52,8 +53,9 @@ class _Asked:
     # Networks asked about a batch without numbers.
     def __init__(self, config: Config, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher
-        self.cond = teacher.cond(torch.zeros(config.batch_size, dtype=torch.long))
-        self.x_t = torch.zeros(config.batch_size, *teacher.shape, device="meta")
+        number = images_per_pass(config)
+        self.cond = teacher.cond(torch.zeros(number, dtype=torch.long))
+        self.x_t = torch.zeros(number, *teacher.shape, device="meta")
         self.guided = config.guidance != 1 and teacher.embedded is None
 
     def ask(self, network: nn.Module, times: int = 1) -> Any:

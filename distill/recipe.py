@@ -34,6 +34,7 @@ from distill.parts import (
 from distill.stages import Stages, distil
 from distill.student import Student, save_student
 from distill.text_recipe import distil_texts
+from distill.trial import settle_passes
 from scorefield.data.images import ImageSet
 from scorefield.diagnosis.check import Diagnosis
 from scorefield.files import read_json
@@ -45,6 +46,8 @@ from scorefield.report.write import add_page
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch, check_evaluation, watcher
 from scorefield.training.identity import identity
+from scorefield.training.micro_batch import unforeseen
+from scorefield.training.options import images_per_pass
 from scorefield.training.run import cut, prepare, show_plan, start
 from scorefield.training.sharding import whole_denoiser
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
@@ -74,7 +77,7 @@ def distil_images(config: Config) -> Path:
         initial.give(student_net)
     if config.dry_run:
         held = planned_networks(config, teacher.denoiser.network, student_net, *rest)
-        show_plan(config, held, planned_updates(config), before=plan_of_pairs(config))
+        show_plan(config, held, planned_updates(config), before=plan_of_pairs(config), said=unforeseen(config))
         return config.out
     accelerator = start(config)
     known = teacher.identity()  # of whole weights
@@ -83,7 +86,11 @@ def distil_images(config: Config) -> Path:
         teacher.codec.vae.to(accelerator.device)
     networks = (prepare(network, config, accelerator) for network in (student_net, *rest))
     method = build_method(config, teacher, *networks)
-    batches = student_batches(config, teacher, data, accelerator.device, accelerator.num_processes)
+    make_batches = partial(
+        student_batches, teacher=teacher, data=data, device=accelerator.device, num_ranks=accelerator.num_processes
+    )
+    config = settle_passes(config, method, teacher, accelerator, make_batches)
+    batches = make_batches(config)
 
     def watch(student: Student) -> Watch:
         sampled = replace(teacher, denoiser=student.denoiser, times=student.times)
@@ -94,8 +101,7 @@ def distil_images(config: Config) -> Path:
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
     begun_from = None if initial is None else initial.identity()
-    fingerprint = "none" if data is None else data.identity()
-    inputs = {"data": fingerprint, "teacher": known, "init_from": begun_from}
+    inputs = {"data": "none" if data is None else data.identity(), "teacher": known, "init_from": begun_from}
     stages = Stages(
         config=config, method=method, teacher=teacher, accelerator=accelerator, batches=batches,
         own=identity(config, accelerator, inputs),
@@ -165,7 +171,7 @@ def ask_teacher(config: Config, teacher: Teacher, data: ImageSet | None) -> Diag
         x0, labels = batch.images, batch.labels
     null = teacher.cond(torch.tensor([teacher.num_classes])) if config.guidance != 1 else None
     bounded = teacher.codec is None
-    return check_teacher(teacher, x0, labels, null=null, bounded=bounded, batch_size=config.batch_size)
+    return check_teacher(teacher, x0, labels, null=null, bounded=bounded, batch_size=images_per_pass(config))
 
 
 def preview(student: Student, teacher: Teacher, rows: int = 4) -> torch.Tensor:

@@ -27,6 +27,7 @@ from scorefield.randomness import Rng
 from scorefield.training import checkpoint
 from scorefield.training.evaluate import Watch
 from scorefield.training.loop import Phase, train
+from scorefield.training.options import images_per_pass, passes_per_iteration
 from scorefield.training.ranks import check_same
 from scorefield.training.run import adamw, check_identity, cosine, fit, resume, save
 from scorefield.training.sharding import whole_denoiser
@@ -76,8 +77,8 @@ def distil(
     check_identity(config, stages.own, stages.accelerator)  # before the long work of making pairs
     regression = make_regression(stages)
     if config.needs_images and config.reals == "teacher" and regression is not None:
-        pairs, device = regression.pairs, stages.accelerator.device
-        stages = replace(stages, batches=lambda rng: teacher_batch(pairs, config.batch_size, rng, device))
+        pairs, device, number = regression.pairs, stages.accelerator.device, images_per_pass(config)
+        stages = replace(stages, batches=lambda rng: teacher_batch(pairs, number, rng, device))
     if config.regression_weight:
         stages = replace(stages, method=replace(method, regression=regression))
     phases = build_phases(config, stages.method)
@@ -121,7 +122,8 @@ def make_regression(stages: Stages) -> Regression | None:
         return None
     pairs = stages.pairs(config.num_pairs, "pairs")
     distance = DISTANCES[config.regression_loss]
-    return Regression(pairs=pairs, weight=config.regression_weight, distance=distance, batch=config.batch_size)
+    number = images_per_pass(config)
+    return Regression(pairs=pairs, weight=config.regression_weight, distance=distance, batch=number)
 
 
 def make_guard(stages: Stages) -> Guard | None:
@@ -131,7 +133,7 @@ def make_guard(stages: Stages) -> Guard | None:
         return None
     layer = config.bottleneck or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
     pairs = stages.pairs(config.guard_images, "guard")
-    return Guard(teacher=teacher.denoiser, layer=layer, pairs=pairs, batch=config.batch_size)
+    return Guard(teacher=teacher.denoiser, layer=layer, pairs=pairs, batch=images_per_pass(config))
 
 
 def begin(stages: Stages, regression: Regression | None, phases: list[Phase], guarded: Guarded | None) -> None:
@@ -227,7 +229,7 @@ def follow_student(stages: Stages, fake: Phase) -> None:
         group["lr"] = group["initial_lr"]
     reports = train(
         [phase], stages.batches, accelerator, rollout=stages.method.rollout, steps=config.fake_warmup,
-        accumulate=config.accumulate, clip_norm=config.clip_norm, seed=config.seed + 1,
+        accumulate=passes_per_iteration(config), clip_norm=config.clip_norm, seed=config.seed + 1,
     )  # fmt: skip
     for _ in progress(reports, "steps of the fake score", config.fake_warmup, unit="step"):
         pass

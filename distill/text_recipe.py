@@ -1,7 +1,9 @@
 """The distillation of a text-to-image teacher, from its prompts to a folder that diffusers loads."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from distill.adversarial import probe_bottleneck
+from distill.checks import smallest_pass
 from distill.data import RealLatents, check_images
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import Initial, initial_weights
@@ -30,6 +33,7 @@ from distill.parts import (
 from distill.passes import predicted_passes
 from distill.stages import Stages, distil
 from distill.student import Student
+from distill.trial import settle_passes
 from scorefield import Cond
 from scorefield.data.rows import Listing, keep_good
 from scorefield.data.texts import Texts, read_texts
@@ -48,7 +52,10 @@ from scorefield.shipped import shipped, ships
 from scorefield.training import checkpoint
 from scorefield.training.compiling import compile_network
 from scorefield.training.identity import check_options, identity
-from scorefield.training.run import check_identity, cut, prepare, show_plan, start
+from scorefield.training.memory import Activations, most_bytes
+from scorefield.training.micro_batch import foreseen, room_for
+from scorefield.training.options import images_per_pass
+from scorefield.training.run import check_identity, cut, prepare, roles_of, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
 INPUTS = ("teacher", "prompts", "data", "init_from")
@@ -86,7 +93,7 @@ def distil_texts(config: Config) -> Path:
     accelerator = start(config)
     inputs = load_inputs(config, accelerator)
     config = inputs.config
-    teacher, texts, latents = inputs.teacher, inputs.texts, inputs.latents
+    teacher = inputs.teacher
     torch.manual_seed(config.seed)
     critic = critic_of(config, teacher)
     if config.dry_run:
@@ -102,14 +109,8 @@ def distil_texts(config: Config) -> Path:
     if config.shard > 1:
         cut(teacher.denoiser.network, config, accelerator)
     method = build_method(config, teacher, student, *rest)
-
-    def batches(rng: Rng) -> dict[str, Any]:
-        chosen = shuffled(len(texts.prompts), config.batch_size, rng)
-        real = {} if latents is None else {"real": latents(chosen)}
-        if config.needs_images and latents is None:  # those of the teacher pairs, which are not made yet
-            real = {"real": torch.zeros(len(chosen), *teacher.shape, device=accelerator.device)}
-        return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
-
+    config = settle_passes(config, method, teacher, accelerator, partial(make_batches, inputs))
+    batches = make_batches(inputs, config)
     with accelerator.autocast():
         method.check(batches(Rng(config.seed, 0)))
     if (found := inputs.found) is not None and found.samples and accelerator.is_main_process:
@@ -126,6 +127,20 @@ def distil_texts(config: Config) -> Path:
     return out
 
 
+def make_batches(inputs: Inputs, config: Config) -> Callable[[Rng], dict[str, Any]]:
+    """Return a function that makes a batch: prompts, and the latents of their images where anything reads them."""
+    teacher, latents, number = inputs.teacher, inputs.latents, images_per_pass(config)
+
+    def batches(rng: Rng) -> dict[str, Any]:
+        chosen = shuffled(len(inputs.texts.prompts), number, rng)
+        real = {} if latents is None else {"real": latents(chosen)}
+        if config.needs_images and latents is None:  # those of the teacher pairs, which are not made yet
+            real = {"real": torch.zeros(len(chosen), *teacher.shape, device=teacher.device)}
+        return {"cond": teacher.cond(chosen), "size": len(chosen), **real}
+
+    return batches
+
+
 def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: RealLatents | None) -> Diagnosis:
     """Check the teacher on a few prompts and the latents of their images, or on its own; only these are encoded.
 
@@ -140,8 +155,9 @@ def ask_teacher(config: Config, source: Teacher, texts: Texts, latents: RealLate
     assert teacher.listed is not None
     null = teacher.listed.negative if config.guidance != 1 else None
     return check_teacher(
-        teacher, None if x0 is None else x0[labels], labels, null=null, bounded=False, batch_size=config.batch_size
-    )
+        teacher, None if x0 is None else x0[labels], labels, null=null, bounded=False,
+        batch_size=images_per_pass(config),
+    )  # fmt: skip
 
 
 def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
@@ -321,9 +337,18 @@ def show(
     if isinstance(codec, Codec) and codec.waits is None:
         held["autoencoder"] = codec.vae
     rounded = {"teacher": config.quantize} if is_only_counted(config, device) else {}
+
+    def passes_of(one: Config) -> dict[str, Activations]:
+        return predicted_passes(one, teacher, *networks, gpu=device.type != "cpu")
+
+    def bytes_of(one: Config) -> int | None:
+        found = passes_of(one)
+        return most_bytes(roles_of(one, held, rounded), found, offload=one.offload) if found else None
+
+    config, said = foreseen(config, bytes_of, room_for(device, {"teacher": network}), smallest_pass(config.method))
     show_plan(
         config, held, planned_updates(config), before=plan_of_pairs(config), rounded=rounded,
-        passes=predicted_passes(config, teacher, *networks, gpu=device.type != "cpu"),
+        passes=passes_of(config), said=said,
     )  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from scorefield.training.launcher import check_alone, default_device
 from scorefield.training.options import (
     EvalOptions,
     LoadOptions,
+    Passes,
     RunOptions,
     check_init_from,
+    check_micro_batch,
     check_numbers,
     check_out,
     check_quantize,
@@ -187,7 +189,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(Network, DataOptions, EvalOptions, RunOptions):
+class TrainTeacher(Network, DataOptions, EvalOptions, Passes, RunOptions):
     """Train a diffusion teacher of small images, class-conditional if there are classes."""
 
     results: ClassVar[tuple[str, ...]] = ("teacher", "best", "best.json")
@@ -276,6 +278,7 @@ def check_features(config: TrainFeatures) -> None:
 def check_teacher(config: TrainTeacher) -> None:
     """Raise ``ValueError`` for options that are out of range."""
     check_run(config)
+    check_micro_batch(config)
     check_init_from(config.init_from, config.out)
     check_numbers(
         config, positive=("width", "depth", "unet_layers", "unet_patch", "noise_std"), rates=("learning_rate",),

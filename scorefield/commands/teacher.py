@@ -8,6 +8,7 @@ same command again. The folder --out/teacher is what `scorefield distill` takes 
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from scorefield.times import log_normal
 from scorefield.training.evaluate import check_evaluation, watcher
 from scorefield.training.identity import identity
 from scorefield.training.loop import EMA, Phase
+from scorefield.training.micro_batch import Trial, settle, unforeseen
+from scorefield.training.options import images_per_pass
 from scorefield.training.run import adamw, cosine, fit, prepare, resume, show_plan, start
 from scorefield.training.sharding import whole_denoiser
 
@@ -43,16 +46,21 @@ def main(config: TrainTeacher) -> Path:
     schedule = Karras(config.sigma_min, config.sigma_max)
     network, begun_from = make_network(config, facts)
     if config.dry_run:
-        average = freeze(copy.deepcopy(network))
-        show_plan(config, {"teacher": network, "its average": average}, {"teacher": config.steps})
+        networks = {"teacher": network, "its average": freeze(copy.deepcopy(network))}
+        show_plan(config, networks, {"teacher": config.steps}, said=unforeseen(config))
         return config.out
     accelerator = start(config)
+
+    def batches_of(config: TrainTeacher) -> Callable[[Rng], Labelled]:
+        return data.batches(images_per_pass(config), accelerator.device, accelerator.num_processes)
+
     network = prepare(network, config, accelerator)
     phase = teacher_phase(config, NetworkDenoiser(network, schedule, "x0"), facts)
     assert phase.ema is not None
+    config = settle(config, accelerator, lambda one: Trial([phase], batches_of(one)))
     own = identity(config, accelerator, {"data": data.identity(), "init_from": begun_from})
     first = resume(config, [phase], accelerator, own)
-    batches = data.batches(config.batch_size, accelerator.device, accelerator.num_processes)
+    batches = batches_of(config)
     model = Teacher(NetworkDenoiser(phase.ema.network, schedule, "x0"), data.shape, facts["num_classes"], facts)
     folder = config.out / "teacher"
 

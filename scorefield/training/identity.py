@@ -24,8 +24,11 @@ PLACES = ("out", "data", "teacher", "prompts", "features", "cache", "init_from",
 PROCESSES = "num_processes"
 """Entry of an identity: how many ranks there are."""
 
-LAYOUT = (PROCESSES, "accumulate")
+LAYOUT = (PROCESSES, "accumulate", "micro_batch")
 """How a step is laid out, which may change when a run goes on: fewer ranks, and more micro-batches on each."""
+
+LATER = {"micro_batch": 0, "split_views": False}
+"""Options that older checkpoints lack, with the value under which a run is as it was then; that is left out."""
 
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld")
 
@@ -114,4 +117,5 @@ def binding(config: RunOptions, inputs: Collection[str] = ()) -> dict[str, Any]:
     free = free_options(config)
     places = {*PLACES, *(name for name, value in vars(config).items() if isinstance(value, Path))}
     fields = {name: x for name, x in resolved(config).items() if name not in inputs and name not in free & places}
+    fields = {name: x for name, x in fields.items() if name not in LATER or x != LATER[name]}
     return {**fields, checkpoint.FREE: sorted(free), checkpoint.MAY_CHANGE: sorted({*config.may_change, *LAYOUT})}

@@ -25,6 +25,7 @@ from scorefield.training.ranks import (
     check_launch,
     sync_only_if,
     verify_weights,
+    without_others,
 )
 from scorefield.training.sharding import clip_gradients, duplicate, local
 
@@ -153,6 +154,7 @@ def train(
     clip_norm: float = math.inf,
     seed: int = 0,
     verify_every: int = 500,
+    split: bool = False,
 ) -> Iterator[Report]:
     """Run iterations ``start`` to ``steps`` and report each.
 
@@ -171,6 +173,7 @@ def train(
         clip_norm: largest gradient norm of each phase.
         seed: of every random draw; torch's global generator, which dropout uses, is seeded at each micro-batch.
         verify_every: iterations between checks that all ranks hold the same weights.
+        split: each micro-batch is drawn as by one process with those of all ranks, which so take its steps.
 
     Raises:
         ValueError: unusable phases or counts, or a launcher that started separate runs.
@@ -186,7 +189,7 @@ def train(
         due = [phase for phase in phases if (step + 1) % phase.every == 0]
         metrics: dict[str, Tensor] = {}
         for micro in range(accumulate):
-            rng = _seeded(seed, step, micro, accumulate, accelerator)
+            rng = _seeded(seed, step, micro, accumulate, accelerator, split)
             with sync_only_if(micro == accumulate - 1, [phase.network for phase in due], accelerator):
                 for name, value in _micro_batch(due, phases, batches, rollout, rng, accelerator, 1 / accumulate):
                     metrics[name] = _joined(name, metrics.get(name), value, accumulate)
@@ -197,10 +200,34 @@ def train(
             watch(step, phase.name, metrics)
         watch.check_if_due(step, last=step == steps - 1)
         rates = dict(item for phase in due for item in _update(phase).items())
-        if accelerator.num_processes > 1 and (step + 1) % verify_every == 0:
-            for name, network in (item for phase in phases for item in phase.networks().items()):
-                verify_weights(name, network, accelerator)
+        _verify(phases, accelerator, due=(step + 1) % verify_every == 0)
         yield Report(step + 1, tuple(phase.name for phase in due), metrics, rates)
+
+
+def rehearse(
+    phases: Sequence[Phase], batches: Callable[[Rng], Batch], accelerator: Accelerator, *,
+    rollout: Rollout | None = None, accumulate: int = 1, seed: int = 0,
+) -> None:  # fmt: skip
+    """Compute what an iteration of :func:`train` does in which all phases are due, and leave no trace of it.
+
+    No optimiser steps, there are no gradients afterwards, random numbers are drawn on as before, and ranks do not
+    wait for each other. After two micro-batches it ends: those that follow hold no more memory.
+    """
+    networks = [phase.network for phase in phases]
+    buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+    device = accelerator.device
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            for micro in range(min(accumulate, 2)):
+                rng = _seeded(seed, 0, micro, accumulate, accelerator)
+                with without_others(networks, accelerator):
+                    for _ in _micro_batch(phases, phases, batches, rollout, rng, accelerator, 1 / accumulate):
+                        pass
+    finally:
+        for phase in phases:
+            phase.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumulate: int) -> None:
@@ -220,15 +247,24 @@ def _check(phases: Sequence[Phase], accelerator: Accelerator, steps: int, accumu
     check_launch(accelerator)
 
 
+def _verify(phases: Sequence[Phase], accelerator: Accelerator, due: bool) -> None:
+    if due and accelerator.num_processes > 1:
+        for name, network in (item for phase in phases for item in phase.networks().items()):
+            verify_weights(name, network, accelerator)
+
+
 def _joined(name: str, before: Tensor | None, value: Tensor, accumulate: int) -> Tensor:
     if name.endswith("_max"):
         return value if before is None else torch.maximum(before, value)
     return value / accumulate if before is None else before + value / accumulate
 
 
-def _seeded(seed: int, step: int, micro: int, accumulate: int, accelerator: Accelerator) -> Rng:
-    index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
-    rng = Rng(seed, step, micro, accelerator.process_index, index)
+def _seeded(
+    seed: int, step: int, micro: int, accumulate: int, accelerator: Accelerator, split: bool = False
+) -> Rng:
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    index = (step * accumulate + micro) * ranks + rank
+    rng = Rng(seed, step, micro * ranks + rank, 0, index) if split else Rng(seed, step, micro, rank, index)
     torch.manual_seed(rng("global").initial_seed())  # dropout draws from torch's global generator
     return rng
 

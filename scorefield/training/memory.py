@@ -174,6 +174,24 @@ def activations(
     return Activations(kept, ledger.most)
 
 
+def measured(run: Callable[[], None], networks: Sequence[nn.Module]) -> int:
+    """Return the most bytes of tensors that are alive at one time while something runs on a CPU.
+
+    Args:
+        run: forward and backward passes.
+        networks: all that take part, whose weights and their gradients do not count.
+    """
+    places = [place for network in networks for module in _modules(network) for place in _places(module)]
+    weights: list[Tensor] = [tensor for held, name in places if (tensor := held[name]) is not None]
+    ledger = _Ledger(weights)
+    with ExitStack() as stack:
+        for parameter in (x for x in weights if x.requires_grad):
+            stack.callback(parameter.register_post_accumulate_grad_hook(ledger.leave_out).remove)
+        stack.enter_context(ledger)
+        run()
+    return ledger.most
+
+
 def _back(loss: Tensor) -> None:
     # What loss.backward() calls; under a torch function mode that would switch the mode off on its way.
     engine: Any = torch.autograd.Variable._execution_engine

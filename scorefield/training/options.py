@@ -11,11 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from scorefield.atomic import check_replaceable
 from scorefield.choices import QUANTIZE_PACKAGES, Quantize, Tracker
 from scorefield.training.launcher import check_launcher, has_gpu
+
+AUTO = "auto"
+"""The value of ``--micro-batch`` that is found at the start of a run."""
 
 PROBE = ".writing-probe-"
 """How folders begin that are made only to see whether one can be."""
@@ -40,9 +45,9 @@ class RunOptions:
     steps: int = 1000
     """Number of iterations."""
     batch_size: int = 256
-    """Images per micro-batch and process."""
+    """Images per batch and process."""
     accumulate: int = 1
-    """Micro-batches per iteration."""
+    """Batches per iteration and process, whose gradients are averaged."""
     seed: int = 0
     """Seed of every random draw."""
     precision: Literal["no", "bf16"] = "no"
@@ -74,6 +79,46 @@ class RunOptions:
     def may_change(self) -> tuple[str, ...]:
         """Options that may have another value when a run goes on: its length, and rates that are constant."""
         return ("steps",)
+
+
+def micro_batch_of(text: str) -> int | str:
+    """Return what ``--micro-batch`` names: a number of images, or "auto"."""
+    if text == AUTO:
+        return AUTO
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"expected a whole number of images, or auto; got {text!r}")
+    return int(text)
+
+
+MicroBatch = Annotated[
+    int | str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="N|auto", instance_from_str=lambda words: micro_batch_of(words[0]),
+        is_instance=lambda value: isinstance(value, int) or value == AUTO,
+        str_from_instance=lambda value: [str(value)],
+    ),
+]  # fmt: skip
+"""A number of images, or "auto"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How many images go through the networks at a time."""
+
+    micro_batch: MicroBatch = 0
+    """Images per forward and backward pass, which have to divide --batch-size. An iteration takes as many images
+    as before, in more passes. auto: the most that fit into memory, as tried at the start. 0 means --batch-size."""
+
+
+def images_per_pass(config: "RunOptions") -> int:
+    """Return how many images go through the networks at a time; --batch-size while auto is undecided."""
+    number = getattr(config, "micro_batch", 0)
+    return number if isinstance(number, int) and number else config.batch_size
+
+
+def passes_per_iteration(config: "RunOptions") -> int:
+    """Return how many passes of :func:`images_per_pass` an iteration has on each process."""
+    return config.accumulate * (config.batch_size // images_per_pass(config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +253,36 @@ def check_shard(config: RunOptions) -> None:
             f"--shard goes with --optimizer adamw; got {config.optimizer}, which cannot step pieces. Leave one of "
             "them out."
         )
+
+
+def check_micro_batch(config: Any, smallest: int = 1) -> None:
+    """Raise ``ValueError`` for a ``--micro-batch`` that does not divide the batch, or that others exclude.
+
+    Args:
+        config: of a trainer that has the option.
+        smallest: number of images that its losses need.
+    """
+    number, batch = config.micro_batch, config.batch_size
+    if isinstance(number, int):
+        if number and (number < smallest or batch % number):
+            usual = f"at least {smallest}, and " if smallest > 1 else ""
+            near = largest_divisor(batch, max(smallest, number))
+            raise ValueError(
+                f"--micro-batch must be {usual}a divisor of --batch-size {batch}; got {number}. Pass "
+                f"{near if near >= smallest else batch}, or change --batch-size."
+            )
+        return
+    for name, given, why in (
+        ("--shard", config.shard > 1, "a process that runs out of memory would leave the others waiting for it"),
+        ("--compile", config.compile, "each size that is tried would be compiled"),
+    ):
+        if given:
+            raise ValueError(f"--micro-batch auto and {name} do not go together: {why}. Pass a number of images.")
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of ``number`` that is at most ``most``, or all of it."""
+    return max(one for one in range(1, min(number, most) + 1) if number % one == 0)
 
 
 def check_run(config: RunOptions) -> None:

@@ -41,6 +41,20 @@ def sync_only_if(last: bool, networks: Iterable[nn.Module], accelerator: Acceler
         yield
 
 
+@contextmanager
+def without_others(networks: Iterable[nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Let DDP share neither gradients nor buffers: a rank may stop on the way, and none waits for it."""
+    wrapped: list[Any] = [getattr(network, "_orig_mod", network) for network in networks if is_ddp(network)]
+    with sync_only_if(False, wrapped, accelerator):
+        for network in wrapped:
+            network.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            for network in wrapped:
+                network.require_forward_param_sync = True
+
+
 def meeting() -> dict[str, Any]:
     """Return how ranks that torchrun has started again meet, for ``InitProcessGroupKwargs``; empty for others.
 

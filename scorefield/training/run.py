@@ -27,8 +27,8 @@ from scorefield.training.evaluate import Watch, forget_best
 from scorefield.training.identity import LAYOUT, check_earlier, check_ranks, note_identity, resolved
 from scorefield.training.launcher import is_first_rank
 from scorefield.training.loop import Phase, Report, train
-from scorefield.training.memory import Activations, most_bytes, role_of
-from scorefield.training.options import RunOptions
+from scorefield.training.memory import Activations, Role, most_bytes, role_of
+from scorefield.training.options import RunOptions, images_per_pass, passes_per_iteration
 from scorefield.training.ranks import (
     check_launch,
     check_same,
@@ -146,9 +146,12 @@ def check_identity(config: RunOptions, own: Mapping[str, Any], accelerator: Acce
 def changes(saved: Mapping[str, Any], own: Mapping[str, Any], phases: Sequence[Phase]) -> list[str]:
     """Return in words what is otherwise than when a checkpoint was written: processes, steps, and rates."""
     said = []
-    layouts = [tuple(one.get(name, 1) for name in LAYOUT) for one in (saved, own)]
+    layouts = [layout_of(one) for one in (saved, own)]
     if layouts[0] != layouts[1]:
-        old, new = (f"{ranks} process(es) with --accumulate {micro}" for ranks, micro in layouts)
+        old, new = (
+            f"{ranks} process(es) with --accumulate {micro}{f' in passes of {images} images' if images else ''}"
+            for ranks, micro, images in layouts
+        )
         said.append(f"{old} before, {new} now: batches and their noise are drawn otherwise from here on")
     before, now = saved.get("steps", 0), own.get("steps", 0)
     if before != now:
@@ -159,12 +162,22 @@ def changes(saved: Mapping[str, Any], own: Mapping[str, Any], phases: Sequence[P
     return said
 
 
+def layout_of(own: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return processes, --accumulate and --micro-batch of an identity, by which its draws differ.
+
+    The last is 0 where a pass has --batch-size images, the first 1 where processes share the steps of one.
+    """
+    ranks, accumulate, images = (own.get(name, usual) for name, usual in zip(LAYOUT, (1, 1, 0), strict=True))
+    ranks = 1 if own.get("split_views") else ranks
+    return ranks, accumulate, 0 if images == own.get("batch_size") else images
+
+
 def fit(
     config: RunOptions, phases: Sequence[Phase], batches: Callable[[Rng], Any], accelerator: Accelerator, *,
     own: Mapping[str, Any], first: int, preview: Callable[[], Tensor] | None = None, columns: int = 10,
     rollout: Callable[..., Any] | None = None, watch: Watch = lambda step: {}, all_watch: bool = False,
     check: Callable[[int, bool], None] = lambda step, saving: None, at_end: Callable[[], None] = lambda: None,
-    keep: Callable[[int], Collection[int]] = lambda step: (), last: bool = True,
+    keep: Callable[[int], Collection[int]] = lambda step: (), last: bool = True, split: bool = False,
 ) -> None:  # fmt: skip
     """Train to the end behind a progress bar; sample grids, if any, and checkpoints every ``save_every`` steps.
 
@@ -174,8 +187,8 @@ def fit(
     called again for the step resumed from, since a kill may have cut it off: two looks at the same weights must
     leave what one does. All call ``check`` with the step and whether it is about to be saved, which may raise, as
     do weights that are not finite. All call ``keep``, which returns the steps whose checkpoints must stay; such a
-    step is saved at once. All call ``at_end`` after the last step, while they can still speak to each other.
-    SIGTERM, Ctrl-C and SIGHUP save a checkpoint first: exit codes 143, 130, 129.
+    step is saved at once. All call ``at_end`` after the last step, while they still speak to each other. ``split``
+    shares the micro-batches of one process. SIGTERM, Ctrl-C, SIGHUP save a checkpoint first: exit 143, 130, 129.
     """
     together = accelerator.is_main_process or all_watch or in_pieces(phases)
 
@@ -189,9 +202,10 @@ def fit(
         if figures and accelerator.is_main_process:
             log(accelerator, step, figures)
 
+    passes = passes_per_iteration(config) // (accelerator.num_processes if split else 1)
     reports = train(
         phases, batches, accelerator, rollout=rollout, steps=config.steps, start=first, clip_norm=config.clip_norm,
-        accumulate=config.accumulate, seed=config.seed,
+        accumulate=passes, seed=config.seed, split=split,
     )  # fmt: skip
     stop = 0
     with stop_signals(accelerator) as asked_to_stop:
@@ -291,7 +305,7 @@ def adamw(
 
 def show_plan(
     config: RunOptions, networks: Mapping[str, nn.Module], updates: Mapping[str, int], before: str = "", *,
-    passes: Mapping[str, Activations] | None = None, rounded: Mapping[str, Quantize] | None = None,
+    passes: Mapping[str, Activations] | None = None, rounded: Mapping[str, Quantize] | None = None, said: str = "",
 ) -> None:  # fmt: skip
     """Print the resolved config, each role's parameters and bytes, and the steps: what ``--dry-run`` shows.
 
@@ -302,14 +316,12 @@ def show_plan(
         before: what happens before the first of them.
         passes: predicted activations; None where none were predicted.
         rounded: how the weights of networks will be rounded that are not yet.
+        said: of ``--micro-batch auto``.
     """
     if not is_first_rank():
         return
     print(json.dumps(resolved(config), indent=2))
-    held = {
-        role: role_of(network, config.optimizer, (rounded or {}).get(role, "no"))
-        for role, network in networks.items()
-    }
+    held = roles_of(config, networks, rounded)
     for role, found in held.items():
         learned = found.gradients + found.states
         state = f", {learned:,} bytes of gradients and optimiser state" if learned else ""
@@ -329,6 +341,21 @@ def show_plan(
     if before:
         print(f"before the first step: {before}")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    images = config.steps * config.batch_size * config.accumulate * ranks
+    shares = 1 if getattr(config, "split_views", False) else ranks
+    images = config.steps * config.batch_size * config.accumulate * shares
     steps = ", ".join(f"{count:,} of the {role}" for role, count in updates.items())
+    if (number := images_per_pass(config)) != config.batch_size:
+        print(f"passes: {passes_per_iteration(config)} of {number} images in each iteration")
+    if said:
+        print(said)
     print(f"steps: {config.steps:,} iterations, {images:,} images on {ranks} process(es); updates: {steps}")
+
+
+def roles_of(
+    config: RunOptions, networks: Mapping[str, nn.Module], rounded: Mapping[str, Quantize] | None = None
+) -> dict[str, Role]:
+    """Return the bytes of each network of a run; the arguments are those of :func:`show_plan`."""
+    return {
+        role: role_of(network, config.optimizer, (rounded or {}).get(role, "no"))
+        for role, network in networks.items()
+    }

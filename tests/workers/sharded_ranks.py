@@ -66,14 +66,14 @@ class Cycle:
         }
 
 
-def make_cycle(accelerator, dtype, pieces=1, **settings):
+def make_cycle(accelerator, dtype, pieces=1, gan=True, **settings):
     student, critic, teacher = in_pieces(accelerator, networks(dtype, **settings), pieces)
     schedule = Karras()
     method = DMD(
         teacher=NetworkDenoiser(teacher, schedule, "x0"),
         student=Student(NetworkDenoiser(student, schedule, "x0"), even_times(schedule, 1)),
         fake=NetworkDenoiser(critic, schedule, "x0"),
-        shape=(2,), student_every=STUDENT_EVERY, gan=GAN(generator_weight=0.1, critic_weight=0.1),
+        shape=(2,), student_every=STUDENT_EVERY, gan=GAN(generator_weight=0.1, critic_weight=0.1) if gan else None,
     )  # fmt: skip
     optimizers = [torch.optim.AdamW(role.parameters(), 1e-3, fused=True) for role in (student, critic)]
     return Cycle(method, method.phases(*optimizers, student_ema=EMA(student, 0.9)))
@@ -98,16 +98,16 @@ def learn(cycle, accelerator, dtype, accumulate=1, joined_ranks=0):
     return torch.stack([value.double() for name, value in named if name.endswith("grad_norm")])
 
 
-def distilled(accelerator, dtype, pieces, accumulate=1):
+def distilled(accelerator, dtype, pieces, accumulate=1, **settings):
     """Norms and weights of a DMD cycle with GAN term, average and clipping."""
-    cycle = make_cycle(accelerator, dtype, pieces)
+    cycle = make_cycle(accelerator, dtype, pieces, **settings)
     return {"norms": learn(cycle, accelerator, dtype, accumulate), **cycle.weights()}
 
 
-def distilled_by_one(accelerator, dtype, ranks, accumulate=1):
+def distilled_by_one(accelerator, dtype, ranks, accumulate=1, **settings):
     """:func:`distilled` on one rank that holds the samples of ``ranks``."""
     JoinedRng.micros, JoinedRng.ranks = accumulate, ranks
-    cycle = make_cycle(accelerator, dtype)
+    cycle = make_cycle(accelerator, dtype, **settings)
     with (
         patch.object(loop, "Rng", JoinedRng), patch.object(torch, "rand", joined_draw(torch.rand)),
         patch.object(torch, "randn", joined_draw(torch.randn)),
