@@ -231,6 +231,9 @@ class Config(Loss, Scene, Starts, Cameras, Penalties, Watch, LoadOptions, RunOpt
     """Folder for checkpoints, logs, samples, the scene and its export."""
     batch_size: int = 4
     """Views per step and process. With --canvas: images."""
+    split_views: bool = False
+    """Share the --accumulate batches of views of a step among all processes, which then take the step that one
+    process would take. By default each process adds as many."""
     clip_norm: float = 1e9
     """Largest norm of the scene's gradient. A larger gradient is scaled down to it."""
 
@@ -300,6 +303,7 @@ def check(config: Config) -> None:
     check_quantize(config.quantize)
     if config.shard > 1:
         raise ValueError(f"--shard {config.shard} is for networks that are trained, not scenes. Leave it out.")
+    _check_split(config)
     if config.method == "csd" and config.rescale:
         raise ValueError(
             f"--rescale {config.rescale} is not for --method csd, in which no image is guided. Leave it out."
@@ -307,6 +311,15 @@ def check(config: Config) -> None:
     if not config.canvas:
         check_mesh(None, config.faces, config.texture, "--")
         _check_views(config)
+
+
+def _check_split(config: Config) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.split_views and config.accumulate % ranks:
+        raise ValueError(
+            f"--split-views shares --accumulate {config.accumulate} batches of views equally among {ranks} "
+            f"processes. Pass a multiple of {ranks} to --accumulate, and a smaller --batch-size if you like."
+        )
 
 
 def _check_prompt(config: Config) -> None:

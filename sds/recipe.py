@@ -297,7 +297,7 @@ def build_task(config: Config, teacher: Teacher, accelerator: Accelerator) -> Sc
             subject=canvas_subject(config, canvas, teacher), method=method, num_draws=config.draws
         )
     scene = first_scene(config).to(accelerator.device)
-    subject = build_subject(config, scene, teacher, accelerator.num_processes)
+    subject = build_subject(config, scene, teacher, 1 if config.split_views else accelerator.num_processes)
     return SceneDistillation(subject=subject, method=method, num_draws=config.draws)
 
 
@@ -327,7 +327,7 @@ def learn(
                 accelerator, own=own, first=first, rollout=task.rollout, check=check, last=last and end is None,
                 watch=watcher.figures if end is None else lambda step: {},
                 preview=watcher.pictures if previewed else None,
-                columns=config.batch_size if config.canvas else len(probe.views),
+                columns=config.batch_size if config.canvas else len(probe.views), split=config.split_views,
             )  # fmt: skip
             return
         except FloatingPointError as error:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import time
 import weakref
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import trimesh
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +23,7 @@ import sds.parts as scenes
 import sds.recipe as train_sds
 from scorefield.atomic import MARKER
 from scorefield.gradient import ScoreGradient
+from scorefield.training.run import show_plan
 from sds import recovery, scene
 
 TINY = {
@@ -283,3 +286,32 @@ def test_text_encoders_are_free_before_the_first_step(monkeypatch, tmp_path):
     with pytest.raises(StopIteration) as stopped:
         train_sds.main(tiny(tmp_path / "run", probe_every=0))
     assert stopped.value.value is None
+
+
+def test_two_processes_that_share_the_views_leave_the_picture_of_one_and_go_on_as_one(tmp_path, capsys):
+    still = {"learning_rate": (0.05, 0.05), "guidance": (2.0, 2.0), "t_high": (0.95, 0.95), "entropy": (0.0, 0.0)}
+    config = tiny(tmp_path / "one", canvas=True, accumulate=2, split_views=True, steps=4, probe_every=0, **still)
+    train_sds.main(config)
+    expected = load_file(config.out / "scene.safetensors")["pixels"]
+    two = replace(config, out=tmp_path / "two")
+    run_on_ranks(lambda accelerator: bool(train_sds.main(replace(two, steps=2))), tmp_path)
+    shutil.rmtree(two.out / "logs")
+    capsys.readouterr()
+    train_sds.main(two)
+    assert "process(es)" not in capsys.readouterr().out, "batches and noise are those of before"
+    torch.testing.assert_close(load_file(two.out / "scene.safetensors")["pixels"], expected, rtol=0, atol=1e-4)
+
+
+def test_views_that_cannot_be_shared_equally_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--split-views shares --accumulate 3 .* Pass a multiple of 2"):
+        scene_options.check(tiny(tmp_path / "run", accumulate=3, split_views=True))
+    scene_options.check(tiny(tmp_path / "run", accumulate=4, split_views=True))
+
+
+def test_a_plan_counts_shared_views_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for split, number in ((False, 48), (True, 24)):
+        config = tiny(tmp_path / "run", accumulate=2, split_views=split)
+        show_plan(config, {"scene": torch.nn.Linear(1, 1)}, {"scene": 6})
+        assert f"{number} images on 2 process(es)" in capsys.readouterr().out

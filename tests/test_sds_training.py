@@ -484,3 +484,21 @@ def test_two_ranks_take_the_mean_of_their_gradients_from_different_sides_and_go_
     sectors = [((answer["azimuth"] + 180) / 90).floor().long().tolist() for answer in answers]
     assert sectors == [[0, 2], [1, 3]]
     assert [(answer["rate"], answer["rollbacks"]) for answer in answers] == [(0.05, 1)] * 2
+
+
+SPLIT = [("sds", torch.float32, 1e-6), ("sds", torch.float64, 1e-12), ("vsd", torch.float64, 1e-12)]
+
+
+def test_ranks_that_share_the_views_of_a_step_take_the_step_of_one_process(tmp_path):
+    """Four batches of two views: four in one process, two on each of two ranks, which draw what the one drew."""
+    alone = Accelerator(cpu=True)
+    expected = [worker.split_steps(alone, method, dtype, 4) for method, dtype, _ in SPLIT]
+    other = worker.split_steps(alone, "sds", torch.float64, 2)
+    assert (other - expected[1]).abs().max() > 1e-4, "other views would be another step"
+
+    def work(two):
+        return [worker.split_steps(two, method, dtype, 4) for method, dtype, _ in SPLIT]
+
+    for answers in run_on_ranks(work, tmp_path):
+        for found, wanted, (_, _, tolerance) in zip(answers, expected, SPLIT, strict=True):
+            close(found, wanted, rtol=0, atol=tolerance)

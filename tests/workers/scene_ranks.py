@@ -1,10 +1,11 @@
 """A step of a scene, and a rollback, on each of two ranks."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from scorefield.denoiser import NetworkDenoiser
 from scorefield.randomness import Rng
 from scorefield.schedule import Schedule, VariancePreserving
 from scorefield.training import checkpoint
@@ -15,6 +16,7 @@ from sds.penalties import Penalties
 from sds.recovery import num_rollbacks, roll_back
 from sds.scene import grid_scene
 from sds.training import Backdrop, SceneDistillation, SceneSubject
+from sds.vsd import VSD
 
 CAMERAS = CameraDistribution(distance=(2.7, 3.0), elevation=(0.0, 45.0), focal=(1.37, 1.37))
 
@@ -80,3 +82,36 @@ def one_rollback(accelerator, folder):
 
 def main(accelerator, folder):
     return {**one_step(accelerator), **one_rollback(accelerator, folder / "checkpoints")}
+
+
+class Told(torch.nn.Module):
+    """A small network on (x_t, t, level, camera)."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.mix = torch.nn.Conv2d(3, 3, 1, dtype=dtype)
+
+    def forward(self, x_t, t, level, camera=None):
+        told = 0 if camera is None else camera.to(x_t).flatten(1).mean(1).view(-1, 1, 1, 1)
+        return self.mix(x_t) + level.to(x_t).view(-1, 1, 1, 1) + told
+
+
+def split_steps(accelerator, method, dtype, batches):
+    """Weights after three steps whose batches of views all ranks share: of a scene, and with VSD of phi, too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        phi = Told(dtype)
+    task = make_task(1)
+    network, teacher = task.subject.network.to(dtype), Grey(VariancePreserving.scaled_linear())
+    with_phi = VSD(teacher=teacher, phi=NetworkDenoiser(phi, teacher.schedule, "x0"))
+    subject = replace(task.subject, tell_camera=method == "vsd")
+    task = replace(task, subject=subject, method=lambda step: with_phi if method == "vsd" else sds(teacher))
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.5) for one in (network, phi)]
+    phases = task.phases(optimizers[0], phi=optimizers[1] if method == "vsd" else None)
+    reports = train(
+        phases, task.batches, accelerator, rollout=task.rollout, steps=3, verify_every=1, split=True,
+        accumulate=batches // accelerator.num_processes,
+    )  # fmt: skip
+    for _ in reports:
+        pass
+    return torch.cat([p.detach().reshape(-1) for phase in phases for p in phase.network.parameters()])
