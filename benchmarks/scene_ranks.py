@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 BAR = 0.8
 """Efficiency that was asked for."""
@@ -111,7 +112,7 @@ def measured_on(config: Config, ranks: int) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank, (config, ranks, port, folder), nprocs=ranks)
+        spawn(rank, (config, ranks, port, folder), nprocs=ranks)
         return [json.loads((Path(folder) / f"{number}.json").read_text()) for number in range(ranks)]
 
 

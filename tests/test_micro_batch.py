@@ -1,6 +1,8 @@
 """A batch in several passes learns what it learns in one; auto finds their size and changes nothing else."""
 
+import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,16 +13,17 @@ from folders import assert_same, tensors
 from ranks import run_on_ranks
 from refusals import refused
 from torch import nn
-from trainers import TRAINERS, Killed, kill, make_places, stop
+from trainers import TRAINERS, Killed, Places, kill, make_places, stop
 from workers import sharded_ranks as worker
 
-import scorefield.training.micro_batch as micro_batch
+import scorefield.training.micro_batch as micro_batch_module
 from controlnet.options import check as check_control
 from distill.checks import check as check_distill
 from distill.dmd import GAN
 from distill.f_distill import FDistill
 from distill.options import auto
 from distill.student import Student, even_times
+from scorefield.commands.configuration import read_config
 from scorefield.commands.options import TrainTeacher, check_teacher
 from scorefield.training import checkpoint
 from scorefield.training.identity import binding
@@ -260,7 +263,7 @@ def test_on_a_cpu_it_fills_what_is_free(accelerator, tmp_path, monkeypatch, caps
         )
     stays = sum(3 * 4 * p.numel() for p in network.parameters())
     room = stays + (bytes_of[number] + bytes_of[2 * number]) / 2
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: int(room / micro_batch.SHARE))
+    monkeypatch.setattr(micro_batch_module, "free_bytes", lambda: int(room / micro_batch_module.SHARE))
     config = settle(options(tmp_path), accelerator, trial)
     assert config.micro_batch == fitting
     assert "as measured with 1 and 2" in capsys.readouterr().out
@@ -278,7 +281,7 @@ def test_frozen_networks_are_no_bytes_of_a_pass(accelerator):
 
 
 def test_on_a_cpu_too_little_memory_is_said_with_its_bytes(accelerator, tmp_path, monkeypatch):
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(micro_batch_module, "free_bytes", lambda: 1000)
     with refused(r"1 image\(s\) a pass would take 0.00 GiB beside the weights, of 0.00 that may be filled"):
         settle(options(tmp_path), accelerator, wide_trial()[1])
 
@@ -308,7 +311,7 @@ def scarce(monkeypatch):
             rehearse(trial_of.phases, trial_of.batches, accelerator, rollout=trial_of.rollout, seed=config.seed)
             return replace(config, micro_batch=most)
 
-        monkeypatch.setattr(micro_batch, "_by_measuring", by_measuring)
+        monkeypatch.setattr(micro_batch_module, "_by_measuring", by_measuring)
 
     return only
 
@@ -320,6 +323,59 @@ def test_a_run_under_auto_is_one_with_the_number_that_it_finds(places, tmp_path,
     run(name, places, tmp_path / "auto", micro_batch="auto")
     run(name, places, tmp_path / "given", micro_batch=PASSES[name])
     assert_same(tensors(tmp_path / "auto"), tensors(tmp_path / "given"))
+
+
+@pytest.mark.parametrize("name", ["student", "lora"])
+def test_two_ranks_under_auto_leave_what_they_leave_with_its_number(places, tmp_path, name):
+    """With DDP and without; the second rank has less memory."""
+    number, trainer = PASSES[name], TRAINERS[name]
+
+    def train(two, out, micro_batch):
+        AcceleratorState._reset_state()
+        fits = micro_batch_module._fits
+
+        def fits_here(config, accelerator, trial):
+            return fits(config, accelerator, trial) and (two.process_index == 0 or config.micro_batch <= number)
+
+        micro_batch_module._fits, micro_batch_module._by_measuring = fits_here, by_trying
+        trainer.main(replace(trainer.options(places), out=out, micro_batch=micro_batch, report_to=("none",)))
+
+    for out, micro_batch in (("auto", "auto"), ("given", number)):
+        run_on_ranks(partial(train, out=tmp_path / out, micro_batch=micro_batch), tmp_path, timeout=400)
+    assert_same(tensors(tmp_path / "auto"), tensors(tmp_path / "given"))
+
+
+def test_a_file_of_options_holds_a_number_or_auto(tmp_path):
+    file = tmp_path / "config.json"
+    for value in (8, "auto", 0):
+        file.write_text(json.dumps({"micro_batch": value}))
+        assert read_config(file, TrainTeacher) == {"micro_batch": value}
+    for wrong in (-4, 1.5, "half", True):
+        file.write_text(json.dumps({"micro_batch": wrong}))
+        with refused("micro_batch must be"):
+            read_config(file, TrainTeacher)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_bytes_of_a_whole_batch_lie_on_the_line_of_two_small_ones(places, tmp_path, monkeypatch, name):
+    """Of every trainer, with what its losses ask of teacher, critic, average and pairs."""
+    compared = []
+
+    def compare(config, accelerator, trial, smallest):
+        needed, _ = micro_batch_module.needs(config, accelerator, trial, smallest)
+        tried = trial(replace(config, micro_batch=config.batch_size))
+        networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
+        work = partial(rehearse, tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
+        stays = sum(
+            12 * p.numel() for phase in tried.phases for p in phase.network.parameters() if p.requires_grad
+        )
+        compared.append((needed(config.batch_size) - stays, measured(work, networks)))
+        raise Killed
+
+    monkeypatch.setattr(micro_batch_module, "_by_measuring", compare)
+    with pytest.raises(Killed):
+        run(name, places, tmp_path / "run", micro_batch="auto")
+    assert compared[0][0] == pytest.approx(compared[0][1], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "texts", "control"])
@@ -352,6 +408,7 @@ def test_a_run_that_began_without_keeps_the_whole_batch(accelerator, tmp_path):
     config = options(tmp_path)
     own = binding(replace(config, micro_batch=0))
     assert "micro_batch" not in own, "checkpoints of older versions go on"
+    assert "split_views" not in binding(TRAINERS["canvas"].options(Places(*[tmp_path] * 4)))
     checkpoint.save(config.out / "checkpoints", 1, phases, own)
     assert settle(config, accelerator, pytest.fail).micro_batch == 16
 
@@ -376,7 +433,7 @@ def test_a_plan_names_the_largest_number_that_is_predicted_to_fit(tmp_path):
     found, said = foreseen(config, lambda one: 100 * images_per_pass(one), room=450)
     assert found.micro_batch == 4
     assert said.startswith("--micro-batch auto: 4 passes of 4 images an iteration, as predicted for the 0.00 GiB")
-    assert foreseen(config, lambda one: None, 1) == (config, micro_batch.UNFORESEEN)
+    assert foreseen(config, lambda one: None, 1) == (config, micro_batch_module.UNFORESEEN)
     assert "no pass is predicted to fit" in foreseen(config, lambda one: 2, 1)[1]
     given = options(tmp_path, micro_batch=2)
     assert foreseen(given, pytest.fail, 1) == (given, "")
@@ -403,4 +460,4 @@ def test_dry_runs_predict_it(places, tmp_path, monkeypatch, capsys, name, module
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_dry_runs_of_small_networks_say_that_it_is_found_at_the_start(places, tmp_path, capsys, name):
     run(name, places, tmp_path / "run", dry_run=True, micro_batch="auto")
-    assert micro_batch.UNFORESEEN in capsys.readouterr().out
+    assert micro_batch_module.UNFORESEEN in capsys.readouterr().out

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,25 +157,7 @@ def _everywhere(fits: bool, accelerator: Accelerator) -> bool:
 def _by_measuring(
     config: Config, accelerator: Accelerator, trial: Callable[[Any], Trial], smallest: int
 ) -> Config:
-    few, more, stays, room = smallest, 2 * smallest, 0, 0
-    found = []
-    for number in (few, more):
-        tried = trial(with_number(config, number))
-        roles = [role_of(phase.network, config.optimizer) for phase in tried.phases]
-        networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
-        stays = sum(role.states + role.gradients for role in roles)
-
-        def run(tried: Trial = tried) -> None:
-            rehearse(tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
-
-        found.append(measured(run, networks))
-        room = int(SHARE * free_bytes())  # while there are averages
-        del tried
-    each = max(0, found[1] - found[0]) / (more - few)
-
-    def needed(number: int) -> int:
-        return int(stays + found[0] + each * (number - few))
-
+    needed, room = needs(config, accelerator, trial, smallest)
     numbers = candidates(config.batch_size, smallest)
     good = [number for number in numbers if _everywhere(needed(number) <= room, accelerator)]
     if not good:
@@ -184,10 +167,31 @@ def _by_measuring(
         )
     chosen = with_number(config, good[0])
     _say(
-        f"{words(chosen)}: {needed(good[0]) / GIB:.2f} GiB beside the weights, as measured with {few} and {more}, "
-        f"of {room / GIB:.2f} that may be filled", accelerator,
+        f"{words(chosen)}: {needed(good[0]) / GIB:.2f} GiB beside the weights, as measured with {smallest} and "
+        f"{2 * smallest}, of {room / GIB:.2f} that may be filled", accelerator,
     )  # fmt: skip
     return chosen
+
+
+def needs(
+    config: RunOptions, accelerator: Accelerator, trial: Callable[[Any], Trial], smallest: int = 1
+) -> tuple[Callable[[int], int], int]:
+    """Return a function from images a pass to bytes beside the weights on a CPU, and the bytes that may be filled.
+
+    The bytes of passes lie on a straight line through those of ``smallest`` images and of twice as many.
+    """
+    few, stays, room, found = smallest, 0, 0, []
+    for number in (few, 2 * few):
+        tried = trial(with_number(config, number))
+        roles = [role_of(phase.network, config.optimizer) for phase in tried.phases]
+        networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
+        stays = sum(role.states + role.gradients for role in roles)
+        run = partial(rehearse, tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
+        found.append(measured(run, networks))
+        room = int(SHARE * free_bytes())  # while there are averages
+        del tried, run, networks
+    each = max(0, found[1] - found[0]) / few
+    return lambda number: int(stays + found[0] + each * (number - few)), room
 
 
 def foreseen(
