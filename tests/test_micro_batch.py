@@ -37,6 +37,12 @@ PASSES = {"teacher": 8, "student": 8, "paths": 8, "texts": 2, "lora": 2, "contro
 """Images of a pass that trainers are tried with: half of their batch."""
 
 
+def trainers(*fast, of=tuple(PASSES)):
+    """All of them, of which others than ``fast`` take long."""
+    marked = [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in of]
+    return pytest.mark.parametrize("name", marked)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, sd):
     return make_places(tmp_path_factory.mktemp("places"), sd)
@@ -72,7 +78,7 @@ def test_what_f_distill_divides_by_is_a_mean_over_the_pass(schedules):
         method.gradient(torch.zeros(1, 2), cond, {}, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("name", PASSES)
+@trainers("teacher")
 def test_a_run_in_passes_is_one_of_smaller_batches_and_more_of_them(places, tmp_path, name):
     number = PASSES[name]
     run(name, places, tmp_path / "passes", micro_batch=number)
@@ -316,7 +322,7 @@ def scarce(monkeypatch):
     return only
 
 
-@pytest.mark.parametrize("name", PASSES)
+@trainers("student")
 def test_a_run_under_auto_is_one_with_the_number_that_it_finds(places, tmp_path, scarce, name):
     """Weights, states and draws are those of a run that tried nothing."""
     scarce(PASSES[name])
@@ -325,6 +331,7 @@ def test_a_run_under_auto_is_one_with_the_number_that_it_finds(places, tmp_path,
     assert_same(tensors(tmp_path / "auto"), tensors(tmp_path / "given"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["student", "lora"])
 def test_two_ranks_under_auto_leave_what_they_leave_with_its_number(places, tmp_path, name):
     """With DDP and without; the second rank has less memory."""
@@ -356,7 +363,7 @@ def test_a_file_of_options_holds_a_number_or_auto(tmp_path):
             read_config(file, TrainTeacher)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@trainers("teacher", "student")
 def test_bytes_of_a_whole_batch_lie_on_the_line_of_two_small_ones(places, tmp_path, monkeypatch, name):
     """Of every trainer, with what its losses ask of teacher, critic, average and pairs."""
     compared = []
@@ -378,14 +385,14 @@ def test_bytes_of_a_whole_batch_lie_on_the_line_of_two_small_ones(places, tmp_pa
     assert compared[0][0] == pytest.approx(compared[0][1], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["teacher", "student", "texts", "control"])
+@trainers("teacher", of=("teacher", "student", "texts", "control"))
 def test_auto_measures_every_trainer(places, tmp_path, capsys, name):
     run(name, places, tmp_path / "run", micro_batch="auto", steps=2, save_every=2)
     batch = TRAINERS[name].options(places).batch_size
     assert f"--micro-batch auto: 1 pass of {batch} images an iteration: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["student", "control"])
+@trainers("teacher", of=("teacher", "student", "control"))
 def test_a_run_that_goes_on_keeps_its_number_and_says_so(places, tmp_path, scarce, monkeypatch, capsys, name):
     number = PASSES[name]
     run(name, places, tmp_path / "whole", micro_batch=number)
@@ -439,7 +446,10 @@ def test_a_plan_names_the_largest_number_that_is_predicted_to_fit(tmp_path):
     assert foreseen(given, pytest.fail, 1) == (given, "")
 
 
-@pytest.mark.parametrize(("name", "module"), [("texts", "distill.text_recipe"), ("control", "controlnet.recipe")])
+@pytest.mark.parametrize(("name", "module"), [
+    ("texts", "distill.text_recipe"),
+    pytest.param("control", "controlnet.recipe", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_dry_runs_predict_it(places, tmp_path, monkeypatch, capsys, name, module):
     def most(**changes):
         run(name, places, tmp_path / "run", dry_run=True, **changes)
