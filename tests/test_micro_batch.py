@@ -447,8 +447,8 @@ def test_a_plan_names_the_largest_number_that_is_predicted_to_fit(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "module"), [
-    ("texts", "distill.text_recipe"),
-    pytest.param("control", "controlnet.recipe", marks=pytest.mark.slow),
+    pytest.param("texts", "distill.text_recipe", marks=pytest.mark.slow),
+    ("control", "controlnet.recipe"),
 ])  # fmt: skip
 def test_dry_runs_predict_it(places, tmp_path, monkeypatch, capsys, name, module):
     def most(**changes):
