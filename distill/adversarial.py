@@ -52,7 +52,7 @@ class Critic(nn.Module):
         owner = getattr(self.network, "backbone", self.network)
         # Hooked per call: a hook that stays would not survive copy.deepcopy or a wrapped network.
         hook = self.network.get_submodule(self.bottleneck).register_forward_hook(
-            lambda module, inputs, output: kept.append(image_activations(owner, output, args[0]))
+            lambda module, inputs, output: kept.append(image_activations(owner, output, args[0], cond))
         )
         try:
             output = self.network(*args, **cond)
@@ -106,7 +106,7 @@ def features_at(
     early, found = sharding_of(denoiser.network) is None, list[Tensor]()
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(image_activations(owner, output, x_t))
+        found.append(image_activations(owner, output, x_t, cond))
         if early:
             raise _Reached
 
@@ -213,7 +213,7 @@ def probe_bottleneck(
     device = next(network.parameters()).device
     x_t = torch.zeros(1, *shape, device=device)
     hook = network.get_submodule(name).register_forward_hook(
-        lambda module, inputs, output: kept.append(image_activations(network, output, x_t))
+        lambda module, inputs, output: kept.append(image_activations(network, output, x_t, cond))
     )
     t = torch.full((1,), denoiser.schedule.t_max, device=device)
     with torch.no_grad():

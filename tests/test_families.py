@@ -239,7 +239,7 @@ def test_labels_of_prompts_are_their_conditions(folders):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "lumina2"])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_critic_is_given_the_image_and_not_the_text(folders, name):
     """Its map of activations has the image's proportions, and moves with the image where that is changed."""
     teacher, _ = load(folders, name, WIDE)
@@ -262,14 +262,41 @@ def test_tokens_are_told_from_texts():
     text, image = torch.zeros(1, 8, 3), torch.arange(24.0).reshape(1, 8, 3)
     joined = torch.cat([torch.full((1, 5, 3), -1.0), image], 1)
     wanted = image.transpose(1, 2).reshape(1, 3, 2, 4)
-    assert torch.equal(Tokens("blocks").image((text, image), x_t), wanted)
-    assert torch.equal(Tokens("blocks").image((None, image), x_t), wanted)
+    assert torch.equal(Tokens("blocks").image((text, image), x_t, {}), wanted)
+    assert torch.equal(Tokens("blocks").image((None, image), x_t, {}), wanted)
     network = DiffusersNetwork(torch.nn.Identity(), tokens=Tokens("blocks"))
-    assert torch.equal(image_activations(network, (None, image), x_t), wanted), "the last block of SD3"
-    assert torch.equal(Tokens("blocks").image(joined, x_t), wanted)
-    assert torch.equal(Tokens("blocks", first=True).image(joined.roll(8, 1), x_t), wanted)
+    assert torch.equal(image_activations(network, (None, image), x_t, {}), wanted), "the last block of SD3"
+    assert torch.equal(Tokens("blocks").image(joined, x_t, {}), wanted)
+    assert torch.equal(Tokens("blocks", first=True).image(joined.roll(8, 1), x_t, {}), wanted)
     with pytest.raises(ValueError, match=r"a block returns \[\(1, 5, 3\)\]; expected 2 x 4 tokens"):
-        Tokens("blocks").image(joined[:, :5], x_t)
+        Tokens("blocks").image(joined[:, :5], x_t, {})
+
+
+def test_tokens_of_an_image_begin_behind_the_text_of_each_row():
+    """Lumina 2: a row of 5 words, and one of 2 with padding behind its image."""
+    x_t, image = torch.zeros(2, 4, 4, 8), torch.arange(48.0).reshape(2, 8, 3)
+    text, padding = torch.full((5, 3), -1.0), torch.full((3, 3), -2.0)
+    joined = torch.stack([torch.cat([text, image[0]]), torch.cat([text[:2], image[1], padding])])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    found = Tokens("blocks", mask="mask").image(joined, x_t, {"mask": mask})
+    wanted = image.transpose(1, 2).reshape(2, 3, 2, 4)
+    assert torch.equal(found, wanted)
+    alone = Tokens("blocks", mask="mask").image(image, x_t, {"mask": mask})
+    assert torch.equal(alone, wanted), "blocks before the text joins"
+
+
+def test_a_critic_of_lumina_hears_an_image_as_it_does_alone(folders):
+    """Beside a longer prompt the image's tokens lie elsewhere, and say the same."""
+    teacher, _ = load(folders, "lumina2", WIDE)
+    layer, cond = teacher.denoiser.network.bottleneck, teacher.prompts(PROMPTS)
+    assert cond["encoder_attention_mask"].sum(1).unique().numel() == 2
+    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(4))
+    t = torch.tensor([0.5, 0.5])
+    both = features_at(teacher.denoiser, layer, x_t, t, cond)
+    for row in (0, 1):
+        own = {name: value[row : row + 1] for name, value in cond.items()}
+        alone = features_at(teacher.denoiser, layer, x_t[row : row + 1], t[:1], own)
+        assert torch.allclose(both[row : row + 1], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

@@ -168,7 +168,8 @@ class UNet(nn.Module):
 Call = Callable[[Any, Tensor, Tensor, dict[str, Any]], Tensor]
 """(model, x_t, t, conditions) -> the prediction, shape of x_t: how a family's network is asked.
 
-x_t is (b, c, h, w) in the dtype of the model, t (b,) in float32, in timesteps up to 1,000.
+x_t is (b, c, h, w) in the dtype of the model, of videos (b, c, f, h, w); t (b,) in float32, in timesteps up to
+1,000.
 """
 
 
@@ -180,38 +181,47 @@ class Tokens:
         blocks: name of the list of its blocks.
         side: latents along a side of a token.
         first: the image's tokens come before those of the text where a block joins both; else behind them.
+        mask: name of the condition that marks the tokens of a text, where the image's follow right behind them
+            and padding comes last; empty: they end the sequence, or begin it.
     """
 
     blocks: str
     side: int = 2
     first: bool = False
+    mask: str = ""
 
-    def image(self, output: Any, x_t: Tensor) -> Tensor:
-        """Return the image's part of a block's output, (b, d, h / side, w / side).
+    def image(self, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
+        """Return the image's part of a block's output, (b, d, h / side, w / side), or (b, d, f, ...) of a video's.
 
         A block of two streams returns both; the text's would be taken for the image's without complaint.
 
         Args:
             output: a tensor (b, tokens, d), or a tuple that holds one.
-            x_t: what the network was asked about, (b, c, h, w).
+            x_t: what the network was asked about, (b, c, h, w) or (b, c, f, h, w).
+            cond: under which conditions.
 
         Raises:
             ValueError: no part of the output has as many tokens as the image.
         """
-        height, width = x_t.shape[2] // self.side, x_t.shape[3] // self.side
+        sides = (*x_t.shape[2:-2], x_t.shape[-2] // self.side, x_t.shape[-1] // self.side)
+        number = math.prod(sides)
         parts = [part for part in (output if isinstance(output, tuple | list) else (output,)) if part is not None]
         tokens = [part for part in parts if isinstance(part, Tensor) and part.ndim == 3]
-        own = [part for part in tokens if part.shape[1] == height * width]
+        own = [part for part in tokens if part.shape[1] == number]
         # Of two streams of one length the image's is the last, in all families of diffusers.
-        longer = [part for part in tokens if part.shape[1] > height * width]
+        longer = [part for part in tokens if part.shape[1] > number]
         if not own and not longer:
+            expected = " x ".join(map(str, sides))
             raise ValueError(
-                f"a block returns {[tuple(part.shape) for part in parts]}; expected {height} x {width} tokens."
+                f"a block returns {[tuple(part.shape) for part in parts]}; expected {expected} tokens."
             )
         whole = own[-1] if own else longer[-1]
-        number = height * width
         image: Tensor = whole[:, :number] if self.first else whole[:, -number:]
-        return image.transpose(1, 2).unflatten(2, (height, width))
+        if self.mask and not own:
+            starts = cond[self.mask].to(whole.device).long().sum(1, keepdim=True)
+            places = starts + torch.arange(number, device=whole.device)
+            image = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[2]))
+        return image.transpose(1, 2).unflatten(2, sides)
 
 
 def plain_call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
@@ -256,18 +266,18 @@ class DiffusersNetwork(nn.Module):
         return self.call(self.model, x_t.to(dtype), t, model_arguments(cond, dtype))
 
 
-def image_activations(network: nn.Module, output: Any, x_t: Tensor) -> Tensor:
-    """Return what a submodule of ``network`` returned, as activations of the image.
+def image_activations(network: nn.Module, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
+    """Return what a submodule of ``network``, asked about x_t under ``cond``, returned: the image's activations.
 
-    Outputs of a transformer's block become (b, d, h, w); the first tensor of any other output is taken as it is.
-    The last block of Stable Diffusion 3 returns None in the place of its text.
+    Outputs of a transformer's block become (b, d, h, w), of videos (b, d, f, h, w); the first tensor of any other
+    output is taken as it is. The last block of Stable Diffusion 3 returns None in the place of its text.
     """
     known = (getattr(part, "tokens", None) for part in (network, *network.modules()))
     tokens = next((one for one in known if isinstance(one, Tokens)), None)
     first: Tensor = output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
     if tokens is None or first.ndim != 3:
         return first
-    return tokens.image(output, x_t)
+    return tokens.image(output, x_t, cond)
 
 
 def model_arguments(cond: Cond, dtype: torch.dtype) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def _from_pipeline(
     times = tuple(t / scale for t in read_student_times(index, settings, pipeline.folder))
     if not family.latent:
         return _of_pixels(pipeline, model, NetworkDenoiser(model, schedule, kind), shape, times)
-    tokens = Tokens(family.blocks, side, family.image_first) if family.blocks else None
+    tokens = Tokens(family.blocks, side, family.image_first, family.text_mask) if family.blocks else None
     network = freeze(DiffusersNetwork(model, family.call, tokens, family.lora, family.control))
     texts, negatives = None, None
     if family.encoder is not None:

@@ -57,6 +57,8 @@ class Family:
         packing: pixels of a latent along a side that the network takes as one token, where its config counts
             packed channels; 1: it counts those of the latents.
         patch: latents along a side of a token, where the network's config does not say.
+        fps: frames a second of its videos; 0: it draws images alone.
+        other: entries of an index of models under the same name that need another call.
         variance: the network may predict a variance in further channels, which its call leaves out.
         size: (height, width) in pixels of the images, where the network's config does not say.
         classes: entry of the network's config that counts its classes; the label behind them means none.
@@ -65,6 +67,7 @@ class Family:
         blocks: name of the list of a transformer's blocks, of which a critic reads the middle one; empty where
             the tokens of an image cannot be told in them.
         image_first: the tokens of the image come before those of the text where a block joins both.
+        text_mask: the condition that marks the tokens of a text, where those of the image follow right behind.
         norm: how guidance keeps the length of predictions.
         embedded: the scale of guidance that a network is told whose config has guidance_embeds.
         shift: (scheduler settings, number of image tokens) -> shift of the noise levels of a sampling grid.
@@ -90,11 +93,14 @@ class Family:
     patch: int = 1
     variance: bool = False
     size: tuple[int, int] | None = None
+    fps: int = 0
+    other: tuple[str, ...] = ()
     classes: str = ""
     bounded: bool = True
     lora: tuple[str, ...] = ()
     blocks: str = ""
     image_first: bool = False
+    text_mask: str = ""
     norm: Norm = "none"
     embedded: float = 3.5
     shift: Callable[[Mapping[str, Any], int], float] = flow_shift

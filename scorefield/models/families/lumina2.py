@@ -58,5 +58,5 @@ LAYERS = (*ATTENTION, "linear_1", "linear_2", "linear_3")
 FAMILY = Family(
     "Lumina2Pipeline", "transformer", Lumina2Transformer2DModel, {"text_encoder": Gemma2Model},
     encoder=encoder_of(negative=False), negative=encoder_of(negative=True), surplus=surplus, flow=True, call=call,
-    lora=LAYERS, norm="row", bounded=False,
+    blocks="layers", text_mask="encoder_attention_mask", lora=LAYERS, norm="row", bounded=False,
 )  # fmt: skip
