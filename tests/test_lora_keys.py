@@ -151,27 +151,6 @@ def test_all_layers_of_flux_have_a_name(root):
     assert [len(named[name]) for name in ("single_blocks_0_linear1", "double_blocks_0_txt_attn_qkv")] == [4, 3]
 
 
-MAKERS_NAMES = {
-    "attention.to_out.0": "attention.out", "norm_q": "q_norm", "norm_k": "k_norm",
-    "all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
-}  # fmt: skip
-
-
-def in_makers_names(weights):
-    """Z-Image's transformer as its makers save it: queries, keys and values in one."""
-    made = {}
-    for own_name, value in weights.items():
-        name = own_name
-        for own, theirs in MAKERS_NAMES.items():
-            name = name.replace(own, theirs)
-        if ".to_q." in name:
-            parts = [weights[own_name.replace(".to_q.", f".to_{one}.")] for one in "qkv"]
-            made["model.diffusion_model." + name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
-        elif ".to_k." not in name and ".to_v." not in name:
-            made["model.diffusion_model." + name] = value
-    return made
-
-
 def test_a_network_is_read_from_a_single_file(root, tmp_path):
     """In place of the weights of its folder, beside their config; damaged ones are named."""
     folder = folder_of(root, "z_image", tiny.z_image)
@@ -179,7 +158,7 @@ def test_a_network_is_read_from_a_single_file(root, tmp_path):
     shutil.copytree(folder, tmp_path / "own")
     weights = tmp_path / "own" / "transformer" / "diffusion_pytorch_model.safetensors"
     single = weights.with_name("z_image_bf16.safetensors")
-    makers = in_makers_names(load_file(weights))
+    makers = tiny.in_makers_names(load_file(weights))
     weights.unlink()
     save_file(makers, single)
     found = load_teacher(tmp_path / "own", size=32)
@@ -197,10 +176,11 @@ def test_a_network_is_read_from_a_single_file(root, tmp_path):
         load_teacher(single)
 
 
-def test_gguf_names_the_package_that_it_needs(root, tmp_path):
+def test_gguf_names_the_package_that_it_needs(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("scorefield.models.gguf_file.find_spec", lambda name: None)
     folder = folder_of(root, "z_image", tiny.z_image)
     shutil.copytree(folder, tmp_path / "own")
     (tmp_path / "own" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "own" / "transformer" / "z_image-Q8_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"z_image-Q8_0\.gguf (needs the package gguf: pip|cannot be)"):
+    with pytest.raises(ValueError, match=r"z_image-Q8_0\.gguf needs the package gguf: pip install gguf"):
         load_teacher(tmp_path / "own", size=32)

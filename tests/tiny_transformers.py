@@ -324,3 +324,24 @@ FAMILIES = {
     "flux": flux, "z_image": z_image, "qwen_image": qwen_image, "flux2_klein": flux2_klein, "flux2": flux2,
     "sd35": sd35, "sana": sana, "pixart_sigma": pixart_sigma, "dit": dit, "lumina2": lumina2, "wan": wan,
 }  # fmt: skip
+
+
+MAKERS_NAMES = {
+    "attention.to_out.0": "attention.out", "norm_q": "q_norm", "norm_k": "k_norm",
+    "all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
+}  # fmt: skip
+
+
+def in_makers_names(weights):
+    """Z-Image's transformer as its makers save it: queries, keys and values in one."""
+    made = {}
+    for own_name, value in weights.items():
+        name = own_name
+        for own, theirs in MAKERS_NAMES.items():
+            name = name.replace(own, theirs)
+        if ".to_q." in name:
+            parts = [weights[own_name.replace(".to_q.", f".to_{one}.")] for one in "qkv"]
+            made["model.diffusion_model." + name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif ".to_k." not in name and ".to_v." not in name:
+            made["model.diffusion_model." + name] = value
+    return made

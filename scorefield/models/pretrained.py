@@ -5,7 +5,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from scorefield.denoiser import freeze
 from scorefield.files import read_json
 from scorefield.models.components import check_part
+from scorefield.models.gguf_file import GGUF, check_gguf, dequantized
 from scorefield.models.preflight import is_few_step
 from scorefield.models.weights import check_counts, check_finite, check_numbers, check_size
 from scorefield.schedule import Kind, RectifiedFlow, Schedule, VariancePreserving
@@ -27,6 +27,9 @@ INDEX = "model_index.json"
 
 STUDENT_TIMES, LORA_FACTS = "dmd2_denoising_timesteps", "dmd2.json"
 """Of a student: the entry of its index that holds its timesteps, and the file that has it beside a LoRA."""
+
+NUM_FRAMES = "dmd2_num_frames"
+"""Entry that holds the frames of the videos that a student learned."""
 
 MOST_STEPS = 16
 """Steps of a student that is known by its scheduler alone; diffusers' own default is 50."""
@@ -38,7 +41,6 @@ NOISE_SETTINGS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
 )  # fmt: skip
 
-GGUF = ".gguf"
 STANDARD = ("diffusion_pytorch_model", "model")
 """How the names begin of weights that diffusers and transformers wrote."""
 
@@ -121,23 +123,32 @@ class PartReader:
             )
         options: dict[str, Any] = {"torch_dtype": own}
         if file.suffix == GGUF:
-            if find_spec("gguf") is None:
-                raise ValueError(f"{file} needs the package gguf: pip install gguf.")
+            check_gguf(file)
             options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=own)
+        config = read_json(part / "config.json")
+        check_counts(config, part)
+        check_numbers(kind, config, part)
         try:
             network = kind.from_single_file(str(file), config=str(part), local_files_only=True, **options)
-            if file.suffix == GGUF:  # weights that learn, and LoRAs beside them, are plain
-                network.dequantize()
         except (MemoryError, torch.OutOfMemoryError):
             raise
+        except KeyError as error:  # of a converter that looks for its makers' names
+            raise ValueError(f"{file} holds no {kind.__name__}: it lacks {error}.") from error
         except Exception as error:  # of any kind: libraries trust their files
-            raise ValueError(f"{file} cannot be read as {kind.__name__}: {error}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "meta tensor" in reason:  # what was not in the file
+                reason = "it lacks tensors that config.json beside it names"
+            raise ValueError(f"{file} cannot be read as {kind.__name__}: {reason}") from error
         if meta := [name for name, value in network.state_dict().items() if value.is_meta]:
             raise ValueError(
                 f"{file} lacks {len(meta)} tensors that config.json beside it names, such as {meta[0]}."
             )
+        if file.suffix == GGUF:  # weights that learn, and LoRAs beside them, are plain
+            network = dequantized(network)
+        else:
+            network.to(own)
         check_finite(network.state_dict(), part)
-        return freeze(network.to(own)).to(self.device)
+        return freeze(network).to(self.device)
 
     def _check_size(self, kind: Any, part: Path) -> None:
         check_counts(read_json(part / "config.json"), part)
@@ -371,6 +382,21 @@ def read_student_times(index: Mapping[str, Any], settings: Mapping[str, Any], so
         )
     scheduler.set_timesteps(number)
     return tuple(scheduler.timesteps.tolist())
+
+
+def read_num_frames(index: Mapping[str, Any], asked: int | None, source: Path) -> int:
+    """Return how many frames to draw: as many as are asked for, those of a student at 0, and else 1.
+
+    Raises ``ValueError`` for a student of videos where images alone are drawn, at None, and for damaged numbers.
+    """
+    own = index.get(NUM_FRAMES, 1)
+    if type(own) is not int or own < 1:
+        raise ValueError(f"{source / INDEX}: {NUM_FRAMES} must be a whole number above 0; got {str(own)[:80]}.")
+    if asked is None and own > 1:
+        raise ValueError(
+            f"{source} draws videos of {own} frames, and images are needed here. `scorefield sample` draws it."
+        )
+    return asked or (1 if asked is None else own)
 
 
 def fingerprint(files: Iterable[Path], facts: Sequence[object] = ()) -> str:
