@@ -14,7 +14,7 @@ from scorefield.training.options import (
 
 TEXT_ONLY = (
     "num_prompts", "long_prompts", "negative_prompt", "lora", "lora_rank", "lora_alpha",
-    "validation_prompts", "kohya_keys", "quantize",
+    "validation_prompts", "kohya_keys", "quantize", "num_frames",
 )  # fmt: skip
 IMAGES_ONLY = ("network", "data", "channels", "crop", "flip", "memory_limit", "features")
 MIN_GUARD = 64
@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     check_init_from(config.init_from, config.out)
     check_numbers(
         config,
-        positive=("student_every", "num_steps", "points", "pair_steps", "lora_rank", "guard_every"),
+        positive=("student_every", "num_steps", "points", "pair_steps", "lora_rank", "guard_every", "num_frames"),
         not_negative=(
             "guidance", "critic_weight", "regression_weight", "num_prompts", "size", "lora_alpha",
             "eval_every", "num_pairs", "student_ratio", "fake_warmup", "guard_images", "max_setbacks",
@@ -140,6 +140,21 @@ def check_texts(config: Config) -> None:
         raise ValueError("--negative-prompt is what guidance moves away from: pass --guidance above 1, too.")
     if config.eval_every and config.eval_images < 2:
         raise ValueError(f"--eval-images must be at least 2; got {config.eval_images}.")
+    if config.num_frames > 1:
+        check_videos(config)
+
+
+def check_videos(config: Config) -> None:
+    """Raise ``ValueError`` for what needs images, where videos are distilled."""
+    what = f"--num-frames {config.num_frames} makes videos"
+    if config.method != "dmd":
+        raise ValueError(f"{what}, which --method {config.method} does not learn from. Pass --method dmd.")
+    if config.gan_weight:
+        raise ValueError(f"{what}, and the critic of --gan-weight reads images. Pass --gan-weight 0.")
+    if config.reals == "teacher":
+        raise ValueError(f"{what}, and --reals teacher is for a critic of images. Leave it out.")
+    if config.eval_every:
+        raise ValueError(f"{what}, and the judge of --eval-every sees pictures. Pass --eval-every 0.")
 
 
 def check_no_texts(config: Config) -> None:

@@ -27,7 +27,7 @@ from scorefield.models.families import Family, family_of, has_part, parts_of
 from scorefield.models.lora import LORA_FILE, LoRA, adapter_weights, merged
 from scorefield.models.lora_keys import KOHYA, kohya_weights, layers_of
 from scorefield.models.networks import DiffusersNetwork
-from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, STUDENT_TIMES, part_folder
+from scorefield.models.pretrained import INDEX, LORA_FACTS, NOISE_SETTINGS, NUM_FRAMES, STUDENT_TIMES, part_folder
 from scorefield.schedule import Schedule, VariancePreserving
 
 LORA = LORA_FILE
@@ -139,7 +139,7 @@ def _check_boundary(scheduler: Any) -> None:
 
 def export_student(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None, variant: str | None = None, kohya: bool = False,
+    size: tuple[int, int] | None = None, num_frames: int = 0, variant: str | None = None, kohya: bool = False,
 ) -> Path:  # fmt: skip
     """Write what diffusers loads: a LoRA where the network is a :class:`LoRA`, else a whole pipeline.
 
@@ -149,13 +149,19 @@ def export_student(
     """
     kind = getattr(diffusers, family_of(read_json(pipeline / INDEX)).pipeline)
     if hasattr(kind, "load_lora_weights") and isinstance(student.unwrapped().denoiser.network, LoRA):
-        return export_lora(student, pipeline, folder, card=card, base_model=base_model, size=size, kohya=kohya)
-    return export_pipeline(student, pipeline, folder, card=card, base_model=base_model, size=size, variant=variant)
+        return export_lora(
+            student, pipeline, folder, card=card, base_model=base_model, size=size, num_frames=num_frames,
+            kohya=kohya,
+        )  # fmt: skip
+    return export_pipeline(
+        student, pipeline, folder, card=card, base_model=base_model, size=size, num_frames=num_frames,
+        variant=variant,
+    )  # fmt: skip
 
 
 def export_pipeline(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None, variant: str | None = None,
+    size: tuple[int, int] | None = None, num_frames: int = 0, variant: str | None = None,
 ) -> Path:  # fmt: skip
     """Write the student's pipeline; ``DiffusionPipeline.from_pretrained(folder)`` loads it.
 
@@ -169,6 +175,7 @@ def export_pipeline(
         card: text of the model card, above how to use it.
         base_model: name or folder of the teacher's pipeline, for the card.
         size: height and width in pixels that the student learned, if they are not the teacher's own.
+        num_frames: of the videos that it learned, 1 of images; 0: its pipeline is one of images.
         variant: of the teacher's weights that are copied, such as "fp16"; where there is none, the plain ones.
 
     Raises:
@@ -179,7 +186,7 @@ def export_pipeline(
     family = family_of(index)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     model = _model(student.unwrapped().denoiser.network)
-    facts = _facts(student, scheduler, size, _told_scale(family, model))
+    facts = _facts(student, scheduler, size, num_frames, _told_scale(family, model))
     if size is not None:
         _, _, factor = read_codec_config(part_folder(pipeline, "vae"))
         height, width = (side // factor for side in size)
@@ -201,7 +208,7 @@ def export_pipeline(
 
 def export_lora(
     student: Student, pipeline: Path, folder: Path, *, card: str = "", base_model: str = "",
-    size: tuple[int, int] | None = None, kohya: bool = False,
+    size: tuple[int, int] | None = None, num_frames: int = 0, kohya: bool = False,
 ) -> Path:  # fmt: skip
     """Write the changes of a :class:`lora.LoRA` as a LoRA; ``pipe.load_lora_weights(folder)`` loads it.
 
@@ -212,6 +219,7 @@ def export_lora(
         card: text of the model card, above how to use it.
         base_model: name or folder of the teacher's pipeline, for the card.
         size: height and width in pixels that the student learned, for the card.
+        num_frames: of the videos that it learned, 1 of images; 0: its pipeline is one of images.
         kohya: write a second file, in kohya's keys.
 
     Raises:
@@ -225,7 +233,7 @@ def export_lora(
     index = read_json(pipeline / INDEX)
     scheduler = scheduler_for(student, _scheduler_settings(pipeline))
     family, model = family_of(index), adapted.backbone
-    facts = _facts(student, scheduler, size, _told_scale(family, getattr(model, "model", model)))
+    facts = _facts(student, scheduler, size, num_frames, _told_scale(family, getattr(model, "model", model)))
     part = family.part
     with whole_folder(folder) as temporary:
         weights = {f"{part}.{name}": value for name, value in adapter_weights(adapted).items()}
@@ -268,13 +276,16 @@ def _told_scale(family: Family, model: Any) -> float:
     return family.embedded if model.config.get("guidance_embeds") else 1.0
 
 
-def _facts(student: Student, scheduler: Any, size: tuple[int, int] | None, scale: float) -> dict[str, Any]:
+def _facts(
+    student: Student, scheduler: Any, size: tuple[int, int] | None, num_frames: int, scale: float
+) -> dict[str, Any]:
     facts = {
         STUDENT_TIMES: [t * student.denoiser.time_scale for t in student.times],
         "dmd2_num_inference_steps": student.num_steps,
         "dmd2_guidance_scale": scale,
     }  # fmt: skip
     facts |= {} if size is None else {"dmd2_height": size[0], "dmd2_width": size[1]}
+    facts |= {NUM_FRAMES: num_frames} if num_frames else {}
     shift = scheduler.config.get("shift")
     return facts if shift is None else {**facts, "dmd2_scheduler_shift": shift}
 
@@ -328,7 +339,11 @@ def _card(text: str, use: str, facts: Mapping[str, Any], pipeline: str, base_mod
     steps = facts["dmd2_num_inference_steps"]
     times = ", ".join(f"{t:g}" for t in facts[STUDENT_TIMES])
     size = f", height={facts['dmd2_height']}, width={facts['dmd2_width']}" if "dmd2_height" in facts else ""
-    task = "unconditional-image-generation" if "[207]" in use else "text-to-image"
+    frames = facts.get(NUM_FRAMES, 0)  # 0 of a pipeline of images
+    size += f", num_frames={frames}" if frames else ""
+    use = use.replace(".images[0]", ".frames[0]") if frames else use
+    task = "text-to-video" if frames > 1 else "text-to-image"
+    task = "unconditional-image-generation" if "[207]" in use else task
     scale = f"{facts['dmd2_guidance_scale']:g}"
     use = (
         use.replace("PROMPT", '"a prompt"')

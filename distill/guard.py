@@ -182,13 +182,18 @@ def _scaled(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[list[Tens
 
 
 def pooled(features: Tensor) -> Float[Tensor, "b d"]:
-    """Features averaged over positions: (b, d, h, w) or (b, tokens, d) -> (b, d); (b, d) stays.
+    """Features averaged over positions: (b, d, h, w), (b, d, f, h, w) or (b, tokens, d) -> (b, d); (b, d) stays.
 
     Raises ``ValueError`` for any other shape.
     """
-    if features.ndim not in (2, 3, 4):
-        raise ValueError(f"features must be (b, d), (b, tokens, d) or (b, d, h, w); got {tuple(features.shape)}.")
-    return features if features.ndim == 2 else features.mean(1) if features.ndim == 3 else features.mean((2, 3))
+    if features.ndim not in (2, 3, 4, 5):
+        raise ValueError(
+            f"features must be (b, d), (b, tokens, d) or (b, d, h, w), or (b, d, f, h, w) of videos; got "
+            f"{tuple(features.shape)}."
+        )
+    if features.ndim == 2:
+        return features
+    return features.mean(1 if features.ndim == 3 else tuple(range(2, features.ndim)))
 
 
 def left_out(number: int) -> list[Tensor]:

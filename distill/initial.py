@@ -67,7 +67,7 @@ def initial_weights(config: Config, teacher: Teacher) -> Initial | None:
     # The student of a module:function does not say how its network is built; the teacher does.
     code = (config.network or config.teacher) if teacher.facts.get("network") == "function" else ""
     try:
-        student = load_teacher(source, code, few_steps=True)
+        student = load_teacher(source, code, few_steps=True, num_frames=0)
     except ValueError as error:
         raise ValueError(f"--init-from: {error}") from error
     if not student.times:

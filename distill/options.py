@@ -183,6 +183,9 @@ class Config(
     size: int = 0
     """Height and width of images in pixels: with --prompts of the teacher's, else of those in --data. 0 means the
     teacher's own, or those of the first image."""
+    num_frames: int = 1
+    """Frames of the videos that a video teacher draws, such as 81. 1 means images. Videos are for --method dmd
+    without a critic, and are learned from prompts alone."""
 
     network: str = ""
     """For a --teacher folder that was distilled from a module:function: the module:function that builds its

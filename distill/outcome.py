@@ -17,10 +17,13 @@ from distill.student import Student
 from scorefield.atomic import whole_file
 from scorefield.models.teacher import Teacher
 from scorefield.progress import working
-from scorefield.training.report import as_grid
+from scorefield.training.report import as_grid, strips
 from scorefield.training.run import in_pieces
 
 REPORT, PICTURE = "report.json", "beside_teacher.png"
+
+MOST_VIDEOS = 4
+"""Videos that the picture shows of each; images are as many as ``Guard.beside`` gives."""
 
 
 def outcome(config: Config, student: Student, guarded: Guarded | None) -> dict[str, Any]:
@@ -52,16 +55,21 @@ def write_outcome(report: dict[str, Any], out: Path) -> None:
 
 @torch.no_grad()
 def draw_beside(guard: Guard, student: Student, teacher: Teacher, out: Path) -> None:
-    """Draw a row of the teacher's pictures, and one of the student's of the same noise; a full disk costs them."""
+    """Draw a row of the teacher's pictures, and one of the student's of the same noise; a full disk costs them.
+
+    Videos are rows of frames, each of the student's below the teacher's.
+    """
 
     def decoded(images: Tensor) -> Tensor:
         # One by one: a large autoencoder needs gigabytes for each.
-        return torch.cat([teacher.decode(one.to(teacher.device)).float().cpu() for one in images.split(1)])
+        return torch.cat([strips(teacher.decode(one.to(teacher.device))).float().cpu() for one in images.split(1)])
 
     with working("teacher beside student"):
-        made = [decoded(images) for images in guard.beside(student)]
+        number = MOST_VIDEOS if teacher.num_frames > 1 else None
+        made = torch.stack([decoded(images[:number]) for images in guard.beside(student)])
+        both = made.transpose(0, 1).flatten(0, 1) if made.ndim == 6 else made.flatten(0, 1)
     try:
         with whole_file(out / PICTURE) as temporary:
-            save_image(as_grid(torch.cat(made), len(made[0])), temporary, format="png")
+            save_image(as_grid(both, made.shape[1]), temporary, format="png")
     except OSError as error:
         tqdm.write(f"no {PICTURE}, the run goes on: {error}", file=sys.stderr)

@@ -61,7 +61,7 @@ class _Asked:
     def ask(self, network: nn.Module, times: int = 1) -> Any:
         x_t, cond = self.x_t, self.cond
         if times > 1:
-            x_t = x_t.repeat(times, 1, 1, 1)
+            x_t = x_t.repeat(times, *[1] * (x_t.ndim - 1))
             cond = {name: torch.cat([value] * times) for name, value in cond.items()}
         output: Any = network(x_t, torch.full((len(x_t),), 500.0, device="meta"), **cond)
         return output

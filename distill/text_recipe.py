@@ -55,6 +55,7 @@ from scorefield.training.identity import check_options, identity
 from scorefield.training.memory import Activations, most_bytes
 from scorefield.training.micro_batch import foreseen, room_for
 from scorefield.training.options import images_per_pass
+from scorefield.training.report import strips
 from scorefield.training.run import check_identity, cut, prepare, roles_of, show_plan, start
 from scorefield.training.teacher_check import PICTURE, check_teacher, draw_check, num_checked
 
@@ -183,6 +184,8 @@ def load_inputs(config: Config, accelerator: Accelerator) -> Inputs:
                 fix = "the GAN term alone would read them: --gan-weight 0.03 --reals data"
                 if config.method in ALONG_PATHS:
                     fix = "to learn from them: --reals data"
+                if config.num_frames > 1:
+                    fix = "videos are learned from prompts alone"
                 warn(f"{config.prompts}: passed over: {len(texts.images)} pictures beside the prompts; {fix}")
         elif not (config.dry_run and made_here):
             latents, faults = check_images(
@@ -274,8 +277,9 @@ def load_source(config: Config, device: torch.device, cache: Path | None = None)
     with working("loading the teacher"):
         source = load_teacher(
             config.teacher, dtype=torch.bfloat16 if half else torch.float32, device=device, cache=cache,
-            size=config.size or None, vae_dtype=torch.float32, allow_pickle=config.allow_pickle,
-            variant=config.variant or None, rounding="no" if is_only_counted(config, device) else config.quantize,
+            size=config.size or None, num_frames=config.num_frames, vae_dtype=torch.float32,
+            allow_pickle=config.allow_pickle, variant=config.variant or None,
+            rounding="no" if is_only_counted(config, device) else config.quantize,
         )  # fmt: skip
     if source.texts is None:
         raise ValueError(f"--teacher {config.teacher} takes no prompts; leave out --prompts.")
@@ -300,13 +304,13 @@ def place(network: nn.Module, config: Config, accelerator: Accelerator) -> nn.Mo
 
 @torch.no_grad()
 def draw(student: Student, teacher: Teacher, cond: Cond) -> Tensor:
-    """Pictures of some conditions, always from the same noise."""
+    """Pictures of some conditions, or a few frames of their videos, always from the same noise."""
     generator = torch.Generator().manual_seed(0)
     number = len(next(iter(cond.values())))
     noise = torch.randn(number, *teacher.shape, generator=generator).to(teacher.device)
     x0 = student.sample(noise, cond, generator=generator)
     # One by one: SDXL's autoencoder needs three GiB for each.
-    return torch.cat([teacher.decode(one).float().cpu() for one in x0.split(1)])
+    return torch.cat([strips(teacher.decode(one)).float().cpu() for one in x0.split(1)])
 
 
 def hashes_of(inputs: Inputs) -> dict[str, str | None]:
@@ -366,5 +370,6 @@ def save(config: Config, student: Student, teacher: Teacher, folder: Path, num_p
     base = "toyworld/pipeline" if config.teacher == "toyworld" else config.teacher
     return export_student(
         student, pipeline_of(teacher), folder, card=card, base_model=base, size=teacher.size,
-        variant=config.variant or None, kohya=config.kohya_keys,
+        num_frames=teacher.num_frames if teacher.fps else 0, variant=config.variant or None,
+        kohya=config.kohya_keys,
     )  # fmt: skip

@@ -79,7 +79,7 @@ CONTROL = {"canny", "circles", "data", "degraded", "geometry", "hints", "lines",
 HEAVY = {
     *("parts", "vsd", "training", "recovery", "doubts", "probe", "queue", "recipe", "pretrained"),
     *("preflight", "codec", "teacher", "pipeline", "circles", "draw", "bench", "control", "demo", "evaluate"),
-    *("students", "judge", "renders", "lora", "lora_keys", "lora_student", "attacked"),
+    *("students", "judge", "renders", "lora", "lora_keys", "lora_student", "attacked", "places"),
 }
 HEAVY_FOLDERS = ("scorefield/training/", "scorefield/commands/", "scorefield/play/")
 

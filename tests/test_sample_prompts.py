@@ -140,7 +140,7 @@ def test_one_picture_a_prompt_by_default_and_few_at_a_time(folders, tmp_path, mo
     made = np.load(sample.main(config_of(folders / "sd", tmp_path / "a.npz", num_images=None, classes=(2,))))
     assert made["labels"].tolist() == [2]
     sizes = []
-    monkeypatch.setattr(sample, "batch_size_for", lambda size: sizes.append(size) or 2)
+    monkeypatch.setattr(sample, "batch_size_for", lambda size, num_frames: sizes.append(size) or 2)
     seen = []
     draw_images = sample.draw_images
     monkeypatch.setattr(

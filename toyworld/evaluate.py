@@ -23,9 +23,9 @@ from scorefield.files import read_json
 from scorefield.metrics import extract_features, frechet_distance, kernel_distance
 from scorefield.models.components import readable
 from scorefield.models.pipeline import open_pipeline
+from scorefield.models.places import named_folder
 from scorefield.models.preflight import check_last_time, check_many_steps
 from scorefield.models.pretrained import INDEX, PartReader, read_schedule
-from scorefield.models.teacher import named_folder
 from scorefield.progress import progress
 from scorefield.randomness import derived_generator
 from scorefield.report.write import add_page

@@ -22,9 +22,9 @@ from distill.export import LORA, read_student_facts
 from scorefield.atomic import whole_file
 from scorefield.cache import Content, Entry, TensorCache, fingerprint
 from scorefield.files import check_regular
+from scorefield.models.places import named_folder
 from scorefield.models.pretrained import LORA_FACTS
 from scorefield.models.prompts import default_cache_folder
-from scorefield.models.teacher import named_folder
 from scorefield.models.weights import check_finite
 from scorefield.report.write import add_page
 from scorefield.training.options import check_device

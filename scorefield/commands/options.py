@@ -66,11 +66,14 @@ class Sample(Sampling, LoadOptions):
     """Number of images. By default one per prompt, or 100 from a model without prompts."""
     size: int = 0
     """Height and width of a text-to-image model's images, in pixels. 0 means the model's own."""
+    num_frames: int = 0
+    """Frames of each video of a video model, such as 81; 1 draws images. 0 means those of a student, or else 1."""
     seed: int = 0
     """Seed of all images. Image i of a seed is always the same."""
     out: Path = Path("samples")
     """Folder for PNG files with a metadata.jsonl of their prompts or labels, which is itself valid --data; or a
-    file that ends in .npz. Earlier samples there are replaced. The first hundred are shown in <out>.grid.png."""
+    file that ends in .npz. Videos are GIF files of 256 colours; an .npz file has them exactly. Earlier samples
+    there are replaced. The first hundred are shown in <out>.grid.png, or the frames of the first ten videos."""
     network: str = ""
     """For a student of a module:function: the module:function that builds its network, whose code is run. Code
     that a folder names is never run."""
@@ -206,7 +209,7 @@ class TrainTeacher(Network, DataOptions, EvalOptions, Passes, RunOptions):
 
 def check_sample(config: Sample) -> None:
     """Raise ``ValueError`` for options that are out of range."""
-    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size"))
+    check_numbers(config, positive=("steps",), not_negative=("guidance", "size", "batch_size", "num_frames"))
     check_quantize(config.quantize)
     if config.num_images is not None:
         check_numbers(config, positive=("num_images",))

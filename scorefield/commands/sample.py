@@ -1,4 +1,4 @@
-"""Images from a teacher or a student: as PNG files or one npz file, and a grid to look at.
+"""Images from a teacher or a student: as PNG files or one npz file, and a grid to look at; videos as GIF files.
 
     scorefield sample --teacher runs/student/student --out samples --num-images 1000
     scorefield sample --teacher toyworld --prompts "a red mug" "a blue chair" --guidance 3
@@ -35,12 +35,16 @@ from scorefield.training.identity import check_ranks
 from scorefield.training.launcher import check_drawing
 from scorefield.training.options import check_out
 from scorefield.training.ranks import check_launch, check_told_device
+from scorefield.training.report import as_rows
 
 COMMENT = b"scorefield samples"
 """Of an npz file that :func:`write` wrote: only such a one is replaced."""
 
 GRID = ".grid.png"
 """What the name of the picture ends in that lies beside the samples."""
+
+FPS = 16
+"""Frames a second of videos whose model does not say."""
 
 
 def main(config: Sample) -> Path:
@@ -60,7 +64,7 @@ def main(config: Sample) -> Path:
         report_plan(teacher.denoiser.schedule, plan_of(config, teacher))
     # With fewer images than ranks some have none.
     own = torch.arange(len(labels))[accelerator.process_index :: accelerator.num_processes]
-    parts = own.split(config.batch_size or batch_size_for(teacher.size))
+    parts = own.split(config.batch_size or batch_size_for(teacher.size, teacher.num_frames))
     with accelerator.autocast():
         made = draw(config, teacher, counted(parts), labels)
     whole = join(made, len(labels), accelerator)
@@ -68,20 +72,21 @@ def main(config: Sample) -> Path:
         with working("writing the images"):
             picture = write(
                 whole, labels, config.out, columns=columns(teacher.num_classes if config.prompts else 0),
-                facts=facts_of(config, teacher),
+                facts=facts_of(config, teacher), fps=teacher.fps or FPS,
             )  # fmt: skip
-        print(f"{len(whole):,} images in {config.out}, the first {len(whole[:100])} in {picture}")
+        what = "videos" if whole.ndim == 5 else "images"
+        print(f"{len(whole):,} {what} in {config.out}, the first {min(len(whole), most(whole))} in {picture}")
     accelerator.wait_for_everyone()
     return config.out
 
 
-def batch_size_for(size: tuple[int, int]) -> int:
+def batch_size_for(size: tuple[int, int], num_frames: int = 1) -> int:
     """Return how many images of (height, width) are drawn at a time by default: a megapixel, at most 250.
 
     >>> [batch_size_for((side, side)) for side in (8, 64, 256, 512, 1024, 2048)]
     [250, 250, 16, 4, 1, 1]
     """
-    return max(1, min(250, 2**20 // (size[0] * size[1])))
+    return max(1, min(250, 2**20 // (size[0] * size[1] * num_frames)))
 
 
 def counted(parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -96,10 +101,11 @@ def facts_of(config: Sample, teacher: Teacher) -> Callable[[int], dict[str, Any]
     """Return what metadata.jsonl says of the images of a label: prompt or class, seed and network calls."""
     steps = len(teacher.times) or config.steps
     prompts = () if teacher.listed is None else teacher.listed.prompts
+    video = {"num_frames": teacher.num_frames} if teacher.num_frames > 1 else {}
 
     def facts(label: int) -> dict[str, Any]:
         text = {"text": prompts[label]} if prompts else {}
-        return {**text, "label": label, "seed": config.seed, "steps": steps}
+        return {**text, "label": label, "seed": config.seed, "steps": steps, **video}
 
     return facts
 
@@ -114,7 +120,7 @@ def load(config: Sample, device: torch.device) -> Teacher:
     teacher = load_teacher(
         config.teacher, config.network, device=device, size=config.size or None, allow_pickle=config.allow_pickle,
         variant=config.variant or None, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        few_steps=True, rounding=config.quantize,
+        few_steps=True, rounding=config.quantize, num_frames=config.num_frames,
     )  # fmt: skip
     if teacher.texts is not None:
         if not config.prompts:
@@ -238,12 +244,13 @@ def join(own: Tensor, num_images: int, accelerator: Accelerator) -> Tensor:
 
 def write(
     images: Tensor, labels: Tensor, out: Path, columns: int = 10,
-    facts: Callable[[int], Mapping[str, Any]] = lambda label: {"label": label},
+    facts: Callable[[int], Mapping[str, Any]] = lambda label: {"label": label}, fps: int = FPS,
 ) -> Path:  # fmt: skip
     """Write PNG files named by number and class, and a metadata.jsonl; or one npz file of bytes.
 
-    It is there whole or not at all. Returns the picture of the first hundred, which lies beside: within the folder
-    it would be one of the images. ``facts`` are those of an image of some label.
+    Videos (n, c, frames, h, w) become GIF files of ``fps`` frames a second. All of it is there whole or not at
+    all. Returns the picture of the first hundred, or of the first videos' frames, which lies beside: within the
+    folder it would be one of the images. ``facts`` are those of an image of some label.
     """
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     place = out.resolve()
@@ -257,16 +264,33 @@ def write(
         with whole_folder(place) as folder:
             rows = []
             for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
-                name = f"{label:04d}/{number:06d}.png"
+                name = f"{label:04d}/{number:06d}.{'gif' if image.ndim == 4 else 'png'}"
                 (folder / name).parent.mkdir(exist_ok=True)
-                to_picture(image).save(folder / name)
+                save_picture(image, folder / name, fps)
                 rows.append(json.dumps({"file_name": name, **facts(label)}) + "\n")
             (folder / "metadata.jsonl").write_text("".join(rows))
-    overview = make_grid(pixels[:100], nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
+    shown, columns = as_rows(pixels[: most(pixels)], columns)
+    overview = make_grid(shown, nrow=columns, padding=1, pad_value=128)[: pixels.shape[1]]
     picture = place.with_name(f"{place.name}{GRID}")
     with whole_file(picture) as temporary:
         to_picture(overview).save(temporary)
     return picture
+
+
+def most(images: Tensor) -> int:
+    """Return how many images, or videos (n, c, frames, h, w), the grid shows at most."""
+    return 10 if images.ndim == 5 else 100
+
+
+def save_picture(pixels: Tensor, path: Path, fps: int) -> None:
+    """Write bytes (c, h, w) as a picture, or (c, frames, h, w) as a GIF that repeats endlessly."""
+    if pixels.ndim == 3:
+        to_picture(pixels).save(path)
+        return
+    first, *others = map(to_picture, pixels.unbind(1))
+    # In hundredths of a second, and players show at most fifty frames in one.
+    hundredths = max(2, round(100 / fps))
+    first.save(path, save_all=True, append_images=others, duration=10 * hundredths, loop=0)
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -42,7 +42,10 @@ SPLITS = frozenset(("train", "test", "val", "valid", "validation", "dev", "eval"
 """Names of folders that are parts of one data set, and no classes, where all folders are called so."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-FILES = {*PICTURES, *TABLES, ".npz", ".npy", ".arrow", ".gz", ".zip", ".tar", ".tgz"}
+FILMS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"))
+"""Endings of films, which are no data: without them here a film would be read as lines of prompts."""
+
+FILES = {*PICTURES, *FILMS, *TABLES, ".npz", ".npy", ".arrow", ".gz", ".zip", ".tar", ".tgz"}
 LARGEST_TEXT = 2**20
 """Bytes of a caption or a label in a file of its own."""
 

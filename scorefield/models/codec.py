@@ -53,6 +53,7 @@ class Codec:
         factor: pixels per latent along a side.
         channels: of the latents.
         patch: latents of the autoencoder along a side that become channels of one (FLUX.2: 2).
+        frames: of a video in a latent behind its first, which is one frame; 0: it is one of images.
         waits: the device where the autoencoder is between two calls without gradients; None: where it is used.
     """
 
@@ -62,6 +63,7 @@ class Codec:
     factor: int
     channels: int
     patch: int = 1
+    frames: int = 0
     waits: torch.device | None = None
 
     def waiting(self, device: torch.device | str = "cpu") -> "Codec":
@@ -83,6 +85,8 @@ class Codec:
     def encode(self, images: Images, *, generator: Generators | None = None) -> Tensor:
         """Return (b, 3, h, w) images in [-1, 1] to (b, channels, h / factor, w / factor) latents.
 
+        Videos (b, 3, 1 + n frames, h, w) become (b, channels, 1 + n, ...).
+
         Args:
             images: sides divisible by ``factor``.
             generator: draws a sample of the encoder's Gaussian, as diffusion models are trained on; None returns
@@ -100,32 +104,34 @@ class Codec:
         A latent is mean + std noise. An AutoencoderTiny has std 0. Raises as :meth:`encode` does.
         """
         self._check(images, "images", 3, self.factor)
-        video = self._is_video()
+        still = self._is_still(images)
         pixels = images.to(self._dtype())
         with self._at_hand(pixels):
-            output: Any = self.vae.encode(pixels[:, :, None] if video else pixels)  # type: ignore[operator]
+            output: Any = self.vae.encode(pixels[:, :, None] if still else pixels)  # type: ignore[operator]
         if hasattr(output, "latent_dist"):
             z, spread = output.latent_dist.mean, output.latent_dist.std
         else:  # AutoencoderTiny, AutoencoderDC
             z = output.latents if hasattr(output, "latents") else output.latent
             spread = torch.zeros_like(z)
-        mean, std = (self._packed(part[:, :, 0] if video else part).to(_precise(z)) for part in (z, spread))
+        mean, std = (self._packed(part[:, :, 0] if still else part).to(_precise(z)) for part in (z, spread))
         scaling, shift = self._affine(mean)
         return (mean - shift) * scaling, std * scaling
 
     def decode(self, latents: Images) -> Tensor:
         """Return (b, channels, h, w) latents to (b, 3, h factor, w factor) images, about [-1, 1], not clamped.
 
+        Those of videos, (b, channels, 1 + n, h, w), become (b, 3, 1 + n frames, ...).
+
         Raises ``ValueError`` for latents of another shape.
         """
         self._check(latents, "latents", self.channels, 1)
-        video, precise = self._is_video(), latents.to(_precise(latents))
+        still, precise = self._is_still(latents), latents.to(_precise(latents))
         scaling, shift = self._affine(precise)
         z = (precise / scaling + shift).to(self._dtype())
         z = nn.functional.pixel_shuffle(z, self.patch) if self.patch > 1 else z
         with self._at_hand(z):
-            images: Tensor = self.vae.decode(z[:, :, None] if video else z).sample  # type: ignore[operator]
-        images = images[:, :, 0] if video else images
+            images: Tensor = self.vae.decode(z[:, :, None] if still else z).sample  # type: ignore[operator]
+        images = images[:, :, 0] if still else images
         return images.to(_precise(images))
 
     def identity(self) -> str:
@@ -143,22 +149,28 @@ class Codec:
         )
 
     def _affine(self, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        scaling, shift = (part.to(x) if isinstance(part, Tensor) else part for part in (self.scaling, self.shift))
+        both = (part.to(x) if isinstance(part, Tensor) else part for part in (self.scaling, self.shift))
+        scaling, shift = (part[:, :, None] if isinstance(part, Tensor) and x.ndim == 5 else part for part in both)
         return scaling, shift
 
     def _packed(self, z: Tensor) -> Tensor:
         return nn.functional.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
 
-    def _is_video(self) -> bool:
-        return type(self.vae).__name__ in VIDEO
+    def _is_still(self, x: Tensor) -> bool:
+        # An image for an autoencoder of videos.
+        return type(self.vae).__name__ in VIDEO and x.ndim == 4
 
     def _dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
 
     def _check(self, x: Tensor, what: str, channels: int, factor: int) -> None:
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+        known = (4, 5) if self.frames else (4,)
+        if x.ndim not in known or x.shape[1] != channels or x.shape[-2] % factor or x.shape[-1] % factor:
             sides = f" with sides divisible by {factor}" if factor > 1 else ""
-            raise ValueError(f"{what} must be (b, {channels}, h, w){sides}; got {tuple(x.shape)}.")
+            video = f", or (b, {channels}, f, h, w)" if self.frames else ""
+            raise ValueError(f"{what} must be (b, {channels}, h, w){video}{sides}; got {tuple(x.shape)}.")
+        if what == "images" and x.ndim == 5:
+            latent_frames(x.shape[2], self.frames)
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,41 @@ def load_codec(
         vae.enable_tiling()
     patch = _patch(config)
     scaling, shift = _statistics(vae, config, part)
-    return Codec(vae, scaling=scaling, shift=shift, factor=factor, channels=channels, patch=patch)
+    return Codec(
+        vae, scaling=scaling, shift=shift, factor=factor, channels=channels, patch=patch,
+        frames=frames_per_latent(config),
+    )  # fmt: skip
+
+
+def frames_per_latent(config: Mapping[str, Any]) -> int:
+    """Return how many frames of a video become one latent behind the first; 0 for an autoencoder of images.
+
+    Raises ``ValueError`` for a config that does not say where it halves their number.
+    """
+    if config["_class_name"] not in VIDEO:
+        return 0
+    halves = config.get("temperal_downsample")
+    if not isinstance(halves, list | tuple) or not all(isinstance(one, bool) for one in halves):
+        got = str(halves)[:80]
+        raise ValueError(f"temperal_downsample of the autoencoder must be a list of true and false; got {got}.")
+    return int(2 ** sum(halves))
+
+
+def latent_frames(number: int, frames: int) -> int:
+    """Return the latents of a video of some frames.
+
+    Raises ``ValueError`` for a number that the autoencoder cannot take, naming the nearest that it can.
+
+    >>> latent_frames(81, 4)
+    21
+    """
+    if number < 1 or (number - 1) % frames:
+        below = (max(number, 1) - 1) // frames * frames + 1
+        raise ValueError(
+            f"num_frames must be 1 more than a multiple of {frames}; got {number}. Nearest are {below} and "
+            f"{below + frames}."
+        )
+    return 1 + (number - 1) // frames
 
 
 def _patch(config: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from scorefield.files import read_json
 from scorefield.models.families import family_of
 from scorefield.models.lora import LORA_FILE, stacked
 from scorefield.models.lora_keys import read_lora
-from scorefield.models.pretrained import INDEX, LORA_FACTS, STUDENT_TIMES
+from scorefield.models.pretrained import INDEX, LORA_FACTS, NUM_FRAMES, STUDENT_TIMES
 from scorefield.models.student import Student
 from scorefield.models.teacher import Teacher
 
@@ -37,6 +37,9 @@ def load_lora_student(folder: Path, teacher: Teacher) -> Teacher:
     size = facts.get("dmd2_height", teacher.size[0]), facts.get("dmd2_width", teacher.size[1])
     if size != teacher.size:
         raise ValueError(f"{folder} learned pictures of {size[0]} x {size[1]}; pass --size {size[0]}.")
+    if (frames := facts.get(NUM_FRAMES, 1)) != teacher.num_frames:
+        there, here = str(frames)[:80], teacher.num_frames
+        raise ValueError(f"{folder} learned videos of {there} frames, and --teacher draws {here}.")
     family = family_of(read_json(teacher.source / INDEX))
     weights = read_lora(folder / LORA_FILE, family.pipeline, family.part)
     try:

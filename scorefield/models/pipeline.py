@@ -4,6 +4,7 @@ Only safetensors are read, and no code that a model brings along is run.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from scorefield.choices import Quantize
 from scorefield.denoiser import Cond
 from scorefield.files import read_json
-from scorefield.models.codec import Codec, load_codec, read_codec_config
+from scorefield.models.codec import Codec, frames_per_latent, latent_frames, load_codec, read_codec_config
 from scorefield.models.components import check_index, check_part, reading
 from scorefield.models.families import Family, Parts, family_of, has_part, parts_of
 from scorefield.models.preflight import check_network, check_tokenizer, latent_shape, tokenizer_class
@@ -88,11 +89,15 @@ class Pipeline:
             raise ValueError(f"this model needs {expected} scheduler; got {self.scheduler.get('_class_name')}.")
         return schedule, kind
 
-    def check(self, size: int | tuple[int, int] | None = None, *, tiling: bool = False) -> tuple[int, int, int]:
+    def check(
+        self, size: int | tuple[int, int] | None = None, *, tiling: bool = False, num_frames: int = 1
+    ) -> tuple[int, ...]:
         """Return the shape of x0 for pictures of ``size`` pixels, if all parts are there and fit together.
 
-        Reads no weights. Raises ``ValueError`` for what is missing or does not fit.
+        It is (c, h, w), or (c, f, h, w) of videos of ``num_frames`` above 1. Reads no weights. Raises
+        ``ValueError`` for what is missing or does not fit.
         """
+        self._check_kind(num_frames)
         for part in self.tokenizers:
             check_tokenizer(self.folder / part, bounded=self.family.bounded)
         for part in _weight_parts(self.index, self.folder):
@@ -101,18 +106,36 @@ class Pipeline:
         config = read_config(self.family.network, self.part(self.family.part))
         family = self.family
         check_network(config, self.part(family.part), packing=family.packing, variance=family.variance)
-        channels, factor = config["in_channels"], 1
+        channels, factor, frames = config["in_channels"], 1, list[int]()
         if family.latent:
-            _, channels, factor = read_codec_config(self.part("vae"), tiling=tiling)
-        return latent_shape(
-            config,
-            channels,
-            factor,
-            size,
-            packing=family.packing,
-            usual=family.size,
+            codec, channels, factor = read_codec_config(self.part("vae"), tiling=tiling)
+            if num_frames > 1:
+                frames = [self._latent_frames(num_frames, codec, config)]
+        channels, height, width = latent_shape(
+            config, channels, factor, size, packing=family.packing, usual=family.size,
             side=family.token_side(config),
-        )
+        )  # fmt: skip
+        return channels, *frames, height, width
+
+    def _check_kind(self, num_frames: int) -> None:
+        """Raise ``ValueError`` for a kind of model that its family does not cover, and videos of one of images."""
+        unlike = (None, False, [None, None])
+        if other := [name for name in self.family.other if self.index.get(name) not in unlike]:
+            raise ValueError(
+                f"{self.folder} is a {self.family.pipeline} with {', '.join(other)}, which is not supported. Pass "
+                "a model of one network, which is told one time for all frames."
+            )
+        if num_frames > 1 and not self.family.fps:
+            kind = self.family.pipeline
+            raise ValueError(f"num_frames is for models of videos, and {kind} draws images. Leave it out.")
+
+    def _latent_frames(self, number: int, codec: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+        if not (frames := frames_per_latent(codec)):
+            raise ValueError(f"a {codec['_class_name']} decodes images; leave out num_frames, which is {number}.")
+        found, most = latent_frames(number, frames), config.get("rope_max_seq_len", math.inf)
+        if found > most:
+            raise ValueError(f"num_frames must be at most {1 + (most - 1) * frames} here; got {number}.")
+        return found
 
     def token_side(self) -> int:
         """Return how many latents along a side the network takes as one token."""

@@ -31,11 +31,12 @@ def check_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def check_dtype(dtype: object) -> None:
+def check_dtype(*dtypes: object) -> None:
     """Raise ``ValueError`` for precisions that networks do not compute in."""
     allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in allowed:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}.")
+    for dtype in dtypes:
+        if dtype not in allowed:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}.")
 
 
 def check_options(has_codec: bool, **options: object) -> None:
@@ -162,6 +163,8 @@ def latent_shape(
         step = 2 ** (len(config["down_block_types"]) - 1)
     if height < 1 or width < 1 or height % step or width % step:
         raise ValueError(f"size must be in multiples of {step} pixels; got {height} x {width}.")
+    if (places := config.get("rope_max_seq_len")) is not None and max(height, width) > places * step:
+        raise ValueError(f"size must be at most {places * step} pixels here; got {height} x {width}.")
     most = config.get("pos_embed_max_size")
     if most is not None and max(height, width) > most * step:
         raise ValueError(f"size must be at most {most * step} pixels here; got {height} x {width}.")

@@ -6,7 +6,7 @@ x0 = denoiser(x_t, t, teacher.prompts(["a red mug"]))  # latents; teacher.decode
 """
 
 import json
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from scorefield.models.codec import Codec, Patches
 from scorefield.models.components import readable, reading
 from scorefield.models.networks import DiffusersNetwork, Tokens, check_sigma_data, preconditioned
 from scorefield.models.pipeline import Pipeline, open_pipeline
+from scorefield.models.places import FOLDERS, check_name, named_folder
 from scorefield.models.preflight import check_device, check_dtype, check_last_time, check_many_steps, check_options
-from scorefield.models.pretrained import INDEX, LORA_FACTS, PartReader, read_student_times
+from scorefield.models.pretrained import PartReader, read_num_frames, read_student_times
 from scorefield.models.prompts import LongPrompts, PromptEncoder, size_ids
 from scorefield.models.quantize import stored
 from scorefield.models.saved_network import network_of
@@ -33,10 +34,7 @@ from scorefield.models.user_code import call, code_of
 from scorefield.progress import progress
 from scorefield.randomness import Generators
 from scorefield.schedule import Images
-from scorefield.shipped import shipped, ships
-
-FOLDERS = ("circles.json",)
-"""Files by which folders are known that a shipped function reads: folder -> Teacher."""
+from scorefield.shipped import shipped
 
 IN_MEMORY = 2**30
 """Bytes of encoded prompts up to which all are kept in memory; more are read from the disk."""
@@ -68,7 +66,7 @@ class Teacher:
 
     Attributes:
         denoiser: on latents, or on pixels if there is no codec.
-        shape: (c, h, w) of x0.
+        shape: (c, h, w) of x0, or (c, f, h, w) of videos.
         num_classes: of the network's labels, or of the prompts of :meth:`asked`; 0 means that it takes no labels.
         facts: how :func:`build_network` makes another network like it; JSON-able, saved beside every student. The
             function of a user has to say nothing here, or sigma_data, the spread of the images in [-1, 1] if its
@@ -83,12 +81,13 @@ class Teacher:
         negatives: negative prompts to conditions, where they are encoded otherwise (Sana, Lumina 2).
         norm: how guidance keeps the length of predictions; see ``guidance.Norm``.
         embedded: the scale of guidance that the network is told where no other is asked for; None: none.
+        fps: frames a second of its videos; 0: it draws images alone.
         source: the folder it was read from, if it was.
         listed: prompts whose numbers are its labels; see :meth:`asked`.
     """
 
     denoiser: NetworkDenoiser
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     times: tuple[float, ...] = ()
@@ -103,17 +102,25 @@ class Teacher:
     negatives: Texts | None = None
     norm: Norm = "none"
     embedded: float | None = None
+    fps: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         factor = self.codec.factor if self.codec else 1
-        return self.shape[1] * factor, self.shape[2] * factor
+        return self.shape[-2] * factor, self.shape[-1] * factor
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) in pixels."""
-        return (3, *self.size) if self.codec else self.shape
+    def num_frames(self) -> int:
+        """Frames of its videos; 1 where it draws images."""
+        frames = self.codec.frames if isinstance(self.codec, Codec) else 1
+        return 1 + (self.shape[1] - 1) * frames if len(self.shape) == 4 else 1
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(c, h, w) in pixels, or (c, frames, h, w) of videos."""
+        frames = (self.num_frames,) if len(self.shape) == 4 else ()
+        return (3, *frames, *self.size) if self.codec else self.shape
 
     @property
     def device(self) -> torch.device:
@@ -255,12 +262,11 @@ def identity_of(denoiser: NetworkDenoiser, *facts: Any) -> str:
 
 
 def load_teacher(
-    name: str | Path, network: str = "", *, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", size: int | tuple[int, int] | None = None,
-    tiny_vae: str | Path | None = None, slicing: bool = False, tiling: bool = False,
-    cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
+    name: str | Path, network: str = "", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    size: int | tuple[int, int] | None = None, tiny_vae: str | Path | None = None, slicing: bool = False,
+    tiling: bool = False, cache: Path | str | None = None, allow_pickle: bool = False, variant: str | None = None,
     revision: str | None = None, vae_dtype: torch.dtype | None = None, few_steps: bool = False,
-    rounding: Quantize = "no",
+    rounding: Quantize = "no", num_frames: int | None = None,
 ) -> Teacher:  # fmt: skip
     """Return a frozen teacher or student, from one of
 
@@ -286,69 +292,35 @@ def load_teacher(
         vae_dtype: of the autoencoder alone, as for images that are encoded once and learned from; else ``dtype``.
         few_steps: take a distilled pipeline, too, which its scheduler tells: it is right at few times only.
         rounding: of the weights of a pipeline's network, which then cannot be copied into one that learns.
+        num_frames: of videos; 1 draws images, 0 as many as a student learned; None refuses students of videos.
 
     Raises ``ValueError`` for anything else, weights that are missing, pickled, damaged or do not fit, a folder
     that needs ``network``, and options that cannot be or that the model has no use for.
     """
-    for one in (dtype, vae_dtype or dtype):
-        check_dtype(one)
+    check_dtype(dtype, vae_dtype or dtype)
     name, device = named_folder(name), check_device(device)
     folder, is_function = Path(name), ":" in str(name) and not Path(name).exists()
     file = next((file for file in (DESCRIPTION, *FOLDERS) if (folder / file).is_file()), None)
     if network and file != DESCRIPTION:
         raise ValueError(f"--network is for students of a module:function; {name} says how its network is built.")
     if file is None and not is_function:
-        _check_name(name)
+        check_name(name)
         reader = PartReader(dtype, device, allow_pickle, variant)
         with reading(name):
             pipeline = open_pipeline(name, reader, revision=revision, tiny_vae=tiny_vae)
             check_options(pipeline.family.latent, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling)
             return _from_pipeline(
-                pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling, rounding=rounding
-            )
+                pipeline, size, vae_dtype, cache, few_steps, slicing=slicing, tiling=tiling, rounding=rounding,
+                num_frames=read_num_frames(pipeline.index, num_frames, pipeline.folder),
+            )  # fmt: skip
     teacher = _from_function(str(name)) if is_function else _from_folder(folder, str(file), network)
-    other_size = size is not None and teacher.size not in (size, (size, size))
+    num_frames, other_size = num_frames or 1, size is not None and teacher.size not in (size, (size, size))
     _check_unused(
         teacher, name, tiny_vae=tiny_vae, slicing=slicing, tiling=tiling, allow_pickle=allow_pickle,
-        variant=variant, revision=revision, size=other_size, quantize=rounding != "no",
+        variant=variant, revision=revision, size=other_size, quantize=rounding != "no", num_frames=num_frames != 1,
     )  # fmt: skip
     freeze(teacher.denoiser.network).to(device)
     return teacher
-
-
-def named_folder(name: str | Path) -> str | Path:
-    """Return the folder of the shipped model of that name; any other name as it is."""
-    if not (isinstance(name, str) and ships("teacher", name)):
-        return name
-    folder: Path = shipped(f"teacher {name}")()
-    return folder
-
-
-def _check_name(name: str | Path) -> None:
-    """Raise ``ValueError`` unless a pipeline may be found there: in a folder, or online."""
-    folder = Path(name)
-    if not folder.is_dir():
-        # Within a folder that exists it is a local path with a slip of the pen.
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
-            return
-        if folder.is_file() and folder.suffix in (".safetensors", ".gguf"):
-            raise ValueError(
-                f"{name} is a single file. Pass a pipeline's folder, with this file in its folder transformer or "
-                "unet in place of the weights there, beside their config.json."
-            )
-        raise ValueError(
-            f"{str(name)!r} is no folder here, and no name of a model online. Pass the folder of a teacher, a "
-            f"model's full name, such as stable-diffusion-v1-5/stable-diffusion-v1-5, toyworld, or "
-            "module:function."
-        )
-    if (folder / LORA_FACTS).is_file():
-        raise ValueError(
-            f"{folder} is a LoRA, which needs its teacher: load it in diffusers, as its README.md says."
-        )
-    for inner in ("teacher", "student", "base", "pipeline"):
-        held = any((folder / inner / file).is_file() for file in (DESCRIPTION, INDEX, LORA_FACTS, *FOLDERS))
-        if held and not (folder / INDEX).is_file():
-            raise ValueError(f"{folder} is the folder of a run; its result is {folder / inner}. Pass that.")
 
 
 def _check_unused(teacher: Teacher, name: str | Path, **options: object) -> None:
@@ -362,15 +334,17 @@ def _check_unused(teacher: Teacher, name: str | Path, **options: object) -> None
 def _from_pipeline(
     pipeline: Pipeline, size: int | tuple[int, int] | None, vae_dtype: torch.dtype | None,
     cache: Path | str | None, few_steps: bool, *, slicing: bool, tiling: bool, rounding: Quantize = "no",
+    num_frames: int = 1,
 ) -> Teacher:  # fmt: skip
     family, settings, index = pipeline.family, pipeline.scheduler, pipeline.index
     if not few_steps:
         check_many_steps(settings, pipeline.folder)
     schedule, kind = pipeline.schedule()
     check_last_time(schedule, kind, pipeline.folder)
-    shape = pipeline.check(size, tiling=tiling)
+    shape = pipeline.check(size, tiling=tiling, num_frames=num_frames)
     side = pipeline.token_side()
-    shift = family.shift(settings, (shape[1] // side) * (shape[2] // side)) if family.flow else 1.0
+    num_tokens = math.prod(shape[1:-2]) * (shape[-2] // side) * (shape[-1] // side)
+    shift = family.shift(settings, num_tokens) if family.flow else 1.0
     model: Any = pipeline.network(rounding)
     # Flow networks are asked at t in [0, 1000], whose schedule has it in [0, 1].
     scale = float(settings.get("num_train_timesteps", 1000)) if family.flow else 1.0
@@ -390,17 +364,13 @@ def _from_pipeline(
         codec=pipeline.codec(vae_dtype, slicing=slicing, tiling=tiling), texts=texts, negatives=negatives,
         sized=model.config.get("addition_embed_type") == "text_time",
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_negative)),
-        source=pipeline.folder, norm=family.norm,
+        source=pipeline.folder, norm=family.norm, fps=family.fps,
         embedded=family.embedded if model.config.get("guidance_embeds") else None,
     )  # fmt: skip
 
 
 def _of_pixels(
-    pipeline: Pipeline,
-    model: Any,
-    denoiser: NetworkDenoiser,
-    shape: tuple[int, int, int],
-    times: tuple[float, ...],
+    pipeline: Pipeline, model: Any, denoiser: NetworkDenoiser, shape: tuple[int, ...], times: tuple[float, ...]
 ) -> Teacher:
     num_classes = int(model.config.num_class_embeds or 0)
     options = {name: value for name, value in model.config.items() if not name.startswith("_")}

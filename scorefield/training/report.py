@@ -182,9 +182,32 @@ def close_log(accelerator: Accelerator) -> None:
     accelerator.trackers = []
 
 
+STRIP = 8
+"""Frames of a video that a picture shows at most."""
+
+
 def as_grid(images: Tensor, columns: int) -> Tensor:
-    """Return images in [-1, 1] as one picture (1, c, h, w) in [0, 1]."""
-    return make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
+    """Return images in [-1, 1] as one picture (1, c, h, w) in [0, 1]; each video is a row of its frames."""
+    shown, columns = as_rows(images, columns)
+    return make_grid((shown.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=0.5)[None]
+
+
+def as_rows(images: Tensor, columns: int) -> tuple[Tensor, int]:
+    """Return what a grid shows, and in how many columns: images, or the frames of :func:`strips` of videos."""
+    if images.ndim != 5:
+        return images, columns
+    shown = strips(images).transpose(1, 2)
+    return shown.flatten(0, 1), shown.shape[1]
+
+
+def strips(images: Tensor) -> Tensor:
+    """Return images as they are, and of videos (n, c, frames, h, w) :data:`STRIP` frames at most.
+
+    They are evenly spaced, the first and the last among them.
+    """
+    if images.ndim != 5:
+        return images
+    return images[:, :, torch.linspace(0, images.shape[2] - 1, min(STRIP, images.shape[2])).round().long()]
 
 
 def _say(text: str) -> None:

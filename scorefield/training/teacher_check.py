@@ -14,6 +14,7 @@ from scorefield.diagnosis.check import Diagnosis, diagnose
 from scorefield.models.teacher import Teacher
 from scorefield.progress import working
 from scorefield.training.launcher import is_first_rank
+from scorefield.training.report import as_grid, strips
 
 PICTURE = "teacher_check.png"
 COLUMNS = 8
@@ -88,6 +89,5 @@ def draw_check(teacher: Teacher, found: Diagnosis, path: Path) -> None:
     rows = [] if found.images is None or found.own else [found.images[:COLUMNS]]
     rows += [images[:COLUMNS] for _, images in sorted(found.samples.items())]
     # One by one: a large autoencoder needs gigabytes for each.
-    decoded = [torch.cat([teacher.decode(one).float().cpu() for one in row.split(1)]) for row in rows]
-    pictures = (torch.cat(decoded).nan_to_num().clamp(-1, 1) + 1) / 2
-    save_image(pictures, path, nrow=len(rows[0]), padding=1, pad_value=0.5)
+    decoded = [torch.cat([strips(teacher.decode(one)).float().cpu() for one in row.split(1)]) for row in rows]
+    save_image(as_grid(torch.cat(decoded).nan_to_num(), len(rows[0])), path)

@@ -1,4 +1,4 @@
-"""Wan 2.x (flow), asked about one frame: a video model as a model of images."""
+"""Wan 2.1 (flow): videos, and images as videos of one frame."""
 
 from typing import Any
 
@@ -16,9 +16,10 @@ LENGTH = 512
 
 
 def call(model: Any, x_t: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
-    """Ask the transformer about a video of one frame."""
-    prediction: Tensor = model(x_t[:, :, None], timestep=t, return_dict=False, **given)[0]
-    return prediction[:, :, 0]
+    """Ask the transformer about videos (b, c, f, h, w), or about images as videos of one frame."""
+    video = x_t if x_t.ndim == 5 else x_t[:, :, None]
+    prediction: Tensor = model(video, timestep=t, return_dict=False, **given)[0]
+    return prediction.view_as(x_t)
 
 
 def encoder(parts: Parts, network: nn.Module, device: torch.device) -> Encode:
@@ -42,5 +43,6 @@ LAYERS = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
 FAMILY = Family(
     "WanPipeline", "transformer", WanTransformer3DModel, {"text_encoder": UMT5EncoderModel}, encoder=encoder,
     flow=True, blocks="blocks", call=call, lora=LAYERS, size=(480, 832), bounded=False,
+    fps=16, other=("transformer_2", "boundary_ratio", "expand_timesteps"),
     surplus=beyond(tokenizer=LENGTH),
 )  # fmt: skip
