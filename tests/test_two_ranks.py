@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import run_on_ranks
-from workers import backbone_ranks
+from workers import backbone_ranks, transformer_ranks
 from workers import two_ranks as worker
 
 close = torch.testing.assert_close
@@ -109,3 +109,20 @@ def test_ranks_whose_options_code_or_inputs_differ_are_told_before_anything_is_w
         assert 'differ in data: "0", "1"' in said["input"][0]
         assert [wrote for _, wrote in said.values()] == [False, False, False, True]
         assert said["nothing"][0] == ""
+
+
+def test_two_ranks_of_a_transformer_equal_one_process(tmp_path, accelerator):
+    """An image under a critic and a video without one: two ranks, and one process with twice the micro-batches."""
+    names = transformer_ranks.SHAPES
+    ranks = run_on_ranks(
+        lambda two: {name: transformer_ranks.steps_of(name, two, accumulate=1) for name in names}, tmp_path
+    )
+    for name in names:
+        one = transformer_ranks.steps_of(name, accelerator, accumulate=2)
+        half = transformer_ranks.steps_of(name, accelerator, accumulate=1)
+        for role, step in one.items():
+            scale = float(step.abs().max())
+            assert scale > 1e-4
+            assert torch.equal(ranks[0][name][role], ranks[1][name][role])
+            close(ranks[0][name][role], step, rtol=0, atol=1e-3 * scale)
+            assert (half[role] - step).abs().max() > 0.1 * scale, "the second half of the batch changes nothing"
