@@ -46,14 +46,14 @@ class Size:
     """What a model is asked about.
 
     Attributes:
-        latents: (c, h, w).
+        latents: (c, h, w), or (c, f, h, w) of a video.
         cond: shapes of its conditions, without the batch; of integers where the name begins with "mask".
         depths: settings of its class that count blocks of one kind; none: it is counted whole.
         bar: GiB that NF4, two LoRAs, their states and activations are to fit into; 0: none was set.
         guided: classifier-free guidance asks the teacher about twice the batch.
     """
 
-    latents: tuple[int, int, int]
+    latents: tuple[int, ...]
     cond: Mapping[str, tuple[int, ...]]
     depths: tuple[str, ...] = ()
     bar: float = 0.0
@@ -74,8 +74,9 @@ SIZES = {
         ("num_layers", "num_single_layers"), 22, guided=False,
     ),
     "Qwen-Image": Size((16, 128, 128), {"encoder_hidden_states": (512, 3584)}, ("num_layers",), 24),
+    "Wan 2.1 14B": Size((16, 21, 60, 104), {"encoder_hidden_states": (512, 4096)}, ("num_layers",)),
 }  # fmt: skip
-"""Stable Diffusion 1.5 at 512 pixels, the others at 1024."""
+"""Stable Diffusion 1.5 at 512 pixels, Wan at 81 frames of 480 x 832, the others at 1024."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,11 @@ def passes_of(name: str, options: Options) -> dict[str, Activations]:
     return continued(model, settings_of(options, lora=True, guidance=3.5), options.whole)
 
 
-def terms(options: Options, names: tuple[str, ...] = ("SDXL", "Z-Image", "FLUX.1-dev", "Qwen-Image")) -> str:
+TERMS = ("SDXL", "Z-Image", "FLUX.1-dev", "Qwen-Image", "Wan 2.1 14B")
+"""Models of the first table."""
+
+
+def terms(options: Options, names: tuple[str, ...] = TERMS) -> str:
     """Return the table of an NF4 base with two LoRAs, term by term."""
     head = [
         "GiB", "base, NF4", "LoRAs", "gradients", "AdamW", "kept for the way back", "activations at most", "all",
@@ -266,10 +271,19 @@ def fits(options: Options) -> str:
     for name in SIZES:
         cells = []
         for _, method, how in METHODS:
+            if method == "controlnet" and not has_adapter(name):
+                cells.append("-")
+                continue
             plain, small = (count(name, method, how, kind, options).bytes() for kind in ("adamw", "adamw8bit"))
             cells.append(f"{gib(plain)} / {gib(small)}: {card(plain)} / {card(small)}")
         rows.append([name, *cells])
     return markdown(["GiB with AdamW / 8-bit AdamW: card", *(label for label, *_ in METHODS)], rows)
+
+
+def has_adapter(name: str) -> bool:
+    """Return whether there is a ControlNet for a model."""
+    family, network = build(next(one for one in MODELS if one.name == name))
+    return family.control is not None or hasattr(network, "down_blocks")
 
 
 def card(size: int) -> str:

@@ -42,7 +42,7 @@ def test_terms_add_up_and_the_smallest_card_leaves_room():
 def test_the_page_holds_the_weights_that_are_counted():
     page = counted.PAGE.read_text()
     rows = page.partition(counted.MARKS["terms"][0])[2].partition(counted.MARKS["terms"][1])[0].splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["SDXL", "Z-Image", "FLUX.1-dev", "Qwen-Image"]
+    assert tuple(row.split("|")[1].strip() for row in rows[2:]) == counted.TERMS
     held = counted.held(*counted.networks_of("SDXL", "lora", Options()), "nf4", "adamw")
     cells = [cell.strip() for cell in rows[2].split("|")[2:6]]
     parts = [sum(getattr(role, part) for key, role in held.items() if key != "teacher")
