@@ -14,7 +14,8 @@ from controlnet.tasks import Task
 from scorefield.cache import TensorCache
 from scorefield.data.buckets import Buckets
 from scorefield.models.codec import Codec
-from scorefield.models.teacher import Teacher, named_folder
+from scorefield.models.places import named_folder
+from scorefield.models.teacher import Teacher
 from scorefield.training.latents import Latents, Memory
 from scorefield.training.loop import Phase
 from scorefield.training.memory import Activations, Role, most_bytes

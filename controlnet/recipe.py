@@ -48,7 +48,6 @@ from scorefield.denoiser import NetworkDenoiser, freeze, unwrap
 from scorefield.gradient import min_snr_weight
 from scorefield.models.codec import Codec
 from scorefield.models.networks import DiffusersNetwork
-from scorefield.models.places import named_folder
 from scorefield.models.prompts import PromptEncoder, default_cache_folder, share_prompts
 from scorefield.models.quantize import count_weights, stored_weights
 from scorefield.models.teacher import Teacher, load_teacher
