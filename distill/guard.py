@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.adversarial import features_at
 from distill.regression import Pairs
@@ -78,7 +78,8 @@ class Guard:
         layer: submodule of the teacher's network whose output is averaged over positions.
         pairs: noise and the teacher's images, which no student was trained on.
         ratios: noise levels sigma / alpha at which the images are shown to the network.
-        batch: images a call.
+        batch: images whose noise is drawn together; of another number the same images have other figures.
+        at_once: images a call, of which nothing depends; all of a batch at 0.
     """
 
     teacher: NetworkDenoiser
@@ -86,6 +87,7 @@ class Guard:
     pairs: Pairs
     ratios: tuple[float, ...] = (0.3, 1.0, 3.0)
     batch: int = 64
+    at_once: int = 0
     _wanted: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class Guard:
     def images(self, student: Student) -> Images:
         """Return images of the student from the pairs' noise; the noise between its steps is always the same."""
         device = next(student.denoiser.network.parameters()).device
-        made = []
+        student, made = self._few_at_once(student.unwrapped()), []
         for number, part in enumerate(torch.arange(len(self.pairs.noise)).split(self.batch)):
             generator = derived_generator("guard", number)
             cond = self._cond(part, device)
@@ -161,12 +163,34 @@ class Guard:
                 noise = torch.randn(len(part), *images.shape[1:], generator=generator)
                 t = _time(self.teacher, ratio).expand(len(part)).to(device)
                 x_t = schedule.diffuse(images[part], noise, t.cpu()).to(device)
-                parts.append(pooled(features_at(self.teacher, self.layer, x_t, t, self._cond(part, device))))
+                for few in torch.arange(len(part)).split(self.at_once or self.batch):
+                    cond = self._cond(part[few], device)
+                    parts.append(pooled(features_at(self.teacher, self.layer, x_t[few], t[few], cond)))
             seen.append(torch.cat(parts).float().cpu())
         return seen
 
+    def _few_at_once(self, student: Student) -> Student:
+        if not self.at_once:
+            return student
+        network = _InParts(student.denoiser.network, self.at_once)
+        return replace(student, denoiser=replace(student.denoiser, network=network))
+
     def _cond(self, part: Tensor, device: torch.device) -> Cond:
         return {name: value[part].to(device) for name, value in self.pairs.cond.items()}
+
+
+class _InParts(nn.Module):
+    # A network that is asked about a few samples at a time.
+    def __init__(self, network: nn.Module, number: int) -> None:
+        super().__init__()
+        self.network, self.number = network, number
+
+    def forward(self, x_t: Images, t: Tensor, **cond: Tensor) -> Tensor:
+        answers = []
+        for few in torch.arange(len(x_t)).split(self.number):
+            output = self.network(x_t[few], t[few], **{name: value[few] for name, value in cond.items()})
+            answers.append(output if isinstance(output, Tensor) else output[0])
+        return torch.cat(answers)
 
 
 def distance(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -133,7 +133,13 @@ def make_guard(stages: Stages) -> Guard | None:
         return None
     layer = config.bottleneck or middle_layer(teacher.denoiser, teacher.shape, teacher.cond(torch.zeros(1).long()))
     pairs = stages.pairs(config.guard_images, "guard")
-    return Guard(teacher=teacher.denoiser, layer=layer, pairs=pairs, batch=images_per_pass(config))
+    return Guard(
+        teacher=teacher.denoiser,
+        layer=layer,
+        pairs=pairs,
+        batch=config.batch_size,
+        at_once=images_per_pass(config),
+    )
 
 
 def begin(stages: Stages, regression: Regression | None, phases: list[Phase], guarded: Guarded | None) -> None:

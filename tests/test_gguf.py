@@ -128,16 +128,18 @@ def header(tensors=0, values=0, version=3):
 
 
 ENDLESS = header(values=1) + string(b"a") + struct.pack("<IIQ", 9, 4, 2**60)
+LONG = header(values=1) + string(b"a") + struct.pack("<IIQ", 9, 0, 200_000) + bytes(200_000)
 WIDE = header(tensors=1) + string(b"cap_pad_token") + struct.pack("<IQQIQ", 2, 2**40, 2**30, 0, 0)
 BYTES = {
     "nothing": (b"", "no whole .gguf file"),
     "another": (b"PK\x03\x04" + b"\0" * 64, "does not begin with GGUF"),
     "version": (header(version=99), "version is 99"),
     "other byte order": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is"),
-    "many tensors": (header(tensors=2**62), "ends within its header"),
-    "many values": (header(values=2**62), "ends within its header"),
+    "many tensors": (header(tensors=2**62), "entries; expected at most 65,536"),
+    "many values": (header(values=2**62), "entries; expected at most 65,536"),
     "a long name": (header(tensors=1) + struct.pack("<Q", 2**63), "ends within its header"),
-    "a list without end": (ENDLESS, "ends within its header"),
+    "a list without end": (ENDLESS, "entries; expected at most 65,536"),
+    "a long list": (LONG, "names 200,001 entries; expected at most 65,536"),
     "a list of lists": (ENDLESS[:-12] + struct.pack("<IQ", 9, 1), "unknown type 9"),
     "many sides": (header(tensors=1) + string(b"a") + struct.pack("<I", 10**9), "1000000000 sides"),
     "a wide tensor": (WIDE + b"\0" * 128, "cannot be read"),

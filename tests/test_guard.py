@@ -102,6 +102,16 @@ def test_brightness_and_error_say_by_how_much(batch):
     assert further.distance > look.distance
 
 
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.6, 0.3)])
+@pytest.mark.parametrize("at_once", [1, 24, 64])
+def test_how_many_images_a_call_takes_changes_nothing(at_once, times):
+    """A run that goes on in smaller passes compares with looks of larger ones."""
+    student = Student(NetworkDenoiser(Affine(scale=0.8, shift=0.25), RectifiedFlow(), "x0"), times)
+    whole, few = make_guard(number=100).look(student), make_guard(number=100, at_once=at_once).look(student)
+    for name in ("distance", "kernel", "error", "brightness"):
+        assert getattr(few, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
+
+
 def test_features_are_taken_at_the_noise_levels_asked_for():
     guard = make_guard(ratios=(0.5, 2.0))
     low, high = guard.features(torch.zeros(256, 3))

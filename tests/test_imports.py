@@ -44,8 +44,9 @@ FLOORS = {
 LIBRARIES = {
     "accelerate": (
         "scorefield/training/", "scorefield/commands/sample.py", "distill/parts.py", "distill/stages.py",
-        "distill/guarding.py", "distill/text_recipe.py", "sds/recipe.py", "controlnet/recipe.py",
-        "controlnet/tasks.py", "controlnet/watch.py", "train_scripts/", "benchmarks/",
+        "distill/guarding.py", "distill/text_recipe.py", "distill/trial.py", "sds/recipe.py",
+        "controlnet/recipe.py", "controlnet/batches.py", "controlnet/tasks.py", "controlnet/watch.py",
+        "train_scripts/", "benchmarks/",
     ),
     "diffusers": (
         "scorefield/models/pretrained.py", "scorefield/models/codec.py", "scorefield/models/families/",

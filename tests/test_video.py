@@ -258,6 +258,8 @@ def test_models_of_images_and_other_kinds_of_wan_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match="num_frames is for models of videos, and ZImagePipeline draws images"):
         load_teacher(tmp_path / "z_image", size=32, num_frames=5)
     load_teacher(tmp_path / "z_image", size=32, num_frames=1)
+    with pytest.raises(ValueError, match=r"num_frames must be 0, .* or more; got -3"):
+        load_teacher(tmp_path / "z_image", size=32, num_frames=-3)
     with pytest.raises(ValueError, match="for models of videos, and StableDiffusionPipeline draws images"):
         load_teacher("toyworld", num_frames=5)
     shutil.copytree(root / "wan", tmp_path / "wan")

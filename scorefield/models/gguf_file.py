@@ -20,6 +20,9 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 """Types of values in the header; all numbers are little-endian."""
 
+MOST_ENTRIES = 2**16
+"""Tensors, values and entries of lists together: the package makes objects of each. FLUX.1 has 780 tensors."""
+
 MOST_DIMS = 8
 """Sides of a tensor: ggml has four, and files of videos have five."""
 
@@ -41,7 +44,7 @@ def check_gguf(file: Path) -> None:
 class _Header:
     # What lies before the tensors, read from the front.
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.place = data, 0
+        self.data, self.place, self.entries = data, 0, 0
 
     def walk(self) -> None:
         if self.take(4) != b"GGUF":
@@ -49,7 +52,7 @@ class _Header:
         version = self.number("I")
         if version not in VERSIONS:
             raise ValueError(f"its version is {version}, and {' and '.join(map(str, VERSIONS))} are read")
-        tensors, values = self.number("Q"), self.number("Q")
+        tensors, values = self.count(), self.count()
         for _ in range(values):
             self.take(self.number("Q"))
             self.value(self.number("I"))
@@ -62,7 +65,7 @@ class _Header:
         elif kind != ARRAY:
             self.take(self.width(kind))
         else:
-            inner, count = self.number("I"), self.number("Q")
+            inner, count = self.number("I"), self.count()
             if inner != STRING:
                 self.take(count * self.width(inner))
             for _ in range(count if inner == STRING else 0):
@@ -76,6 +79,13 @@ class _Header:
         self.number("I")
         if (offset := self.number("Q")) >= len(self.data):
             raise ValueError(f"{name[:80]} begins at byte {offset:,} of its data, beyond the end")
+
+    def count(self) -> int:
+        found = self.number("Q")
+        self.entries += found
+        if self.entries > MOST_ENTRIES:
+            raise ValueError(f"its header names {self.entries:,} entries; expected at most {MOST_ENTRIES:,}")
+        return found
 
     def width(self, kind: int) -> int:
         if kind not in NUMBERS:

@@ -392,6 +392,8 @@ def read_num_frames(index: Mapping[str, Any], asked: int | None, source: Path) -
     own = index.get(NUM_FRAMES, 1)
     if type(own) is not int or own < 1:
         raise ValueError(f"{source / INDEX}: {NUM_FRAMES} must be a whole number above 0; got {str(own)[:80]}.")
+    if asked is not None and asked < 0:
+        raise ValueError(f"num_frames must be 0, for those of the model, or more; got {asked}.")
     if asked is None and own > 1:
         raise ValueError(
             f"{source} draws videos of {own} frames, and images are needed here. `scorefield sample` draws it."

@@ -27,7 +27,7 @@ PROCESSES = "num_processes"
 LAYOUT = (PROCESSES, "accumulate", "micro_batch")
 """How a step is laid out, which may change when a run goes on: fewer ranks, and more micro-batches on each."""
 
-LATER = {"micro_batch": 0, "split_views": False}
+LATER = {"micro_batch": 0, "split_views": False, "num_frames": 1}
 """Options that older checkpoints lack, with the value under which a run is as it was then; that is left out."""
 
 PACKAGES = ("scorefield", "distill", "sds", "controlnet", "edit", "attack", "toyworld")
