@@ -200,7 +200,7 @@ def gradients(accelerator, dtype, accumulate, joined):
 
 def joined_gradients(accelerator, dtype, accumulate):
     """:func:`gradients` on one rank that holds all samples of two."""
-    JoinedRng.micros = accumulate
+    JoinedRng.micros, JoinedRng.ranks = accumulate, 2
     with (
         patch.object(training, "Rng", JoinedRng), patch.object(torch, "rand", joined_draw(torch.rand)),
         patch.object(torch, "randn", joined_draw(torch.randn)),
