@@ -136,7 +136,7 @@ def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, te
     assert "half" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 11])
 def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, drifted, monkeypatch, step):
     with monkeypatch.context() as patch:
         kill(patch, "fake", step)
