@@ -5,6 +5,7 @@ Importing this module imports no torch, since the command line is parsed and ref
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -85,7 +86,7 @@ def micro_batch_of(text: str) -> int | str:
     """Return what ``--micro-batch`` names: a number of images, or "auto"."""
     if text == AUTO:
         return AUTO
-    if not (text.isascii() and text.isdigit()):
+    if not re.fullmatch("-?[0-9]{1,4000}", text):  # Python reads 4300 digits; :func:`check_run` judges them
         raise ValueError(f"expected a whole number of images, or auto; got {text!r}")
     return int(text)
 
@@ -282,7 +283,8 @@ def check_micro_batch(config: Any, smallest: int = 1) -> None:
 
 def largest_divisor(number: int, most: int) -> int:
     """Return the largest divisor of ``number`` that is at most ``most``, or all of it."""
-    return max(one for one in range(1, min(number, most) + 1) if number % one == 0)
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return max(one for one in (*small, *(number // one for one in small)) if one <= most)
 
 
 def check_run(config: RunOptions) -> None:
