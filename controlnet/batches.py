@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -37,11 +38,13 @@ def settle_passes(config: Config, teacher: Teacher, task: Task, phase: Phase, ac
     Raises ``ValueError`` as :func:`scorefield.training.micro_batch.settle` does.
     """
     others = (teacher.denoiser.network, *([teacher.codec.vae] if isinstance(teacher.codec, Codec) else []))
-    settled = settle(
-        config, accelerator,
-        lambda one: Trial([phase], make_batches(one, teacher, task, accelerator)[0], others=others),
-    )  # fmt: skip
-    return with_eval_batch(settled)
+
+    def trial(one: Config) -> Trial:
+        # Every trial encodes all of its images, as a run may have to: none finds those of the trial before.
+        batches, _ = make_batches(replace(one, cache=None), teacher, task, accelerator)
+        return Trial([phase], batches, others=others)
+
+    return with_eval_batch(settle(config, accelerator, trial))
 
 
 def first_hints(config: Config, teacher: Teacher, task: Task, accelerator: Accelerator) -> Tensor:
@@ -52,8 +55,9 @@ def first_hints(config: Config, teacher: Teacher, task: Task, accelerator: Accel
 
 
 def foresee(
-    config: Config, passes_of: Callable[[Config], dict[str, Activations]], held: Mapping[str, Role], room: int
-) -> tuple[Config, dict[str, Activations], str]:
+    config: Config, passes_of: Callable[[Config], dict[str, Activations]], held: Mapping[str, Role], room: int,
+    device: torch.device,
+) -> tuple[Config, dict[str, Activations], str]:  # fmt: skip
     """Return the options as a run would settle them, what its passes hold, and what ``--dry-run`` says of it.
 
     Args:
@@ -61,13 +65,16 @@ def foresee(
         passes_of: options -> predicted activations; none where they cannot be predicted.
         held: bytes of each network.
         room: that may be filled; see :func:`scorefield.training.micro_batch.room_for`.
+        device: of the run.
+
+    Raises ``ValueError`` as :func:`scorefield.training.micro_batch.foreseen` does.
     """
 
     def bytes_of(one: Config) -> int | None:
         found = passes_of(with_eval_batch(one))
         return most_bytes(held, found) if found else None
 
-    settled, said = foreseen(config, bytes_of, room)
+    settled, said = foreseen(config, bytes_of, room, device)
     settled = with_eval_batch(settled)
     return settled, passes_of(settled), said
 

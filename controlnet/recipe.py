@@ -149,7 +149,7 @@ def plan(config: Config) -> Path:
     before = f"{len(task.training):,} samples checked, {len(task.held_out):,} held out"
     config, passes, said = foresee(
         config, lambda one: predicted_passes(one, shape, make_adapter(plain, shape, task), cond, gpu=has_gpu()),
-        roles_of(config, networks, rounded), room_for(best_device(), networks),
+        roles_of(config, networks, rounded), room_for(best_device(), networks), best_device(),
     )  # fmt: skip
     show_plan(config, networks, {"adapter": config.steps}, before, passes=passes, rounded=rounded, said=said)
     return config.out

@@ -53,6 +53,9 @@ Method = DMD | Consistency
 MOST_ROUNDING = 20.0
 """Largest sigma / alpha at which an eps network may be asked for an image in bf16."""
 
+MOST_PAIRS = 256
+"""Pairs that are made at a time at most."""
+
 WARMUP_SHARE = 4
 """Warm-up updates for each iteration of the matching, by default: regression is the main stage."""
 
@@ -140,6 +143,11 @@ def uses_pairs(config: Config) -> bool:
     """Return True if anything learns from the teacher's pairs."""
     of_paths = config.method in ALONG_PATHS and config.reals == "teacher"
     return bool(config.warmup_steps or config.regression_weight or of_paths)
+
+
+def pairs_at_a_time(config: Config) -> int:
+    """Return how many pairs the teacher is asked for at a time: without gradients, eight times those of a pass."""
+    return min(MOST_PAIRS, 8 * images_per_pass(config))
 
 
 def build_networks(config: Config, teacher: Teacher) -> tuple[nn.Module, ...]:
@@ -300,8 +308,7 @@ def teacher_pairs(
 ) -> Pairs:  # fmt: skip
     """Return pairs of the (guided) teacher in --pair-steps network calls, all classes alike.
 
-    They are kept on disk, where other runs find them; ranks share the work. Without gradients there is room for
-    eight times the batch of the training.
+    They are kept on disk, where other runs find them; ranks share the work.
 
     Args:
         config: of the run.
@@ -339,7 +346,7 @@ def teacher_pairs(
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
-                items=items, batch=min(256, 8 * images_per_pass(config)), device=device, keep=keep,
+                items=items, batch=pairs_at_a_time(config), device=device, keep=keep,
                 told=bar.update,
             )  # fmt: skip
 

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 
 from distill.adversarial import logits_alone
 from distill.options import Config
-from distill.parts import uses_pairs
+from distill.parts import pairs_at_a_time, uses_pairs
 from scorefield.models.codec import Codec
 from scorefield.models.teacher import Teacher
 from scorefield.training.memory import Activations, Pass, predicted
 from scorefield.training.options import images_per_pass
-
-MOST_PAIRS = 256
-"""Pairs that are made at a time at most; see ``parts.teacher_pairs``."""
 
 
 def predicted_passes(
@@ -42,7 +39,7 @@ def predicted_passes(
     if fake is not None:
         runs["update of the fake score"] = Pass(lambda: asked.fake(fake))
     if uses_pairs(config):
-        runs["teacher pairs"] = Pass(lambda: asked.pairs(min(MOST_PAIRS, 8 * images_per_pass(config))))
+        runs["teacher pairs"] = Pass(lambda: asked.pairs(pairs_at_a_time(config)))
     if isinstance(teacher.codec, Codec):
         networks.append(teacher.codec.vae)
         runs["decoding a picture"] = Pass(asked.decode)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from distill.checks import check
+from distill.checks import check, smallest_pass
 from distill.data import student_batches, student_data
 from distill.export import copied_parts, export_student, scheduler_for
 from distill.initial import initial_weights
@@ -24,6 +24,7 @@ from distill.options import Config
 from distill.parts import (
     build_method,
     build_networks,
+    folders_of,
     plan_of_pairs,
     planned_networks,
     planned_updates,
@@ -77,7 +78,8 @@ def distil_images(config: Config) -> Path:
         initial.give(student_net)
     if config.dry_run:
         held = planned_networks(config, teacher.denoiser.network, student_net, *rest)
-        show_plan(config, held, planned_updates(config), before=plan_of_pairs(config), said=unforeseen(config))
+        config, said = unforeseen(config, smallest=smallest_pass(config.method), folders=folders_of(config))
+        show_plan(config, held, planned_updates(config), before=plan_of_pairs(config), said=said)
         return config.out
     accelerator = start(config)
     known = teacher.identity()  # of whole weights

@@ -24,6 +24,7 @@ from distill.parts import (
     build_text_networks,
     check_rounding,
     critic_of,
+    folders_of,
     plan_of_pairs,
     planned_networks,
     planned_updates,
@@ -349,7 +350,10 @@ def show(
         found = passes_of(one)
         return most_bytes(roles_of(one, held, rounded), found, offload=one.offload) if found else None
 
-    config, said = foreseen(config, bytes_of, room_for(device, {"teacher": network}), smallest_pass(config.method))
+    config, said = foreseen(
+        config, bytes_of, room_for(device, {"teacher": network}), device, smallest=smallest_pass(config.method),
+        folders=folders_of(config),
+    )  # fmt: skip
     show_plan(
         config, held, planned_updates(config), before=plan_of_pairs(config), rounded=rounded,
         passes=passes_of(config), said=said,

@@ -1,7 +1,9 @@
 """What an iteration of a distillation holds, for ``--micro-batch auto``."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from accelerate import Accelerator
 
 from distill.checks import smallest_pass
 from distill.options import Config
-from distill.parts import DISTANCES, Method, build_phases, folders_of
+from distill.parts import DISTANCES, Method, build_phases, folders_of, pairs_at_a_time, uses_pairs
 from distill.regression import Pairs, Regression
 from scorefield.models.teacher import Teacher
 from scorefield.randomness import Rng
@@ -31,8 +33,22 @@ def trial_of(config: Config, method: Method, teacher: Teacher, make_batches: Mak
     """
     if config.regression_weight:
         method = replace(method, regression=_stand_in(config, method, teacher))
-    others = (teacher.denoiser.network,)
-    return Trial(build_phases(config, method), make_batches(config), method.rollout, others)
+    makes_pairs = uses_pairs(config) or config.guard_images
+    return Trial(
+        build_phases(config, method), make_batches(config), method.rollout, (teacher.denoiser.network,),
+        also=partial(ask_for_pairs, config, method, teacher) if makes_pairs else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def ask_for_pairs(config: Config, method: Method, teacher: Teacher) -> None:
+    """Ask the teacher once about as many images as when its pairs are made, and keep nothing."""
+    number, device = pairs_at_a_time(config), teacher.device
+    x_t = torch.zeros(number, *teacher.shape, device=device)
+    t = torch.full((number,), float(method.student.times[0]), device=device)
+    cond = {name: value.to(device) for name, value in teacher.cond(torch.zeros(number).long()).items()}
+    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+        method.teacher(x_t, t, cond)
 
 
 def settle_passes(

@@ -47,7 +47,8 @@ def main(config: TrainTeacher) -> Path:
     network, begun_from = make_network(config, facts)
     if config.dry_run:
         networks = {"teacher": network, "its average": freeze(copy.deepcopy(network))}
-        show_plan(config, networks, {"teacher": config.steps}, said=unforeseen(config))
+        config, said = unforeseen(config)
+        show_plan(config, networks, {"teacher": config.steps}, said=said)
         return config.out
     accelerator = start(config)
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from scorefield.atomic import whole_file
 from scorefield.training import checkpoint
-from scorefield.training.options import RunOptions, free_options
+from scorefield.training.options import AUTO, RunOptions, free_options
 from scorefield.training.ranks import check_same_fields
 
 IDENTITY = "identity.json"
@@ -117,5 +117,7 @@ def binding(config: RunOptions, inputs: Collection[str] = ()) -> dict[str, Any]:
     free = free_options(config)
     places = {*PLACES, *(name for name, value in vars(config).items() if isinstance(value, Path))}
     fields = {name: x for name, x in resolved(config).items() if name not in inputs and name not in free & places}
+    if fields.get("micro_batch") in (AUTO, config.batch_size):  # the whole batch, or not decided yet
+        fields["micro_batch"] = LATER["micro_batch"]
     fields = {name: x for name, x in fields.items() if name not in LATER or x != LATER[name]}
     return {**fields, checkpoint.FREE: sorted(free), checkpoint.MAY_CHANGE: sorted({*config.may_change, *LAYOUT})}

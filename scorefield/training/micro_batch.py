@@ -3,8 +3,8 @@
     config = settle(config, accelerator, lambda config: Trial(phases, batches, rollout))
 
 A GPU is asked: an iteration in which everything learns is tried with the whole batch, and with half of it until
-it fits. Other devices swap, or end the process, before they say that memory is short. There the bytes of passes of
-one and of two images are measured, which tell those of any number.
+it fits. Other devices swap, or end the process, before they say that memory is short. There the bytes of passes
+are measured, of one image and of ever more, as long as the next number promises to fit.
 """
 
 import gc
@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,12 +44,14 @@ class Trial:
         batches: of :func:`scorefield.training.options.images_per_pass` images.
         rollout: as ``train`` takes it.
         others: networks that take part and do not learn, such as the teacher.
+        also: what the run asks of the networks beside its iterations, without gradients.
     """
 
     phases: Sequence[Phase]
     batches: Callable[[Rng], Batch]
     rollout: Rollout | None = None
     others: Sequence[nn.Module] = ()
+    also: Callable[[], None] | None = None
 
 
 def candidates(batch_size: int, smallest: int = 1) -> list[int]:
@@ -85,15 +86,31 @@ def settle(
     """
     if getattr(config, "micro_batch", 0) != AUTO:
         return config
-    begun = next(filter(None, map(checkpoint.described, folders or (config.out / "checkpoints",))), None)
-    number = first_says(0 if begun is None else begun.get("micro_batch", 0) or config.batch_size)
-    if number:
+    if number := first_says(begun_with(config, smallest, folders)):
         config = with_number(config, number)
-        _say(f"{words(config)}, as this run began", accelerator)
+        _say(f"{words(config)}{AS_BEGUN}", accelerator)
         return config
     if accelerator.device.type == "cpu":
         return _by_measuring(config, accelerator, trial, smallest)
     return by_trying(config, accelerator, trial, smallest)
+
+
+AS_BEGUN = ", as this run began"
+"""What is said of a number that a checkpoint names."""
+
+
+def begun_with(config: RunOptions, smallest: int = 1, folders: Sequence[Path] = ()) -> int:
+    """Return how many images a pass of the run in ``--out`` has; 0 where there is no checkpoint.
+
+    The whole batch, where a checkpoint names no number that can be: it is older than the option, or damaged.
+    Arguments as of :func:`settle`.
+    """
+    found = next(filter(None, map(checkpoint.described, folders or (config.out / "checkpoints",))), None)
+    if found is None:
+        return 0
+    number = found.get("micro_batch")
+    usable = type(number) is int and number >= smallest and config.batch_size % number == 0  # True is no number
+    return number if usable else config.batch_size
 
 
 def with_number(config: Config, number: int) -> Config:
@@ -130,12 +147,19 @@ def _fits(config: RunOptions, accelerator: Accelerator, trial: Callable[[Any], T
     try:
         _rehearse_with_states(config, accelerator, trial(config))
         fits = True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         fits = False
     gc.collect()  # behind the handler, whose traceback holds all that was computed
     if accelerator.device.type != "cpu":
         torch.accelerator.empty_cache()
     return fits
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The libraries beside the allocator say CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED and the like.
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def _rehearse_with_states(config: RunOptions, accelerator: Accelerator, tried: Trial) -> None:
@@ -148,6 +172,8 @@ def _rehearse_with_states(config: RunOptions, accelerator: Accelerator, tried: T
         accumulate=passes_per_iteration(config),
     )  # fmt: skip
     del held
+    if tried.also is not None:  # before there are moments
+        tried.also()
 
 
 def _everywhere(fits: bool, accelerator: Accelerator) -> bool:
@@ -157,68 +183,116 @@ def _everywhere(fits: bool, accelerator: Accelerator) -> bool:
 def _by_measuring(
     config: Config, accelerator: Accelerator, trial: Callable[[Any], Trial], smallest: int
 ) -> Config:
-    needed, room = needs(config, accelerator, trial, smallest)
     numbers = candidates(config.batch_size, smallest)
-    good = [number for number in numbers if _everywhere(needed(number) <= room, accelerator)]
+    peaks, stays, room, good = [(0, 0)], 0, 0, 0
+    for number in ladder(numbers):
+        # Of the second rung at most twice as much is expected, and all that is free may be filled to learn more.
+        most = room / SHARE if len(peaks) == 2 else room
+        if len(peaks) > 1 and not _everywhere(stays + _secant(peaks, number) <= most, accelerator):
+            break
+        stays, peak, room = needs(with_number(config, number), accelerator, trial)
+        peaks.append((number, peak))
+        if not _everywhere(stays + peak <= room, accelerator):
+            break
+        good = number if number in numbers else good
+    known = dict(peaks)
     if not good:
-        raise ValueError(
-            f"--micro-batch auto: {numbers[-1]} image(s) a pass would take {needed(numbers[-1]) / GIB:.2f} GiB "
-            f"beside the weights, of {room / GIB:.2f} that may be filled. Pass a number to try all the same."
-        )
-    chosen = with_number(config, good[0])
+        raise ValueError(_too_little(numbers[-1], stays + known[numbers[-1]], room, " beside the weights"))
+    chosen = with_number(config, good)
     _say(
-        f"{words(chosen)}: {needed(good[0]) / GIB:.2f} GiB beside the weights, as measured with {smallest} and "
-        f"{2 * smallest}, of {room / GIB:.2f} that may be filled", accelerator,
+        f"{words(chosen)}: {(stays + known[good]) / GIB:.2f} GiB beside the weights, as measured, of "
+        f"{room / GIB:.2f} that may be filled", accelerator,
     )  # fmt: skip
     return chosen
 
 
-def needs(
-    config: RunOptions, accelerator: Accelerator, trial: Callable[[Any], Trial], smallest: int = 1
-) -> tuple[Callable[[int], int], int]:
-    """Return a function from images a pass to bytes beside the weights on a CPU, and the bytes that may be filled.
+def _too_little(number: int, needed: int, room: int, beside: str = "") -> str:
+    return (
+        f"--micro-batch auto: {number} image(s) a pass would take {needed / GIB:.2f} GiB{beside}, of "
+        f"{room / GIB:.2f} that may be filled. Pass a number to try all the same."
+    )
 
-    The bytes of passes lie on a straight line through those of ``smallest`` images and of twice as many.
+
+def ladder(numbers: Sequence[int]) -> list[int]:
+    """Return the numbers of images that are measured, each at most twice the one before, up to all candidates.
+
+    >>> ladder([24, 12, 6, 3, 1]), ladder([7, 1])
+    ([1, 2, 3, 6, 12, 24], [1, 2, 4, 7])
     """
-    few, stays, room, found = smallest, 0, 0, []
-    for number in (few, 2 * few):
-        tried = trial(with_number(config, number))
-        roles = [role_of(phase.network, config.optimizer) for phase in tried.phases]
-        networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
-        stays = sum(role.states + role.gradients for role in roles)
-        run = partial(rehearse, tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
-        found.append(measured(run, networks))
-        room = int(SHARE * free_bytes())  # while there are averages
-        del tried, run, networks
-    each = max(0, found[1] - found[0]) / few
-    return lambda number: int(stays + found[0] + each * (number - few)), room
+    rungs: list[int] = []
+    for number in reversed(numbers):
+        while rungs and 2 * rungs[-1] < number:
+            rungs.append(2 * rungs[-1])
+        rungs.append(number)
+    return rungs
+
+
+def _secant(peaks: Sequence[tuple[int, int]], number: int) -> float:
+    # A peak is the largest of what several moments hold, each in proportion: it rises ever more steeply. So this
+    # is the least that it can be, and says only whether it is worth measuring.
+    (one, low), (two, high) = peaks[-2:]
+    return high + (high - low) / (two - one) * (number - two)
+
+
+def needs(config: RunOptions, accelerator: Accelerator, trial: Callable[[Any], Trial]) -> tuple[int, int, int]:
+    """Return bytes on a CPU, as measured: what stays beside the weights, the most in a pass, what may be filled.
+
+    Args:
+        config: with a number of images a pass.
+        accelerator: of this rank.
+        trial: options -> what is tried.
+    """
+    tried = trial(config)
+    roles = [role_of(phase.network, config.optimizer) for phase in tried.phases]
+    networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
+
+    def run() -> None:
+        rehearse(tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
+        if tried.also is not None:
+            tried.also()
+
+    peak = measured(run, networks)
+    stays = sum(role.states + role.gradients for role in roles)
+    return stays, peak, int(SHARE * free_bytes())  # while there are averages
 
 
 def foreseen(
-    config: Config, bytes_of: Callable[[Any], int | None], room: int, smallest: int = 1
-) -> tuple[Config, str]:
+    config: Config, bytes_of: Callable[[Any], int | None], room: int, device: torch.device, *, smallest: int = 1,
+    folders: Sequence[Path] = (),
+) -> tuple[Config, str]:  # fmt: skip
     """Return the options as ``--micro-batch auto`` would leave them, and what ``--dry-run`` says of it.
 
     Args:
         config: of the run.
         bytes_of: options with a number -> the most bytes at one time; None where they cannot be predicted.
         room: bytes that may be filled.
+        device: of the run. Only a GPU would be tried in spite of a prediction that nothing fits.
         smallest: as of :func:`settle`.
+        folders: likewise.
+
+    Raises:
+        ValueError: not even the smallest number is predicted to fit on a CPU.
     """
     if getattr(config, "micro_batch", 0) != AUTO:
         return config, ""
+    if number := begun_with(config, smallest, folders):
+        one = with_number(config, number)
+        return one, f"{words(one)}{AS_BEGUN}"
+    number, needed = config.batch_size, 0
     for number in candidates(config.batch_size, smallest):
         one = with_number(config, number)
-        if (needed := bytes_of(one)) is None:
+        if (found := bytes_of(one)) is None:
             return config, UNFORESEEN
-        if needed <= room:
+        if (needed := found) <= room:
             return one, f"{words(one)}, as predicted for the {room / GIB:.2f} GiB that may be filled here"
+    if device.type == "cpu":
+        raise ValueError(_too_little(number, needed, room))
     return config, f"--micro-batch auto: no pass is predicted to fit into the {room / GIB:.2f} GiB here"
 
 
-def unforeseen(config: RunOptions) -> str:
-    """Return what ``--dry-run`` says of ``--micro-batch auto`` where no bytes are predicted."""
-    return UNFORESEEN if getattr(config, "micro_batch", 0) == AUTO else ""
+def unforeseen(config: Config, *, smallest: int = 1, folders: Sequence[Path] = ()) -> tuple[Config, str]:
+    """Return what :func:`foreseen` does where no bytes are predicted."""
+    return foreseen(config, lambda one: None, 0, best_device(), smallest=smallest, folders=folders)
 
 
 UNFORESEEN = "--micro-batch auto: chosen at the start by measuring or trying; not predicted for this network"
