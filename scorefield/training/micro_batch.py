@@ -44,7 +44,7 @@ class Trial:
         batches: of :func:`scorefield.training.options.images_per_pass` images.
         rollout: as ``train`` takes it.
         others: networks that take part and do not learn, such as the teacher.
-        also: what the run asks of the networks beside its iterations, without gradients.
+        also: what the run asks of the networks before its iterations, without gradients.
     """
 
     phases: Sequence[Phase]
@@ -109,8 +109,9 @@ def begun_with(config: RunOptions, smallest: int = 1, folders: Sequence[Path] = 
     if found is None:
         return 0
     number = found.get("micro_batch")
-    usable = type(number) is int and number >= smallest and config.batch_size % number == 0  # True is no number
-    return number if usable else config.batch_size
+    if type(number) is int and number >= smallest and config.batch_size % number == 0:  # True is no number
+        return number
+    return config.batch_size
 
 
 def with_number(config: Config, number: int) -> Config:
@@ -163,6 +164,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _rehearse_with_states(config: RunOptions, accelerator: Accelerator, tried: Trial) -> None:
+    if tried.also is not None:
+        tried.also()
     # Beside room for the moments, which optimisers allocate at their first step.
     sizes = [role_of(phase.network, config.optimizer).states for phase in tried.phases]
     apart = getattr(config, "offload", False)
@@ -172,8 +175,6 @@ def _rehearse_with_states(config: RunOptions, accelerator: Accelerator, tried: T
         accumulate=passes_per_iteration(config),
     )  # fmt: skip
     del held
-    if tried.also is not None:  # before there are moments
-        tried.also()
 
 
 def _everywhere(fits: bool, accelerator: Accelerator) -> bool:
@@ -247,9 +248,9 @@ def needs(config: RunOptions, accelerator: Accelerator, trial: Callable[[Any], T
     networks = [*tried.others, *(one for phase in tried.phases for one in phase.networks().values())]
 
     def run() -> None:
-        rehearse(tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
         if tried.also is not None:
             tried.also()
+        rehearse(tried.phases, tried.batches, accelerator, rollout=tried.rollout, seed=config.seed)
 
     peak = measured(run, networks)
     stays = sum(role.states + role.gradients for role in roles)
