@@ -23,6 +23,7 @@ from distill.options import auto
 from distill.student import Student, even_times
 from scorefield.commands.configuration import read_config
 from scorefield.commands.options import TrainTeacher, check_teacher
+from scorefield.models.codec import Codec
 from scorefield.training.loop import rehearse
 from scorefield.training.micro_batch import SHARE, by_trying
 from scorefield.training.options import micro_batch_of
@@ -121,7 +122,7 @@ def test_a_wrong_word_on_the_command_line_is_refused_in_one_line(capsys):
 @pytest.mark.parametrize(("number", "said"), [
     ("-1", "--micro-batch must be a divisor of --batch-size 256; got -1. Pass 1,"),
     ("1" * 25, f"--micro-batch must be below 2^31; got {'1' * 25}."),
-])  # fmt: skip
+], ids=["negative", "25 digits"])  # fmt: skip
 def test_a_number_that_cannot_be_is_refused_in_one_line(capsys, tmp_path, number, said):
     from scorefield.cli import main
 
@@ -221,6 +222,23 @@ def test_auto_takes_what_fits_in_truth(places, tmp_path, monkeypatch, name):
 
     under_auto(name, places, tmp_path / "run", monkeypatch, look)
     assert found == [PASSES[name]]
+
+
+def test_every_trial_of_an_adapter_encodes_its_pictures(places, tmp_path, monkeypatch):
+    """As a run may have to, whose latents nobody has kept: the trial before keeps none for it."""
+    encoded, posterior = [], Codec.posterior
+
+    def noted(codec, images):
+        encoded.append(len(images))
+        return posterior(codec, images)
+
+    def look(config, accelerator, trial, smallest):
+        monkeypatch.setattr(Codec, "posterior", noted)
+        for number in (2, 4, 4):
+            micro_batch_module.needs(replace(config, micro_batch=number), accelerator, trial)
+
+    under_auto("control", places, tmp_path / "run", monkeypatch, look, cache=tmp_path / "cache")
+    assert encoded == [2, 4, 4]
 
 
 @pytest.mark.parametrize(("guidance", "times"), [(1.0, 1), (2.0, 2)])
