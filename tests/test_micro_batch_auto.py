@@ -198,6 +198,19 @@ def test_ranks_agree_on_the_least(tmp_path):
     assert [int(found) for found in run_on_ranks(work, tmp_path)] == [2, 2]
 
 
+def test_ranks_that_measure_agree_on_the_least(tmp_path):
+    """Each climbs as far as the other, or one would wait."""
+
+    def work(two):
+        def needs(config, accelerator, trial):
+            return 0, 1000 * config.micro_batch, (20_000, 5000)[two.process_index]
+
+        micro_batch_module.needs = needs
+        return torch.tensor(settle(options(tmp_path), two, pytest.fail).micro_batch)
+
+    assert [int(found) for found in run_on_ranks(work, tmp_path)] == [4, 4]
+
+
 def test_a_rehearsal_of_wrapped_networks_needs_no_other_rank(tmp_path):
     """One rank runs out of memory where the other would wait for its gradients."""
 
