@@ -136,6 +136,14 @@ def test_a_student_that_drifts_ends_with_the_weights_of_its_warm_up(tmp_path, te
     assert "half" not in capsys.readouterr().err
 
 
+def test_each_setback_halves_the_rates(drifted):
+    end = checkpoint.newest(drifted / "checkpoints")
+    student = torch.load(end / "state.pt", weights_only=True)["phases"]["student"]
+    (notes,) = student["optimizer"]["param_groups"]
+    assert notes["setbacks"] > 1
+    assert notes["initial_lr"] == student["lr_schedule"]["base_lrs"][0] == 0.5 / 2 ** notes["setbacks"]
+
+
 @pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 11])
 def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher, drifted, monkeypatch, step):
     with monkeypatch.context() as patch:
