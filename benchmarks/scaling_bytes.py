@@ -32,6 +32,7 @@ from scorefield.models.networks import DiffusersNetwork, Tokens
 from scorefield.models.teacher import Listed, Teacher
 from scorefield.schedule import RectifiedFlow
 from scorefield.training.memory import Activations, Role, most_bytes, role_of
+from scorefield.training.sharding import blocks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 RANK, GIB = 64, 2**30
@@ -264,6 +265,9 @@ METHODS: tuple[tuple[str, str, Quantize], ...] = (
 )  # fmt: skip
 """Columns, with a star where activations are not in them."""
 
+NUMBERS = (8, 64)
+"""Cards that hold three copies together."""
+
 
 def fits(options: Options) -> str:
     """Return the table of the smallest card for each model and method, and what it holds there."""
@@ -278,6 +282,37 @@ def fits(options: Options) -> str:
             cells.append(f"{gib(plain)} / {gib(small)}: {card(plain)} / {card(small)}")
         rows.append([name, *cells])
     return markdown(["GiB with AdamW / 8-bit AdamW: card", *(label for label, *_ in METHODS)], rows)
+
+
+def largest_block(network: torch.nn.Module) -> int:
+    """Return the most weights that a network in pieces gathers at a time."""
+    taken, sizes = set[int](), list[int]()
+    for block in [*blocks(network), network]:
+        own = [weight for weight in block.parameters() if id(weight) not in taken]
+        taken.update(map(id, own))
+        sizes.append(sum(weight.numel() for weight in own))
+    return max(sizes)
+
+
+def in_pieces(name: str, number: int, options: Options) -> int:
+    """Return the bytes of a rank where three copies are cut into ``number`` pieces, without activations.
+
+    Beside its share it gathers, in bf16, the block that computes and the next one, and the first one's gradient is
+    whole, in float32, until it is reduced.
+    """
+    shared = count(name, "copies", "no", "adamw", options).bytes() // number
+    teacher, networks = networks_of(name, "copies", options)
+    largest = max(map(largest_block, (teacher.denoiser.network, *networks.values())))
+    return shared + (2 + 2 + 4) * largest
+
+
+def pieces(options: Options) -> str:
+    """Return the table of three copies on 8 and on 64 cards, and the smallest card of each."""
+    rows = []
+    for name in SIZES:
+        found = (in_pieces(name, number, options) for number in NUMBERS)
+        rows.append([name, *(f"{gib(size)}: {card(size)}" for size in found)])
+    return markdown(["GiB a card: card", *(f"{number} cards" for number in NUMBERS)], rows)
 
 
 def has_adapter(name: str) -> bool:
@@ -303,6 +338,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 MARKS = {
     "terms": ("<!-- terms: python benchmarks/scaling_bytes.py --write -->\n", "\n<!-- end of terms -->"),
     "fits": ("<!-- fits: python benchmarks/scaling_bytes.py --write -->\n", "\n<!-- end of fits -->"),
+    "pieces": ("<!-- pieces: python benchmarks/scaling_bytes.py --write -->\n", "\n<!-- end of pieces -->"),
 }
 
 
@@ -315,7 +351,7 @@ def write(name: str, text: str) -> None:
 
 def main(options: Options) -> None:
     """Print the tables, and write them into docs/scaling.md if asked to."""
-    for name, make in (("terms", terms), ("fits", fits)):
+    for name, make in (("terms", terms), ("fits", fits), ("pieces", pieces)):
         text = make(options)
         print(text + "\n", flush=True)
         if options.write:

@@ -1,10 +1,14 @@
 """What fits where: few blocks stand for all, terms add up, and the page holds what the code counts."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import scaling_bytes as counted
 import tiny_transformers as tiny
 from families_bytes import Model
 from scaling_bytes import Counted, Options, Size
+from torch import nn
 
 from scorefield.training.memory import Activations, Role
 
@@ -36,6 +40,19 @@ def test_terms_add_up_and_the_smallest_card_leaves_room():
     assert counted.beside_bar(10 * gib, gib, 10 * gib, bar=9) == "9: **missed**, kept with 8-bit AdamW"
     assert counted.beside_bar(10 * gib, 10 * gib, 10 * gib, bar=9) == "9: **missed**"
     assert counted.beside_bar(10 * gib, gib, gib, bar=0) == "-"
+
+
+def test_a_rank_of_pieces_holds_its_share_and_the_largest_block(monkeypatch):
+    """Blocks of 2, 3 and 1 times 4 x 4 weights beside a layer of 2 x 4 that lies in none."""
+    linear = partial(nn.Linear, 4, 4, bias=False)
+    made = [nn.Sequential(*(linear() for _ in range(number))) for number in (2, 3, 1)]
+    network = nn.ModuleDict({"first": nn.Linear(2, 4, bias=False), "blocks": nn.ModuleList(made)})
+    assert counted.largest_block(network) == 3 * 16
+    roles = {"student": Role(1, 4000, 2000, 2000)}
+    teacher = SimpleNamespace(denoiser=SimpleNamespace(network=network))
+    monkeypatch.setattr(counted, "count", lambda *_: Counted(roles, {}))
+    monkeypatch.setattr(counted, "networks_of", lambda *_: (teacher, {"student": network}))
+    assert counted.in_pieces("SDXL", 8, Options()) == 8000 // 8 + 8 * 3 * 16
 
 
 @pytest.mark.slow
