@@ -159,15 +159,21 @@ def test_the_number_of_ranks_and_of_micro_batches_may_change_on_the_way_and_is_s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [4, 2])
-def test_four_ranks_take_the_steps_of_one_process(tmp_path, accelerator, pieces):
-    """In four pieces, or two copies of two."""
+def test_four_ranks_take_the_steps_of_one_process(tmp_path, accelerator, one, pieces):
+    """In four pieces, or two copies of two; each rank holds a fourth, or a half, of weights and states."""
 
     def work(four):
-        return {
+        found = {
             f"{dtype} {number}": worker.distilled(four, dtype, pieces, number) for dtype, number in worker.RUNS
         }
+        cycle = worker.make_cycle(four, torch.float32, pieces, width=64)
+        worker.learn(cycle, four, torch.float32)
+        return {**found, "bytes": worker.held_bytes(cycle)}
 
-    (found, *_) = run_on_ranks(work, tmp_path, num_ranks=4)
+    (found, *others) = run_on_ranks(work, tmp_path, num_ranks=4)
+    for each in (found, *others):
+        share = pieces * each["bytes"] / one["bytes"]
+        assert bool(((share - 1).abs() < 0.05).all()), share
     for dtype, number in worker.RUNS:
         expected = worker.distilled_by_one(accelerator, dtype, 4, number)
         assert_close(found[f"{dtype} {number}"], expected, TOLERANCE[dtype])
