@@ -113,16 +113,21 @@ def distil_images(config: Config) -> Path:
         draw_check(teacher, found, config.out / PICTURE)
     columns = min(10, max(1, teacher.num_classes))
     student = distil(stages, columns=columns, preview=lambda student: preview(student, teacher), watch=watch)
-    folder = config.out / "student"
     if accelerator.is_main_process:
-        with working("saving the student"):
-            if teacher.codec is not None and teacher.source is not None:
-                export_student(student, teacher.source, folder, base_model=config.teacher)
-            else:
-                save_student(student, folder, teacher.facts)
-        print(f"student: {folder}")
-        add_page(config.out)
-    return folder
+        save_result(config, student, teacher)
+    return config.out / "student"
+
+
+def save_result(config: Config, student: Student, teacher: Teacher) -> None:
+    """Write the student, as a pipeline where its teacher is one of latents, and the page of the run."""
+    folder = config.out / "student"
+    with working("saving the student"):
+        if teacher.codec is not None and teacher.source is not None:
+            export_student(student, teacher.source, folder, base_model=config.teacher)
+        else:
+            save_student(student, folder, teacher.facts)
+    print(f"student: {folder}")
+    add_page(config.out)
 
 
 def keep(student: Student, teacher: Teacher, writes: bool, to: Path) -> None:

@@ -11,6 +11,7 @@ from toyworld.captions import parse
 from toyworld.judge import load_judge
 
 
+@pytest.mark.slow
 def test_the_truth_reaches_every_edit_and_keeps_the_rest():
     judge = load_judge()
     for kind in KINDS:

@@ -56,6 +56,7 @@ def test_a_moved_solid_is_found_where_it_is_and_its_voxels_with_it(monkeypatch):
     assert float(handle[:, 2].min() + handle[:, 2].max()) / 2 == pytest.approx(-0.05 * 0.9, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_shifted_copy_gets_its_psnr_back(monkeypatch):
     """By a pixel to the side it is another picture; with the position fitted only the error of 1e-3 is left."""
     monkeypatch.setattr(scenes_from_prompts, "NUM_VIEWS", 3)

@@ -58,6 +58,7 @@ def test_a_multiplication_with_addition_is_two_operations():
     assert teachers.operations(lambda: attention(q, q, q)) == 2 * 2 * 2 * 6 * 6 * 4
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_and_written_and_missing_parts_are_named(configs, tmp_path, capsys):
     tables = teachers.main(Config(configs=configs, out=tmp_path / "new" / "teachers.md"))
     assert (tmp_path / "new" / "teachers.md").read_text() == tables + "\n" == capsys.readouterr().out

@@ -30,7 +30,7 @@ def make_validation(world, hint):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("canny", "palette", "tile") else pytest.mark.slow)
+    pytest.param(name, marks=() if name in ("canny", "tile") else pytest.mark.slow)
     for name in ANNOTATORS
 ])  # fmt: skip
 def test_what_does_not_look_at_the_hint_does_not_pass(world, name):

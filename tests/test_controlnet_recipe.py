@@ -320,7 +320,7 @@ def test_the_painter_of_circles_is_trained_resumed_and_put_under_control(tmp_pat
         train_controlnet.main(replace(config, size=32, out=tmp_path / "other"))
 
 
-@pytest.mark.parametrize("preset", ["toyworld-canny", "toyworld-depth"])
+@pytest.mark.parametrize("preset", ["toyworld-canny", pytest.param("toyworld-depth", marks=pytest.mark.slow)])
 def test_presets_of_the_toy_world_run_and_ask_its_judge(tmp_path, preset):
     config = replace(
         PRESETS[preset](), num_samples=4, steps=1, batch_size=2, eval_samples=2, test_samples=3,

@@ -378,6 +378,7 @@ def flops_and_bytes(settings):
     return counter.get_total_flops() / 1e9, size, light
 
 
+@pytest.mark.slow
 def test_work_and_memory_of_a_step_at_the_size_of_stable_diffusion():
     """GFLOP of one image forth and back, latents cached; encoding it would add 1,117."""
     work, size, light = flops_and_bytes(SD15)

@@ -71,7 +71,13 @@ MODELS = {
     "few steps": (few_steps, "few steps", None),
 }  # fmt: skip
 
-LONG = {("texts", "no size"), ("texts", "fp16"), ("control", "pickles"), ("control", "no size")}
+LONG = {
+    ("texts", "no size"),
+    ("texts", "fp16"),
+    ("control", "pickles"),
+    ("control", "no size"),
+    ("texts", "pickles"),
+}
 
 
 @pytest.mark.parametrize(("model", "command"), [

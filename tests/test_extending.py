@@ -193,6 +193,7 @@ def control(place, out, steps, **changes):
     return train_controlnet.main(control_options.Config(out=out, **{**settings, **changes}))
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_and_its_constant_rate_may_change(tmp_path):
     tiny.sd().save_pretrained(tmp_path / "model")
     write_samples(tmp_path / "data", 8)

@@ -135,7 +135,10 @@ SIZES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 """Of finite differences: which of them rounding and kinks leave alone depends on the processor, too."""
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in ("qwen_image", "flux2", "flux2_klein") else ())
+    for name in tiny.FAMILIES
+])  # fmt: skip
 def test_gradients_are_those_of_finite_differences(folders, name):
     """To x_t through the network, and to pixels through the autoencoder, in float64."""
     teacher, _ = load(folders, name, SQUARE, dtype=torch.float64)

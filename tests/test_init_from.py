@@ -161,6 +161,7 @@ def distil_texts(root, out, **changes):
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.slow
 def test_a_text_to_image_student_starts_from_a_pipeline_or_a_lora(texts, tmp_path):
     moving = {"student_lr": 1e-2, "fake_lr": 1e-3}
     first = distil_texts(texts, tmp_path / "first", **moving)

@@ -287,9 +287,9 @@ def test_a_run_that_goes_on_keeps_its_number_and_says_so(places, tmp_path, scarc
 # What a dry run says.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "module"), [
-    pytest.param("texts", "distill.text_recipe", marks=pytest.mark.slow),
-    ("control", "controlnet.recipe"),
+    ("texts", "distill.text_recipe"), ("control", "controlnet.recipe"),
 ])  # fmt: skip
 def test_dry_runs_predict_it(places, tmp_path, monkeypatch, capsys, name, module):
     def most(**changes):

@@ -190,6 +190,7 @@ def test_no_trial_leaves_a_thread_behind(accelerator, tmp_path):
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_least(tmp_path):
     def work(two):
         config = by_trying(options(tmp_path), two, make_trial(most=(16, 3)[two.process_index])[1])

@@ -318,6 +318,7 @@ def test_the_judge_knows_real_digits_and_punishes_wrong_labels_and_noise():
     assert judge.nearest(judge.held_out.images) > 1
 
 
+@pytest.mark.slow
 def test_quickstart_writes_report_and_pictures(tmp_path, monkeypatch):
     short = {**TINY, **SHORT, "steps": 4}
     monkeypatch.setattr(quickstart, "student_config", lambda config, teacher: dataclasses.replace(

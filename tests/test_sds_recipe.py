@@ -181,7 +181,7 @@ def test_a_canvas_becomes_a_picture(tmp_path):
     assert load_file(config.out / "scene.safetensors")["pixels"].shape == (2, 4, 16, 16)
 
 
-@pytest.mark.parametrize("method", ["ism", "sdi"])
+@pytest.mark.parametrize("method", ["ism", pytest.param("sdi", marks=pytest.mark.slow)])
 def test_a_picture_learns_along_inverted_paths(method, tmp_path):
     config = tiny(tmp_path / "run", canvas=True, overhead=0, steps=2, probe_every=2, method=method)
     assert train_sds.main(config) == config.out / "canvas.png"

@@ -100,7 +100,7 @@ def test_the_student_is_asked_where_the_noise_is_moderate(finished):
 
 
 @pytest.mark.parametrize(("name", "step", "resumed"), [
-    ("warm-up", 5, 4), ("fake", 7, 4), pytest.param("fake", 2, 0, marks=pytest.mark.slow),
+    ("warm-up", 5, 4), *(pytest.param("fake", *steps, marks=pytest.mark.slow) for steps in ((7, 4), (2, 0))),
 ])  # fmt: skip
 def test_a_run_killed_in_any_stage_resumes_to_the_same_weights(
     tmp_path, teacher, finished, monkeypatch, capsys, name, step, resumed
@@ -156,7 +156,7 @@ def test_a_run_killed_after_a_setback_resumes_as_if_it_had_not(tmp_path, teacher
     assert_same(*(load_file(end / "fake.safetensors") for end in ends))
 
 
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_few_step_student_warms_up_on_the_teachers_paths(tmp_path, teacher, monkeypatch, steps):
     """Each step learns in the warm-up, the later ones from the states that were kept on the way."""
     asked, kept, inputs = set(), [], regression.inputs

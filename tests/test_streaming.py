@@ -224,6 +224,7 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path, kind):
     assert streamed < 60 < 180 < whole, (streamed, whole)
 
 
+@pytest.mark.slow
 def test_a_row_takes_a_few_hundred_bytes(tmp_path):
     """Millions of them have to fit; with a ``Path`` and a dictionary each it was twice as much."""
     with tarfile.open(tmp_path / "0.tar", "w") as archive:

@@ -111,6 +111,7 @@ def test_ranks_whose_options_code_or_inputs_differ_are_told_before_anything_is_w
         assert said["nothing"][0] == ""
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_transformer_equal_one_process(tmp_path, accelerator):
     """An image under a critic and a video without one: two ranks, and one process with twice the micro-batches."""
     names = transformer_ranks.SHAPES

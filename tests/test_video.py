@@ -220,6 +220,7 @@ def test_a_run_of_videos_that_is_killed_ends_in_the_same_bytes(root, tmp_path, m
         distilled(root, tmp_path / "cut", num_frames=9, **changes)
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_frames(root, tmp_path):
     def most(frames):
         said = io.StringIO()
