@@ -11,7 +11,7 @@ SEEDS_TEXT ?= 0
 PROMPTS_3D ?= "a red mug" "a blue chair" "a green cone" "a yellow torus" "a purple letter L" "an orange cube"
 # The networks here are tiny. One thread is enough for them, and two runs with two threads each on two cores crawl.
 export OMP_NUM_THREADS ?= 1
-# Tests start hundreds of processes, and each of them would compile again what it imports.
+# Tests start many processes, and each of them would compile again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-long demo-3d demo-control demo-circles demo-text test test-slow test-lowest \

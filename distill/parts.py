@@ -346,8 +346,7 @@ def teacher_pairs(
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return make_pairs(
                 target, cond, num=number, shape=teacher.shape, times=chosen.times, step=chosen.step, seed=seed,
-                items=items, batch=pairs_at_a_time(config), device=device, keep=keep,
-                told=bar.update,
+                items=items, batch=pairs_at_a_time(config), device=device, keep=keep, told=bar.update,
             )  # fmt: skip
 
     if config.shard > 1:
