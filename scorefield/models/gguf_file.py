@@ -21,7 +21,7 @@ STRING, ARRAY = 8, 9
 """Types of values in the header; all numbers are little-endian."""
 
 MOST_ENTRIES = 2**16
-"""Tensors, values and entries of lists together: the package makes objects of each. Qwen-Image has 1,933 tensors."""
+"""Tensors, values and entries of lists: the package makes objects of each. Qwen-Image has 1,933 tensors."""
 
 MOST_DIMS = 8
 """Sides of a tensor: ggml has four, and files of videos have five."""
